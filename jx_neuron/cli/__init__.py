@@ -1,0 +1,43 @@
+"""The command line: jx-neuron."""
+
+import sys
+
+import typer
+
+from jx_neuron.cli import sample
+from jx_neuron.errors import JxNeuronError
+
+app = typer.Typer(
+    name="jx-neuron",
+    help="Decoder language models in JAX, lowered to AWS Trainium and Inferentia, and run on any CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("sample")(sample.command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from jx_neuron import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line: status 2 for what the user can mend, in one message and no traceback."""
+    try:
+        app()
+    except JxNeuronError as error:
+        typer.echo(f"jx-neuron: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,3 @@
+from jx_neuron.cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""What a user may ask of a model beside its checkpoint, named as in transformers-neuronx."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jx_neuron.errors import ConfigError
+
+AMP = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
+_LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
+
+
+def dtype_of(amp: str) -> np.dtype[Any]:
+    """The dtype of weights and cache. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name)."""
+    short = _LONG.get(amp, amp)
+    if short not in AMP:
+        raise ConfigError(f"amp={amp!r} is not supported; it may be one of {', '.join([*AMP, *_LONG])}")
+    return np.dtype(AMP[short])
+
+
+class GQA(Enum):
+    """How key/value heads are spread where there are fewer of them than cores."""
+
+    SHARD_OVER_HEADS = "shard-over-heads"
+    REPLICATED_HEADS = "replicated-heads"
+    SHARD_OVER_BATCH = "shard-over-batch"
+    ALL_GATHER_HEADS = "all-gather-heads"
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen where `sample` is not told otherwise.
+
+    global_top_k: how many candidates compiled programs keep (the static size of their top-k); `top_k` may be changed
+                  up to it without compiling anything.
+    """
+
+    max_length: int | None = None
+    do_sample: bool = False
+    top_k: int = 50
+    top_p: float = 1.0
+    temperature: float = 1.0
+    global_top_k: int = 64
+    eos_token_id: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.global_top_k < 1 or (self.global_top_k > 1 and self.global_top_k % 8):
+            raise ConfigError(f"global_top_k={self.global_top_k} is not legal; it is 1, or a multiple of 8")
+
+
+# steer transformers-neuronx's code generator and change no result; accepted, and said to have no effect
+_NO_EFFECT: dict[str, Any] = dict(
+    allow_flash_attention=None,
+    attention_layout=None,
+    attn_output_transposed=False,
+    cache_layout=None,
+    collectives_layout=None,
+    dynamic_batch_size_inference=False,
+    fuse_mlp=False,
+    fuse_qkv=False,
+    fused_rmsnorm_mlp=False,
+    fused_rmsnorm_qkv=False,
+    lhs_aligned=None,
+    mlp_out_weight_transpose=False,
+    on_device_embedding=None,
+    qkv_tiling=False,
+    sequence_parallel_norm=False,
+    sequence_parallel_norm_threshold=2048,
+    shard_over_sequence=False,
+    use_1d_query=False,
+    use_2d_cache_ids=False,
+    weight_tiling=False,
+)
+# would change results, and are not supported: only these values are legal
+_REFUSED: dict[str, Sequence[Any]] = dict(
+    all_reduce_dtype=(None, "float32"),
+    bf16_rms_norm=(False, None),
+    cast_logits_dtype=("float32", None),
+    continuous_batching=(None,),
+    has_pre_attention_norm=(True, None),
+    is_eagle_draft=(False, None),
+    is_eagle_target=(False, None),
+    is_pp=(False, None),
+    kv_cache_quant=(None,),
+    log_softmax_scores=(False, None),
+    optimized_paged_attention=(False, None),
+    paged_attention=(None,),
+    quant=(None,),
+    sparse_attn=(None,),
+)
+
+
+@dataclass(frozen=True, init=False)
+class NeuronConfig:
+    """Options of the lowered model.
+
+    group_query_attention:     a `GQA`; heads are replicated or padded as the tensor-parallel degree calls for.
+    on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
+    output_all_logits:         calling the model gives the logits of every token of the prompt.
+    padding_side:              which side of a row `start_ids` and `attention_mask` find padding on.
+    compilation_worker_count:  how many programs the compiler works on at once.
+
+    Raises ConfigError for an option that is unknown, or whose value would change results in a way that is not supported.
+    """
+
+    group_query_attention: GQA | None
+    on_device_generation: GenerationConfig | None
+    output_all_logits: bool
+    padding_side: str
+    compilation_worker_count: int | None
+
+    def __init__(
+        self,
+        *,
+        group_query_attention: GQA | str | None = None,
+        on_device_generation: GenerationConfig | None = None,
+        output_all_logits: bool = False,
+        padding_side: str = "left",
+        compilation_worker_count: int | None = None,
+        **others: Any,
+    ):
+        try:
+            gqa = None if group_query_attention is None else GQA(group_query_attention)
+        except ValueError:
+            modes = ", ".join(mode.value for mode in GQA)
+            raise ConfigError(f"group_query_attention={group_query_attention!r} may be one of {modes}") from None
+        if padding_side not in ("left", "right"):
+            raise ConfigError(f"padding_side={padding_side!r} may be left or right")
+        for name, value in dict(
+            group_query_attention=gqa,
+            on_device_generation=on_device_generation,
+            output_all_logits=output_all_logits,
+            padding_side=padding_side,
+            compilation_worker_count=compilation_worker_count,
+        ).items():
+            object.__setattr__(self, name, value)
+        _check(others)
+
+
+def _check(options: dict[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(NeuronConfig)]
+    for name, value in options.items():
+        if name in _REFUSED:
+            if value not in _REFUSED[name]:
+                legal = " or ".join(repr(v) for v in _REFUSED[name])
+                raise ConfigError(f"NeuronConfig({name}={value!r}) is not supported; it may be {legal}")
+        elif name not in _NO_EFFECT:
+            legal = ", ".join(sorted([*known, *_NO_EFFECT, *_REFUSED]))
+            raise ConfigError(f"NeuronConfig has no {name!r}; it has {legal}")
+        elif value != _NO_EFFECT[name]:
+            warnings.warn(f"NeuronConfig({name}=…) has no effect here: the compiler decides", UserWarning, stacklevel=4)

@@ -1,0 +1,81 @@
+"""The Hugging Face Hub: from what a user names to a local path."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jx_neuron.errors import CheckpointError
+
+FILES = (".bin", ".gguf", ".json", ".safetensors")  # what ends so is meant as a path
+ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+
+
+def local_path(
+    model: str | os.PathLike[str],
+    wanted: Callable[[str, list[str]], list[str]],
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    local_files_only: bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Path:
+    """`model` where it exists here, else the folder of the Hub repository of that id.
+
+    Of the repository only the files are fetched that `wanted(id, all its files)` picks. Without a network,
+    with `local_files_only` and with HF_HUB_OFFLINE the Hub's cache has to hold them.
+
+    Raises CheckpointError that says what failed, and how to do without the Hub.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not isinstance(model, str) or not re.fullmatch(ID, name) or path.suffix in FILES:
+        raise CheckpointError(
+            f"no such folder or file: {name!r}. Legal are the folder of a checkpoint, a .gguf file, and the "
+            "id of a repository on the Hugging Face Hub, such as 'openai-community/gpt2'."
+        )
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cache = None if cache_dir is None else Path(cache_dir)
+    common: dict[str, Any] = {"revision": revision, "token": token}
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local_files_only was asked for"
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
+        try:
+            files = [file.rfilename for file in HfApi().model_info(name, **common).siblings or ()]
+            patterns = wanted(name, files)
+            return Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns, **common))
+        except CheckpointError:
+            raise
+        except GatedRepoError as error:
+            raise CheckpointError(
+                f"{name} on the Hub is gated: accept its terms at https://huggingface.co/{name}, and log in "
+                "with `hf auth login`, set HF_TOKEN, or give token=."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(
+                f"{name} on the Hub has no revision {revision!r}: give a branch, tag or commit."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"there is no folder {name!r} here, and no repository of that name on the Hub that this "
+                "token may see. Check the spelling; for a private one log in with `hf auth login`, set "
+                "HF_TOKEN, or give token=."
+            ) from error
+        except Exception as error:  # the Hub's HTTP client, and so its errors, differ between its versions
+            why = f"the Hub cannot be reached ({error})"
+    try:
+        # no patterns: what was not wanted before, and so is not in the cache, does not make it incomplete
+        return Path(snapshot_download(name, cache_dir=cache, local_files_only=True, allow_patterns=[], **common))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"there is no folder {name!r} here, {why}, and the Hub's cache does not hold {name}. Give the "
+            f"path of a local folder, or run `hf download {name}` where there is a network."
+        ) from error

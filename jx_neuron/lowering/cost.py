@@ -1,0 +1,124 @@
+"""What one run of a program costs one core, read off its HLO.
+
+The model: chains of elementwise operators, reshapes and reductions are fused into what uses them and cost nothing.
+What is counted:
+
+- flops: 2 · (elements of the result) · (contracted size) of every dot, and likewise of every convolution.
+- bytes read: of each input, the part that is read. A slice, dynamic-slice or gather reads its result; any other use
+  reads all of it, once. An input that is only written into (scatter, dynamic-update-slice) is not read by that; what it
+  has become is still the same memory, so later uses of it count as reads of the input.
+- bytes written: outputs in full, but of outputs that alias an input only the updates written into it.
+- bytes between: results of dots, convolutions and collectives, which may or may not stay on the chip.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jx_neuron.lowering import proto
+from jx_neuron.lowering.hlo import Instruction, Module, parse
+
+_VIEWS = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "get-tuple-element", "tuple", "broadcast"})
+_PARTS = frozenset({"slice", "dynamic-slice", "gather"})
+_UPDATES = {"scatter": 2, "dynamic-update-slice": 1}  # opcode → which operand is the update
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run, on one core: `flops`, and bytes. `instructions` are those of the main computation."""
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+    bytes_between: int
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective: its opcode, the shape it gives, the bytes of that on one core, and who takes part."""
+
+    name: str
+    opcode: str
+    shape: str
+    bytes: int
+    replica_groups: tuple[tuple[int, ...], ...]
+
+
+def collectives(hlo_module: bytes) -> list[Collective]:
+    """Every collective of a program, in order."""
+    return [
+        Collective(
+            i.name, i.opcode, str(i.shape), i.shape.bytes, tuple(tuple(g.replica_ids) for g in i.proto.replica_groups)
+        )
+        for i in parse(hlo_module).instructions
+        if i.opcode in proto.COLLECTIVES
+    ]
+
+
+def cost(hlo_module: bytes) -> Cost:
+    """FLOPs and memory traffic of a program, by the model above. Bodies of loops count once."""
+    module = parse(hlo_module)
+    main = module.entry
+    users: dict[Instruction, list[Instruction]] = {i: [] for i in main.instructions}
+    for i in main.instructions:
+        for operand in dict.fromkeys(i.operands):
+            users[operand].append(i)
+    heavy = [i for i in module.instructions if i.opcode in ("dot", "convolution") or i.opcode in proto.COLLECTIVES]
+    return Cost(
+        flops=sum(map(_flops, heavy)),
+        bytes_read=sum(_read(p, users) for p in main.parameters),
+        bytes_written=_written(module),
+        bytes_between=sum(i.shape.bytes for i in heavy),
+        instructions=len(main.instructions),
+    )
+
+
+def _flops(i: Instruction) -> int:
+    if i.opcode == "dot":
+        lhs = i.operands[0].shape
+        contracted = math.prod(lhs.dims[d] for d in i.proto.dot_dimension_numbers.lhs_contracting_dimensions)
+        return int(2 * i.shape.size * contracted)
+    if i.opcode == "convolution":
+        kernel = i.operands[1].shape
+        outputs = kernel.dims[i.proto.convolution_dimension_numbers.kernel_output_feature_dimension]
+        return int(2 * i.shape.size * kernel.size // outputs)
+    return 0
+
+
+def _read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
+    size, parts = parameter.shape.bytes, 0
+    for _, user, operand in _uses(parameter, users):
+        if user.opcode not in _PARTS or operand != 0:
+            return size
+        parts += user.shape.size * parameter.shape.bytes // max(parameter.shape.size, 1)
+    return min(size, parts)
+
+
+def _uses(
+    memory: Instruction, users: dict[Instruction, list[Instruction]]
+) -> Iterator[tuple[Instruction, Instruction, int]]:
+    """(value, user, operand number) of everything that reads a buffer, through views of it and updates of it."""
+    for user in users[memory]:
+        at = user.operands.index(memory)
+        if user.opcode in _VIEWS or (user.opcode in _UPDATES and at == 0):
+            yield from _uses(user, users)
+        else:
+            yield memory, user, at
+
+
+def _written(module: Module) -> int:
+    root, aliased = module.entry.root, set(module.aliases.values())
+    outputs = root.operands if root.opcode == "tuple" else (root,)
+    return sum(_updates(o) if n in aliased else o.shape.bytes for n, o in enumerate(outputs))
+
+
+def _updates(i: Instruction) -> int:
+    """Bytes written on the way from a parameter to an output that is the same memory."""
+    if i.opcode in _UPDATES:
+        return i.operands[_UPDATES[i.opcode]].shape.bytes + _updates(i.operands[0])
+    if i.opcode == "parameter":
+        return 0
+    if i.opcode in ("bitcast", "reshape"):
+        return _updates(i.operands[0])
+    return i.shape.bytes

@@ -1,0 +1,50 @@
+"""A decoder's steps as programs, from its config alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jx_neuron import cache
+from jx_neuron.lowering.program import Program, Traced, lower_many, trace
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.lowering.step import step
+from jx_neuron.models import Decoder
+from jx_neuron.progress import track
+from jx_neuron.sharding import AXIS
+
+
+def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced:
+    """The program of `shape` with a cache of `slots` positions, traced and not yet partitioned."""
+    params = decoder.abstract_params(dtype)
+    inputs = [jax.ShapeDtypeStruct(*of) for of in shape.inputs().values()]
+    split = PartitionSpec(*[None] * (2 if shape.all_logits else 1), AXIS)
+    return trace(
+        step(decoder, shape),
+        params,
+        decoder.abstract_cache(shape.batch, slots, dtype),
+        *inputs,
+        tp_degree=decoder.tp_degree,
+        in_specs=[{path: decoder.partition(path) for path in params}, cache.PARTITION, *[None] * len(inputs)],
+        out_specs=(PartitionSpec(), split, cache.PARTITION),
+        donate_argnums=(1,),
+        name=shape.name,
+        input_kinds=["param", "cache", *["input"] * len(inputs)],
+        input_names=[
+            *params,
+            *(f"cache.{i}.{of}" for i in range(decoder.config.layers) for of in "kv"),
+            *shape.inputs(),
+        ],
+    )
+
+
+def lower_model(
+    decoder: Decoder, shapes: Sequence[Shape], slots: int, dtype: Any, workers: int = 2
+) -> Iterator[Program]:
+    """The programs of `shapes`, in order, `workers` at a time, under a progress bar.
+
+    Raises LoweringError where one cannot be partitioned or legalized.
+    """
+    traced = [trace_step(decoder, shape, slots, dtype) for shape in track(shapes, "tracing", len(shapes))]
+    yield from track(lower_many(traced, workers), "lowering", len(traced))

@@ -1,0 +1,36 @@
+"""StableHLO with shardings → the program of one core, by XLA's own partitioner (Shardy and SPMD).
+
+XLA partitions on the way to CPU code, and dumps what it has after each pass. That runs in child processes that import
+jaxlib alone, so no device of this process is needed and several programs are partitioned at once.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from jx_neuron.errors import LoweringError
+from jx_neuron.lowering import _jaxlib, proto
+
+_STAGE = "spmd-partitioner"  # the pipeline whose passes are dumped, numbered in order
+_DONE = ("after_spmd-partitioning", "after_call-inliner.before_pipeline-end")
+
+
+def partition(stablehlo: bytes, tp_degree: int) -> bytes:
+    """The per-core HloModuleProto of a StableHLO module (text or bytecode) that is sharded over `tp_degree` cores.
+
+    Raises:
+        LoweringError: XLA cannot partition it.
+    """
+    if tp_degree == 1:
+        return _jaxlib.hlo_of(stablehlo)
+    with tempfile.TemporaryDirectory(prefix="jx-neuron-") as folder:
+        source = Path(folder, "program.mlir")
+        source.write_bytes(stablehlo)
+        command = [sys.executable, "-P", _jaxlib.__file__, str(source), str(tp_degree), folder]
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        dumps = sorted(p for p in Path(folder).glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
+        if not dumps:
+            reason = "\n".join(child.stderr.strip().splitlines()[-8:])
+            raise LoweringError(f"XLA could not partition the program over {tp_degree} cores:\n{reason}")
+        return proto.serialize(proto.HloProto.FromString(dumps[-1].read_bytes()).hlo_module)

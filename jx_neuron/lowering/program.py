@@ -1,0 +1,288 @@
+"""A JAX function → the program of one core, ready for neuronx-cc and for the host."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from jx_neuron.errors import InputError, LoweringError
+from jx_neuron.lowering import _jaxlib, cost, proto
+from jx_neuron.lowering.execute import Executable
+from jx_neuron.lowering.legalize import legalize
+from jx_neuron.lowering.partition import partition
+from jx_neuron.lowering.specs import Kind, TensorSpec, input_labels, output_labels, shardings, spread, tensor_specs
+from jx_neuron.lowering.verify import Violation, verify
+from jx_neuron.sharding import AXIS
+
+__all__ = ["Program", "TensorSpec", "Traced", "compile_py_func", "lower", "lower_many", "trace"]
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one core runs.
+
+    Attributes:
+        hlo_module: a serialized HloModuleProto, legalized for neuronx-cc.
+        inputs: its parameters in order. One of kind "rank", int32[1], comes last where the program depends on which
+            core it runs on; rank r is given r.
+        outputs: the elements of its result in order; the result is no tuple where there is one.
+        sources: HLO instruction name → file:line, where known.
+    """
+
+    name: str
+    tp_degree: int
+    hlo_module: bytes = field(repr=False)
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def as_text(self) -> str:
+        """The HLO as XLA prints it."""
+        return _jaxlib.text_of(self.hlo_module)
+
+    def collectives(self) -> list[cost.Collective]:
+        """Every collective, in order."""
+        return cost.collectives(self.hlo_module)
+
+    def cost(self) -> cost.Cost:
+        """FLOPs and memory traffic of one run on one core; `jx_neuron.lowering.cost` states the model."""
+        return cost.cost(self.hlo_module)
+
+    def verify(self, target: str, *, lnc: int | None = None) -> list[Violation]:
+        """What neuronx-cc is documented to refuse, with the line of source where known.
+
+        Args:
+            target: inf2, trn1, trn1n, trn2 or trn3.
+            lnc: logical-core configuration; None is the target's default.
+        """
+        found = verify(self.hlo_module, target, lnc=lnc)
+        return [replace(v, source=v.source or self.sources.get(v.instruction or "")) for v in found]
+
+    def run(self, *args: Any) -> list[np.ndarray[Any, Any]]:
+        """Runs it on the host, one CPU device a core.
+
+        Args:
+            args: the inputs as whole arrays, pytrees of them as they were lowered; no rank.
+
+        Returns:
+            The outputs as whole arrays, in order.
+
+        Raises:
+            InputError: an array is not what the program takes.
+        """
+        leaves = jax.tree.leaves(args)
+        wanted = [spec for spec in self.inputs if spec.kind != "rank"]
+        if len(leaves) != len(wanted):
+            raise InputError(f"{self.name} takes {len(wanted)} arrays ({len(leaves)} given)")
+        executable = _executable(self.hlo_module, self.tp_degree)
+        given = []
+        for spec, leaf in zip(wanted, leaves, strict=True):
+            array = np.asarray(leaf, jnp.result_type(leaf))
+            if (array.shape, array.dtype.name) != (spec.global_shape(self.tp_degree), spec.dtype):
+                expected = f"{spec.dtype}{list(spec.global_shape(self.tp_degree))}"
+                raise InputError(
+                    f"{self.name}: {spec.name} is {array.dtype}{list(array.shape)}, and must be {expected}"
+                )
+            given.append(jax.device_put(array, executable.sharding(spec.partition)))
+        if len(wanted) < len(self.inputs):
+            ranks = np.arange(self.tp_degree, dtype=np.int32)
+            given.append(jax.device_put(ranks, executable.sharding((AXIS,))))
+        found = executable.execute(given)
+        return [_whole(shards, spec) for shards, spec in zip(found, self.outputs, strict=True)]
+
+
+@functools.lru_cache(maxsize=4)
+def _executable(hlo_module: bytes, tp_degree: int) -> Executable:
+    return Executable(hlo_module, tp_degree)
+
+
+def _whole(shards: list[jax.Array], spec: TensorSpec) -> np.ndarray[Any, Any]:
+    if AXIS not in spec.partition:
+        return np.asarray(shards[0])
+    return np.concatenate([np.asarray(s) for s in shards], axis=spec.partition.index(AXIS))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function traced and not yet partitioned: StableHLO with shardings, independent of the function.
+
+    The output's aliases, and whether there is a rank, are known after partitioning only. `donated` are the numbers of
+    the inputs that outputs have to take the memory of.
+    """
+
+    name: str
+    tp_degree: int
+    stablehlo: bytes = field(repr=False)
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    donated: tuple[int, ...]
+
+    def lower(self) -> Program:
+        """Partitions and legalizes it.
+
+        Raises:
+            LoweringError: XLA cannot partition it, or a donated input has no output to alias.
+        """
+        done = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name)
+        module = proto.parse(done.hlo_module)
+        inputs = self.inputs
+        if done.takes_rank:
+            inputs += (TensorSpec("rank", "rank", (1,), "int32", (AXIS,)),)
+        aliases = {
+            next(iter(e.output_shape_index), 0): e.parameter_number for e in module.input_output_alias.entries
+        }
+        lost = [inputs[n].name for n in self.donated if n not in aliases.values()]
+        if lost:
+            raise LoweringError(
+                f"{self.name}: no output can take the memory of {', '.join(lost)}: return an array of the same shape, "
+                "dtype and PartitionSpec for each donated one, or do not donate it"
+            )
+        outputs = list(self.outputs)
+        for n, alias in aliases.items():
+            memory = inputs[alias]
+            outputs[n] = replace(outputs[n], kind=memory.kind, name=memory.name, alias=alias)
+        program = Program(self.name, self.tp_degree, done.hlo_module, inputs, tuple(outputs), done.sources)
+        _check_shapes(program, module)
+        return program
+
+
+def _check_shapes(program: Program, module: Any) -> None:
+    main = proto.entry(module)
+    for specs, shapes in (
+        (program.inputs, [p.shape for p in proto.parameters(main)]),
+        (program.outputs, proto.leaves(proto.root(main).shape)),
+    ):
+        stated = [(s.dtype, s.shape) for s in specs]
+        if stated != [(proto.dtype(s), tuple(s.dimensions)) for s in shapes]:
+            got = ", ".join(map(proto.describe, shapes))
+            raise LoweringError(f"{program.name}: partitioned to ({got}), where the specs give {stated}")
+
+
+def trace(
+    fn: Function,
+    *args: Any,
+    tp_degree: int = 1,
+    in_specs: Sequence[Any] | None = None,
+    out_specs: Any = None,
+    donate_argnums: Sequence[int] = (),
+    name: str | None = None,
+    input_kinds: Sequence[Kind] | None = None,
+    input_names: Sequence[str] | None = None,
+) -> Traced:
+    """The first half of `lower`: everything that needs `fn`. Same arguments, same errors."""
+    if tp_degree < 1:
+        raise LoweringError(f"tp_degree={tp_degree}: it counts cores, and is at least 1")
+    name = name or getattr(fn, "__name__", "program").replace("<lambda>", "program")
+    mesh = AbstractMesh((tp_degree,), (AXIS,), axis_types=(AxisType.Auto,))
+    abstract = jax.tree.map(_abstract, args)
+    in_axes = spread("in_specs", (None,) * len(args) if in_specs is None else tuple(in_specs), abstract)
+    kinds = input_kinds or ["cache" if n in donate_argnums else "input" for n in range(len(args))]
+    inputs = tensor_specs(abstract, in_axes, tp_degree, input_labels(fn, abstract, kinds, input_names))
+    call = _named(fn, name)
+    with jax.sharding.use_abstract_mesh(mesh):
+        result = jax.tree.map(_abstract, jax.jit(call, keep_unused=True).trace(*abstract).out_info)
+        out_axes = spread("out_specs", out_specs, result)
+        outputs = tensor_specs(result, out_axes, tp_degree, output_labels(result))
+        lowered = (
+            jax.jit(
+                call,
+                in_shardings=shardings(mesh, in_axes),
+                out_shardings=shardings(mesh, out_axes),
+                donate_argnums=tuple(donate_argnums),
+                keep_unused=True,
+            )
+            .trace(*abstract)
+            .lower(lowering_platforms=("cpu",))
+        )
+    code = io.BytesIO()
+    lowered.compiler_ir("stablehlo").operation.write_bytecode(code)
+    owners = [n for n, arg in enumerate(abstract) for _ in jax.tree.leaves(arg)]
+    donated = tuple(n for n, owner in enumerate(owners) if owner in donate_argnums)
+    return Traced(name, tp_degree, code.getvalue(), tuple(inputs), tuple(outputs), donated)
+
+
+def lower(
+    fn: Function,
+    *args: Any,
+    tp_degree: int = 1,
+    in_specs: Sequence[Any] | None = None,
+    out_specs: Any = None,
+    donate_argnums: Sequence[int] = (),
+    name: str | None = None,
+    input_kinds: Sequence[Kind] | None = None,
+    input_names: Sequence[str] | None = None,
+) -> Program:
+    """Lowers a JAX function to what one of `tp_degree` cores runs. No device is needed, and no values.
+
+    Args:
+        args: pytrees of arrays or `jax.ShapeDtypeStruct`s, shapes over all cores.
+        in_specs: for each argument a PartitionSpec over the axis "tp", or a pytree of them that is a prefix of the
+            argument's; None where it is on every core.
+        out_specs: likewise for the result.
+        donate_argnums: arguments that become outputs of the same shape, dtype and spec; their memory is reused.
+        name: the program's; by default the function's.
+        input_kinds: "param", "cache" or "input" for each argument; by default "cache" where donated, else "input".
+        input_names: for each array; by default the argument's name and path, for a "param" the path alone.
+
+    Raises:
+        LoweringError: an axis does not divide, a spec names another axis or does not fit the argument, XLA cannot
+            partition the function, or a donated argument has no output that it can become.
+    """
+    return trace(
+        fn,
+        *args,
+        tp_degree=tp_degree,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        donate_argnums=donate_argnums,
+        name=name,
+        input_kinds=input_kinds,
+        input_names=input_names,
+    ).lower()
+
+
+def lower_many(traced: Sequence[Traced], workers: int = 2) -> Iterator[Program]:
+    """The second half of `lower` for several programs, `workers` at a time; yields them in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(Traced.lower, traced)
+
+
+def compile_py_func(fn: Function, *args: Any, **options: Any) -> bytes:
+    """The serialized HloModuleProto of a function, for `neuronx-cc compile --framework=XLA`.
+
+    Args:
+        args: as of `lower`. Where none are given, each parameter's default has to be a `jax.ShapeDtypeStruct`.
+        options: of `lower`.
+    """
+    if not args:
+        args = tuple(p.default for p in inspect.signature(fn).parameters.values())
+        if any(a is inspect.Parameter.empty for a in args):
+            raise LoweringError(
+                f"compile_py_func needs the shapes of {getattr(fn, '__name__', fn)}: give arrays or "
+                "jax.ShapeDtypeStructs after it, or make them the parameters' defaults"
+            )
+    return lower(fn, *args, **options).hlo_module
+
+
+def _named(fn: Function, name: str) -> Function:
+    def call(*args: Any) -> Any:
+        return fn(*args)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))

@@ -1,0 +1,131 @@
+"""The inputs and outputs of a program: pytrees of arrays and PartitionSpecs, flattened and named."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from jx_neuron.errors import LoweringError
+from jx_neuron.sharding import AXIS
+
+Kind = Literal["param", "cache", "input", "rank", "output"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a program.
+
+    Attributes:
+        shape: on one core.
+        dtype: as numpy or ml_dtypes name it.
+        partition: for each axis "tp" where it is split over the cores, else None.
+        alias: of an output, the number of the input whose memory it takes.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+    partition: tuple[str | None, ...]
+    alias: int | None = None
+
+    def global_shape(self, tp_degree: int) -> tuple[int, ...]:
+        """The shape over all cores."""
+        return tuple(n * tp_degree if axis else n for n, axis in zip(self.shape, self.partition, strict=True))
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, PartitionSpec)
+
+
+def spread(what: str, specs: Any, tree: Any) -> Any:
+    """A pytree prefix of PartitionSpecs (or None) as the axes of every leaf. LoweringError where one does not fit."""
+
+    def one(spec: PartitionSpec | None, below: Any) -> Any:
+        return jax.tree.map(lambda leaf: _Axes(_axes(what, spec, leaf.shape)), below)
+
+    try:
+        return jax.tree.map(one, specs, tree, is_leaf=_is_spec)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, LoweringError):
+            raise
+        raise LoweringError(f"{what} is no prefix of the pytree that it describes: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Axes:
+    names: tuple[str | None, ...]
+
+
+def _axes(what: str, spec: PartitionSpec | None, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    names = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec or ()]
+    if len(names) > len(shape) or any(n not in (AXIS, None) for n in names) or names.count(AXIS) > 1:
+        raise LoweringError(
+            f"{what}: {spec} does not fit an array of shape {shape}: name the axis {AXIS!r} at most once, and at most "
+            f"{len(shape)} axes"
+        )
+    return (*names, *[None] * (len(shape) - len(names)))
+
+
+def shardings(mesh: AbstractMesh, tree: Any) -> Any:
+    """What `spread` gives as shardings over a mesh."""
+    return jax.tree.map(lambda axes: NamedSharding(mesh, PartitionSpec(*axes.names)), tree)
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    return str(jax.tree_util.keystr(path, simple=True, separator="."))
+
+
+def input_labels(
+    fn: Callable[..., Any], args: tuple[Any, ...], kinds: Sequence[Kind], names: Sequence[str] | None
+) -> Iterator[tuple[str, Kind]]:
+    """The name and kind of every array of the arguments, as `lower` states them."""
+    if len(kinds) != len(args):
+        raise LoweringError(f"{len(kinds)} input_kinds given for {len(args)} arguments")
+    found = [
+        (key if kind == "param" and key else f"{argument}.{key}" if key else argument, kind)
+        for argument, kind, tree in zip(_argument_names(fn, args), kinds, args, strict=True)
+        for key in (_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    ]
+    if names is None:
+        return iter(found)
+    if len(names) != len(found):
+        raise LoweringError(f"{len(names)} input_names given for {len(found)} arrays")
+    return zip(names, [kind for _, kind in found], strict=True)
+
+
+def _argument_names(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    try:
+        bound = inspect.signature(fn).bind(*args)
+    except TypeError as error:
+        raise LoweringError(f"the function does not take {len(args)} arguments: {error}") from error
+    names: list[str] = []
+    for name, value in bound.arguments.items():
+        variadic = bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{name}{n}" for n in range(len(value))] if variadic else [name]
+    return names
+
+
+def output_labels(outputs: Any) -> Iterator[tuple[str, Kind]]:
+    """The name and kind of every array of a result: output, then its path."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(outputs):
+        key = _key(path)
+        yield (f"output.{key}" if key else "output"), "output"
+
+
+def tensor_specs(tree: Any, axes: Any, tp_degree: int, labels: Iterator[tuple[str, Kind]]) -> list[TensorSpec]:
+    """The arrays of a pytree as one of `tp_degree` cores holds them. LoweringError where an axis does not divide."""
+    specs = []
+    for leaf, split, (name, kind) in zip(jax.tree.leaves(tree), jax.tree.leaves(axes), labels, strict=True):
+        if any(n % tp_degree for n, axis in zip(leaf.shape, split.names, strict=True) if axis):
+            raise LoweringError(
+                f"{name} of shape {leaf.shape} cannot be split as {split.names} over {tp_degree} cores: pad that axis "
+                f"to a multiple of {tp_degree}"
+            )
+        shape = tuple(n // tp_degree if axis else n for n, axis in zip(leaf.shape, split.names, strict=True))
+        specs.append(TensorSpec(name, kind, shape, np.dtype(leaf.dtype).name, split.names))
+    return specs

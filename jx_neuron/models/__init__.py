@@ -1,0 +1,152 @@
+"""The decoder families: one file each, named by the HF model_type, and the registry that finds them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jx_neuron import cache, weights
+from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.errors import ConfigError
+from jx_neuron.hf_config import HFConfig
+from jx_neuron.nn import Span
+from jx_neuron.sharding import Padding
+from jx_neuron.weights import Params, W
+
+
+class DecoderModule(Protocol):
+    """What a family's `Model` does: hidden states of each token, then logits of those that are asked for."""
+
+    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]: ...
+    def logits(self, x_btd: Array) -> Array: ...
+
+
+class Family(Protocol):
+    """What a model file holds."""
+
+    Config: type[HFConfig]
+    Model: type[Any]
+    WEIGHTS: Sequence[W]
+    IGNORE: Sequence[str]
+
+
+_FAMILIES: dict[str, Family | str] = {
+    "gpt2": "jx_neuron.models.gpt2",
+    "gptj": "jx_neuron.models.gptj",
+    "llama": "jx_neuron.models.llama",
+    "opt": "jx_neuron.models.opt",
+}
+
+
+def model_types() -> list[str]:
+    """The model types that can be loaded."""
+    return sorted(_FAMILIES)
+
+
+def register(model_type: str, family: Any) -> None:
+    """Makes a decoder of one's own known: a module, or any object, with `Config`, `Model`, `WEIGHTS` and `IGNORE`.
+
+    Raises ConfigError where one of them is absent.
+    """
+    if absent := [name for name in ("Config", "Model", "WEIGHTS", "IGNORE") if not hasattr(family, name)]:
+        raise ConfigError(f"the decoder registered as {model_type!r} lacks {', '.join(absent)}")
+    _FAMILIES[model_type] = family
+
+
+def family(model_type: str) -> Family:
+    """The family of an HF model_type. Raises ConfigError that lists those known."""
+    if model_type not in _FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}. "
+            "A decoder of your own is added with jx_neuron.register()"
+        )
+    found = _FAMILIES[model_type]
+    return cast(Family, import_module(found)) if isinstance(found, str) else found
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model at one tensor-parallel degree, without its parameters: a pure function of them."""
+
+    model_type: str
+    config: HFConfig
+    table: Sequence[W]
+    ignore: Sequence[str]
+    graph: Any = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    tp_degree: int = 1
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, Any], tp_degree: int = 1) -> "Decoder":
+        """The decoder that a parsed config.json describes; allocates nothing."""
+        model_type = raw.get("model_type")
+        if not isinstance(model_type, str):
+            raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))
+        of = family(model_type)
+        config = of.Config.from_hf(raw)
+        module = nnx.eval_shape(lambda: of.Model(config, nnx.Rngs(0)))
+        return cls._of(model_type, config, of.WEIGHTS, of.IGNORE, module, tp_degree)
+
+    @classmethod
+    def from_module(
+        cls, module: nnx.Module, config: HFConfig, table: Sequence[W] = (), tp_degree: int = 1
+    ) -> "Decoder":
+        """The decoder of a module in hand; `table` is needed above a tensor-parallel degree of 1."""
+        return cls._of(config.MODEL_TYPE, config, table, (), module, tp_degree)
+
+    @classmethod
+    def _of(
+        cls, model_type: str, config: HFConfig, table: Sequence[W], ignore: Sequence[str], module: Any, tp_degree: int
+    ) -> "Decoder":
+        graph, state = nnx.split(module)
+        shapes = {path: tuple(leaf.shape) for path, leaf in weights.flatten(state).items()}
+        return cls(model_type, config, table, ignore, graph, shapes, tp_degree)
+
+    @cached_property
+    def padding(self) -> Padding:
+        return Padding(self.config.sizes, self.tp_degree)
+
+    @cached_property
+    def rows(self) -> list[W]:
+        """The weight table's rows that this config has parameters for."""
+        return [row for row in weights.rows_of(self.table, self.config.layers) if row.target in self.shapes]
+
+    def bind(self, params: Params) -> DecoderModule:
+        """The module that holds `params`."""
+        flat = {
+            tuple(int(p) if p.isdigit() else p for p in path.split(".")): nnx.Param(a) for path, a in params.items()
+        }
+        return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(flat)))
+
+    def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters as shapes, padded; sharded over `mesh` where given."""
+        return {
+            path: jax.ShapeDtypeStruct(
+                self._row[path].target_shape(self.padding) if path in self._row else shape,
+                jnp.dtype(dtype),
+                sharding=NamedSharding(mesh, self.partition(path)) if mesh else None,
+            )
+            for path, shape in self.shapes.items()
+        }
+
+    def partition(self, path: str) -> PartitionSpec:
+        """How a parameter is split among cores."""
+        return self._row[path].partition if path in self._row else PartitionSpec()
+
+    @cached_property
+    def _row(self) -> dict[str, W]:
+        return {row.target: row for row in self.rows}
+
+    def abstract_cache(self, batch: int, slots: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
+        """The cache as shapes."""
+        shape = cache.shape(batch, self.padding.size("k"), slots, self.config.sizes["h"])
+        sharding = NamedSharding(mesh, cache.PARTITION) if mesh else None
+        leaf = cast(Array, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding))
+        return tuple(LayerKV(leaf, leaf) for _ in range(self.config.layers))

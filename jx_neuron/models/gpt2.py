@@ -1,0 +1,127 @@
+"""GPT-2 (Radford et al., 2019).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt2/modeling_gpt2.py
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.hf_config import HFConfig, divisible, one_of
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.weights import W
+
+
+@dataclass(frozen=True)
+class Config(HFConfig):
+    """HF's GPT2Config."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    MODEL_TYPE: ClassVar[str] = "gpt2"
+    # reorder_and_upcast_attn: scores and softmax are float32 here in any case
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        """attn_pdrop embd_pdrop resid_pdrop n_ctx n_special predict_special_tokens output_past reorder_and_upcast_attn
+        summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj""".split()
+    )
+
+    def __post_init__(self) -> None:
+        one_of("gpt2", "activation_function", self.activation_function, ACT)
+        divisible("gpt2", "n_embd", self.n_embd, "n_head", self.n_head)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        f = self.n_inner if self.n_inner is not None else 4 * self.n_embd
+        h = self.n_embd // self.n_head
+        return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size, s=self.n_positions, c=3)
+
+    @property
+    def layers(self) -> int:
+        return self.n_layer
+
+    @property
+    def max_positions(self) -> int:
+        return self.n_positions
+
+    def scale(self, layer: int) -> float:
+        """What attention scores are multiplied by."""
+        scale = 1 / math.sqrt(self.sizes["h"]) if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
+        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
+        self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
+        self.c_attn = Linear((d,), (3, n, h), bias=True, rngs=rngs)
+        self.c_proj = Linear((n, h), (d,), bias=True, rngs=rngs)
+        self.ln_2 = LayerNorm(d, cfg.layer_norm_epsilon)
+        self.c_fc = Linear((d,), (f,), bias=True, rngs=rngs)
+        self.mlp_c_proj = Linear((f,), (d,), bias=True, rngs=rngs)
+        self.act = ACT[cfg.activation_function]
+        self.scale = cfg.scale(layer)
+
+    def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
+        q_btnh, k_btnh, v_btnh = (self.c_attn(self.ln_1(x_btd))[:, :, i] for i in range(3))
+        a_btnh, kv = attend(q_btnh, k_btnh, v_btnh, kv, at, self.scale)
+        x_btd = x_btd + self.c_proj(a_btnh)
+        return x_btd + self.mlp_c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), kv
+
+
+class Model(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+        self.wpe = Embedding(cfg.n_positions, cfg.n_embd, rngs=rngs)
+        self.h = nnx.List(Block(cfg, i, rngs) for i in range(cfg.n_layer))
+        self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+
+    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+        x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
+        layers = []
+        for block, kv in zip(self.h, cache, strict=True):
+            x_btd, written = block(x_btd, kv, at)
+            layers.append(written)
+        return self.ln_f(x_btd), tuple(layers)
+
+    def logits(self, x_btd: Array) -> Array:
+        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)
+
+
+WEIGHTS = (
+    W("transformer.wte.weight", "wte.embedding", "v d -> v d", P("tp", None)),
+    W("transformer.wpe.weight", "wpe.embedding", "s d -> s d"),
+    W("transformer.h.{i}.ln_1.weight", "h.{i}.ln_1.scale", "d -> d"),
+    W("transformer.h.{i}.ln_1.bias", "h.{i}.ln_1.bias", "d -> d"),
+    W("transformer.h.{i}.attn.c_attn.weight", "h.{i}.c_attn.kernel", "d (c n h) -> d c n h", P(None, None, "tp", None)),
+    W("transformer.h.{i}.attn.c_attn.bias", "h.{i}.c_attn.bias", "(c n h) -> c n h", P(None, "tp", None)),
+    W("transformer.h.{i}.attn.c_proj.weight", "h.{i}.c_proj.kernel", "(n h) d -> n h d", P("tp", None, None)),
+    W("transformer.h.{i}.attn.c_proj.bias", "h.{i}.c_proj.bias", "d -> d"),
+    W("transformer.h.{i}.ln_2.weight", "h.{i}.ln_2.scale", "d -> d"),
+    W("transformer.h.{i}.ln_2.bias", "h.{i}.ln_2.bias", "d -> d"),
+    W("transformer.h.{i}.mlp.c_fc.weight", "h.{i}.c_fc.kernel", "d f -> d f", P(None, "tp")),
+    W("transformer.h.{i}.mlp.c_fc.bias", "h.{i}.c_fc.bias", "f -> f", P("tp")),
+    W("transformer.h.{i}.mlp.c_proj.weight", "h.{i}.mlp_c_proj.kernel", "f d -> f d", P("tp", None)),
+    W("transformer.h.{i}.mlp.c_proj.bias", "h.{i}.mlp_c_proj.bias", "d -> d"),
+    W("transformer.ln_f.weight", "ln_f.scale", "d -> d"),
+    W("transformer.ln_f.bias", "ln_f.bias", "d -> d"),
+    W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
+)
+
+# causal masks that older checkpoints carry, and the head that is tied
+IGNORE = (r"h\.\d+\.attn\.(masked_)?bias", r"lm_head\.weight")

@@ -1,0 +1,138 @@
+"""GPT-J (Wang and Komatsuzaki, 2021).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/gptj/modeling_gptj.py
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.errors import ConfigError
+from jx_neuron.hf_config import HFConfig, divisible, one_of
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
+from jx_neuron.weights import W
+
+
+@dataclass(frozen=True)
+class Config(HFConfig):
+    """HF's GPTJConfig."""
+
+    vocab_size: int = 50400
+    n_positions: int = 2048
+    n_embd: int = 4096
+    n_layer: int = 28
+    n_head: int = 16
+    rotary_dim: int | None = 64
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    MODEL_TYPE: ClassVar[str] = "gptj"
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        """attn_pdrop embd_pdrop resid_pdrop n_ctx summary_activation summary_first_dropout
+        summary_proj_to_labels summary_type summary_use_proj""".split()
+    )
+    # checkpoints carry both, HF reads neither
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rotary": (True,), "scale_attn_weights": (True,)}
+
+    def __post_init__(self) -> None:
+        one_of("gptj", "activation_function", self.activation_function, ACT)
+        divisible("gptj", "n_embd", self.n_embd, "n_head", self.n_head)
+        h = self.sizes["h"]
+        if self.rotary < 2 or self.rotary % 2 or self.rotary > h:
+            raise ConfigError(
+                f"gptj: rotary_dim={self.rotary_dim} is not supported; it may be an even number from 2 to the head "
+                f"size {h}, or null for the whole head where that is even"
+            )
+
+    @property
+    def rotary(self) -> int:
+        """How many entries of each head are rotated."""
+        return self.sizes["h"] if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        f = self.n_inner if self.n_inner is not None else 4 * self.n_embd
+        h = self.n_embd // self.n_head
+        return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size)
+
+    @property
+    def layers(self) -> int:
+        return self.n_layer
+
+    @property
+    def max_positions(self) -> int:
+        return self.n_positions
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
+        self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
+        self.q_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
+        self.k_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
+        self.v_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
+        self.out_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
+        self.fc_in = Linear((d,), (f,), bias=True, rngs=rngs)
+        self.fc_out = Linear((f,), (d,), bias=True, rngs=rngs)
+        self.act = ACT[cfg.activation_function]
+
+    def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
+        h_btd = self.ln_1(x_btd)
+        q_btnh, k_btkh = (rope_interleaved(proj(h_btd), by) for proj in (self.q_proj, self.k_proj))
+        a_btnh, kv = attend(q_btnh, k_btkh, self.v_proj(h_btd), kv, at)
+        m_btf = self.act(self.fc_in(h_btd))
+        return x_btd + self.out_proj(a_btnh) + self.fc_out(m_btf), kv
+
+
+class Model(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+        self.h = nnx.List(Block(cfg, rngs) for _ in range(cfg.n_layer))
+        self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+        self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
+        self.rotary = cfg.rotary
+
+    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+        x_btd = self.wte(tokens_bt)
+        by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
+        layers = []
+        for block, kv in zip(self.h, cache, strict=True):
+            x_btd, written = block(x_btd, kv, at, by)
+            layers.append(written)
+        return self.ln_f(x_btd), tuple(layers)
+
+    def logits(self, x_btd: Array) -> Array:
+        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd) + self.lm_head_bias[...]
+
+
+LAYER = "transformer.h.{i}."
+WEIGHTS = (
+    W("transformer.wte.weight", "wte.embedding", "v d -> v d", P("tp", None)),
+    W(LAYER + "ln_1.weight", "h.{i}.ln_1.scale", "d -> d"),
+    W(LAYER + "ln_1.bias", "h.{i}.ln_1.bias", "d -> d"),
+    W(LAYER + "attn.q_proj.weight", "h.{i}.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
+    W(LAYER + "attn.k_proj.weight", "h.{i}.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "attn.v_proj.weight", "h.{i}.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "attn.out_proj.weight", "h.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
+    W(LAYER + "mlp.fc_in.weight", "h.{i}.fc_in.kernel", "f d -> d f", P(None, "tp")),
+    W(LAYER + "mlp.fc_in.bias", "h.{i}.fc_in.bias", "f -> f", P("tp")),
+    W(LAYER + "mlp.fc_out.weight", "h.{i}.fc_out.kernel", "d f -> f d", P("tp", None)),
+    W(LAYER + "mlp.fc_out.bias", "h.{i}.fc_out.bias", "d -> d"),
+    W("transformer.ln_f.weight", "ln_f.scale", "d -> d"),
+    W("transformer.ln_f.bias", "ln_f.bias", "d -> d"),
+    W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
+    W("lm_head.bias", "lm_head_bias", "v -> v", P("tp")),
+)
+
+# causal masks and position tables that older checkpoints carry, and the head that is tied
+IGNORE = (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)", r"lm_head\.weight")

@@ -1,0 +1,146 @@
+"""OPT (Zhang et al., arXiv:2205.01068).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/opt/modeling_opt.py
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.hf_config import HFConfig, divisible, one_of
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.weights import W
+
+OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
+EPSILON = 1e-5  # torch's default, which HF leaves as it is
+
+
+@dataclass(frozen=True)
+class Config(HFConfig):
+    """HF's OPTConfig."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = field(default=False, metadata={"hf": "_remove_final_layer_norm"})
+    word_embed_proj_dim: int | None = None
+    num_attention_heads: int = 12
+    activation_function: str = "relu"
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+
+    MODEL_TYPE: ClassVar[str] = "opt"
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        "activation_dropout attention_dropout dropout init_std layerdrop".split()
+    )
+
+    def __post_init__(self) -> None:
+        one_of("opt", "activation_function", self.activation_function, ACT)
+        divisible("opt", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        d, n, e = self.hidden_size, self.num_attention_heads, self.word_embed_proj_dim or self.hidden_size
+        s = self.max_position_embeddings + OFFSET
+        return dict(d=d, n=n, k=n, h=d // n, f=self.ffn_dim, v=self.vocab_size, s=s, e=e)
+
+    @property
+    def layers(self) -> int:
+        return self.num_hidden_layers
+
+    @property
+    def max_positions(self) -> int:
+        return self.max_position_embeddings
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
+        bias, affine = cfg.enable_bias, cfg.layer_norm_elementwise_affine
+        self.self_attn_layer_norm = LayerNorm(d, EPSILON, affine=affine)
+        self.q_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
+        self.k_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
+        self.v_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
+        self.out_proj = Linear((n, h), (d,), bias=bias, rngs=rngs)
+        self.final_layer_norm = LayerNorm(d, EPSILON, affine=affine)
+        self.fc1 = Linear((d,), (f,), bias=bias, rngs=rngs)
+        self.fc2 = Linear((f,), (d,), bias=bias, rngs=rngs)
+        self.act = ACT[cfg.activation_function]
+        self.pre_norm = cfg.do_layer_norm_before
+
+    def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
+        h_btd = self.self_attn_layer_norm(x_btd) if self.pre_norm else x_btd
+        a_btnh, kv = attend(self.q_proj(h_btd), self.k_proj(h_btd), self.v_proj(h_btd), kv, at)
+        x_btd = x_btd + self.out_proj(a_btnh)
+        if not self.pre_norm:
+            x_btd = self.self_attn_layer_norm(x_btd)
+        h_btd = self.final_layer_norm(x_btd) if self.pre_norm else x_btd
+        x_btd = x_btd + self.fc2(self.act(self.fc1(h_btd)))
+        return (x_btd if self.pre_norm else self.final_layer_norm(x_btd)), kv
+
+
+class Model(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        d, e, v, s = (cfg.sizes[c] for c in "devs")
+        final_norm = cfg.do_layer_norm_before and not cfg.remove_final_layer_norm
+        self.embed_tokens = Embedding(v, e, rngs=rngs)
+        self.embed_positions = Embedding(s, d, rngs=rngs)
+        self.project_in = Linear((e,), (d,), bias=False, rngs=rngs) if e != d else None
+        self.layers = nnx.List(Block(cfg, rngs) for _ in range(cfg.layers))
+        self.final_layer_norm = LayerNorm(d, EPSILON, affine=cfg.layer_norm_elementwise_affine) if final_norm else None
+        self.project_out = Linear((d,), (e,), bias=False, rngs=rngs) if e != d else None
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, e, rngs=rngs)
+
+    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+        x_btd = self.embed_tokens(tokens_bt)
+        if self.project_in is not None:
+            x_btd = self.project_in(x_btd)
+        x_btd = x_btd + self.embed_positions(at.position_bt + OFFSET)
+        layers = []
+        for block, kv in zip(self.layers, cache, strict=True):
+            x_btd, written = block(x_btd, kv, at)
+            layers.append(written)
+        return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), tuple(layers)
+
+    def logits(self, x_btd: Array) -> Array:
+        x_bte = x_btd if self.project_out is None else self.project_out(x_btd)
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_bte)
+
+
+LAYER = "model.decoder.layers.{i}."
+WEIGHTS = (
+    W("model.decoder.embed_tokens.weight", "embed_tokens.embedding", "v e -> v e", P("tp", None)),
+    W("model.decoder.embed_positions.weight", "embed_positions.embedding", "s d -> s d"),
+    W("model.decoder.project_in.weight", "project_in.kernel", "d e -> e d"),
+    W("model.decoder.project_out.weight", "project_out.kernel", "e d -> d e"),
+    W("model.decoder.final_layer_norm.weight", "final_layer_norm.scale", "d -> d"),
+    W("model.decoder.final_layer_norm.bias", "final_layer_norm.bias", "d -> d"),
+    W(LAYER + "self_attn_layer_norm.weight", "layers.{i}.self_attn_layer_norm.scale", "d -> d"),
+    W(LAYER + "self_attn_layer_norm.bias", "layers.{i}.self_attn_layer_norm.bias", "d -> d"),
+    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
+    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.q_proj.bias", "(n h) -> n h", P("tp", None)),
+    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.k_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.v_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.out_proj.weight", "layers.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
+    W(LAYER + "self_attn.out_proj.bias", "layers.{i}.out_proj.bias", "d -> d"),
+    W(LAYER + "final_layer_norm.weight", "layers.{i}.final_layer_norm.scale", "d -> d"),
+    W(LAYER + "final_layer_norm.bias", "layers.{i}.final_layer_norm.bias", "d -> d"),
+    W(LAYER + "fc1.weight", "layers.{i}.fc1.kernel", "f d -> d f", P(None, "tp")),
+    W(LAYER + "fc1.bias", "layers.{i}.fc1.bias", "f -> f", P("tp")),
+    W(LAYER + "fc2.weight", "layers.{i}.fc2.kernel", "d f -> f d", P("tp", None)),
+    W(LAYER + "fc2.bias", "layers.{i}.fc2.bias", "d -> d"),
+    W("lm_head.weight", "lm_head.embedding", "v e -> v e", P("tp", None)),
+)
+
+# the head that is tied
+IGNORE = (r"lm_head\.weight",)

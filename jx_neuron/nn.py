@@ -1,0 +1,157 @@
+"""Layers shared by the decoders, as flax nnx modules, and the attention over a cache.
+
+Array suffixes: b batch, t query tokens, s cache slots, d model width, n query
+heads, k key/value heads, h head size, f MLP width, v vocabulary. Layers take
+their sizes from their arrays, not from a config, so the same module runs with
+heads, MLP and vocabulary padded for tensor parallelism.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jx_neuron import cache
+from jx_neuron.cache import LayerKV
+
+
+class Span(NamedTuple):
+    """The positions that one call works on.
+
+    position_bt: absolute position of each token, int32.
+    extent_b:    length of each row's sequence as far as it is known, int32; beyond the
+                 tokens of this call where a prompt goes through in chunks.
+    mask_bts:    True where token t may attend to cache slot s.
+    """
+
+    position_bt: Array
+    extent_b: Array
+    mask_bts: Array
+
+
+def span(start_b: Array, length_b: Array, tokens: int, slots: int) -> Span:
+    """The span of `tokens` tokens from `start_b` on, over the first `slots` slots of the cache."""
+    position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    mask_bts = jnp.arange(slots, dtype=jnp.int32) <= position_bt[:, :, None]
+    return Span(position_bt, start_b + length_b, mask_bts)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias, over the last axes of x; kernel [*inputs, *outputs], bias [*outputs]."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
+        scale = 1.0 / math.sqrt(math.prod(inputs))
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*inputs, *outputs)))
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
+        self.axes = len(inputs)
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.tensordot(x, self.kernel[...], axes=self.axes)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
+
+    def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (entries, d)))
+
+    def __call__(self, index_bt: Array) -> Array:
+        return self.embedding[...].at[index_bt].get(mode="clip")
+
+    def attend(self, x_btd: Array) -> Array:
+        """Logits [b, t, v] = x · tableᵀ."""
+        return jnp.einsum("...d,vd->...v", x_btd, self.embedding[...])
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) · scale + bias over the last axis, in float32 (Ba et al., arXiv:1607.06450)."""
+
+    def __init__(self, d: int, eps: float, *, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones((d,))) if affine else None
+        self.bias = nnx.Param(jnp.zeros((d,))) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, d: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def attend(
+    q_btnh: Array, k_btkh: Array, v_btkh: Array, kv: LayerKV, at: Span, scale: float | None = None
+) -> tuple[Array, LayerKV]:
+    """Writes keys and values to the cache, then attends to the slots that `at` allows.
+
+    softmax(scale · q · kᵀ) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)
+    (grouped-query attention, Ainslie et al., arXiv:2305.13245). Scores and softmax are float32.
+
+    Returns the attention output [b, t, n, h] and the cache written to.
+    """
+    b, t, n, h = q_btnh.shape
+    k = k_btkh.shape[2]
+    kv = cache.write(kv, k_btkh, v_btkh, at.position_bt[:, 0])
+    k_bksh, v_bksh = cache.read(kv, at.mask_bts.shape[-1])
+    q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
+        1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
+    )
+    w_bkgts = jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
+    w_bkgts = jnp.where(at.mask_bts[:, None, None], w_bkgts, jnp.finfo(jnp.float32).min)
+    p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
+    a_btkgh = jnp.einsum("bkgts,bksh->btkgh", p_bkgts, v_bksh)
+    return a_btkgh.reshape(b, t, n, h), kv
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+# https://github.com/huggingface/transformers/blob/main/src/transformers/activations.py
+ACT: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": lambda x: x * jnp.clip(x + 3, 0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": lambda x: jnp.clip(x, 0, 6),
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

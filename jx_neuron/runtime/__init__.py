@@ -1,0 +1,36 @@
+"""Ways to run the step, behind one interface."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from jx_neuron.lowering.shape import Shape
+
+
+class Result(NamedTuple):
+    """What one program gave; arrays that may still be in the making until they are read with numpy.
+
+    token_b1:  the next token of each row, int32 [b, 1], fit to be the next call's `tokens_bt`.
+    logits_bv: float32 [b, v], or [b, t, v] where all were asked; v padded to the tensor-parallel degree.
+    """
+
+    token_b1: Any
+    logits_bv: Any
+
+
+class Runtime(Protocol):
+    """Holds parameters and a cache on its devices, and runs programs on them."""
+
+    candidates: int | None
+    """How many candidates the programs sample from; None where one is compiled for any number."""
+
+    def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
+        """Runs the program of `shape` on `inputs` (those of `shape.inputs()`), reading and writing the cache."""
+        ...
+
+    def reset(self) -> None:
+        """Says that what the cache holds is no longer needed."""
+        ...
+
+    def compile(self, shapes: list[Shape]) -> None:
+        """Makes the programs of `shapes` ready."""
+        ...

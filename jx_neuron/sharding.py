@@ -1,0 +1,107 @@
+"""The mesh of a tensor-parallel model, and how axes are padded so that every core holds the same shape."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jx_neuron.errors import InputError
+
+AXIS = "tp"
+
+
+def request_devices(count: int) -> None:
+    """Arranges for JAX to have `count` CPU devices. Has no effect once anything has used JAX."""
+    try:
+        if jax.config.jax_num_cpu_devices < count:
+            jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend has started
+        pass
+
+
+def mesh(tp_degree: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis over the first `tp_degree` of `devices` (all of JAX's by default).
+
+    Raises InputError where there are fewer.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) < tp_degree:
+        raise InputError(
+            f"tp_degree={tp_degree} needs {tp_degree} devices and JAX has {len(devices)} "
+            f"({devices[0].platform}). On a CPU, "
+            f"call jx_neuron.request_devices({tp_degree}) before anything else uses JAX, or lower tp_degree"
+        )
+    return Mesh(np.asarray(devices[:tp_degree]), (AXIS,))
+
+
+def padded(size: int, tp_degree: int) -> int:
+    """The least multiple of `tp_degree` that is at least `size`."""
+    return math.ceil(size / tp_degree) * tp_degree
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where each entry of each padded axis comes from, for one model at one tensor-parallel degree.
+
+    Query head slot i holds HF head `query[i]` and reads key/value slot i // (len(query) / len(key_value)), which
+    holds HF head `key_value[...]`; -1 is a head of zeros. Heads are padded where they do not divide, key/value heads are
+    replicated where there are fewer than cores; every other partitioned axis ends in zeros. What is padded meets
+    a zero row of the next projection, so it never changes a result.
+    """
+
+    sizes: Mapping[str, int]
+    tp_degree: int
+
+    @cached_property
+    def key_value(self) -> tuple[int, ...]:
+        k, tp = self.sizes["k"], self.tp_degree
+        if self._replicated:
+            return tuple(head for head in range(k) for _ in range(tp // k + (head < tp % k)))
+        return tuple(range(k)) + (-1,) * (padded(k, tp) - k)
+
+    @cached_property
+    def query(self) -> tuple[int, ...]:
+        group = self._group
+        per_slot = math.ceil(group / (self.tp_degree // self.sizes["k"])) if self._replicated else group
+        placed = Counter[int]()
+        slots: list[int] = []
+        for head in self.key_value:
+            first = head * group + placed[head]
+            heads = [] if head < 0 else list(range(first, min(first + per_slot, (head + 1) * group)))
+            placed[head] += len(heads)
+            slots += heads + [-1] * (per_slot - len(heads))
+        return tuple(slots)
+
+    @property
+    def _group(self) -> int:
+        return self.sizes["n"] // self.sizes["k"]
+
+    @property
+    def _replicated(self) -> bool:
+        return self.sizes["k"] < self.tp_degree and self._group > 1
+
+    def size(self, letter: str) -> int:
+        """The padded size of an axis; that of a letter which is never partitioned is unchanged."""
+        if letter == "n":
+            return len(self.query)
+        if letter == "k":
+            return len(self.key_value)
+        return padded(self.sizes[letter], self.tp_degree)
+
+    def apply(self, array: np.ndarray, axis: int, letter: str) -> np.ndarray:
+        """`array` with `axis` laid out and padded."""
+        if letter in "nk":
+            source = np.asarray(self.query if letter == "n" else self.key_value)
+            if np.array_equal(source, np.arange(array.shape[axis])):
+                return array
+            taken = np.take(array, np.maximum(source, 0), axis=axis)
+            shape = [1] * array.ndim
+            shape[axis] = len(source)
+            return taken * (source >= 0).reshape(shape).astype(array.dtype)
+        extra = self.size(letter) - array.shape[axis]
+        return np.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)]) if extra else array

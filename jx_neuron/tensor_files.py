@@ -1,0 +1,219 @@
+"""Tensors in safetensors and torch files, found at once and read one at a time."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from jx_neuron.errors import CheckpointError
+
+Array = npt.NDArray[Any]
+
+AGAIN = "copy or download it again"
+TORCH_PAGES = 16 * 2**20  # bytes of a mapped torch file that may be resident before it is mapped anew
+
+SAFETENSORS_DTYPES: Mapping[str, npt.DTypeLike] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+TORCH_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: its shape and dtype, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    load: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array that `load` returns."""
+        size: int = np.prod(self.shape, dtype=object) * self.dtype.itemsize
+        return size
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError where `path` is no file, is empty, or only stands for one kept in Git LFS."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; {AGAIN}.")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes); {AGAIN}.")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`.")
+
+
+def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes of `path` from `offset` on; read, since pages of a mapped file count as our memory."""
+    try:
+        data = np.fromfile(path, np.uint8, size, offset=offset)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if data.size != size:
+        raise CheckpointError(f"{path} ends before byte {offset + size}: it is cut short; {AGAIN}.")
+    return data
+
+
+def safetensors_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises CheckpointError for a file that is missing, cut short, malformed, or of a dtype not in
+    SAFETENSORS_DTYPES. Format: https://github.com/huggingface/safetensors#format
+    """
+    check_file(path)
+    try:
+        with safe_open(path, framework="np"):  # checks header, offsets and length
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}): it is cut short or damaged; {AGAIN}."
+        ) from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {entry['dtype']}; legal are {', '.join(SAFETENSORS_DTYPES)}. "
+                "Use the checkpoint in bfloat16 or float16, or convert it to one of them."
+            )
+
+    def tensor(entry: dict[str, Any]) -> Tensor:
+        (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+        dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+
+        def load() -> Array:
+            return read_bytes(path, 8 + length + start, end - start).view(dtype).reshape(shape)
+
+        return Tensor(shape, dtype, load)
+
+    return {name: tensor(entry) for name, entry in header.items()}
+
+
+class _TorchFile:
+    """A torch file under `torch.load(weights_only=True)`, mapped where its format allows.
+
+    Pages once read stay resident as long as their mapping does, so that it is given up for a new one after
+    TORCH_PAGES. A file that cannot be mapped is in memory whole, and each tensor of it goes as it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are bare pickles
+        self.resident = 0
+        self.state: dict[str, Any] = {}
+
+    def load(self) -> dict[str, Any]:
+        import torch
+
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self.path} holds Python objects other than tensors, or is damaged. Unpickling such "
+                "objects can run any code, so it is refused: get the checkpoint as safetensors, or convert "
+                f"it on a machine you can lose. torch said: {_reason(error)}"
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is not a whole torch file ({_reason(error)}): it is cut short or damaged; {AGAIN}."
+            ) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"{self.path} holds a {type(state).__name__}; legal is a dictionary of tensors by name. "
+                "Save the model's state_dict()."
+            )
+        return state
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        rows = np.empty(shape or (1,), dtype)
+        step = max(1, TORCH_PAGES * len(rows) // max(1, rows.nbytes))
+        for at in range(0, len(rows), step):
+            if name not in self.state or self.resident > TORCH_PAGES:
+                self.state, self.resident = self.load(), 0
+            part = self.state[name].detach().reshape(rows.shape)[at : at + step].contiguous()
+            rows[at : at + step] = _numpy(part, dtype)
+            self.resident += part.nbytes if self.mapped else 0
+        if not self.mapped:
+            self.state.pop(name, None)
+        return rows.reshape(shape)
+
+
+def _numpy(tensor: Any, dtype: np.dtype[Any]) -> Array:
+    import torch
+
+    array: Array = (tensor.view(torch.int16) if dtype == ml_dtypes.bfloat16 else tensor).numpy()
+    return array.view(dtype)
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's long messages that says what was found."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "WeightsUnpickler error" in line), lines[0] if lines else repr(error))
+
+
+def torch_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `pytorch_model.bin` by name; needs torch 2.6.
+
+    Raises CheckpointError where torch is missing or too old, and for a file that is missing, cut short, not
+    loadable with `weights_only`, or not a flat dictionary of dense tensors.
+    """
+    check_file(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading a .bin file needs torch, which is not installed: `pip install torch`, "
+            "or get the checkpoint as safetensors."
+        ) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise CheckpointError(
+            f"{path}: torch {torch.__version__} can be made to run code by a .bin file (CVE-2025-32434): "
+            "`pip install -U torch` to 2.6 or newer, or get the checkpoint as safetensors."
+        )
+    file = _TorchFile(path)
+    tensors = {}
+    for name, value in file.load().items():
+        dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{path}: {name!r} is {dtype}; legal are dense tensors of {', '.join(TORCH_DTYPES)}. "
+                "Save the model's state_dict() alone."
+            )
+        shape, kind = tuple(value.shape), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        tensors[name] = Tensor(shape, kind, partial(file.read, name, shape, kind))
+    return tensors

@@ -1,0 +1,176 @@
+"""From a checkpoint's tensors to a model's parameters: one row a weight, strict both ways."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import einops
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.progress import track
+from jx_neuron.sharding import AXIS, Padding
+
+REPLICATED = PartitionSpec()
+
+Params = dict[str, Array]
+"""A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel"."""
+
+
+@dataclass(frozen=True)
+class W:
+    """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
+
+    `source` and `target` may hold {i}, the layer. `layout` is an einops pattern from HF's axes to ours, in the
+    letters of the family's `Config.sizes`: "(n h) d -> d n h". `partition` names the axis of ours that is split, "tp".
+    """
+
+    source: str
+    target: str
+    layout: str
+    partition: PartitionSpec = REPLICATED
+
+    @property
+    def letters(self) -> list[str]:
+        """The axes of ours."""
+        return self.layout.split("->")[1].split()
+
+    def at(self, layer: int) -> "W":
+        return W(self.source.format(i=layer), self.target.format(i=layer), self.layout, self.partition)
+
+    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that HF's tensor must have."""
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
+        return tuple(int(np.prod([sizes[c] for c in (many or one).split()])) for many, one in groups)
+
+    def target_shape(self, padding: Padding) -> tuple[int, ...]:
+        """The shape of ours, padded where it is split."""
+        return tuple(
+            padding.size(c) if split else padding.sizes[c] for c, split in zip(self.letters, self._split, strict=True)
+        )
+
+    def lay_out(self, tensor: np.ndarray, padding: Padding) -> np.ndarray:
+        """HF's tensor as ours."""
+        used = {c: s for c, s in padding.sizes.items() if c in self.layout.replace("(", " ").replace(")", " ").split()}
+        return self.pad(einops.rearrange(tensor, self.layout, **used), padding)
+
+    def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
+        """Our layout, padded where it is split."""
+        for axis, (letter, split) in enumerate(zip(self.letters, self._split, strict=True)):
+            if split:
+                array = padding.apply(array, axis, letter)
+        return array
+
+    @property
+    def _split(self) -> list[bool]:
+        spec = tuple(self.partition)
+        return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]
+
+
+class Tensors(Protocol):
+    """What a checkpoint offers: named tensors, read one at a time."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def flatten(module_or_state: Any) -> dict[str, Any]:
+    """The parameters of an nnx module or state by dotted path, in order of path."""
+    state = nnx.state(module_or_state, nnx.Param) if isinstance(module_or_state, nnx.Module) else module_or_state
+    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return dict(sorted(flat.items()))
+
+
+def rows_of(table: Sequence[W], layers: int) -> Iterator[W]:
+    """The rows of a weight table, one for each layer where they name it."""
+    for row in table:
+        yield from (row.at(i) for i in range(layers)) if "{i}" in row.target else (row,)
+
+
+def match(
+    table: Sequence[W],
+    ignore: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int,
+    padding: Padding,
+    tensors: Tensors,
+) -> list[W]:
+    """The row of each parameter, its `source` as the checkpoint spells it, in order of the checkpoint's names.
+
+    HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
+
+    Raises CheckpointError that names each parameter without a tensor, tensor without a parameter (unless a regular
+    expression of `ignore` matches it), and tensor of the wrong shape.
+    """
+    names = set(tensors.names())
+    rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
+    if unmapped := sorted(set(shapes) - set(rows)):
+        raise ConfigError(f"no row of the weight table fills {', '.join(unmapped)}; add one")
+    prefixes = {row.source.split(".")[0] + "." for row in rows.values() if row.source.count(".") > 1}
+    absent = tuple(p for p in prefixes if not any(name.startswith(p) for name in names))
+
+    found, missing = [], []
+    for row in rows.values():
+        prefix = next((p for p in absent if row.source.startswith(p)), "")
+        source = row.source.removeprefix(prefix)
+        if source not in names:
+            missing.append(source)
+            continue
+        expected, actual = row.source_shape(padding.sizes), tuple(tensors.shape(source))
+        if actual != expected:
+            raise CheckpointError(
+                f"tensor {source} has shape {list(actual)} and the config calls for {list(expected)}; "
+                "config.json and weights are not of the same model"
+            )
+        found.append(W(source, row.target, row.layout, row.partition))
+    used = {row.source for row in found}
+    ignored = [re.compile(rf"(?:{'|'.join(map(re.escape, prefixes)) or ''})?(?:{pattern})") for pattern in ignore]
+    extra = [name for name in sorted(names - used) if not any(p.fullmatch(name) for p in ignored)]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
+    if extra:
+        raise CheckpointError(
+            f"the checkpoint holds {_some(extra)}, which no parameter takes; "
+            "config.json and weights are not of the same model"
+        )
+    return sorted(found, key=lambda row: row.source)
+
+
+def load(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype: np.dtype, mesh: Mesh, describe: str) -> Params:
+    """Reads, lays out, casts and places each tensor in turn, so that the host holds one of them beside the model."""
+    params: Params = {}
+    for row in track(rows, describe, len(rows)):
+        array = row.lay_out(tensors.read(row.source), padding)
+        params[row.target] = place(array, dtype, NamedSharding(mesh, row.partition))
+    return dict(sorted(params.items()))
+
+
+def shard(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype, mesh: Mesh) -> Params:
+    """Parameters in hand, unpadded, as `load` would place them. Without rows, each is held whole by one core."""
+    by_target = {row.target: row for row in rows}
+    if mesh.size > 1 and (unmapped := sorted(set(params) - set(by_target))):
+        raise ConfigError(
+            f"no row of the weight table says how {', '.join(unmapped)} is split; add one, or use tp_degree=1"
+        )
+    placed = {}
+    for path, param in params.items():
+        row = by_target.get(path)
+        array = np.asarray(param) if row is None else row.pad(np.asarray(param), padding)
+        placed[path] = place(array, dtype, NamedSharding(mesh, row.partition if row else REPLICATED))
+    return placed
+
+
+def place(array: np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> Array:
+    """`array` as `dtype`, on the devices of `sharding`."""
+    return jax.device_put(np.ascontiguousarray(array).astype(dtype, copy=False), sharding).block_until_ready()
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(names[:most]) + more

@@ -1,0 +1,226 @@
+"""Config fields: HF's defaults, HF's names, real checkpoints' config.json files, and refusals."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import transformers
+from transformers.activations import ACT2FN
+
+from jx_neuron.errors import ConfigError, JxNeuronError
+from jx_neuron.hf_config import INERT, ONLY, HFConfig
+from jx_neuron.models import Decoder, family, model_types
+from jx_neuron.nn import ACT
+
+HF = {
+    "gpt2": transformers.GPT2Config,
+    "gptj": transformers.GPTJConfig,
+    "llama": transformers.LlamaConfig,
+    "opt": transformers.OPTConfig,
+}
+# not fields of HF's dataclass, but read by its RotaryEmbeddingConfigMixin
+ROPE = {"rope_scaling": None, "rope_theta": 10000.0, "original_max_position_embeddings": None}
+
+# config.json as the Hub has them
+GPT2 = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 50257,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}  # fmt: skip
+OPT = {
+    "_name_or_path": "facebook/opt-125m", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+    "activation_function": "relu", "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2,
+    "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 3072, "hidden_size": 768,
+    "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "prefix": "</s>",
+    "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": 50272,
+    "word_embed_proj_dim": 768,
+}  # fmt: skip
+GPTJ = {
+    "activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"], "attn_pdrop": 0.0,
+    "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256, "gradient_checkpointing": False,
+    "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gptj", "n_embd": 4096, "n_head": 16,
+    "n_inner": None, "n_layer": 28, "n_positions": 2048, "resid_pdrop": 0.0, "rotary": True, "rotary_dim": 64,
+    "scale_attn_weights": True, "summary_activation": None, "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}},
+    "tie_word_embeddings": False, "tokenizer_class": "GPT2Tokenizer", "transformers_version": "4.18.0.dev0",
+    "use_cache": True, "vocab_size": 50400,
+}  # fmt: skip
+LLAMA = {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+LLAMA_31 = LLAMA | {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "mlp_bias": False,
+    "eos_token_id": [128001, 128008, 128009], "intermediate_size": 14336, "max_position_embeddings": 131072,
+    "num_key_value_heads": 8, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "vocab_size": 128256,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}  # fmt: skip
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
+REAL = {
+    "gpt2": (GPT2, 124_439_808),
+    "gpt2-xl": (
+        GPT2 | {"n_embd": 1600, "n_head": 25, "n_layer": 48, "output_past": True, "n_special": 0}
+        | {"predict_special_tokens": True},
+        1_557_611_200,
+    ),
+    "distilgpt2": (
+        GPT2 | {"n_layer": 6, "_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        81_912_576,
+    ),
+    "opt-125m": (OPT, 125_239_296),
+    "opt-350m": (
+        OPT | {"do_layer_norm_before": False, "hidden_size": 1024, "num_hidden_layers": 24, "ffn_dim": 4096}
+        | {"num_attention_heads": 16, "word_embed_proj_dim": 512},
+        331_196_416,
+    ),
+    "opt-30b": (
+        OPT | {"hidden_size": 7168, "num_hidden_layers": 48, "ffn_dim": 28672, "num_attention_heads": 56}
+        | {"word_embed_proj_dim": 7168},
+        29_974_540_288,
+    ),
+    "gpt-j-6B": (GPTJ, 6_050_882_784),
+    "Llama-2-7b": (LLAMA, 6_738_415_616),
+    "Llama-3.1-8B": (LLAMA_31, 8_030_261_248),
+    "SmolLM2-135M": (SMOLLM2, 134_515_008),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoints(name: str) -> None:
+    """Known parameter counts, so that no field is read as another."""
+    raw, parameters = REAL[name]
+    decoder = Decoder.from_config(raw)
+    assert sum(p.size for p in decoder.abstract_params("float16").values()) == parameters
+
+
+@pytest.mark.parametrize("model_type", sorted(HF))
+def test_defaults_are_hfs(model_type: str) -> None:
+    theirs = {f.name: f.default for f in dataclasses.fields(HF[model_type])} | ROPE
+    ours = {f.metadata.get("hf", f.name): f.default for f in dataclasses.fields(family(model_type).Config)}
+    assert ours == {name: theirs[name] for name in ours}
+
+
+def test_default_rope_theta_is_hfs() -> None:
+    assert transformers.LlamaConfig().rope_parameters["rope_theta"] == ROPE["rope_theta"]
+
+
+@pytest.mark.parametrize("model_type", sorted(HF))
+def test_every_field_of_hf_is_read_inert_or_refused(model_type: str) -> None:
+    config, hf = family(model_type).Config, HF[model_type]
+    read = {f.metadata.get("hf", f.name) for f in dataclasses.fields(config)}
+    generation = set(transformers.GenerationConfig._get_default_generation_params())
+    known = read | INERT | set(ONLY) | config.INERT | set(config.ONLY)
+    assert {f.name for f in dataclasses.fields(hf)} | set(hf().to_dict()) | generation <= known
+    assert not read & (INERT | set(ONLY) | config.INERT | set(config.ONLY))
+
+
+@pytest.mark.parametrize("model_type", sorted(HF))
+def test_what_hf_saves_is_read(model_type: str) -> None:
+    for use_diff in (True, False):
+        raw = HF[model_type]().to_diff_dict() if use_diff else HF[model_type]().to_dict()
+        assert Decoder.from_config(raw).config.sizes == family(model_type).Config().sizes
+
+
+def test_every_family_is_tested() -> None:
+    assert set(HF) <= set(model_types())
+    assert set(ACT) == set(ACT2FN) - {"prelu", "xielu"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("gpt2", {"activation_function": "prelu"}, "activation_function='prelu' is not supported.*gelu_new"),
+        ("opt", {"activation_function": "xielu"}, "'xielu' is not supported"),
+        ("llama", {"hidden_act": "swiglu"}, "hidden_act='swiglu' is not supported"),
+        ("gpt2", {"n_head": 5}, "n_embd=768 is not divisible by n_head=5"),
+        ("gpt2", {"n_head": 0}, "n_head=0 should be at least 1"),
+        ("gpt2", {"n_layer": "12"}, "n_layer='12' is of the wrong type; it should be int"),
+        ("gpt2", {"n_layer": None}, "n_layer=None is of the wrong type"),
+        ("gpt2", {"n_layer": True}, "n_layer=True is of the wrong type"),
+        ("gpt2", {"scale_attn_weights": 1}, "scale_attn_weights=1 is of the wrong type; it should be bool"),
+        ("gpt2", {"n_inner": 1.5}, "it should be int or null"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not supported, only False"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("gpt2", {"alibi": True}, "config field 'alibi' is not known here"),
+        ("opt", {"num_attention_heads": 7}, "hidden_size=768 is not divisible"),
+        ("opt", {"per_layer_config": {"0": {}}}, "'per_layer_config' is not known"),
+        ("gptj", {"rotary": False}, "rotary=False is not supported, only True"),
+        ("gptj", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ("gptj", {"rotary_dim": 0}, "rotary_dim=0 should be at least 1"),
+        ("gptj", {"rotary_dim": 63}, "rotary_dim=63 is not supported.*even number from 2 to the head size 256"),
+        ("gptj", {"rotary_dim": 258}, "rotary_dim=258 is not supported"),
+        ("gptj", {"n_embd": 48, "n_head": 16, "rotary_dim": None}, "rotary_dim=None is not supported.*size 3"),
+        ("llama", {"num_key_value_heads": 5}, "num_attention_heads=32 is not divisible by num_key_value_heads=5"),
+        ("llama", {"num_attention_heads": 3}, "hidden_size=4096 is not divisible by num_attention_heads=3"),
+        ("llama", {"head_dim": 7}, "head_dim=7 is not divisible"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=True is not supported"),
+        ("llama", {"rope_scaling": {"type": "proportional"}}, "rope_type 'proportional' is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs factor"),
+        ("llama", {"rope_scaling": [1]}, "it should be dict or null"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ("mamba", {}, "model_type 'mamba' is not supported; supported are gpt2, gptj, llama, opt"),
+        (None, {}, "the config has no model_type"),
+    ],
+)
+def test_refusals(model_type: str | None, fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Decoder.from_config({"model_type": model_type, **fields})
+    assert isinstance(caught.value, JxNeuronError)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 4, 32])
+def test_key_value_heads(kv_heads: int | None) -> None:
+    found = Decoder.from_config({"model_type": "llama", "num_key_value_heads": kv_heads})
+    assert found.config.sizes["k"] == (kv_heads or 32)
+
+
+def test_a_config_of_ones_own() -> None:
+    """Renamed fields, zero where it is the default, required fields, values known in part."""
+
+    @dataclass(frozen=True)
+    class Config(HFConfig):
+        width: int
+        skipped: int = 0
+        hidden: float = dataclasses.field(default=1.0, metadata={"hf": "_hidden"})
+        MODEL_TYPE: ClassVar[str] = "own"
+        INERT: ClassVar[frozenset[str]] = frozenset({"colour"})
+        ONLY: ClassVar = {"shape": ("round", "square")}
+
+    found = Config.from_hf({"width": 3, "skipped": 0, "_hidden": 2, "colour": "red", "shape": "round"})
+    assert found == Config(width=3, hidden=2)
+    for raw, message in (
+        ({}, "own: .*'width'"),
+        ({"width": 0}, "width=0 should be at least 1"),
+        ({"width": 1, "skipped": -1}, "skipped=-1 should be at least 0"),
+        ({"width": 1, "hidden": 2}, "'hidden' is not known here.*_hidden, skipped, width"),
+        ({"width": 1, "shape": "oval"}, "only 'round' or 'square'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Config.from_hf(raw)
