@@ -40,7 +40,8 @@ def write(kv: LayerKV, k_btkh: Array, v_btkh: Array, start_b: Array) -> LayerKV:
 
     def row(buffer_ksh: Array, update_tkh: Array, start: Array) -> Array:
         update_kth = update_tkh.swapaxes(0, 1).astype(buffer_ksh.dtype)
-        return jax.lax.dynamic_update_slice(buffer_ksh, update_kth, (0, start, 0))
+        zero = jnp.zeros_like(start)
+        return jax.lax.dynamic_update_slice(buffer_ksh, update_kth, (zero, start, zero))
 
     rows = jax.vmap(row)
     return LayerKV(rows(kv.k_bksh, k_btkh, start_b), rows(kv.v_bksh, v_btkh, start_b))

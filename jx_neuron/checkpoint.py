@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import json
 import os
+import shutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ class Checkpoint:
         return self.load_tokenizer()
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the files of the tokenizer into `folder`, and returns their paths."""
+        """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is no tokenizer."""
+        if self.path.is_dir():
+            return [Path(shutil.copy(file, folder)) for file in self.tokenizer_files]
         return [Path(file) for file in self.tokenizer().save_pretrained(folder)]
 
     def _tensor(self, name: str) -> Tensor:

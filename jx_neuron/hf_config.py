@@ -63,6 +63,11 @@ class HFConfig:
         """The longest sequence, prompt and answer together, that the model has positions for; None if any."""
         raise NotImplementedError
 
+    def to_hf(self) -> dict[str, Any]:
+        """The fields as config.json has them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.metadata.get("hf", field.name): getattr(self, field.name) for field in fields}
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> Self:
         """The config of a parsed config.json. Raises ConfigError that names any field it cannot honour."""

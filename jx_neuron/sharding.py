@@ -93,6 +93,45 @@ class Padding:
             return len(self.key_value)
         return padded(self.sizes[letter], self.tp_degree)
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is padded or replicated, one phrase each."""
+        n, k = self.sizes["n"], self.sizes["k"]
+        heads = [] if len(self.query) == n else [f"{n} {'' if n == k else 'query '}heads as {len(self.query)}"]
+        if n != k != len(self.key_value):
+            heads.append(f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {len(self.key_value)}")
+        names = {"f": "an MLP width of", "v": "a vocabulary of"}
+        others = [
+            f"{name} {self.sizes[letter]} as {self.size(letter)}"
+            for letter, name in names.items()
+            if letter in self.sizes and self.size(letter) != self.sizes[letter]
+        ]
+        return (*heads, *others)
+
+    def describe(self, overhead: float) -> str | None:
+        """One line on what is padded or replicated and what it costs: `overhead`, a fraction of the parameters.
+
+        None where nothing is.
+        """
+        if not self.changes:
+            return None
+        cost = f"{overhead:.1%}" if overhead >= 0.001 else "under 0.1%"
+        return f"tp_degree={self.tp_degree} holds {', '.join(self.changes)}: {cost} more weights"
+
+    def demand_exact(self) -> None:
+        """Raises InputError where heads are padded, naming the degrees at which they are not."""
+        if -1 not in (*self.query, *self.key_value):
+            return
+        exact = [
+            str(degree)
+            for degree in range(1, self.sizes["n"] + 1)
+            if -1 not in (*(at := Padding(self.sizes, degree)).query, *at.key_value)
+        ]
+        raise InputError(
+            f"tp_degree={self.tp_degree} does not divide the {self.sizes['n']} query and {self.sizes['k']} key/value "
+            f"heads, and padding them was ruled out; degrees that do are {', '.join(exact)}"
+        )
+
     def apply(self, array: np.ndarray, axis: int, letter: str) -> np.ndarray:
         """`array` with `axis` laid out and padded."""
         if letter in "nk":

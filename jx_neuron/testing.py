@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron import sharding, weights
+from jx_neuron.checkpoint import open_checkpoint
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.step import Shape, step
+from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
+from jx_neuron.runtime.xla import XlaRuntime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ class ModelTensors:
         self._state = model.state_dict()
 
     def names(self) -> Iterable[str]:
-        return self._state.keys()
+        return list(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._state[name].shape)
@@ -69,7 +69,7 @@ def parity(
     a time, so that every step is compared on the same sequence whatever the differences before it.
 
     Args:
-        original: an HF causal language model in float32, or a checkpoint folder that HF can read.
+        original: an HF causal language model in float32, or a checkpoint folder, which HF and we each read.
         model_type: the registered decoder; by default the one that the config names.
         tp_degree: cores; as many JAX devices are needed.
         chunk: query tokens of a prefill call; by default the longest prompt, in one.
@@ -82,7 +82,10 @@ def parity(
     if isinstance(original, str | Path):
         from transformers import AutoModelForCausalLM
 
+        tensors: weights.Tensors = open_checkpoint(original)
         original = AutoModelForCausalLM.from_pretrained(original, dtype="float32")
+    else:
+        tensors = ModelTensors(original)
     raw = json.loads(original.config.to_json_string(use_diff=False))
     decoder = Decoder.from_config(raw | {"model_type": model_type or raw["model_type"]}, tp_degree)
     limit = decoder.config.max_positions
@@ -94,7 +97,7 @@ def parity(
     vocabulary = decoder.config.sizes["v"]
     sequences = [rng.integers(0, vocabulary, length + steps, dtype=np.int32) for length in lengths]
     expected = [_original_logits(original, sequence, steps) for sequence in sequences]
-    prompts, following = _step_logits(decoder, ModelTensors(original), sequences, steps, chunk or max(lengths))
+    prompts, following = _step_logits(decoder, tensors, sequences, steps, chunk or max(lengths))
     prefill = [_difference(ours[:n], hf[:n]) for ours, hf, n in zip(prompts, expected, lengths, strict=True)]
     decode = [
         _difference(logits, np.stack([hf[n + i] for hf, n in zip(expected, lengths, strict=True)]))
@@ -130,27 +133,27 @@ def _step_logits(
     """Logits of the padded prompts [b, t, v], and of each decode step [b, v]."""
     mesh, vocabulary = sharding.mesh(decoder.tp_degree), decoder.config.sizes["v"]
     rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, tensors)
-    params = weights.load(rows, decoder.padding, tensors, np.dtype(np.float32), mesh, "Loading")
+    params = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32)).place(mesh)
+    runtime = XlaRuntime(decoder, params, mesh, np.float32)
     batch, lengths = len(sequences), np.array([len(s) - steps for s in sequences], np.int32)
+    one_b = np.ones(batch, np.int32)
     padded = -(-int(lengths.max()) // chunk) * chunk
     slots = max(padded, int(lengths.max()) + steps)
-    cache = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-        decoder.abstract_cache(batch, slots, jnp.float32, mesh),
-    )
     tokens = np.zeros((batch, padded), np.int32)
     for row, sequence, length in zip(tokens, sequences, lengths, strict=True):
         row[:length] = sequence[:length]
 
-    prefill = jax.jit(step(decoder, Shape(batch, chunk, slots, all_logits=True)), donate_argnums=1)
-    decode = jax.jit(step(decoder, Shape(batch, 1, slots)), donate_argnums=1)
-    prompts, following = [], []
-    for start in range(0, padded, chunk):
-        starts = np.full(batch, start, np.int32)
-        _, logits, cache = prefill(params, cache, tokens[:, start : start + chunk], starts, lengths - start)
-        prompts.append(np.asarray(logits)[..., :vocabulary])
-    for i in range(steps):
-        given = np.array([[s[n + i]] for s, n in zip(sequences, lengths, strict=True)], np.int32)
-        _, logits, cache = decode(params, cache, given, lengths + i, np.ones(batch, np.int32))
-        following.append(np.asarray(logits)[..., :vocabulary])
+    def logits(shape: Shape, tokens_bt: np.ndarray, start_b: np.ndarray, length_b: np.ndarray) -> np.ndarray:
+        found = runtime.run(shape, {"tokens_bt": tokens_bt, "start_b": start_b, "length_b": length_b}).logits_bv
+        return np.asarray(found)[..., :vocabulary]
+
+    prefill, decode = Shape(batch, chunk, slots, all_logits=True), Shape(batch, 1, slots)
+    prompts = [
+        logits(prefill, tokens[:, start : start + chunk], np.full(batch, start, np.int32), lengths - start)
+        for start in range(0, padded, chunk)
+    ]
+    following = [
+        logits(decode, np.array([[s[n + i]] for s, n in zip(sequences, lengths, strict=True)]), lengths + i, one_b)
+        for i in range(steps)
+    ]
     return np.concatenate(prompts, axis=1), following

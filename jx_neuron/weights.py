@@ -1,8 +1,9 @@
 """From a checkpoint's tensors to a model's parameters: one row a weight, strict both ways."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import einops
@@ -142,33 +143,87 @@ def match(
     return sorted(found, key=lambda row: row.source)
 
 
-def load(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype: np.dtype, mesh: Mesh, describe: str) -> Params:
-    """Reads, lays out, casts and places each tensor in turn, so that the host holds one of them beside the model."""
-    params: Params = {}
-    for row in track(rows, describe, len(rows)):
-        array = row.lay_out(tensors.read(row.source), padding)
-        params[row.target] = place(array, dtype, NamedSharding(mesh, row.partition))
-    return dict(sorted(params.items()))
+@dataclass(frozen=True)
+class Source:
+    """Where a model's parameters come from, one at a time: laid out, padded and cast, on the host.
+
+    paths: the parameters, in the order in which they are best read.
+    read:  gives one whole.
+    split: gives its partition.
+    """
+
+    paths: Sequence[str]
+    read: Callable[[str], np.ndarray]
+    split: Callable[[str], PartitionSpec]
+
+    def place(self, mesh: Mesh) -> Params:
+        """All parameters on the devices of `mesh`; the host holds one of them beside the model."""
+        placed: Params = {}
+        for path in track(self.paths, "loading weights", len(self.paths)):
+            sharding = NamedSharding(mesh, self.split(path))
+            placed[path] = jax.device_put(self.read(path), sharding).block_until_ready()
+        return dict(sorted(placed.items()))
+
+    def ranks(self, tp_degree: int) -> "list[Rank]":
+        """Each core's parameters; a parameter that is asked of all of them in turn is read once."""
+        one = Source(self.paths, lru_cache(maxsize=1)(self.read), self.split)
+        return [Rank(one, rank, tp_degree) for rank in range(tp_degree)]
 
 
-def shard(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype, mesh: Mesh) -> Params:
-    """Parameters in hand, unpadded, as `load` would place them. Without rows, each is held whole by one core."""
-    by_target = {row.target: row for row in rows}
-    if mesh.size > 1 and (unmapped := sorted(set(params) - set(by_target))):
+@dataclass(frozen=True)
+class Rank(Mapping[str, np.ndarray]):
+    """One core's part of each parameter, by path, cut out when asked for."""
+
+    source: Source
+    rank: int
+    tp_degree: int
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        whole = self.source.read(path)
+        for axis, name in enumerate(self.source.split(path)):
+            if name == AXIS:
+                size = whole.shape[axis] // self.tp_degree
+                return whole.take(range(self.rank * size, (self.rank + 1) * size), axis)
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.source.paths))
+
+    def __len__(self) -> int:
+        return len(self.source.paths)
+
+
+def from_checkpoint(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype: np.dtype[Any]) -> Source:
+    """The tensors of a checkpoint, by the rows that `match` found."""
+    by_path = {row.target: row for row in rows}
+
+    def read(path: str) -> np.ndarray:
+        row = by_path[path]
+        return _cast(row.lay_out(tensors.read(row.source), padding), dtype)
+
+    return Source(list(by_path), read, lambda path: by_path[path].partition)
+
+
+def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:
+    """Parameters in hand, unpadded. One without a row is whole on every core.
+
+    Raises ConfigError where cores share the model and a parameter has no row.
+    """
+    by_path = {row.target: row for row in rows}
+    if padding.tp_degree > 1 and (unmapped := sorted(set(params) - set(by_path))):
         raise ConfigError(
             f"no row of the weight table says how {', '.join(unmapped)} is split; add one, or use tp_degree=1"
         )
-    placed = {}
-    for path, param in params.items():
-        row = by_target.get(path)
-        array = np.asarray(param) if row is None else row.pad(np.asarray(param), padding)
-        placed[path] = place(array, dtype, NamedSharding(mesh, row.partition if row else REPLICATED))
-    return placed
+
+    def read(path: str) -> np.ndarray:
+        array = np.asarray(params[path])
+        return _cast(by_path[path].pad(array, padding) if path in by_path else array, dtype)
+
+    return Source(list(params), read, lambda path: by_path[path].partition if path in by_path else REPLICATED)
 
 
-def place(array: np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> Array:
-    """`array` as `dtype`, on the devices of `sharding`."""
-    return jax.device_put(np.ascontiguousarray(array).astype(dtype, copy=False), sharding).block_until_ready()
+def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.ascontiguousarray(array).astype(dtype, copy=False)
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

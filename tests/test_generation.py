@@ -206,7 +206,7 @@ def test_models_that_cannot_be_made_are_refused(folder, options, message) -> Non
 def test_a_class_takes_its_own_family(folder) -> None:
     with pytest.raises(ConfigError, match="model_type 'llama'"):
         LlamaForSampling.from_pretrained(folder)
-    assert NeuronAutoModelForCausalLM.from_pretrained(folder).decoder.model_type == "gpt2"
+    assert NeuronAutoModelForCausalLM.from_pretrained(folder).settings.model_type == "gpt2"
 
 
 @pytest.mark.parametrize("amp", ["f16", "bf16"])

@@ -17,6 +17,7 @@ LEVELS = [
     {"lowering"},
     {"runtime"},
     {"generation", "planning"},
+    {"deploy"},
     {"modeling", "testing"},
     {"cli"},
 ]

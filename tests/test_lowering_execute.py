@@ -63,7 +63,9 @@ def test_what_does_not_fit_is_refused_before_it_runs(program) -> None:
     executable = Executable(program.hlo_module, TP)
     cache = executable.put([np.zeros((6, 4), np.float32)] * TP)
     x, at = [np.ones(8, np.float32)] * TP, [np.int32(0)] * TP
-    with pytest.raises(InputError, match=r"argument 0 is float32\[4, 8\] on each core: the program takes float32\[8, 4\]"):
+    with pytest.raises(
+        InputError, match=r"argument 0 is float32\[4, 8\] on each core: the program takes float32\[8, 4\]"
+    ):
         executable.execute([[np.zeros((4, 8), np.float32)] * TP, cache, x, at])
     with pytest.raises(InputError, match="argument 0 is int32"):
         executable.execute([[np.zeros((8, 4), np.int32)] * TP, cache, x, at])

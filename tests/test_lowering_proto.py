@@ -1,13 +1,17 @@
 """The HloModuleProto that lowering writes, and the forms of replica groups that it reads."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jx_neuron.errors import LoweringError
 from jx_neuron.lowering import lower, proto
 from jx_neuron.lowering.legalize import legalize
+from jx_neuron.lowering.partition import partition
 
 
 def test_ids_are_small_names_are_plain_and_nothing_tells_of_this_machine() -> None:
@@ -36,7 +40,8 @@ def test_ids_are_small_names_are_plain_and_nothing_tells_of_this_machine() -> No
         if i.opcode in proto.COLLECTIVES:
             assert [list(g.replica_ids) for g in i.replica_groups] == [[0, 1, 2, 3]]
             assert [list(g.replica_ids) for g in i.collective_device_list.replica_groups] == [[0, 1, 2, 3]]
-    assert b"/" not in program.hlo_module
+    assert b"test_lowering" not in program.hlo_module
+    assert b"jit(" not in program.hlo_module
     assert program.sources
     assert all(line.startswith(__file__) for line in program.sources.values())
     assert set(program.sources) <= {i.name for i in proto.instructions(module)}
@@ -45,7 +50,7 @@ def test_ids_are_small_names_are_plain_and_nothing_tells_of_this_machine() -> No
 def test_legalizing_twice_changes_nothing() -> None:
     shapes = [jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32)]
     program = lower(lambda x, w: jnp.argmax(x @ w.T, -1), *shapes, tp_degree=4, in_specs=(None, P("tp")))
-    assert legalize(program.hlo_module, 4, program.name).hlo_module == program.hlo_module
+    assert legalize(program.hlo_module, 4, program.name, {}).hlo_module == program.hlo_module
 
 
 def test_what_is_not_described_survives() -> None:
@@ -60,7 +65,12 @@ def collective(**fields: object) -> object:
 
 def test_replica_groups_in_each_of_their_forms() -> None:
     plain = [{"replica_ids": [0, 2]}, {"replica_ids": [1, 3]}]
-    iota = {"num_replica_groups": 2, "num_devices_per_group": 2, "iota_reshape_dims": [2, 2], "iota_transpose_perm": [1, 0]}
+    iota = {
+        "num_replica_groups": 2,
+        "num_devices_per_group": 2,
+        "iota_reshape_dims": [2, 2],
+        "iota_transpose_perm": [1, 0],
+    }
     mesh = {"axes": [{"name": "a", "size": 2}, {"name": "b", "size": 2}]}
     for instruction in (
         collective(replica_groups=plain),
@@ -104,3 +114,19 @@ def test_scalar_literals(dtype: str) -> None:
     (value,) = stored if isinstance(stored[0], bytes) else ([*stored[0]],)
     found = np.frombuffer(value, np.dtype(dtype)) if isinstance(value, bytes) else np.array(value)
     assert found.tolist() == [1]
+
+
+def test_jaxlib_internals_are_used_in_one_place() -> None:
+    package = Path(__file__).parent.parent / "jx_neuron"
+    users = {
+        path.name
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if line.lstrip().startswith(("import jaxlib", "from jaxlib", "from jax._src", "import jax._src"))
+    }
+    assert users == {"_jaxlib.py"}
+
+
+def test_what_xla_cannot_partition_is_an_error_not_an_abort() -> None:
+    with pytest.raises(LoweringError, match="XLA could not partition the program over 2 cores"):
+        partition(b"no StableHLO", 2)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron import cache, testing
 from jx_neuron.errors import InputError
 from jx_neuron.lowering import lower
-from jx_neuron.lowering.step import Shape, step
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
 from jx_neuron.nn import ACT
 from jx_neuron.testing import parity

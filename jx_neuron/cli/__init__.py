@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from jx_neuron.cli import sample
+from jx_neuron.cli import check, compile, plan, sample
 from jx_neuron.errors import JxNeuronError
 
 app = typer.Typer(
@@ -15,6 +15,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("sample")(sample.command)
+app.command("compile")(compile.command)
+app.command("check")(check.command)
+app.command("plan")(plan.command)
 
 
 @app.callback(invoke_without_command=True)

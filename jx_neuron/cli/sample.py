@@ -86,8 +86,8 @@ def command(
     how = dict(top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
     model.to_neuron()
     answers: list[Answer] = []
-    for first in range(0, len(texts), batch_size):
-        batch = slice(first, first + batch_size)
+    for first in range(0, len(texts), model.batch_size):
+        batch = slice(first, first + model.batch_size)
         for answer in _answer(
             model, texts[batch], encoded[batch], max_new_tokens, how, live=not as_json, echo=not chat
         ):

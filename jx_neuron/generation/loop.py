@@ -39,27 +39,31 @@ class Draw:
         seed: int | None,
         global_top_k: int,
         vocab_size: int,
+        compiled: int | None,
     ) -> "Draw":
         """One value for all rows, or one a row, of each; a temperature of 0 is greedy, a top_k of 0 all tokens.
 
-        Raises InputError for values that make no distribution.
+        `compiled` is the runtime's number of candidates, None where it has programs for any.
+
+        Raises InputError for values that make no distribution, or that the compiled programs cannot draw from.
         """
         temperature_b = _per_row("temperature", temperature, batch, np.float32, lambda x: x >= 0, "0 or more")
         top_k_b = _per_row("top_k", top_k, batch, np.int32, lambda x: x >= 0, "0 (all) or more")
         top_p_b = _per_row("top_p", top_p, batch, np.float32, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
         top_k_b = np.where(temperature_b == 0, np.int32(1), top_k_b)
-        most = int(top_k_b.max())
-        if most == 1 and (top_k_b == 1).all():
-            candidates = 1
-        elif (top_k_b == 0).any() or most >= vocab_size:
-            candidates = vocab_size
-        else:
-            candidates = min(vocab_size, global_top_k if most <= global_top_k else 1 << (most - 1).bit_length())
+        temperature_b = np.where(temperature_b == 0, np.float32(1), temperature_b)
+        count = _candidates(top_k_b, vocab_size, global_top_k, compiled)
         entropy = np.random.SeedSequence().entropy if seed is None else seed
         if not isinstance(entropy, int) or entropy < 0:
             raise InputError(f"seed={seed!r} is not legal; it takes an integer that is not negative")
         seeds = [(entropy, row) for row in range(batch)]
-        return cls(np.where(temperature_b == 0, np.float32(1), temperature_b), top_k_b, top_p_b, seeds, candidates)
+        return cls(temperature_b, top_k_b, top_p_b, seeds, count)
+
+    @classmethod
+    def greedy(cls, batch: int, compiled: int | None) -> "Draw":
+        """The most likely token of each row."""
+        ones = np.ones(batch, np.float32)
+        return cls(ones, ones.astype(np.int32), ones, [(0, row) for row in range(batch)], compiled or 1)
 
     def __post_init__(self) -> None:
         streams = [np.random.Generator(np.random.Philox(np.random.SeedSequence(list(s)))) for s in self.seeds]
@@ -75,12 +79,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Call:
-    """One prefill program's inputs: tokens [b, t], where each row starts, and what remains of its sequence from there."""
+    """One prefill program's inputs: tokens [b, t], where each row starts, and its tokens from there on."""
 
     tokens_bt: np.ndarray
     start_b: np.ndarray
     length_b: np.ndarray
     slots: int
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """What the program takes."""
+        return {"tokens_bt": self.tokens_bt, "start_b": self.start_b, "length_b": self.length_b}
 
 
 def prefill_calls(rows: Rows, buckets: Buckets) -> Iterator[Call]:
@@ -109,8 +117,7 @@ def prefill(runtime: Runtime, rows: Rows, buckets: Buckets, draw: Draw) -> Resul
     sampling = draw.inputs()
     for call in prefill_calls(rows, buckets):
         shape = Shape(len(rows), call.tokens_bt.shape[1], call.slots, draw.candidates)
-        inputs = dict(tokens_bt=call.tokens_bt, start_b=call.start_b, length_b=call.length_b)
-        result = runtime.run(shape, inputs | sampling)
+        result = runtime.run(shape, call.inputs() | sampling)
     return result
 
 
@@ -130,28 +137,27 @@ def logits(
     """
     if fresh:
         runtime.reset()
-        calls = prefill_calls(rows, buckets)
-    else:
-        calls = continued_calls(rows, start_b, buckets)
+    calls = prefill_calls(rows, buckets) if fresh else continued_calls(rows, start_b, buckets)
+    draw = Draw.greedy(len(rows), runtime.candidates)
     lengths = np.array([len(row) for row in rows])
-    collected = np.zeros(())
+    parts = []
     for call in calls:
-        shape = Shape(len(rows), call.tokens_bt.shape[1], call.slots, 1, all_logits)
-        inputs = dict(tokens_bt=call.tokens_bt, start_b=call.start_b, length_b=call.length_b)
-        result = np.asarray(runtime.run(shape, inputs).logits_bv)
-        if not all_logits:
-            collected = result
-            continue
-        if not collected.ndim:
-            collected = np.zeros((len(rows), int(lengths.max()), result.shape[-1]), np.float32)
-        for into, logits_tv, start, length in zip(collected, result, call.start_b - start_b, lengths, strict=True):
-            count = min(length - start, len(logits_tv))
-            into[start : start + count] = logits_tv[:count]
-    return collected
+        t = call.tokens_bt.shape[1]
+        shape = Shape(len(rows), t, call.slots, draw.candidates, all_logits and t > 1)
+        result = np.asarray(runtime.run(shape, call.inputs() | draw.inputs()).logits_bv)
+        parts.append((call.start_b - start_b, result if shape.all_logits else result[:, None]))
+    if not all_logits:
+        return parts[-1][1][:, 0]
+    every = np.zeros((len(rows), int(lengths.max()), parts[0][1].shape[-1]), np.float32)
+    for first_b, result in parts:
+        for into, logits_tv, first, length in zip(every, result, first_b, lengths, strict=True):
+            count = min(length - first, len(logits_tv))
+            into[first : first + count] = logits_tv[:count]
+    return every
 
 
 def continued_calls(rows: Rows, start_b: np.ndarray, buckets: Buckets) -> Iterator[Call]:
-    """The calls that put tokens behind what the cache already holds: `start_b` says where. All rows are of one length."""
+    """The calls that put tokens behind what the cache already holds: all rows from `start_b` on, with one length."""
     length = len(rows[0])
     if any(len(row) != length for row in rows):
         raise InputError("rows that go on from a cache must have one length; padding was for the prompt")
@@ -211,3 +217,18 @@ def _per_row(name: str, value: Any, batch: int, dtype: Any, legal: Callable[[Any
     if array.shape not in ((), (batch,)) or not np.all(legal(array)):
         raise InputError(f"{name}={value!r} is not legal; it takes a number {words}, or {batch} of them, one a row")
     return np.broadcast_to(array, (batch,))
+
+
+def _candidates(top_k_b: np.ndarray, vocab_size: int, global_top_k: int, compiled: int | None) -> int:
+    most = vocab_size if (top_k_b == 0).any() else min(int(top_k_b.max()), vocab_size)
+    if compiled is not None:
+        if most > compiled:
+            asked = "0 (all)" if (top_k_b == 0).any() else int(top_k_b.max())
+            raise InputError(
+                f"top_k={asked} needs more candidates than the {compiled} that the programs were compiled with; "
+                f"ask for at most {compiled}, or compile with a larger GenerationConfig(global_top_k=…)"
+            )
+        return compiled
+    if most == 1:
+        return 1
+    return min(vocab_size, global_top_k if most <= global_top_k else 1 << (most - 1).bit_length())

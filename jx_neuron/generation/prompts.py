@@ -1,6 +1,6 @@
 """Token ids as users hold them (lists, numpy, jax, torch), to rows and back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,8 @@ def as_array(ids: Any, name: str = "input_ids") -> tuple[np.ndarray, Restore]:
 
 def _restore(like: Any, kind: str) -> Restore:
     if kind == "torch":
-        return lambda array: like.new_tensor(array)
+        restore: Restore = like.new_tensor
+        return restore
     if kind in ("jax", "jaxlib"):
         import jax.numpy as jnp
 
@@ -85,7 +86,8 @@ def check(ids_bt: np.ndarray, *, batch: int, vocab_size: int, capacity: int, len
     if (wrong := (ids_bt < 0) | (ids_bt >= vocab_size)).any():
         row, at = np.argwhere(wrong)[0]
         raise InputError(
-            f"row {row} of input_ids holds id {ids_bt[row, at]} at {at}; ids of this vocabulary are 0 to {vocab_size - 1}"
+            f"row {row} of input_ids holds id {ids_bt[row, at]} at {at}; "
+            f"ids of this vocabulary are 0 to {vocab_size - 1}"
         )
     if width > capacity:
         raise InputError(

@@ -174,7 +174,7 @@ def write(
     if unknown := sorted(set(neffs) - {program.name for program in programs}):
         raise ArtifactError(f"there is a NEFF of {unknown[0]!r}, but no such program")
     with replacing(directory) as folder:
-        _check_replaceable(directory, overwrite)
+        check_replaceable(directory, overwrite)
         stage = _Stage(folder)
         try:
             records = tuple(stage.program(program, neffs.get(program.name)) for program in programs)
@@ -270,8 +270,8 @@ def _check_names(programs: Iterable[ProgramRecord], found: Iterable[str], where:
         raise ArtifactError(f"{where}: {name} is {'missing' if name in wanted else 'no parameter of the programs'}")
 
 
-def _check_replaceable(directory: Path, overwrite: bool) -> None:
-    """Refuses to put an artifact where anything but an artifact would be lost."""
+def check_replaceable(directory: Path, overwrite: bool = True) -> None:
+    """Raises ArtifactError where `write` would: where anything but an artifact would be lost."""
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -84,8 +84,7 @@ def lock(folder: Path, key: str, cancelled: Callable[[], bool]) -> Iterator[None
                 continue
     except OSError as error:
         raise CompilerError(
-            f"the compile cache {folder} cannot be written ({error.strerror}). "
-            f"Set {URL_VARIABLE} to a folder that can"
+            f"the compile cache {folder} cannot be written ({error.strerror}). Set {URL_VARIABLE} to a folder that can"
         ) from error
     try:
         yield

@@ -4,6 +4,7 @@ Replica groups and custom calls have the form in which transformers-neuronx and 
 the same bytes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,13 @@ class Legalized:
     sources: dict[str, str]
 
 
-def legalize(hlo_module: bytes, tp_degree: int, name: str) -> Legalized:
+def legalize(hlo_module: bytes, tp_degree: int, name: str, aliases: Mapping[int, int]) -> Legalized:
     """A per-core program in the form that neuronx-cc takes.
 
     Args:
         hlo_module: a serialized HloModuleProto, partitioned over `tp_degree` cores.
         name: what the module is called in the result.
+        aliases: output → the parameter whose memory it takes.
 
     Raises:
         LoweringError: the bytes are no HLO module, or it takes the top k of the smallest values.
@@ -44,8 +46,7 @@ def legalize(hlo_module: bytes, tp_degree: int, name: str) -> Legalized:
     for computation in list(module.computations):
         Rewriter(module, computation).run(lambda rewriter, i: _instruction(rewriter, i, tp_degree))
         merge_all_reduces(module, computation)
-    for alias in module.input_output_alias.entries:
-        alias.kind = proto.MUST_ALIAS
+    _alias(module, aliases)
     sources = _canonical(module, name)
     return Legalized(proto.serialize(module), takes_rank, sources)
 
@@ -130,6 +131,16 @@ def _top_k(rewriter: Rewriter, i: Any) -> None:
     top = rewriter.emit("get-tuple-element", values, [call], tuple_index=0)
     at = rewriter.emit("get-tuple-element", unsigned, [call], tuple_index=1)
     rewriter.become_tuple(i, [top, rewriter.emit("convert", indices, [at])])
+
+
+def _alias(module: Any, aliases: Mapping[int, int]) -> None:
+    is_tuple = proto.root(proto.entry(module)).shape.element_type == proto.TUPLE
+    module.ClearField("input_output_alias")
+    for output, parameter in sorted(aliases.items()):
+        index = [output] if is_tuple else []
+        module.input_output_alias.entries.add(
+            output_shape_index=index, parameter_number=parameter, kind=proto.MUST_ALIAS
+        )
 
 
 _MODULE_NOTES = (

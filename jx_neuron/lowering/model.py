@@ -42,9 +42,9 @@ def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced
 def lower_model(
     decoder: Decoder, shapes: Sequence[Shape], slots: int, dtype: Any, workers: int = 2
 ) -> Iterator[Program]:
-    """The programs of `shapes`, in order, `workers` at a time, under a progress bar.
+    """The programs of `shapes`, in order, `workers` at a time while the next is traced, under a progress bar.
 
     Raises LoweringError where one cannot be partitioned or legalized.
     """
-    traced = [trace_step(decoder, shape, slots, dtype) for shape in track(shapes, "tracing", len(shapes))]
-    yield from track(lower_many(traced, workers), "lowering", len(traced))
+    traced = (trace_step(decoder, shape, slots, dtype) for shape in shapes)
+    yield from track(lower_many(traced, workers), "lowering", len(shapes))

@@ -106,9 +106,7 @@ class CompilerOptions:
         if self.target is not None:
             target_of(self.target)
         if self.compilation_worker_count is not None and self.compilation_worker_count < 1:
-            raise CompilerError(
-                f"compilation_worker_count={self.compilation_worker_count}: at least 1 is needed"
-            )
+            raise CompilerError(f"compilation_worker_count={self.compilation_worker_count}: at least 1 is needed")
 
 
 def find_compiler() -> Compiler:
@@ -126,15 +124,18 @@ def find_compiler() -> Compiler:
     version = re.search(r"Compiler version\s+(\S+)", shown.stdout + shown.stderr)
     if shown.returncode or version is None:
         said = (shown.stderr or shown.stdout).strip() or "nothing"
-        raise CompilerError(
-            f"{found} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}"
-        )
+        raise CompilerError(f"{found} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
     return Compiler(Path(found), version[1])
+
+
+def asked_target() -> str | None:
+    """The target that `NEURON_CC_FLAGS` names, if it does."""
+    return _last(_user_flags(), "--target")
 
 
 def target(options: CompilerOptions) -> str:
     """The instance family that is compiled for."""
-    asked = _last(_user_flags(), "--target")
+    asked = asked_target()
     if options.target and asked and options.target != asked:
         raise CompilerError(
             f"{FLAGS_VARIABLE} asks for --target={asked}, but the programs are for {options.target}. "
@@ -164,9 +165,7 @@ def flags(options: CompilerOptions) -> list[str]:
         "--optlevel": options.optlevel,
         "--logical-nc-config": _logical_nc_config(options, _last(theirs, "--logical-nc-config")),
     }
-    return [
-        f"{name}={value}" for name, value in ours.items() if value is not None and not _last(theirs, name)
-    ] + theirs
+    return [f"{name}={value}" for name, value in ours.items() if value is not None and not _last(theirs, name)] + theirs
 
 
 def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions) -> list[str]:
@@ -291,9 +290,7 @@ class _Run:
 
     def failure(self, name: str, status: int, folder: Path) -> str:
         log = "".join(
-            path.read_text(errors="replace")
-            for path in (folder / LOG_FILE, folder / OUTPUT_FILE)
-            if path.exists()
+            path.read_text(errors="replace") for path in (folder / LOG_FILE, folder / OUTPUT_FILE) if path.exists()
         )
         kept = folder / OUTPUT_FILE
         if not os.environ.get(DUMP_VARIABLE):

@@ -1,18 +1,21 @@
 """StableHLO with shardings → the program of one core, by XLA's own partitioner (Shardy and SPMD).
 
 XLA partitions on the way to CPU code, and dumps what it has after each pass. That runs in child processes that import
-jaxlib alone, so no device of this process is needed and several programs are partitioned at once.
+jaxlib alone, so no device of this process is needed and several programs are partitioned at once; each is ended once
+the partitioned program is there, as making CPU code of it would take longer than all that went before.
 """
 
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from jx_neuron.errors import LoweringError
 from jx_neuron.lowering import _jaxlib, proto
 
 _STAGE = "spmd-partitioner"  # the pipeline whose passes are dumped, numbered in order
+_NEXT = "HLO_passes"  # the pipeline that follows it
 _DONE = ("after_spmd-partitioning", "after_call-inliner.before_pipeline-end")
 
 
@@ -28,9 +31,15 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
         source = Path(folder, "program.mlir")
         source.write_bytes(stablehlo)
         command = [sys.executable, "-P", _jaxlib.__file__, str(source), str(tp_degree), folder]
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        log = Path(folder, "log.txt")
+        with open(log, "wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as child:
+            try:
+                while child.poll() is None and not any(Path(folder).glob(f"*.{_NEXT}*.hlo.pb")):
+                    time.sleep(0.02)
+            finally:
+                child.kill()
         dumps = sorted(p for p in Path(folder).glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
         if not dumps:
-            reason = "\n".join(child.stderr.strip().splitlines()[-8:])
+            reason = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
             raise LoweringError(f"XLA could not partition the program over {tp_degree} cores:\n{reason}")
         return proto.serialize(proto.HloProto.FromString(dumps[-1].read_bytes()).hlo_module)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +22,16 @@ from jx_neuron.lowering import _jaxlib, cost, proto
 from jx_neuron.lowering.execute import Executable
 from jx_neuron.lowering.legalize import legalize
 from jx_neuron.lowering.partition import partition
-from jx_neuron.lowering.specs import Kind, TensorSpec, input_labels, output_labels, shardings, spread, tensor_specs
+from jx_neuron.lowering.specs import (
+    Kind,
+    TensorSpec,
+    alias_donated,
+    input_labels,
+    output_labels,
+    shardings,
+    spread,
+    tensor_specs,
+)
 from jx_neuron.lowering.verify import Violation, verify
 from jx_neuron.sharding import AXIS
 
@@ -39,6 +50,7 @@ class Program:
             core it runs on; rank r is given r.
         outputs: the elements of its result in order; the result is no tuple where there is one.
         sources: HLO instruction name → file:line, where known.
+        seconds: how long tracing and lowering took.
     """
 
     name: str
@@ -47,6 +59,7 @@ class Program:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    seconds: float = field(default=0.0, repr=False, compare=False)
 
     def as_text(self) -> str:
         """The HLO as XLA prints it."""
@@ -116,10 +129,10 @@ def _whole(shards: list[jax.Array], spec: TensorSpec) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Traced:
-    """A function traced and not yet partitioned: StableHLO with shardings, independent of the function.
+    """A function traced, in so many `seconds`, and not yet partitioned: StableHLO with shardings, independent of the
+    function.
 
-    The output's aliases, and whether there is a rank, are known after partitioning only. `donated` are the numbers of
-    the inputs that outputs have to take the memory of.
+    Whether there is a rank among the inputs is known after partitioning only.
     """
 
     name: str
@@ -127,35 +140,24 @@ class Traced:
     stablehlo: bytes = field(repr=False)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    donated: tuple[int, ...]
+    seconds: float = field(default=0.0, repr=False, compare=False)
 
     def lower(self) -> Program:
         """Partitions and legalizes it.
 
         Raises:
-            LoweringError: XLA cannot partition it, or a donated input has no output to alias.
+            LoweringError: XLA cannot partition it.
         """
-        done = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name)
+        began = time.perf_counter()
+        aliases = {n: spec.alias for n, spec in enumerate(self.outputs) if spec.alias is not None}
+        done = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name, aliases)
         module = proto.parse(done.hlo_module)
         inputs = self.inputs
         if done.takes_rank:
             inputs += (TensorSpec("rank", "rank", (1,), "int32", (AXIS,)),)
-        aliases = {
-            next(iter(e.output_shape_index), 0): e.parameter_number for e in module.input_output_alias.entries
-        }
-        lost = [inputs[n].name for n in self.donated if n not in aliases.values()]
-        if lost:
-            raise LoweringError(
-                f"{self.name}: no output can take the memory of {', '.join(lost)}: return an array of the same shape, "
-                "dtype and PartitionSpec for each donated one, or do not donate it"
-            )
-        outputs = list(self.outputs)
-        for n, alias in aliases.items():
-            memory = inputs[alias]
-            outputs[n] = replace(outputs[n], kind=memory.kind, name=memory.name, alias=alias)
-        program = Program(self.name, self.tp_degree, done.hlo_module, inputs, tuple(outputs), done.sources)
+        program = Program(self.name, self.tp_degree, done.hlo_module, inputs, self.outputs, done.sources)
         _check_shapes(program, module)
-        return program
+        return replace(program, seconds=self.seconds + time.perf_counter() - began)
 
 
 def _check_shapes(program: Program, module: Any) -> None:
@@ -182,6 +184,7 @@ def trace(
     input_names: Sequence[str] | None = None,
 ) -> Traced:
     """The first half of `lower`: everything that needs `fn`. Same arguments, same errors."""
+    began = time.perf_counter()
     if tp_degree < 1:
         raise LoweringError(f"tp_degree={tp_degree}: it counts cores, and is at least 1")
     name = name or getattr(fn, "__name__", "program").replace("<lambda>", "program")
@@ -190,17 +193,18 @@ def trace(
     in_axes = spread("in_specs", (None,) * len(args) if in_specs is None else tuple(in_specs), abstract)
     kinds = input_kinds or ["cache" if n in donate_argnums else "input" for n in range(len(args))]
     inputs = tensor_specs(abstract, in_axes, tp_degree, input_labels(fn, abstract, kinds, input_names))
+    owners = [n for n, arg in enumerate(abstract) for _ in jax.tree.leaves(arg)]
+    donated = [n for n, owner in enumerate(owners) if owner in donate_argnums]
     call = _named(fn, name)
     with jax.sharding.use_abstract_mesh(mesh):
         result = jax.tree.map(_abstract, jax.jit(call, keep_unused=True).trace(*abstract).out_info)
         out_axes = spread("out_specs", out_specs, result)
-        outputs = tensor_specs(result, out_axes, tp_degree, output_labels(result))
+        outputs = alias_donated(inputs, donated, tensor_specs(result, out_axes, tp_degree, output_labels(result)))
         lowered = (
             jax.jit(
                 call,
                 in_shardings=shardings(mesh, in_axes),
                 out_shardings=shardings(mesh, out_axes),
-                donate_argnums=tuple(donate_argnums),
                 keep_unused=True,
             )
             .trace(*abstract)
@@ -208,9 +212,8 @@ def trace(
         )
     code = io.BytesIO()
     lowered.compiler_ir("stablehlo").operation.write_bytecode(code)
-    owners = [n for n, arg in enumerate(abstract) for _ in jax.tree.leaves(arg)]
-    donated = tuple(n for n, owner in enumerate(owners) if owner in donate_argnums)
-    return Traced(name, tp_degree, code.getvalue(), tuple(inputs), tuple(outputs), donated)
+    seconds = time.perf_counter() - began
+    return Traced(name, tp_degree, code.getvalue(), tuple(inputs), tuple(outputs), seconds)
 
 
 def lower(
@@ -231,7 +234,8 @@ def lower(
         in_specs: for each argument a PartitionSpec over the axis "tp", or a pytree of them that is a prefix of the
             argument's; None where it is on every core.
         out_specs: likewise for the result.
-        donate_argnums: arguments that become outputs of the same shape, dtype and spec; their memory is reused.
+        donate_argnums: arguments whose memory is taken by outputs. Their arrays come back one after the other, in their
+            order, with the same shapes, dtypes and specs; where they could be several runs of outputs, the last one.
         name: the program's; by default the function's.
         input_kinds: "param", "cache" or "input" for each argument; by default "cache" where donated, else "input".
         input_names: for each array; by default the argument's name and path, for a "param" the path alone.
@@ -253,10 +257,23 @@ def lower(
     ).lower()
 
 
-def lower_many(traced: Sequence[Traced], workers: int = 2) -> Iterator[Program]:
-    """The second half of `lower` for several programs, `workers` at a time; yields them in order."""
+def lower_many(traced: Iterable[Traced], workers: int = 2) -> Iterator[Program]:
+    """The second half of `lower` for several programs, `workers` at a time; yields them in order.
+
+    `traced` may still be in the making: each is begun as soon as it is there.
+    """
+    pending: deque[Future[Program]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(Traced.lower, traced)
+        try:
+            for one in traced:
+                pending.append(pool.submit(one.lower))
+                while pending and pending[0].done():
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def compile_py_func(fn: Function, *args: Any, **options: Any) -> bytes:

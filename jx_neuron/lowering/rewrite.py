@@ -128,5 +128,6 @@ def _inlined(rewriter: Rewriter, bodies: dict[int, Any], body: Any, given: list[
             values[i.id] = _inlined(rewriter, bodies, bodies[i.called_computation_ids[0]], operands)
         else:
             values[i.id] = rewriter.emit(i.opcode, i.shape, operands, like=i)
-            values[i.id].metadata.CopyFrom(i.metadata)
+            if i.metadata.stack_frame_id:  # else it was traced once for several calls, and the call says more
+                values[i.id].metadata.CopyFrom(i.metadata)
     return values[body.root_id]

@@ -39,7 +39,7 @@ class Target:
 
 
 # name: generation, LNC choices, HBM bytes per physical core
-_TARGETS = {
+TARGETS = {
     "inf2": (2, (1,), 16 * GIB),
     "trn1": (2, (1,), 16 * GIB),
     "trn1n": (2, (1,), 16 * GIB),
@@ -54,9 +54,9 @@ def target_of(name: str, lnc: int | None = None) -> Target:
     Raises:
         LoweringError: no target has that name.
     """
-    if name not in _TARGETS:
-        raise LoweringError(f"unknown target {name!r}; choose one of {', '.join(_TARGETS)}")
-    generation, choices, hbm = _TARGETS[name]
+    if name not in TARGETS:
+        raise LoweringError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
+    generation, choices, hbm = TARGETS[name]
     lnc = choices[-1] if lnc is None else lnc
     return Target(name, generation, lnc, choices, hbm * lnc)
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -129,3 +129,27 @@ def tensor_specs(tree: Any, axes: Any, tp_degree: int, labels: Iterator[tuple[st
         shape = tuple(n // tp_degree if axis else n for n, axis in zip(leaf.shape, split.names, strict=True))
         specs.append(TensorSpec(name, kind, shape, np.dtype(leaf.dtype).name, split.names))
     return specs
+
+
+def alias_donated(inputs: list[TensorSpec], donated: list[int], outputs: list[TensorSpec]) -> list[TensorSpec]:
+    """The outputs, with those that take the memory of donated inputs marked and named as these.
+
+    LoweringError where the donated inputs do not come back.
+    """
+    wanted = [_placement(inputs[n]) for n in donated]
+    for start in range(len(outputs) - len(donated), -1, -1):
+        run = outputs[start : start + len(donated)]
+        if [_placement(spec) for spec in run] == wanted:
+            return [
+                *outputs[:start],
+                *(replace(inputs[n], alias=n) for n in donated),
+                *outputs[start + len(donated) :],
+            ]
+    raise LoweringError(
+        f"no outputs take the memory of {', '.join(inputs[n].name for n in donated)}: return them one after the other, "
+        "in this order, with the same shape, dtype and PartitionSpec (out_specs), or do not donate them"
+    )
+
+
+def _placement(spec: TensorSpec) -> tuple[Any, ...]:
+    return spec.shape, spec.dtype, spec.partition

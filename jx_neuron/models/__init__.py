@@ -71,6 +71,18 @@ def family(model_type: str) -> Family:
     return cast(Family, import_module(found)) if isinstance(found, str) else found
 
 
+class _SameKey(nnx.RngStream):
+    # counting keys under tracing takes time that grows with the square of the layers
+    def __call__(self) -> Array:
+        return cast(Array, self.key[...])
+
+
+def _one_key() -> nnx.Rngs:
+    rngs = nnx.Rngs(0)
+    rngs.default = _SameKey(0, tag="default")
+    return rngs
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A model at one tensor-parallel degree, without its parameters: a pure function of them."""
@@ -91,7 +103,7 @@ class Decoder:
             raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))
         of = family(model_type)
         config = of.Config.from_hf(raw)
-        module = nnx.eval_shape(lambda: of.Model(config, nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: of.Model(config, _one_key()))
         return cls._of(model_type, config, of.WEIGHTS, of.IGNORE, module, tp_degree)
 
     @classmethod

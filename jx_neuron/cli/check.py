@@ -1,0 +1,59 @@
+"""jx-neuron check: would neuronx-cc take these programs?"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jx_neuron.errors import InputError
+
+
+def command(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR-or-HLO",
+            help="A folder that compile or save() wrote, or the file of a serialized HloModuleProto.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[str | None, typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: as compile]")] = None,
+    lnc: Annotated[
+        int | None, typer.Option(min=1, max=2, help="Physical cores to a logical one. [default: the target's]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Check programs against what neuronx-cc is documented to refuse.
+
+    Ends with status 0 where all pass (warnings do), 1 where one is refused, 2 where there is nothing to check.
+
+        jx-neuron check opt-13b-tp2 --target trn1
+    """
+    from jx_neuron.deploy import target_for
+    from jx_neuron.lowering.verify import verify
+
+    target = target_for(target)
+    found = {name: verify(hlo, target, lnc=lnc) for name, hlo in _programs(path)}
+    refused = any(v.severity == "error" for violations in found.values() for v in violations)
+    if as_json:
+        told = {name: [v.as_dict() for v in violations] for name, violations in found.items()}
+        typer.echo(json.dumps(dict(target=target, passes=not refused, programs=told)))
+    else:
+        for name, violations in found.items():
+            typer.echo("\n  ".join([f"{name}:", *map(str, violations)]) if violations else f"{name}: passes on {target}")
+    if refused:
+        raise typer.Exit(1)
+
+
+def _programs(path: Path) -> Iterator[tuple[str, bytes]]:
+    from jx_neuron.lowering import artifact
+
+    if path.is_dir():
+        saved = artifact.read(path)
+        yield from ((program.name, saved.hlo(program.name)) for program in saved.manifest.programs)
+    elif path.is_file():
+        yield path.name, path.read_bytes()
+    else:
+        raise InputError(f"no such folder or file: {path}. Give what compile wrote, or the file of an HloModuleProto")

@@ -1,0 +1,145 @@
+"""jx-neuron compile: a model in, an artifact out."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from jx_neuron.errors import CheckpointError
+
+if TYPE_CHECKING:  # a command that is not asked for costs no time to import
+    from jx_neuron.deploy import Deployment
+    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint folder, .gguf file or hub id; with --no-weights also a config.json, or the name of a "
+            "checkpoint known without network, such as facebook/opt-30b.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
+    n_positions: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt and answer together; more than once, the token buckets. [default: 2048, or the model's]",
+        ),
+    ] = None,
+    context_length_estimate: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt that goes through in one piece; more than once, the context buckets. "
+            "[default: half of each token bucket]",
+        ),
+    ] = None,
+    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
+    target: Annotated[
+        str | None,
+        typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: by NEURON_CC_FLAGS, else this machine's, or trn1]"),
+    ] = None,
+    hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, which need not be there.")] = False,
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="Keep programs only; reads no weights.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Programs compiled at once. [default: a quarter of the cores]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
+
+    Where neuronx-cc would refuse a program, nothing is written. With its weights, the folder is all that is needed to
+    run: jx-neuron sample DIR.
+
+        jx-neuron compile ./opt-13b --tp 2 --amp f16 --target trn1 -o opt-13b-tp2
+
+        jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
+    """
+    from jx_neuron import deploy
+    from jx_neuron.lowering import artifact, neuronx_cc
+
+    began = time.perf_counter()
+    artifact.check_replaceable(output)
+    target = deploy.target_for(target)
+    if not hlo_only:
+        neuronx_cc.find_compiler()
+    options: dict[str, Any] = dict(
+        batch_size=batch_size,
+        n_positions=_lengths(n_positions),
+        tp_degree=tp,
+        amp=amp,
+        context_length_estimate=_lengths(context_length_estimate),
+    )
+    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, options)
+    deployment = lowered.lowered()
+    if hlo_only:
+        deployment.check(target)
+    else:
+        deployment.compile(target, jobs)
+    folder = lowered.save(output, sharded_weights=not no_weights)
+    rows = [_row(program, deployment) for program in deployment.programs.values()]
+    seconds = time.perf_counter() - began
+    if as_json:
+        typer.echo(json.dumps(dict(directory=str(folder), target=target, tp_degree=tp, programs=rows, seconds=seconds)))
+        return
+    _show(rows)
+    typer.echo(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
+
+
+def _lengths(given: list[int] | None) -> int | list[int] | None:
+    return given[0] if given and len(given) == 1 else given or None
+
+
+def _from_checkpoint(model: str, revision: str | None, options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+
+    try:
+        return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **options)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nTo compile without weights, from the config alone, add --no-weights") from error
+
+
+def _from_config(model: str, revision: str | None, options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.models.known import config_of
+
+    return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **options)
+
+
+def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:
+    from jx_neuron.lowering import proto
+
+    hlo = deployment.hlo(program.name)
+    module = proto.parse(hlo)
+    return dict(
+        name=program.name,
+        instructions=len(proto.entry(module).instructions),
+        collectives=sum(i.opcode in proto.COLLECTIVES for i in proto.instructions(module)),
+        hlo_bytes=len(hlo),
+        neff_bytes=len(deployment.neffs[program.name]()) if program.name in deployment.neffs else None,
+        seconds=round(program.seconds, 2),
+    )
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    table = Table("program", box=box.SIMPLE_HEAD)
+    compiled = rows[0]["neff_bytes"] is not None
+    for title in ("instructions", "collectives", "HLO", *(["NEFF"] if compiled else []), "lowered in"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        sizes = [decimal(row[key]) for key in ("hlo_bytes", *(["neff_bytes"] if compiled else []))]
+        table.add_row(row["name"], str(row["instructions"]), str(row["collectives"]), *sizes, f"{row['seconds']:.1f} s")
+    Console().print(table)

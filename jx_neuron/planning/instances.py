@@ -1,0 +1,117 @@
+"""The EC2 instances with NeuronCores, as data.
+
+https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-instances.html
+https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-devices.html
+Tensor-parallel degrees are those the Neuron runtime is documented to form a group of:
+https://awsdocs-neuron.readthedocs-hosted.com/en/latest/archive/transformers-neuronx/transformers-neuronx-developer-guide.html
+(SDK 2.32.)
+"""
+
+import math
+from dataclasses import dataclass
+
+from jx_neuron.errors import InputError
+
+GIB = 2**30
+TERA = 10**12
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator chip.
+
+    target:         neuronx-cc's name for it.
+    cores:          NeuronCores as the runtime counts them: logical ones, of `lnc` physical cores each (the default).
+    hbm:            bytes of device memory.
+    bandwidth:      of that memory, bytes/s.
+    bf16_flops:     dense, per second.
+    link:           NeuronLink, bytes/s.
+    degrees:        tensor-parallel degrees that the runtime can form.
+    ring:           whether devices form a ring; else a hypercube (trn1) or a torus of 4 x 4 (trn2), where the longest
+                    way among 2^n neighbouring devices is n links.
+    inferred:       fields that the source does not state.
+    """
+
+    target: str
+    cores: int
+    lnc: int
+    hbm: int
+    bandwidth: float
+    bf16_flops: float
+    link: float
+    degrees: tuple[int, ...]
+    ring: bool = False
+    inferred: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An instance type: `devices` of one kind on one host of `host_memory` bytes (None where not published)."""
+
+    name: str
+    device: Device
+    devices: int
+    host_memory: int | None
+    inferred: tuple[str, ...] = ()
+
+    @property
+    def cores(self) -> int:
+        return self.devices * self.device.cores
+
+    @property
+    def hbm_per_core(self) -> int:
+        return self.device.hbm // self.device.cores
+
+    @property
+    def bandwidth_per_core(self) -> float:
+        return self.device.bandwidth / self.device.cores
+
+    @property
+    def flops_per_core(self) -> float:
+        return self.device.bf16_flops / self.device.cores
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The tensor-parallel degrees that the runtime can form here."""
+        return tuple(degree for degree in self.device.degrees if degree <= self.cores)
+
+    def hops(self, tp_degree: int) -> int:
+        """Links on the longest way between two of `tp_degree` cores; 1 between the cores of one device."""
+        used = math.ceil(tp_degree / self.device.cores)
+        across = used // 2 if self.device.ring else (used - 1).bit_length()
+        return max(across, 1) if tp_degree > 1 else 0
+
+
+INF2 = Device("inf2", 2, 1, 32 * GIB, 820 * GIB, 190 * TERA, 192 * GIB, (1, 2, 4, 8, 24), ring=True)
+TRN1 = Device("trn1", 2, 1, 32 * GIB, 820 * GIB, 190 * TERA, 384 * GIB, (1, 2, 8, 16, 32))
+TRN1N = Device("trn1n", 2, 1, 32 * GIB, 820 * GIB, 190 * TERA, 768 * GIB, (1, 2, 8, 16, 32))
+TRN2 = Device("trn2", 4, 2, 96 * GIB, 2.9 * TERA, 667 * TERA, 1.024 * TERA, (1, 2, 4, 8, 16, 32, 64))
+TRN3 = Device("trn3", 4, 2, 144 * GIB, 4.9 * TERA, 671 * TERA, 2048 * GIB, (1, 2, 4), inferred=("cores", "degrees"))
+
+INSTANCES = (
+    Instance("inf2.xlarge", INF2, 1, 16 * GIB),
+    Instance("trn1.2xlarge", TRN1, 1, 32 * GIB),
+    Instance("inf2.8xlarge", INF2, 1, 128 * GIB),
+    Instance("inf2.24xlarge", INF2, 6, 384 * GIB),
+    Instance("inf2.48xlarge", INF2, 12, 768 * GIB),
+    Instance("trn1.32xlarge", TRN1, 16, 512 * GIB),
+    Instance("trn1n.32xlarge", TRN1N, 16, 512 * GIB),
+    Instance("trn2.48xlarge", TRN2, 16, 2048 * GIB),
+)
+"""In the order in which they are tried: by devices, then by host memory. No prices are kept here; they change."""
+
+# one device: the sizes of trn3 instances are not in the source, so none is tried unless it is named
+TRN3_DEVICE = Instance("trn3", TRN3, 1, None, inferred=("devices", "host_memory"))
+
+
+def find(name: str) -> Instance:
+    """The instance of that name, or for the name of a family ("trn1"), its largest.
+
+    Raises InputError that lists those known.
+    """
+    named = {of.name: of for of in (*INSTANCES, TRN3_DEVICE)}
+    family = [of for of in INSTANCES if of.device.target == name]
+    found = named.get(name) or (family[-1] if family else None)
+    if found is None:
+        raise InputError(f"instance {name!r} is not known; known are {', '.join(named)}")
+    return found

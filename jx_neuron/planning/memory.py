@@ -1,0 +1,108 @@
+"""Device memory of one core, item by item, and what the host needs to load a model.
+
+Weights and cache are exact. Activations are an upper estimate of what has to be in memory at one time, or read off the
+lowered programs. Code and DMA rings are allowances:
+
+- Code: 96 MB of microcode a physical core.
+  https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/explore/device-memory.html
+- Rings: descriptors that tell the DMA engines what to move. They grow with the programs and are not known before these
+  are compiled. The first release's examples (29 GB for opt-13b, 66 GB for opt-30b, both 5 % above weights and cache)
+  give the allowance. As much as 6.5 GB beside 8.2 GB of tensors has been reported for a core: a plan that would not
+  have room for so much is called tight.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.lowering.footprint import peak_bytes
+from jx_neuron.lowering.hlo import parse
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.planning.instances import Instance
+from jx_neuron.planning.outline import Outline
+
+CODE = 96 * 2**20
+RINGS = 0.05
+RINGS_SEEN = 6.5 / 8.2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one core."""
+
+    weights: int
+    cache: int
+    activations: int
+    code: int
+    rings: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.code + self.rings
+
+    @property
+    def worst(self) -> int:
+        """The total with DMA rings as large as any reported."""
+        return self.total - self.rings + round(RINGS_SEEN * (self.weights + self.cache))
+
+    def items(self) -> dict[str, int]:
+        """Each item by name."""
+        return asdict(self)
+
+    def as_dict(self) -> dict[str, int]:
+        """The items and their total."""
+        return self.items() | {"total": self.total}
+
+
+def of_core(
+    outline: Outline,
+    instance: Instance,
+    tp_degree: int,
+    batch_size: int,
+    buckets: Buckets,
+    itemsize: int,
+    activations: int | None = None,
+) -> Memory:
+    """What a core holds to answer `batch_size` rows; `activations` where they are known better than estimated."""
+    weights = outline.weight_bytes(tp_degree, itemsize)
+    cache = outline.cache_bytes(tp_degree, batch_size, buckets.capacity, itemsize)
+    if activations is None:
+        activations = max(
+            activation_bytes(outline, tp_degree, shape, itemsize) for shape in buckets.shapes(batch_size, 1)
+        )
+    return Memory(weights, cache, activations, CODE * instance.device.lnc, round(RINGS * (weights + cache)))
+
+
+def activation_bytes(outline: Outline, tp_degree: int, shape: Shape, itemsize: int) -> int:
+    """An upper estimate of a program's intermediate results, at the moment when they are most."""
+    padding = outline.padding(tp_degree)
+    d, h = outline.config.sizes["d"], outline.config.sizes["h"]
+    n, k, f, v = (padding.size(letter) // tp_degree for letter in "nkfv")
+    rows, slots = shape.batch * shape.tokens, shape.slots
+    residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
+    projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
+    scores = rows * n * slots * (4 + itemsize)  # float32, then as probabilities
+    read = 2 * shape.batch * k * slots * h * itemsize  # a layer's part of the cache
+    mlp = rows * 3 * f * itemsize
+    logits = shape.batch * (shape.tokens if shape.all_logits else 1) * 2 * v * 4
+    return residual + max(projections + scores + read, mlp, logits)
+
+
+def lowered_activation_bytes(decoder: Decoder, shape: Shape, slots: int, dtype: np.dtype) -> int:  # type: ignore[type-arg]
+    """The most that the lowered program of `shape` needs at one time for what does not fuse: a lower bound.
+
+    Raises LoweringError where it cannot be lowered.
+    """
+    (program,) = lower_model(decoder, [shape], slots, dtype)
+    return peak_bytes(parse(program.hlo_module).entry)
+
+
+def host_bytes(outline: Outline, tp_degree: int, itemsize: int) -> int:
+    """The most that the host holds while loading a checkpoint: every core's parameters, and two copies of the largest
+    tensor, as it is read (float32 at most) and as it is laid out."""
+    return tp_degree * outline.weight_bytes(tp_degree, itemsize) + 2 * 4 * max(
+        p.elements // p.count for p in outline.parameters(1)
+    )

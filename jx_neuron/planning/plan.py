@@ -1,0 +1,241 @@
+"""A plan: which instance and degree hold a model, item by item, and how fast it will be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jx_neuron.config import dtype_of
+from jx_neuron.errors import InputError
+from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.models import Decoder
+from jx_neuron.planning.instances import INSTANCES, Instance, find
+from jx_neuron.planning.memory import Memory, host_bytes, lowered_activation_bytes
+from jx_neuron.planning.outline import Outline
+from jx_neuron.planning.request import Request, gib
+
+Lengths = int | Sequence[int]
+DEFAULT_POSITIONS = 2048
+MOST_ROWS = 256  # of the batches that speed is listed for
+
+
+@dataclass(frozen=True)
+class Degree:
+    """A tensor-parallel degree of the instance: why it will not do, or the time per token; memory of one core."""
+
+    tp_degree: int
+    refusal: str | None
+    memory: Memory
+    seconds_per_token: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Predicted speed of one batch size at the full context."""
+
+    batch_size: int
+    seconds_per_token: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. Bytes, seconds; times are estimates (docs/planning.md states their error)."""
+
+    model_type: str
+    parameters: int
+    instance: str
+    tp_degree: int
+    batch_size: int
+    n_positions: int
+    context_length: int
+    amp: str
+    memory: Memory
+    memory_per_core: int
+    activations_lowered: bool
+    tight: bool
+    host_bytes: int
+    host_memory: int | None
+    padding: str | None
+    degrees: tuple[Degree, ...]
+    seconds_per_token: float
+    seconds_to_first_token: float
+    rates: tuple[Rate, ...]
+    largest_batch: int
+    largest_n_positions: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        of = asdict(self)
+        of["memory"] = self.memory.as_dict()
+        for listed, degree in zip(of["degrees"], self.degrees, strict=True):
+            listed["memory"] = degree.memory.as_dict()
+        return of
+
+
+def plan(
+    model: Mapping[str, Any] | Decoder,
+    instance: str | None = None,
+    tp_degree: int | None = None,
+    *,
+    batch_size: int = 1,
+    n_positions: Lengths | None = None,
+    context_length_estimate: Lengths | None = None,
+    amp: str = "bf16",
+    strict: bool = False,
+    lower: bool = False,
+) -> Plan:
+    """Where a model runs, and how fast.
+
+    model:                   a parsed config.json, or a decoder.
+    instance:                an instance type, or a family ("trn1": its largest). By default the first that holds the
+                             request, by number of devices and then host memory.
+    tp_degree:               by default the fastest that fits.
+    n_positions:             by default 2048, or what the model has positions for where that is less.
+    context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
+    strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
+    lower:                   read the activations off the lowered program of the largest prompt (seconds), where they are
+                             otherwise estimated.
+
+    Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
+    """
+    request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
+    found = find(instance) if instance else None
+    where, degree = _place(request, found, tp_degree)
+    memory = request.memory(where, degree, _lowered(model, request, degree, amp) if lower else None)
+    host = host_bytes(request.outline, degree, request.itemsize)
+    predict = request.speed(where, degree)
+    most = request.largest_batch(where, degree)
+    rows = sorted({batch_size, *(1 << i for i in range(MOST_ROWS.bit_length()) if 1 << i <= most)})
+    rates = [Rate(b, s, b / s) for b in rows for s in [predict.per_token(b, request.buckets.capacity)]]
+    return Plan(
+        model_type=request.outline.decoder.model_type,
+        parameters=request.outline.parameter_count,
+        instance=where.name,
+        tp_degree=degree,
+        batch_size=batch_size,
+        n_positions=request.buckets.capacity,
+        context_length=max(request.buckets.context),
+        amp=amp,
+        memory=memory,
+        memory_per_core=where.hbm_per_core,
+        activations_lowered=lower,
+        tight=memory.worst > where.hbm_per_core,
+        host_bytes=host,
+        host_memory=where.host_memory,
+        padding=padding_note(request.outline, degree),
+        degrees=tuple(
+            Degree(d, request.refusal(where, d), request.memory(where, d), request.seconds_per_token(where, d))
+            for d in where.degrees
+        ),
+        seconds_per_token=request.seconds_per_token(where, degree),
+        seconds_to_first_token=predict.of_prompt(batch_size, max(request.buckets.context), request.buckets),
+        rates=tuple(rates),
+        largest_batch=most,
+        largest_n_positions=request.largest_positions(where, degree),
+        notes=tuple(_notes(request, where, degree, memory, host)),
+    )
+
+
+def check(
+    model: Mapping[str, Any] | Decoder,
+    instance: str,
+    tp_degree: int,
+    *,
+    batch_size: int = 1,
+    n_positions: Lengths | None = None,
+    context_length_estimate: Lengths | None = None,
+    amp: str = "bf16",
+    strict: bool = False,
+) -> None:
+    """Raises InputError where `plan` would, and does no more; `instance` may be a target such as "trn1"."""
+    request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
+    _place(request, find(instance), tp_degree)
+
+
+def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -> str | None:
+    """One line on what a degree pads or replicates, and what it costs; None where it does neither."""
+    outline = Outline.of(model)
+    return outline.padding(tp_degree).describe(outline.overhead(tp_degree))
+
+
+def _request(
+    model: Mapping[str, Any] | Decoder,
+    batch_size: int,
+    n_positions: Lengths | None,
+    context_length_estimate: Lengths | None,
+    amp: str,
+    strict: bool,
+) -> Request:
+    itemsize = dtype_of(amp).itemsize
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is not legal; it takes a positive integer")
+    outline = Outline.of(model)
+    most = outline.config.max_positions
+    buckets = Buckets.of(n_positions or min(DEFAULT_POSITIONS, most or DEFAULT_POSITIONS), context_length_estimate)
+    if most is not None and buckets.capacity > most:
+        raise InputError(
+            f"n_positions={buckets.capacity} exceeds the {most} positions that this {outline.decoder.model_type} has; "
+            f"ask for at most {most}"
+        )
+    return Request(outline, batch_size, buckets, itemsize, strict)
+
+
+def _place(request: Request, instance: Instance | None, tp_degree: int | None) -> tuple[Instance, int]:
+    if tp_degree is not None and instance is None:
+        holds = [of for of in INSTANCES if request.fits(of, tp_degree) and request.fits_host(of, tp_degree)]
+        if holds:
+            return holds[0], tp_degree
+        why = _why_nowhere(request, tp_degree)
+    elif instance is None:
+        if (found := request.cheapest()) is not None:
+            return found
+        why = _why_nowhere(request, None)
+    else:
+        degree = request.best_degree(instance) if tp_degree is None else tp_degree
+        why = request.refusal(instance, degree or instance.degrees[-1])
+        if degree is not None and why is None:
+            return instance, degree
+        if tp_degree is None:
+            why = f"{instance.name} at its largest degree, {instance.degrees[-1]}: {why}"
+        elif tp_degree in instance.degrees:
+            why = f"tp_degree={tp_degree} on {instance.name}: {why}"
+    options = request.nearest(instance, tp_degree)
+    nearest = "Nearest that works: " + "; or ".join(options) if options else "Nothing near it works"
+    raise InputError(f"this request cannot run. {why}. {nearest}")
+
+
+def _why_nowhere(request: Request, tp_degree: int | None) -> str:
+    largest = INSTANCES[-1]
+    if tp_degree is not None and not any(tp_degree in of.degrees for of in INSTANCES):
+        legal = sorted({degree for of in INSTANCES for degree in of.degrees})
+        return f"tp_degree={tp_degree} is not a degree of any instance, which are {', '.join(map(str, legal))}"
+    degree = tp_degree if tp_degree in largest.degrees else largest.degrees[-1]
+    return f"Even on the largest instance, {largest.name}, at tp_degree={degree}: {request.refusal(largest, degree)}"
+
+
+def _lowered(model: Mapping[str, Any] | Decoder, request: Request, tp_degree: int, amp: str) -> int:
+    at = replace(model, tp_degree=tp_degree) if isinstance(model, Decoder) else Decoder.from_config(model, tp_degree)
+    shapes = request.buckets.shapes(request.batch_size, 1)
+    largest = max(shapes, key=lambda shape: shape.tokens * shape.slots)
+    return lowered_activation_bytes(at, largest, request.buckets.capacity, dtype_of(amp))
+
+
+def _notes(request: Request, instance: Instance, tp_degree: int, memory: Memory, host: int) -> list[str]:
+    notes = []
+    if memory.worst > instance.hbm_per_core:
+        notes.append(
+            f"tight: with DMA rings as large as any reported a core would need {gib(memory.worst)} of its "
+            f"{gib(instance.hbm_per_core)}"
+        )
+    if not request.fits_host(instance, tp_degree):
+        notes.append(
+            f"loading the checkpoint takes up to {gib(host)} of host memory and {instance.name} has "
+            f"{gib(instance.host_memory or 0)}: save an artifact with sharded weights on a larger host, and load that"
+        )
+    longest = getattr(request.outline.config, "max_position_embeddings", None)
+    if longest and request.buckets.capacity > longest:
+        notes.append(f"n_positions={request.buckets.capacity} is beyond the {longest} positions it was trained on")
+    if inferred := (*instance.inferred, *instance.device.inferred):
+        notes.append(f"of {instance.name}, these are inferred or unknown: {', '.join(inferred)}")
+    return notes

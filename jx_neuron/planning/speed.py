@@ -1,0 +1,159 @@
+"""How long a token takes, by a roofline with three constants fitted on published times. An estimate, no measurement.
+
+    time per token       = max(bytes / bandwidth, flops / peak) + layers · (collectives + LAYER + ROW · (batch - 1))
+    time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
+    a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
+
+Bytes are those each core reads: its parameters (of tables that are looked up, nothing) and its part of the cache as
+compiled. docs/planning.md holds predictions against what was published.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jx_neuron.lowering.buckets import Buckets, fit
+from jx_neuron.planning import published
+from jx_neuron.planning.instances import Instance, find
+from jx_neuron.planning.outline import Outline
+
+HOP = 1.5e-6  # "1 to 2 µs a hop inside a node"
+FLOAT32 = 1 / 4  # of the bfloat16 rate: 47.5 of 190 TFLOP/s on inf2 and trn1
+
+
+@dataclass(frozen=True)
+class Constants:
+    """layer: seconds that each layer takes beside its bytes, at batch 1; row: what each further row adds to that;
+    efficiency: the part of the peak rate that a prefill's matrix products reach."""
+
+    layer: float
+    row: float
+    efficiency: float
+
+
+FITTED = Constants(layer=125.7e-6, row=13.3e-6, efficiency=0.24)
+"""What `fitted` gives for the published rows that are marked so."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted seconds, of one model on one instance at one degree, amp and set of buckets."""
+
+    outline: Outline
+    instance: Instance
+    tp_degree: int
+    itemsize: int
+    weight_itemsize: int
+    constants: Constants = FITTED
+
+    def per_token(self, batch: int, slots: int) -> float:
+        """Of a decode step over a cache of `slots` positions."""
+        of, tp = self.outline, self.tp_degree
+        read = of.read_elements(tp) * self.weight_itemsize + of.cache_bytes(tp, batch, slots, self.itemsize)
+        fixed = self.constants.layer + self.constants.row * (batch - 1)
+        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, 1, slots) / self._peak)
+        return roof + of.layers * (self.collectives(batch) + fixed)
+
+    def to_first_token(self, batch: int, tokens: int, slots: int) -> float:
+        """Of one prompt chunk of `tokens` a row, over `slots` positions."""
+        of, tp = self.outline, self.tp_degree
+        read = of.weight_bytes(tp, self.weight_itemsize) + of.cache_bytes(tp, batch, slots, self.itemsize)
+        rate = self._peak * self.constants.efficiency
+        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, tokens, slots) / rate)
+        return roof + of.layers * (self.collectives(batch * tokens) + self.constants.layer)
+
+    def of_prompt(self, batch: int, tokens: int, buckets: Buckets) -> float:
+        """Time to first token of a prompt, in chunks of the largest context bucket where it is longer."""
+        chunk, total = buckets.context[-1], 0.0
+        while tokens > chunk:
+            total += self.to_first_token(batch, chunk, buckets.capacity)
+            tokens -= chunk
+        size = fit(buckets.context, tokens)
+        return total + self.to_first_token(batch, size, buckets.capacity if total else size)
+
+    def flops(self, batch: int, tokens: int, slots: int) -> float:
+        """Of one core: products with the parameters (the head for each row's last token alone), and attention."""
+        of, tp = self.outline, self.tp_degree
+        head = max((p.per_core for p in of.parameters(tp) if p.is_vocabulary_table), default=0)
+        n, h = of.padding(tp).size("n") // tp, of.config.sizes["h"]
+        products = (of.read_elements(tp) - head) * tokens + head
+        return 2.0 * batch * (products + 2 * of.layers * tokens * slots * n * h)
+
+    def collectives(self, rows: int) -> float:
+        """Of one layer, for `rows` hidden states."""
+        if self.tp_degree == 1:
+            return 0.0
+        moved = rows * self.outline.config.sizes["d"] * self.itemsize
+        one = 2 * self.instance.hops(self.tp_degree) * HOP + 2 * moved / self.instance.device.link
+        return self.outline.all_reduces * one
+
+    @property
+    def _peak(self) -> float:
+        return self.instance.flops_per_core * (FLOAT32 if self.itemsize == 4 else 1)
+
+
+def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -> Speed:
+    """The predictions for weights and cache of `itemsize` bytes each."""
+    return Speed(outline, instance, tp_degree, itemsize, itemsize)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A published time beside the predicted one, in milliseconds."""
+
+    row: published.Decode | published.Prefill
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less 1."""
+        return self.predicted / self.row.milliseconds - 1
+
+
+def compare(constants: Constants = FITTED) -> list[Compared]:
+    """Every published row beside its prediction."""
+    return [Compared(row, 1e3 * _predict(row, constants)) for row in (*published.DECODE, *published.PREFILL)]
+
+
+def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefill]) -> Constants:
+    """The constants of least squared relative error on the given rows."""
+    rows = list(decode)
+    zero = Constants(0, 0, 1)
+    seconds = np.array([row.milliseconds / 1e3 for row in rows])
+    rest = seconds - [_predict(row, zero) for row in rows]
+    slopes = np.array([[1, row.batch_size - 1] for row in rows]) * [[_outline(row).layers] for row in rows]
+    (layer, row_cost), *_ = np.linalg.lstsq(slopes / seconds[:, None], rest / seconds, rcond=None)
+    efficiencies = [_efficiency(row, Constants(layer, row_cost, 1)) for row in prefill]
+    return Constants(float(layer), float(row_cost), float(np.mean(efficiencies)))
+
+
+def left_out() -> Iterator[Compared]:
+    """Each published decode row, predicted by constants fitted on all the others."""
+    for row in published.DECODE:
+        constants = fitted((other for other in published.DECODE if other is not row), published.PREFILL)
+        yield Compared(row, 1e3 * _predict(row, constants))
+
+
+def _efficiency(row: published.Prefill, constants: Constants) -> float:
+    of = _of(row, constants)
+    fixed = of.outline.layers * (of.collectives(row.tokens) + constants.layer)
+    return of.flops(1, row.tokens, row.tokens) / of._peak / (row.milliseconds / 1e3 - fixed)
+
+
+def _predict(row: published.Decode | published.Prefill, constants: Constants) -> float:
+    of = _of(row, constants)
+    if isinstance(row, published.Prefill):
+        return of.to_first_token(1, row.tokens, row.tokens)
+    return of.per_token(row.batch_size, row.sequence)
+
+
+def _of(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
+    of = speed(_outline(row), find(row.instance), row.tp_degree, 2)
+    weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
+    return dataclasses.replace(of, weight_itemsize=weight_itemsize, constants=constants)
+
+
+def _outline(row: published.Decode | published.Prefill) -> Outline:
+    return Outline.of(published.CONFIGS[row.model])

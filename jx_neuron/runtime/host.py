@@ -1,0 +1,78 @@
+"""Runs lowered programs themselves, one replica a core on host devices: no model code, and no chip."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jx_neuron.lowering.execute import Executable
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.progress import track
+from jx_neuron.runtime import Result
+from jx_neuron.runtime.bundle import Bundle, Joined, Tensor
+from jx_neuron.sharding import AXIS
+
+
+class HostRuntime:
+    """Holds each rank's weights and cache on a host device, and runs what neuronx-cc would be given."""
+
+    def __init__(self, bundle: Bundle):
+        self._bundle = bundle
+        self._executables: dict[str, Executable] = {}
+        first = self._executable(min(bundle.programs))
+        ranks = [bundle.weights(rank) for rank in range(bundle.tp_degree)]
+        params = bundle.of_kind("param")
+        self._params = [
+            first.put([rank[tensor.name] for rank in ranks]) for tensor in track(params, "placing weights", len(params))
+        ]
+        self._cache: list[Any] = [_zeros(first, tensor) for tensor in bundle.of_kind("cache")]
+        self._rank = first.put([np.array([rank], np.int32) for rank in range(bundle.tp_degree)])
+
+    @property
+    def candidates(self) -> int:
+        return self._bundle.candidates
+
+    def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
+        program = self._bundle.find(shape)
+        executable = self._executable(shape)
+        caches = iter(self._cache)
+        params = iter(self._params)
+        arguments = [self._argument(executable, tensor, params, caches, inputs) for tensor in program.inputs]
+        outputs = executable.execute(arguments)
+        by_kind = zip(program.outputs, outputs, strict=True)
+        self._cache = [executable.put(ranks) for tensor, ranks in by_kind if tensor.kind == "cache"]
+        token, logits = (
+            (tensor, ranks) for tensor, ranks in zip(program.outputs, outputs, strict=True) if tensor.kind == "output"
+        )
+        return Result(token[1][0], Joined(logits[1], logits[0].partition.index(AXIS)))
+
+    def reset(self) -> None:
+        """The cache keeps its memory; positions yet to be written are masked."""
+
+    def compile(self, shapes: Sequence[Shape]) -> None:
+        for shape in track(shapes, "compiling for the host", len(shapes)):
+            self._executable(shape)
+
+    def _argument(
+        self, executable: Executable, tensor: Tensor, params: Any, caches: Any, inputs: Mapping[str, Any]
+    ) -> Any:
+        match tensor.kind:
+            case "param":
+                return next(params)
+            case "cache":
+                return next(caches)
+            case "rank":
+                return self._rank
+        return executable.put([inputs[tensor.name]] * self._bundle.tp_degree)
+
+    def _executable(self, shape: Shape) -> Executable:
+        name = self._bundle.find(shape).name
+        if name not in self._executables:
+            self._executables[name] = Executable(self._bundle.hlo(name), self._bundle.tp_degree)
+        return self._executables[name]
+
+
+def _zeros(executable: Executable, tensor: Tensor) -> jax.Array:
+    zeros = np.zeros(tensor.shape, tensor.dtype)
+    return executable.put([zeros] * executable.mesh.size)

@@ -1,0 +1,175 @@
+"""Runs NEFFs on NeuronCores through torch-neuronx's public classes.
+
+They are used as transformers-neuronx uses them:
+https://github.com/aws-neuron/transformers-neuronx/blob/main/src/transformers_neuronx/compiler.py
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jx_neuron.errors import CompilerError
+from jx_neuron.lowering.neuronx_cc import INSTALL
+from jx_neuron.lowering.rules import TARGETS
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.progress import track
+from jx_neuron.runtime import Result
+from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
+from jx_neuron.sharding import AXIS
+
+DEVICES = Path("/dev")
+PRODUCT = Path("/sys/class/dmi/id/product_name")  # of an EC2 instance, its type
+IO_RING_CACHE = "NEURON_RT_IO_RING_CACHE_SIZE"
+FIRST_RANK = 1  # of _parallel_executor_run: how many ranks' outputs to copy to the host
+
+
+def available() -> bool:
+    """Whether torch-neuronx is installed and a Neuron device is there; imports neither it nor torch."""
+    return importlib.util.find_spec("torch_neuronx") is not None and any(DEVICES.glob("neuron[0-9]*"))
+
+
+def target() -> str | None:
+    """neuronx-cc's target for this machine, or None where it is no Neuron instance."""
+    family = PRODUCT.read_text().strip().partition(".")[0] if PRODUCT.is_file() else ""
+    return family if family in TARGETS else None
+
+
+class NeuronRuntime:
+    """Holds weights and cache on NeuronCores, shared by all programs; programs are loaded when first needed.
+
+    Raises CompilerError where torch-neuronx is not installed.
+    """
+
+    def __init__(self, bundle: Bundle):
+        self._torch, self._bundle, self._runs = _torch(), bundle, 0
+        self._torch.ops.neuron._init_neuron()
+        self._executors: dict[str, Any] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...], str], Any] = {}
+        tp = bundle.tp_degree
+        ranks = [bundle.weights(rank) for rank in range(tp)]
+        params = bundle.of_kind("param")
+        self._held = {
+            tensor.name: self._put([rank[tensor.name] for rank in ranks])
+            for tensor in track(params, "placing weights", len(params))
+        }
+        self._held |= {tensor.name: self._zeros(tensor) for tensor in bundle.of_kind("cache")}
+        self._rank = self._put([np.array([rank], np.int32) for rank in range(tp)])
+
+    @property
+    def candidates(self) -> int:
+        return self._bundle.candidates
+
+    def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
+        program = self._bundle.find(shape)
+        executor = self._executor(program)
+        given = [self._host_tensor(np.asarray(inputs[t.name], t.dtype)) for t in program.inputs if t.kind == "input"]
+        (token,) = self._torch.ops.neuron._parallel_executor_run(executor, given, FIRST_RANK)
+        self._runs += 1
+        first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
+        return Result(first.numpy(), _Logits(self, _outputs(program)[1]))
+
+    def reset(self) -> None:
+        """The cache keeps its memory; positions yet to be written are masked."""
+
+    def compile(self, shapes: Sequence[Shape]) -> None:
+        for shape in track(shapes, "loading programs", len(shapes)):
+            self._executor(self._bundle.find(shape))
+
+    def _executor(self, program: Lowered) -> Any:
+        if program.name not in self._executors:
+            classes, tp = self._torch.classes.neuron, self._bundle.tp_degree
+            neff = self._bundle.neff(program.name)
+            if neff is None:
+                raise CompilerError(f"the program {program.name} has no NEFF; compile the model with neuronx-cc first")
+            model = classes.ParallelModel(neff, tp, 0, tp)
+            with _one_set_of_weights():
+                model.load()
+            inputs, outputs = self._tensor_set("input", program.inputs), self._tensor_set("output", program.outputs)
+            given = [self._device_tensor(tensor) for tensor in program.inputs if tensor.kind == "input"]
+            token, _ = _outputs(program)
+            self._executors[program.name] = classes.ParallelExecutor(
+                model, inputs, outputs, given, [self._device_tensor(token)]
+            )
+        return self._executors[program.name]
+
+    def _tensor_set(self, prefix: str, tensors: Sequence[Tensor]) -> Any:
+        names = [f"{prefix}{number}" for number in range(len(tensors))]
+        found = self._torch.classes.neuron.ParallelTensorSet(names, self._bundle.tp_degree)
+        found.init()
+        for number, tensor in enumerate(tensors):
+            found.add(number, self._device_tensor(tensor))
+        return found
+
+    def _device_tensor(self, tensor: Tensor) -> Any:
+        """What a program reads or writes: its outputs take the memory of the cache, and all programs share buffers."""
+        if tensor.kind == "rank":
+            return self._rank
+        if tensor.name in self._held:
+            return self._held[tensor.name]
+        key = (tensor.name, tensor.shape, tensor.dtype)
+        if key not in self._buffers:
+            self._buffers[key] = self._zeros(tensor)
+        return self._buffers[key]
+
+    def _zeros(self, tensor: Tensor) -> Any:
+        return self._put([np.zeros(tensor.shape, tensor.dtype)] * self._bundle.tp_degree)
+
+    def _put(self, ranks: Sequence[np.ndarray]) -> Any:
+        return self._torch.ops.neuron._parallel_to_neuron([self._host_tensor(array) for array in ranks])
+
+    def _host_tensor(self, array: np.ndarray) -> Any:
+        array = np.require(array, requirements="CW")
+        if array.dtype.name == "bfloat16":  # which torch does not take from numpy
+            return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
+        return self._torch.from_numpy(array)
+
+
+class _Logits:
+    """Logits on the NeuronCores, read from all of them when asked for; the next run overwrites them."""
+
+    def __init__(self, runtime: NeuronRuntime, tensor: Tensor):
+        self._runtime, self._tensor, self._made_by = runtime, tensor, runtime._runs
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        runtime = self._runtime
+        if runtime._runs != self._made_by:
+            raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
+        ranks = runtime._torch.ops.neuron._parallel_from_neuron(runtime._device_tensor(self._tensor))
+        joined = Joined([rank.numpy() for rank in ranks], self._tensor.partition.index(AXIS))
+        return np.asarray(joined, dtype)
+
+
+def _outputs(program: Lowered) -> tuple[Tensor, Tensor]:
+    """Tokens and logits: what a program gives beside the cache."""
+    token, logits = (tensor for tensor in program.outputs if tensor.kind == "output")
+    return token, logits
+
+
+def _torch() -> Any:
+    try:
+        import torch
+        import torch_neuronx  # noqa: F401  (registers torch.ops.neuron and torch.classes.neuron)
+    except ImportError as error:
+        raise CompilerError(
+            f"torch-neuronx, AWS's runtime for NeuronCores, cannot be imported ({error}). It comes from AWS's Neuron "
+            f"repository: {INSTALL}. Without NeuronCores, use backend='host' or 'xla'"
+        ) from error
+    return torch
+
+
+@contextmanager
+def _one_set_of_weights() -> Iterator[None]:
+    """Has the runtime keep its descriptors of one set of tensors, where the user has not chosen otherwise."""
+    ours = IO_RING_CACHE not in os.environ
+    if ours:
+        os.environ[IO_RING_CACHE] = "1"
+    try:
+        yield
+    finally:
+        if ours:
+            del os.environ[IO_RING_CACHE]

@@ -1,0 +1,85 @@
+"""The demo model, a real one, against HF: SmolLM2-135M-Instruct in float32."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jx_neuron import LlamaForSampling, NeuronConfig
+from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.demo import demo_model
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["The capital of France is", "Once upon a time, in a village by the sea,"]
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def hf(path: Path) -> transformers.LlamaForCausalLM:
+    checkpoint = open_checkpoint(path)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config)).eval()
+    state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.names()}
+    missing, extra = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not extra
+    model.tie_weights()
+    return model
+
+
+def ids_of(path: Path, prompt: str, chat: bool) -> list[int]:
+    tokenizer = open_checkpoint(path).tokenizer()
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(prompt)["input_ids"]
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_128_greedy_tokens_are_hf_s(path, hf, prompt, chat) -> None:
+    ids = [ids_of(path, prompt, chat)]
+    length = len(ids[0]) + 128
+    expected = hf.generate(
+        torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0])), max_length=length, do_sample=False, eos_token_id=None
+    )
+    model = LlamaForSampling.from_pretrained(path, n_positions=512)
+    assert model.sample(ids, length, top_k=1, eos_token_override=-1) == expected.tolist()
+
+
+def test_logits_over_the_prompt_are_hf_s(path, hf) -> None:
+    ids = [ids_of(path, " ".join(PROMPTS), True)]
+    model = LlamaForSampling.from_pretrained(path, n_positions=512, neuron_config=NeuronConfig(output_all_logits=True))
+    with torch.no_grad():
+        expected = hf(torch.tensor(ids)).logits.numpy()
+    assert np.abs(model(ids) - expected).max() < 1e-4
+
+
+def test_loading_holds_the_model_once(tmp_path: Path, hf) -> None:
+    hf.save_pretrained(tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    code = f"""
+        import re
+        from pathlib import Path
+        from jx_neuron import LlamaForSampling
+        import jax, jx_neuron.modeling, jx_neuron.models.llama, jx_neuron.runtime.xla
+        jax.numpy.zeros(1).block_until_ready()
+
+        def memory(field):
+            return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+        before = memory("VmRSS")
+        model = LlamaForSampling.from_pretrained({str(tmp_path)!r}).to_neuron()
+        print((memory("VmHWM") - before) / {size})
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 1.3
