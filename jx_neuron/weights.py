@@ -73,6 +73,14 @@ class W:
         return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that a checkpoint may hold beside the one that it is tied to, and that must then equal it."""
+
+    name: str
+    of: str
+
+
 class Tensors(Protocol):
     """What a checkpoint offers: named tensors, read one at a time."""
 
@@ -96,7 +104,7 @@ def rows_of(table: Sequence[W], layers: int) -> Iterator[W]:
 
 def match(
     table: Sequence[W],
-    ignore: Sequence[str],
+    ignore: Sequence[str | Copy],
     shapes: Mapping[str, tuple[int, ...]],
     layers: int,
     padding: Padding,
@@ -107,7 +115,7 @@ def match(
     HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
 
     Raises CheckpointError that names each parameter without a tensor, tensor without a parameter (unless a regular
-    expression of `ignore` matches it), and tensor of the wrong shape.
+    expression of `ignore` matches it, or it is the copy that a `Copy` there says), and tensor of the wrong shape.
     """
     names = set(tensors.names())
     rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
@@ -131,7 +139,12 @@ def match(
             )
         found.append(W(source, row.target, row.layout, row.partition))
     used = {row.source for row in found}
-    ignored = [re.compile(rf"(?:{'|'.join(map(re.escape, prefixes)) or ''})?(?:{pattern})") for pattern in ignore]
+    copies = [entry for entry in ignore if isinstance(entry, Copy) and entry.name in names - used]
+    for copy in copies:
+        _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
+    used |= {copy.name for copy in copies}
+    base = "|".join(map(re.escape, prefixes))
+    ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
     extra = [name for name in sorted(names - used) if not any(p.fullmatch(name) for p in ignored)]
     if missing:
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
@@ -141,6 +154,14 @@ def match(
             "config.json and weights are not of the same model"
         )
     return sorted(found, key=lambda row: row.source)
+
+
+def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
+    if not np.array_equal(tensors.read(copy.name), tensors.read(source)):
+        raise CheckpointError(
+            f"the checkpoint's {copy.name} differs from {source}, and the config ties the two; "
+            "set tie_word_embeddings to false in config.json if they are meant to differ"
+        )
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _answer(
     start_ids = [width - len(row) for row in rows]
     write = _writer(model.tokenizer) if live and len(texts) == 1 else None
     if write and echo:
-        typer.echo(texts[0], nl=False)
+        write.put(np.array(encoded[0]))
     began = first = time.perf_counter()
     ended_b = np.zeros(len(rows), bool)
     for step, (token_b, now_ended_b) in enumerate(model.stream(ids_bt, width + new, start_ids, **how)):
@@ -153,13 +153,19 @@ def _answer(
     elapsed = time.perf_counter() - first
     if write:
         write.end()
-    for answer in answers:
-        answer.text = model.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    for answer, ids in zip(answers, encoded, strict=True):
+        answer.text = _continuation(model.tokenizer, ids, answer.tokens)
         answer.time_to_first_token = first - began
         answer.tokens_per_second = (len(answer.tokens) - 1) / elapsed if len(answer.tokens) > 1 else None
         if live and not write:
             typer.echo((answer.prompt if echo else "") + answer.text + "\n")
         yield answer
+
+
+def _continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    # decoded together, since a tokenizer may drop the space at the start of what it decodes
+    whole: str = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
+    return whole.removeprefix(tokenizer.decode(list(prompt), skip_special_tokens=True))
 
 
 def _writer(tokenizer: Any) -> Any:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jx_neuron import cache
 from jx_neuron.lowering.program import Program, Traced, lower_many, trace
 from jx_neuron.lowering.shape import Shape
+from jx_neuron.lowering.specs import Kind
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
 from jx_neuron.progress import track
@@ -19,6 +20,8 @@ def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced
     """The program of `shape` with a cache of `slots` positions, traced and not yet partitioned."""
     params = decoder.abstract_params(dtype)
     inputs = [jax.ShapeDtypeStruct(*of) for of in shape.inputs().values()]
+    kinds: list[Kind] = ["param", "cache"]
+    kinds += ["input"] * len(inputs)
     split = PartitionSpec(*[None] * (2 if shape.all_logits else 1), AXIS)
     return trace(
         step(decoder, shape),
@@ -30,7 +33,7 @@ def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced
         out_specs=(PartitionSpec(), split, cache.PARTITION),
         donate_argnums=(1,),
         name=shape.name,
-        input_kinds=["param", "cache", *["input"] * len(inputs)],
+        input_kinds=kinds,
         input_names=[
             *params,
             *(f"cache.{i}.{of}" for i in range(decoder.config.layers) for of in "kv"),

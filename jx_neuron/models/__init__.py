@@ -18,7 +18,7 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
 from jx_neuron.nn import Span
 from jx_neuron.sharding import Padding
-from jx_neuron.weights import Params, W
+from jx_neuron.weights import Copy, Params, W
 
 
 class DecoderModule(Protocol):
@@ -34,7 +34,7 @@ class Family(Protocol):
     Config: type[HFConfig]
     Model: type[Any]
     WEIGHTS: Sequence[W]
-    IGNORE: Sequence[str]
+    IGNORE: Sequence[str | Copy]
 
 
 _FAMILIES: dict[str, Family | str] = {
@@ -90,7 +90,7 @@ class Decoder:
     model_type: str
     config: HFConfig
     table: Sequence[W]
-    ignore: Sequence[str]
+    ignore: Sequence[str | Copy]
     graph: Any = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     tp_degree: int = 1
@@ -115,7 +115,13 @@ class Decoder:
 
     @classmethod
     def _of(
-        cls, model_type: str, config: HFConfig, table: Sequence[W], ignore: Sequence[str], module: Any, tp_degree: int
+        cls,
+        model_type: str,
+        config: HFConfig,
+        table: Sequence[W],
+        ignore: Sequence[str | Copy],
+        module: Any,
+        tp_degree: int,
     ) -> "Decoder":
         graph, state = nnx.split(module)
         shapes = {path: tuple(leaf.shape) for path, leaf in weights.flatten(state).items()}
@@ -160,5 +166,5 @@ class Decoder:
         """The cache as shapes."""
         shape = cache.shape(batch, self.padding.size("k"), slots, self.config.sizes["h"])
         sharding = NamedSharding(mesh, cache.PARTITION) if mesh else None
-        leaf = cast(Array, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding))
+        leaf: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
         return tuple(LayerKV(leaf, leaf) for _ in range(self.config.layers))

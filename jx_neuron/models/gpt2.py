@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
 from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
-from jx_neuron.weights import W
+from jx_neuron.weights import Copy, W
 
 
 @dataclass(frozen=True)
@@ -123,5 +123,5 @@ WEIGHTS = (
     W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
 )
 
-# causal masks that older checkpoints carry, and the head that is tied
-IGNORE = (r"h\.\d+\.attn\.(masked_)?bias", r"lm_head\.weight")
+# causal masks that older checkpoints carry, and the head where it is tied
+IGNORE = (r"h\.\d+\.attn\.(masked_)?bias", Copy("lm_head.weight", of="transformer.wte.weight"))

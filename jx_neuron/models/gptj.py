@@ -17,7 +17,7 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
 from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
 from jx_neuron.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
-from jx_neuron.weights import W
+from jx_neuron.weights import Copy, W
 
 
 @dataclass(frozen=True)
@@ -134,5 +134,5 @@ WEIGHTS = (
     W("lm_head.bias", "lm_head_bias", "v -> v", P("tp")),
 )
 
-# causal masks and position tables that older checkpoints carry, and the head that is tied
-IGNORE = (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)", r"lm_head\.weight")
+# causal masks and position tables that older checkpoints carry, and the head where it is tied
+IGNORE = (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)", Copy("lm_head.weight", of="transformer.wte.weight"))

@@ -16,7 +16,7 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
 from jx_neuron.nn import ACT, Embedding, Linear, RMSNorm, Span, attend
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
-from jx_neuron.weights import W
+from jx_neuron.weights import Copy, W
 
 
 @dataclass(frozen=True)
@@ -154,5 +154,5 @@ WEIGHTS = (
     W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
 )
 
-# inverse frequencies that older checkpoints carry, and the head that is tied
-IGNORE = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+# inverse frequencies that older checkpoints carry, and the head where it is tied
+IGNORE = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
 from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
-from jx_neuron.weights import W
+from jx_neuron.weights import Copy, W
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
 EPSILON = 1e-5  # torch's default, which HF leaves as it is
@@ -142,5 +142,5 @@ WEIGHTS = (
     W("lm_head.weight", "lm_head.embedding", "v e -> v e", P("tp", None)),
 )
 
-# the head that is tied
-IGNORE = (r"lm_head\.weight",)
+# the head where it is tied
+IGNORE = (Copy("lm_head.weight", of="model.decoder.embed_tokens.weight"),)

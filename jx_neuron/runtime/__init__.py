@@ -20,8 +20,10 @@ class Result(NamedTuple):
 class Runtime(Protocol):
     """Holds parameters and a cache on its devices, and runs programs on them."""
 
-    candidates: int | None
-    """How many candidates the programs sample from; None where one is compiled for any number."""
+    @property
+    def candidates(self) -> int | None:
+        """How many candidates the programs sample from; None where one is compiled for any number."""
+        ...
 
     def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
         """Runs the program of `shape` on `inputs` (those of `shape.inputs()`), reading and writing the cache."""
