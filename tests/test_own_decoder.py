@@ -1,0 +1,99 @@
+"""A decoder of one's own, from examples/gpt_neox.py: parity, lowering, and a module with no checkpoint."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from jx_neuron import NeuronAutoModelForCausalLM, model_types, register
+from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.models import gpt2
+from jx_neuron.testing import parity
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import gpt_neox
+
+
+def original(parallel: bool = True) -> transformers.GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=97,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=80,
+        max_position_embeddings=64,
+        use_parallel_residual=parallel,
+    )
+    model = transformers.GPTNeoXForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(("parallel", "tp_degree"), [(True, 1), (False, 1), (True, 4)])
+def test_it_is_hf_s(tmp_path: Path, parallel: bool, tp_degree: int) -> None:
+    original(parallel).save_pretrained(tmp_path)
+    assert parity(tmp_path, tp_degree=tp_degree).worst < 1e-5
+
+
+def test_it_is_short() -> None:
+    lines = Path(gpt_neox.__file__).read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 120
+
+
+def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:
+    assert "gpt_neox" in model_types()
+    hf = original()
+    hf.save_pretrained(tmp_path / "checkpoint")
+    ids = np.random.default_rng(0).integers(1, 97, (1, 9))
+    expected = hf.generate(
+        torch.tensor(ids),
+        attention_mask=torch.ones(1, 9),
+        max_length=40,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    ).numpy()
+    options = dict(n_positions=40, tp_degree=4)
+    lowered = NeuronAutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", backend="host", **options)
+    np.testing.assert_array_equal(lowered.sample(ids, 40, top_k=1, eos_token_override=-1), expected)
+    lowered.save(tmp_path / "saved", sharded_weights=True)
+    again = NeuronAutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.sample(ids, 40, top_k=1, eos_token_override=-1), expected)
+
+
+@pytest.mark.parametrize("table", [(), gpt2.WEIGHTS], ids=["without table", "with table"])
+def test_a_module_in_hand_is_sampled_lowered_and_saved(tmp_path: Path, table) -> None:
+    config = gpt2.Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    module = gpt2.Model(config, nnx.Rngs(3))
+    ids = np.random.default_rng(0).integers(0, 64, (2, 5))
+    xla = NeuronAutoModelForCausalLM.from_module(module, config, batch_size=2)
+    expected = xla.sample(ids, 30, top_k=8, seed=1)
+    tp = 2 if table else 1
+    host = NeuronAutoModelForCausalLM.from_module(
+        module, config, weights=table, batch_size=2, tp_degree=tp, backend="host"
+    )
+    np.testing.assert_array_equal(host.sample(ids, 30, top_k=8, seed=1), expected)
+    host.save(tmp_path / "saved", sharded_weights=True)
+    again = NeuronAutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.sample(ids, 30, top_k=8, seed=1), expected)
+    with pytest.raises(InputError, match="no tokenizer"):
+        xla.tokenizer  # noqa: B018
+
+
+def test_a_module_without_a_table_cannot_be_split() -> None:
+    config = gpt2.Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    with pytest.raises(ConfigError, match="tp_degree=1"):
+        NeuronAutoModelForCausalLM.from_module(gpt2.Model(config, nnx.Rngs(3)), config, tp_degree=2)
+
+
+def test_what_lacks_a_part_is_not_registered() -> None:
+    with pytest.raises(ConfigError, match="WEIGHTS, IGNORE"):
+        register("half", type("Half", (), {"Config": gpt2.Config, "Model": gpt2.Model}))
+    assert "half" not in model_types()
