@@ -49,8 +49,8 @@ class Padding:
     """Where each entry of each padded axis comes from, for one model at one tensor-parallel degree.
 
     Query head slot i holds HF head `query[i]` and reads key/value slot i // (len(query) / len(key_value)), which
-    holds HF head `key_value[...]`; -1 is a head of zeros. Heads are padded where they do not divide, key/value heads are
-    replicated where there are fewer than cores; every other partitioned axis ends in zeros. What is padded meets
+    holds HF head `key_value[...]`; -1 is a head of zeros. Heads are padded where they do not divide, key/value heads
+    are replicated where there are fewer than cores; every other partitioned axis ends in zeros. What is padded meets
     a zero row of the next projection, so it never changes a result.
     """
 

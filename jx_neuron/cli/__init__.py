@@ -22,7 +22,6 @@ app.command("plan")(plan.command)
 
 @app.callback(invoke_without_command=True)
 def _version(
-    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if version:
@@ -39,8 +38,3 @@ def main() -> None:
     except JxNeuronError as error:
         typer.echo(f"jx-neuron: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)

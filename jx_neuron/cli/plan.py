@@ -1,5 +1,6 @@
 """jx-neuron plan: what fits where, and how fast."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -54,9 +55,11 @@ def command(
 
         jx-neuron plan ./my-llama --instance trn1.32xlarge --tp 8 --batch-size 4 --plot plan.png
     """
+    gc.disable()  # importing jax allocates much and frees next to nothing
     from jx_neuron.models.known import config_of
     from jx_neuron.planning import plan
 
+    gc.enable()
     found = plan(
         config_of(model, revision=revision),
         instance,
@@ -129,8 +132,7 @@ def _print(plan: "Plan", name: str) -> None:
     console.print(
         f"First token of a {plan.context_length}-token prompt: {_number(1e3 * plan.seconds_to_first_token)} ms. "
         f"Largest batch: {plan.largest_batch}; longest context at batch {plan.batch_size}: {plan.largest_n_positions}. "
-        f"Host memory to load: {gib(plan.host_bytes)}"
-        + (f" of {gib(plan.host_memory)}." if plan.host_memory else ".")
+        f"Host memory to load: {gib(plan.host_bytes)}" + (f" of {gib(plan.host_memory)}." if plan.host_memory else ".")
     )
     for note in (*([plan.padding] if plan.padding else []), *plan.notes):
         console.print(f"Note: {note}.", style="yellow")

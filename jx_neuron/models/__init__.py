@@ -74,13 +74,13 @@ def family(model_type: str) -> Family:
 class _SameKey(nnx.RngStream):
     # counting keys under tracing takes time that grows with the square of the layers
     def __call__(self) -> Array:
-        return cast(Array, self.key[...])
+        return self.key[...]
 
 
 def _one_key() -> nnx.Rngs:
-    rngs = nnx.Rngs(0)
+    rngs: Any = nnx.Rngs(0)
     rngs.default = _SameKey(0, tag="default")
-    return rngs
+    return cast(nnx.Rngs, rngs)
 
 
 @dataclass(frozen=True)

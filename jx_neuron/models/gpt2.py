@@ -77,7 +77,8 @@ class Block(nnx.Module):
         self.scale = cfg.scale(layer)
 
     def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
-        q_btnh, k_btnh, v_btnh = (self.c_attn(self.ln_1(x_btd))[:, :, i] for i in range(3))
+        qkv_btcnh = self.c_attn(self.ln_1(x_btd))
+        q_btnh, k_btnh, v_btnh = (qkv_btcnh[:, :, i] for i in range(3))
         a_btnh, kv = attend(q_btnh, k_btnh, v_btnh, kv, at, self.scale)
         x_btd = x_btd + self.c_proj(a_btnh)
         return x_btd + self.mlp_c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), kv

@@ -12,6 +12,7 @@ lowered programs. Code and DMA rings are allowances:
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def activation_bytes(outline: Outline, tp_degree: int, shape: Shape, itemsize: i
     return residual + max(projections + scores + read, mlp, logits)
 
 
-def lowered_activation_bytes(decoder: Decoder, shape: Shape, slots: int, dtype: np.dtype) -> int:  # type: ignore[type-arg]
+def lowered_activation_bytes(decoder: Decoder, shape: Shape, slots: int, dtype: np.dtype[Any]) -> int:
     """The most that the lowered program of `shape` needs at one time for what does not fuse: a lower bound.
 
     Raises LoweringError where it cannot be lowered.

@@ -55,7 +55,7 @@ class Outline:
 
     @classmethod
     def of(cls, model: "Mapping[str, Any] | Decoder | Outline") -> "Outline":
-        """The outline of a parsed config.json, or of a decoder. Raises ConfigError where the config is not supported."""
+        """Of a parsed config.json, or of a decoder. Raises ConfigError where the config is not supported."""
         if isinstance(model, Outline):
             return model
         if isinstance(model, Decoder):

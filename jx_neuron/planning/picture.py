@@ -33,6 +33,7 @@ def draw(plan: Plan, model: str, path: Path) -> None:
         raise InputError(f"the folder {path.parent} does not exist; make it first")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise InputError("a picture needs matplotlib, which is not installed: pip install 'jx-neuron[plot]'") from None
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
@@ -40,7 +41,7 @@ def draw(plan: Plan, model: str, path: Path) -> None:
     figure.suptitle(f"{model} ({size} parameters, {plan.amp}) on {plan.instance}", fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _memory(left, plan)
-    _latency(right, plan)
+    _latency(right, plan, LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     data = BytesIO()
@@ -74,11 +75,11 @@ def _memory(axes: Any, plan: Plan) -> None:
     axes.set_title(f"Memory of a core: batch {plan.batch_size}, {plan.n_positions} positions", fontsize=11)
     for label, degree in zip(axes.get_xticklabels(), plan.degrees, strict=True):
         label.set_fontweight("bold" if degree.tp_degree == plan.tp_degree else "normal")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(COLOURS), fontsize=8, frameon=False,
+                columnspacing=1, handlelength=1)  # fmt: skip
 
 
-def _latency(axes: Any, plan: Plan) -> None:
+def _latency(axes: Any, plan: Plan, ticks: Any) -> None:
     batches = [rate.batch_size for rate in plan.rates]
     milliseconds = [1e3 * rate.seconds_per_token for rate in plan.rates]
     colour = COLOURS["weights"]
@@ -88,14 +89,18 @@ def _latency(axes: Any, plan: Plan) -> None:
     for rate, y in zip(plan.rates, milliseconds, strict=True):
         asked = rate.batch_size == plan.batch_size
         axes.annotate(
-            f"{rate.tokens_per_second:.3g}", (rate.batch_size, y), (0, 6), textcoords="offset points", ha="center",
+            f"{rate.tokens_per_second:,.0f}", (rate.batch_size, y), (0, 11), textcoords="offset points", ha="center",
             fontsize=8, fontweight="bold" if asked else "normal",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_yscale("log")
+    axes.set_ylim(0.6 * min(milliseconds), 2 * max(milliseconds))
+    axes.yaxis.set_major_locator(ticks)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set_ylim(0, 1.12 * max(high))
-    axes.set_xlabel("batch size (numbers: tokens per second of all rows)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("batch size (at the points: tokens per second of all rows)")
     axes.set_ylabel("ms a token")
     axes.set_title(f"Time per token at tp {plan.tp_degree}, full context", fontsize=11)
     axes.legend(loc="upper left", fontsize=8, frameon=False)

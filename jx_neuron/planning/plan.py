@@ -94,8 +94,8 @@ def plan(
     n_positions:             by default 2048, or what the model has positions for where that is less.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
-    lower:                   read the activations off the lowered program of the largest prompt (seconds), where they are
-                             otherwise estimated.
+    lower:                   read the activations off the lowered program of the largest prompt, which takes seconds,
+                             where they are otherwise estimated.
 
     Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
     """
@@ -182,6 +182,7 @@ def _request(
 
 
 def _place(request: Request, instance: Instance | None, tp_degree: int | None) -> tuple[Instance, int]:
+    why: str | None
     if tp_degree is not None and instance is None:
         holds = [of for of in INSTANCES if request.fits(of, tp_degree) and request.fits_host(of, tp_degree)]
         if holds:

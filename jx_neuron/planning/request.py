@@ -106,24 +106,22 @@ class Request:
     def largest_positions(self, instance: Instance, tp_degree: int) -> int:
         """The longest sequence that fits and that the model was made for, in steps of 128; 0 where none does."""
         config = self.outline.config
-        limit = config.max_positions or getattr(config, "max_position_embeddings", self.buckets.capacity)
-        limit = max(limit, self.buckets.capacity)
-        steps = _most(
-            lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree)
-        )
+        made_for = config.max_positions or getattr(config, "max_position_embeddings", None)
+        limit = max(int(made_for or 0), self.buckets.capacity)
+        steps = _most(lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree))
         whole = limit if steps == limit // GRAIN and self.with_positions(limit).fits(instance, tp_degree) else 0
         return max(steps * GRAIN, whole)
 
     def nearest(self, instance: Instance | None, tp_degree: int | None) -> list[str]:
-        """The requests nearest to this one that can run: on `instance` where that was asked for, and as it is elsewhere."""
-        found = []
-        if instance is not None:
-            found = [next(self._changed(instance, tp_degree), None)]
-        if (elsewhere := self.cheapest()) is not None and elsewhere[0] != instance:
+        """The requests nearest to this one that can run: on `instance` where that was asked for, and elsewhere."""
+        here = next(self._changed(instance, tp_degree), None) if instance else None
+        found = [here] if here else []
+        elsewhere = self.cheapest()
+        if elsewhere is not None and elsewhere[0] != instance:
             found.append(f"instance {elsewhere[0].name}, tp_degree={elsewhere[1]}")
-        elif instance is None:
-            found = [next(self._changed(INSTANCES[-1], None), None)]
-        return [change for change in found if change]
+        if not found and (change := next(self._changed(INSTANCES[-1], None), None)):
+            found.append(f"instance {INSTANCES[-1].name}, {change}")
+        return found
 
     def _changed(self, instance: Instance, tp_degree: int | None) -> Iterator[str]:
         """Changes that make it run on `instance`, the least first."""

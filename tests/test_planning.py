@@ -1,0 +1,409 @@
+"""What fits where: sizes to the byte, rules, predictions against what was published, and the command."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jx_neuron import InputError, NeuronAutoModelForCausalLM
+from jx_neuron.cli import app
+from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.lowering import artifact
+from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.lowering.footprint import peak_bytes, resident_bytes
+from jx_neuron.lowering.hlo import parse
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.models.known import KNOWN, config_of
+from jx_neuron.planning import INSTANCES, check, find, memory, padding_note, plan, published, speed
+from jx_neuron.planning.instances import GIB
+from jx_neuron.planning.outline import Outline
+
+LLAMA_70B = published.CONFIGS["Llama-2-70b"]
+LLAMA_7B = published.CONFIGS["Llama-2-7b"]
+TWO_LAYERS = {
+    "gpt2": {"model_type": "gpt2", "n_layer": 2},
+    "gpt2-xl": {"model_type": "gpt2", "n_layer": 2, "n_head": 25, "n_embd": 400},
+    "gptj": {"model_type": "gptj", "n_layer": 2, "n_embd": 512, "n_head": 8},
+    "opt-projected": {"model_type": "opt", "num_hidden_layers": 2, "word_embed_proj_dim": 512},
+    "llama-gqa": {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1000,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 5001,
+    },
+    "llama-tied": {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(TWO_LAYERS))
+def config(request: pytest.FixtureRequest) -> dict:
+    return TWO_LAYERS[request.param]
+
+
+# sizes
+
+
+def test_the_outline_of_a_config_is_that_of_the_whole_model(config: dict) -> None:
+    quick, whole = Outline.of(config), Outline.of(Decoder.from_config(config))
+    assert (quick.layers, quick.decoder.config.layers) == (2, 1)
+    assert quick.parameter_count == whole.parameter_count
+    assert quick.all_reduces == whole.all_reduces
+    for tp in (1, 2, 3, 8, 24, 32):
+        assert quick.weight_bytes(tp, 2) == whole.weight_bytes(tp, 2)
+        assert quick.read_elements(tp) == whole.read_elements(tp)
+        assert quick.overhead(tp) == pytest.approx(whole.overhead(tp))
+
+
+def test_parameters_are_as_many_as_published() -> None:
+    counts = {name: Outline.of(config).parameter_count for name, config in KNOWN.items()}
+    assert counts["gpt2"] == 124_439_808
+    assert counts["gpt2-xl"] == 1_557_611_200
+    assert counts["facebook/opt-125m"] == 125_239_296
+    assert counts["EleutherAI/gpt-j-6B"] == 6_050_882_784
+    assert Outline.of(LLAMA_70B).parameter_count == 68_976_648_192
+
+
+@pytest.mark.parametrize("tp", [1, 3, 8])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "llama"])
+def test_weights_and_cache_are_what_the_artifact_holds_to_the_byte(tmp_path: Path, name: str, tp: int) -> None:
+    folder = tiny.saved(name, tmp_path / "checkpoint")
+    model = NeuronAutoModelForCausalLM.from_pretrained(
+        folder, tp_degree=tp, batch_size=3, n_positions=64, context_length_estimate=1, amp="bf16", backend="host"
+    )
+    held = artifact.read(model.save(tmp_path / "artifact", sharded_weights=True))
+    found = plan(model.config, "trn1.32xlarge", batch_size=3, n_positions=64)
+    outline = Outline.of(model.config)
+    for rank in range(tp):
+        of_rank = held.weights(rank)
+        assert outline.weight_bytes(tp, 2) == sum(of_rank[key].nbytes for key in of_rank)
+    (program,) = held.manifest.programs
+    caches = [t for t in program.inputs if t.kind == "cache"]
+    assert outline.cache_bytes(tp, 3, 64, 2) == sum(2 * int(np.prod(t.shape)) for t in caches)
+    if tp == found.tp_degree:
+        assert found.memory.weights == outline.weight_bytes(tp, 2)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_estimates_hold_against_the_lowered_program(config: dict, tp: int) -> None:
+    outline, decoder = Outline.of(config), Decoder.from_config(config, tp)
+    prefill, decode = Shape(2, 256, 512), Shape(2, 1, 512)
+    programs = lower_model(decoder, [prefill, decode], 512, jnp.bfloat16)
+    for shape, program in zip((prefill, decode), programs, strict=True):
+        module = parse(program.hlo_module)
+        assert peak_bytes(module.entry) <= memory.activation_bytes(outline, tp, shape, 2)
+        tensors = outline.weight_bytes(tp, 2) + outline.cache_bytes(tp, 2, 512, 2)
+        assert tensors < resident_bytes(module) < 1.02 * tensors + 2**20
+        predicted = speed.speed(outline, find("trn2.48xlarge"), tp, 2)
+        # the projection of logits, where there is one, works on one token a row and is counted for all
+        within = 0.2 if "word_embed_proj_dim" in config else 0.02
+        assert predicted.flops(2, shape.tokens, 512) == pytest.approx(program.cost().flops, rel=within)
+    read = 2 * outline.read_elements(tp) + outline.cache_bytes(tp, 2, 512, 2)
+    assert read == pytest.approx(program.cost().bytes_read, rel=0.01)
+    reduces = [c for c in program.collectives() if c.opcode == "all-reduce"]
+    assert len(reduces) == (2 * outline.all_reduces + 1 if tp > 1 else 0)
+
+
+def test_lowered_activations_replace_the_estimate() -> None:
+    how = dict(batch_size=2, n_positions=256)
+    estimated, lowered = (plan(TWO_LAYERS["gpt2"], "inf2.xlarge", 2, lower=exact, **how) for exact in (False, True))
+    assert 0 < lowered.memory.activations < estimated.memory.activations
+    assert (estimated.activations_lowered, lowered.activations_lowered) == (False, True)
+    assert lowered.memory.weights == estimated.memory.weights
+
+
+# instances and degrees
+
+
+def test_instances_are_those_of_the_documentation() -> None:
+    cores = {of.name: (of.cores, of.hbm_per_core // GIB, of.degrees) for of in INSTANCES}
+    assert cores == {
+        "inf2.xlarge": (2, 16, (1, 2)),
+        "trn1.2xlarge": (2, 16, (1, 2)),
+        "inf2.8xlarge": (2, 16, (1, 2)),
+        "inf2.24xlarge": (12, 16, (1, 2, 4, 8)),
+        "inf2.48xlarge": (24, 16, (1, 2, 4, 8, 24)),
+        "trn1.32xlarge": (32, 16, (1, 2, 8, 16, 32)),
+        "trn1n.32xlarge": (32, 16, (1, 2, 8, 16, 32)),
+        "trn2.48xlarge": (64, 24, (1, 2, 4, 8, 16, 32, 64)),
+    }
+    order = [(of.devices, of.host_memory) for of in INSTANCES]
+    assert order == sorted(order)
+    assert find("trn1").name == "trn1.32xlarge"
+    assert find("trn3").inferred
+    with pytest.raises(InputError, match=r"'p5\.48xlarge' is not known; known are inf2\.xlarge"):
+        find("p5.48xlarge")
+
+
+@pytest.mark.parametrize(
+    ("model", "amp", "gigabytes", "instance", "holds", "not_at"),
+    [
+        ("facebook/opt-13b", "f16", 29, "trn1.2xlarge", 2, 1),
+        ("facebook/opt-30b", "f16", 66, "trn1.32xlarge", 8, 2),
+        ("gpt2-xl", "bf16", 4, "trn1.32xlarge", 1, None),
+    ],
+)
+def test_the_first_release_s_examples(model, amp, gigabytes, instance, holds, not_at) -> None:
+    for strict in (False, True):
+        found = plan(config_of(model), instance, holds, amp=amp, strict=strict)
+        assert found.memory.total * holds / 1e9 == pytest.approx(gigabytes, rel=0.06)
+        if not_at is not None:
+            said = f"tp_degree={not_at} on {instance}.* Nearest that works: tp_degree={holds}"
+            with pytest.raises(InputError, match=said):
+                plan(config_of(model), instance, not_at, amp=amp, strict=strict)
+
+
+def test_gpt2_xl_is_for_one_core_by_the_strict_rules_and_for_any_with_padding() -> None:
+    config = config_of("gpt2-xl")
+    strict = plan(config, "trn1.32xlarge", strict=True)
+    assert strict.tp_degree == 1
+    assert {d.tp_degree for d in strict.degrees if d.refusal is None} == {1}
+    assert all("does not divide the 25 query" in d.refusal for d in strict.degrees if d.tp_degree in (2, 8, 32))
+    assert "first release" in next(d.refusal for d in strict.degrees if d.tp_degree == 16)
+    padded = plan(config, "trn1.32xlarge")
+    assert [d.refusal for d in padded.degrees] == [None] * 5
+    assert padding_note(config, 8).startswith("tp_degree=8 holds 25 heads as 32")
+    assert padding_note(config, 1) is None
+
+
+def test_without_an_instance_the_smallest_that_holds_it_is_taken() -> None:
+    assert plan(config_of("gpt2")).instance == "inf2.xlarge"
+    opt = plan(config_of("facebook/opt-13b"), amp="f16")
+    assert (opt.instance, opt.tp_degree) == ("trn1.2xlarge", 2)  # inf2.xlarge's host cannot load it
+    on_inf2 = plan(config_of("facebook/opt-13b"), "inf2.xlarge", amp="f16")
+    assert any("host memory" in note for note in on_inf2.notes)
+    assert (plan(LLAMA_70B).instance, plan(LLAMA_70B, tp_degree=64).instance) == ("inf2.48xlarge", "trn2.48xlarge")
+    assert plan(published.CONFIGS["Llama-3.1-405B"]).instance == "trn2.48xlarge"
+
+
+def test_the_degree_chosen_is_the_fastest_that_fits() -> None:
+    found = plan(LLAMA_70B, "trn1.32xlarge")
+    fitting = {d.tp_degree: d.seconds_per_token for d in found.degrees if d.refusal is None}
+    assert set(fitting) == {16, 32}
+    assert found.tp_degree == min(fitting, key=fitting.get)
+    assert found.seconds_per_token == fitting[found.tp_degree]
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (dict(model=LLAMA_70B, instance="inf2.xlarge"), ["has 16 GiB", "instance inf2.48xlarge, tp_degree=24"]),
+        (dict(model=LLAMA_70B, instance="trn1", tp_degree=7), ["1, 2, 8, 16, 32", "Nearest that works: tp_degree=16"]),
+        (dict(model=LLAMA_70B, tp_degree=7), ["not a degree of any instance, which are 1, 2, 4, 8, 16, 24, 32, 64"]),
+        (dict(model=LLAMA_7B, instance="trn1", batch_size=512, n_positions=32768), ["tp_degree=32, batch_size="]),
+        (
+            dict(model=LLAMA_7B, batch_size=512, n_positions=32768),
+            ["Even on the largest", "Nearest that works: instance trn2.48xlarge, tp_degree=64, batch_size="],
+        ),
+        (dict(model=LLAMA_7B, instance="inf2.xlarge", n_positions=65536), ["n_positions=", "or instance"]),
+        (dict(model=config_of("gpt2"), n_positions=2048), ["1024 positions", "ask for at most 1024"]),
+        (dict(model=config_of("gpt2"), batch_size=0), ["batch_size=0"]),
+        (dict(model=config_of("gpt2"), instance="m5.large"), ["'m5.large' is not known"]),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_is_legal_and_the_nearest_that_works(ask: dict, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        plan(**ask)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_nearest_plan_works() -> None:
+    instances = ("inf2.xlarge", "inf2.24xlarge", "trn1", "trn2")
+    asks = itertools.product((LLAMA_7B, LLAMA_70B), instances, (1, 8, 64, 512), (2048, 32768))
+    refused = 0
+    for model, instance, batch, positions in asks:
+        try:
+            plan(model, instance, batch_size=batch, n_positions=positions)
+        except InputError as error:
+            refused += 1
+            for option in str(error).split("Nearest that works: ")[1].split("; or "):
+                where = dict(pair.split("=") if "=" in pair else pair.split() for pair in option.split(", "))
+                again = dict(instance=instance, batch_size=batch, n_positions=positions)
+                again |= {name: value if name == "instance" else int(value) for name, value in where.items()}
+                plan(model, **again)
+    assert refused > 20
+
+
+def test_check_refuses_what_plan_refuses() -> None:
+    decoder = Decoder.from_config(TWO_LAYERS["gpt2"], 8)
+    check(decoder, "trn1", 8, batch_size=4, n_positions=[128, 1024], context_length_estimate=[64, 512], amp="f32")
+    with pytest.raises(InputError, match=r"tp_degree=4 is not a degree that the runtime has on trn1\.32xlarge"):
+        check(decoder, "trn1", 4)
+    with pytest.raises(InputError, match="each core would need"):
+        check(LLAMA_70B, "trn1", 8)
+
+
+def test_largest_batch_and_context_are_the_last_that_fit() -> None:
+    found = plan(LLAMA_7B, "trn1.2xlarge", batch_size=1, n_positions=2048)
+    check(LLAMA_7B, "trn1.2xlarge", found.tp_degree, batch_size=found.largest_batch)
+    with pytest.raises(InputError, match="each core would need"):
+        check(LLAMA_7B, "trn1.2xlarge", found.tp_degree, batch_size=found.largest_batch + 1)
+    how = dict(context_length_estimate=1024)
+    check(LLAMA_7B, "trn1.2xlarge", found.tp_degree, n_positions=found.largest_n_positions, **how)
+    with pytest.raises(InputError, match="each core would need"):
+        check(LLAMA_7B, "trn1.2xlarge", found.tp_degree, n_positions=found.largest_n_positions + 128, **how)
+    assert found.rates[-1].batch_size <= found.largest_batch
+    assert [r.tokens_per_second for r in found.rates] == sorted(r.tokens_per_second for r in found.rates)
+
+
+# speed
+
+
+def test_predictions_hold_on_published_times_that_were_not_fitted() -> None:
+    compared = speed.compare()
+    assert len(compared) == len(published.DECODE) + len(published.PREFILL) == 13
+    unseen = [abs(c.error) for c in compared if isinstance(c.row, published.Decode) and not c.row.fitted]
+    assert len(unseen) == 8
+    assert np.median(unseen) < 0.2
+    assert max(unseen) < 0.4
+    (first_token,) = (abs(c.error) for c in compared if isinstance(c.row, published.Prefill) and not c.row.fitted)
+    assert first_token < 0.4
+
+
+def test_predictions_hold_on_each_row_left_out_in_turn() -> None:
+    errors = [abs(c.error) for c in speed.left_out()]
+    assert np.median(errors) < 0.2
+    assert max(errors) < 0.4
+
+
+def test_the_constants_are_those_of_the_fit() -> None:
+    decode, prefill = ([row for row in rows if row.fitted] for rows in (published.DECODE, published.PREFILL))
+    again = speed.fitted(decode, prefill)
+    assert (len(decode), len(prefill)) == (3, 1)
+    for name in ("layer", "row", "efficiency"):
+        assert getattr(speed.FITTED, name) == pytest.approx(getattr(again, name), rel=0.01)
+
+
+def test_a_prompt_beyond_the_largest_context_bucket_takes_a_chunk_each() -> None:
+    of = speed.speed(Outline.of(LLAMA_7B), find("trn1.32xlarge"), 32, 2)
+    buckets = Buckets.of(2048, 256)
+    one, three = of.of_prompt(1, 256, buckets), of.of_prompt(1, 3 * 256, buckets)
+    assert 3 * one < three < 4 * one
+
+
+def test_the_table_in_the_docs_is_what_is_predicted() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "planning.md").read_text()
+    for c in speed.compare():
+        assert f"| {c.row.milliseconds:g} | {c.predicted:.1f} | {c.error:+.0%} |" in text
+
+
+# the checkpoints known by name
+
+
+def test_the_first_release_s_checkpoints_are_known_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(KNOWN) == 11
+    for name, config in KNOWN.items():
+        assert config_of(name) == config
+        Outline.of(config)
+    assert config_of("openai-community/gpt2-xl") == KNOWN["gpt2-xl"]
+    with pytest.raises(CheckpointError, match="no such folder or file"):
+        config_of("./nowhere/config.json")
+
+
+def test_a_path_comes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(TWO_LAYERS["gpt2"]))
+    assert config_of("gpt2") == TWO_LAYERS["gpt2"]
+
+
+def test_a_config_that_is_not_supported_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model_type 'bert' is not supported"):
+        plan({"model_type": "bert"})
+    with pytest.raises(ConfigError, match="no model_type"):
+        plan({})
+
+
+# the command
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jx_neuron.cli", "plan", *map(str, words)]
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True,
+        env={"PATH": "", "PYTHONPATH": root, "COLUMNS": "80", "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+
+
+def test_the_command_prints_a_table_and_a_verdict() -> None:
+    done = run("facebook/opt-13b", "--amp", "f16")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "just fits trn1.2xlarge at tp 2: 13.8 GiB of 16 GiB a core" in text
+    for word in ("weights 11.98", "cache 0.78", "does not fit", "chosen", "tokens/s", "estimates"):
+        assert word in text
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_command_refuses_in_one_message_with_status_2(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_70B))
+    done = run(config, "--instance", "inf2.xlarge")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("jx-neuron: this request cannot run. ")
+    assert "Nearest that works: instance inf2.48xlarge, tp_degree=24" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_holds_the_plan() -> None:
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(app, ["plan", "gpt2-xl", "--instance", "trn1.32xlarge", "--tp", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    expected = {"model": "gpt2-xl", **plan(config_of("gpt2-xl"), "trn1.32xlarge", 8).as_dict()}
+    assert told == json.loads(json.dumps(expected))
+    assert told["memory"]["total"] == sum(size for item, size in told["memory"].items() if item != "total")
+
+
+def test_planning_starts_no_backend() -> None:
+    code = """
+from jx_neuron.models.known import config_of
+from jx_neuron.planning import plan
+plan(config_of("gpt2"))
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+# the picture
+
+
+def test_the_picture_shows_each_item_and_the_latency(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from jx_neuron.planning.picture import draw
+
+    draw(plan(LLAMA_70B, "trn1.32xlarge", batch_size=4), "Llama-2-70b", tmp_path / "plan.svg")
+    draw(plan(LLAMA_70B, "trn1.32xlarge", batch_size=4), "Llama-2-70b", tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.png", "plan.svg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("plan.gif", "ends in .pdf, .png, .svg"), ("no/plan.png", "does not exist")]
+)
+def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    from jx_neuron.planning.picture import draw
+
+    with pytest.raises(InputError, match=message):
+        draw(plan(config_of("gpt2")), "gpt2", tmp_path / name)
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jx_neuron.planning.picture import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'jx-neuron\[plot\]'"):
+        draw(plan(config_of("gpt2")), "gpt2", tmp_path / "plan.png")

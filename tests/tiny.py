@@ -1,0 +1,53 @@
+"""Tiny random models of each family, as HF has them and as checkpoints on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+VOCAB, POSITIONS = 101, 96
+SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+GPT2 = SPECIAL | {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": POSITIONS}
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "opt": lambda: transformers.OPTConfig(
+        **SPECIAL, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, ffn_dim=90, vocab_size=VOCAB,
+        max_position_embeddings=POSITIONS, word_embed_proj_dim=48,
+    ),
+    "gptj": lambda: transformers.GPTJConfig(**GPT2, rotary_dim=8),
+    "llama": lambda: transformers.LlamaConfig(
+        **SPECIAL, hidden_size=48, intermediate_size=90, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=POSITIONS,
+    ),
+}  # fmt: skip
+
+
+def model(name: str) -> torch.nn.Module:
+    """A random model whose logits are far enough apart for greedy tokens to be the same in any order of summation."""
+    torch.manual_seed(0)
+    found = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return found
+
+
+def greedy(hf: torch.nn.Module, ids: np.ndarray, length: int) -> np.ndarray:
+    prompt = torch.tensor(ids)
+    mask = torch.ones_like(prompt)
+    return hf.generate(prompt, attention_mask=mask, max_length=length, do_sample=False, pad_token_id=0).numpy()
+
+
+def logits(hf: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return hf(torch.tensor(ids)).logits.numpy()
+
+
+def prompts(rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, (rows, length))
+
+
+def saved(name: str, folder: Path) -> Path:
+    model(name).save_pretrained(folder)
+    return folder
