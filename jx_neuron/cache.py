@@ -50,3 +50,8 @@ def write(kv: LayerKV, k_btkh: Array, v_btkh: Array, start_b: Array) -> LayerKV:
 def read(kv: LayerKV, slots: int) -> LayerKV:
     """The first `slots` slots."""
     return LayerKV(kv.k_bksh[:, :, :slots], kv.v_bksh[:, :, :slots])
+
+
+def take(cache: Cache, index_b: Array) -> Cache:
+    """A cache whose row b is row `index_b[b]` of this one."""
+    return jax.tree.map(lambda x: jnp.take(x, index_b, axis=0, mode="clip"), cache)

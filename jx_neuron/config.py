@@ -33,25 +33,43 @@ class GQA(Enum):
     ALL_GATHER_HEADS = "all-gather-heads"
 
 
+PerRow = float | Sequence[float]
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How tokens are chosen where `sample` is not told otherwise.
+    """How tokens are chosen where `sample` is not told otherwise; the fields are `sample`'s arguments.
 
-    global_top_k: how many candidates compiled programs keep (the static size of their top-k); `top_k` may be changed
-                  up to it without compiling anything.
+    max_length:     of prompt and answer together, where `sample` is given no sequence_length.
+    do_sample:      without, the most likely token is taken.
+    global_top_k:   how many candidates compiled programs keep (the static size of their top-k); `top_k` may be changed
+                    up to it without compiling anything.
+    eos_token_id:   the token or tokens that end a row, instead of the checkpoint's.
+    dynamic:        lets `update_generation_config` change it, as in transformers-neuronx; either compiles nothing.
+    deterministic:  every draw takes the middle of the distribution, the token at which a half is passed.
+    per_batch_line: top_k, top_p, temperature and top_p_min_tokens hold a list of one value a row.
+
+    Raises ConfigError for a value that is not legal.
     """
 
     max_length: int | None = None
     do_sample: bool = False
-    top_k: int = 50
-    top_p: float = 1.0
-    temperature: float = 1.0
+    top_k: int | Sequence[int] = 50
+    top_p: PerRow = 1.0
+    temperature: PerRow = 1.0
     global_top_k: int = 64
     eos_token_id: int | Sequence[int] | None = None
+    top_p_min_tokens: int | Sequence[int] = 1
+    dynamic: bool = False
+    deterministic: bool = False
+    per_batch_line: bool = False
 
     def __post_init__(self) -> None:
         if self.global_top_k < 1 or (self.global_top_k > 1 and self.global_top_k % 8):
             raise ConfigError(f"global_top_k={self.global_top_k} is not legal; it is 1, or a multiple of 8")
+        for name in ("top_k", "top_p", "temperature", "top_p_min_tokens"):
+            if np.ndim(value := getattr(self, name)) and not self.per_batch_line:
+                raise ConfigError(f"{name}={value!r} is a list; with per_batch_line=True it holds one value a row")
 
 
 # steer transformers-neuronx's code generator and change no result; accepted, and said to have no effect
@@ -105,8 +123,9 @@ class NeuronConfig:
     output_all_logits:         calling the model gives the logits of every token of the prompt.
     padding_side:              which side of a row `start_ids` and `attention_mask` find padding on.
     compilation_worker_count:  how many programs the compiler works on at once.
+    strict_sharding:           refuses a tensor-parallel degree that heads would have to be padded for.
 
-    Raises ConfigError for an option that is unknown, or whose value would change results in a way that is not supported.
+    Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """
 
     group_query_attention: GQA | None
@@ -114,6 +133,7 @@ class NeuronConfig:
     output_all_logits: bool
     padding_side: str
     compilation_worker_count: int | None
+    strict_sharding: bool
 
     def __init__(
         self,
@@ -123,6 +143,7 @@ class NeuronConfig:
         output_all_logits: bool = False,
         padding_side: str = "left",
         compilation_worker_count: int | None = None,
+        strict_sharding: bool = False,
         **others: Any,
     ):
         try:
@@ -132,12 +153,15 @@ class NeuronConfig:
             raise ConfigError(f"group_query_attention={group_query_attention!r} may be one of {modes}") from None
         if padding_side not in ("left", "right"):
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
+        if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
+            warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
         for name, value in dict(
             group_query_attention=gqa,
             on_device_generation=on_device_generation,
             output_all_logits=output_all_logits,
             padding_side=padding_side,
             compilation_worker_count=compilation_worker_count,
+            strict_sharding=strict_sharding,
         ).items():
             object.__setattr__(self, name, value)
         _check(others)

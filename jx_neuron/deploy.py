@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
 from jx_neuron.lowering import artifact, neuronx_cc
 from jx_neuron.lowering.artifact import Artifact
 from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.lowering.manifest import MANIFEST
 from jx_neuron.lowering.neuronx_cc import CompilerOptions
 from jx_neuron.lowering.rules import target_of
 from jx_neuron.lowering.shape import Shape
@@ -52,20 +54,23 @@ def target_for(asked: str | None) -> str:
 class Settings:
     """What a model was, or is to be, lowered for.
 
-    generation: the ids of its end and padding tokens.
-    target:     the instance family that the programs were checked and compiled for; None before that.
+    batch_sizes:  rows of its programs, ascending.
+    generation:   the ids of its end and padding tokens.
+    target:       the instance family that the programs were checked and compiled for; None before that.
+    prompt_batch: rows of the programs that take prompts, where those that decode have more.
     """
 
     model_type: str
     tp_degree: int
     amp: str
-    batch_size: int
+    batch_sizes: tuple[int, ...]
     buckets: Buckets
     candidates: int
     all_logits: bool
     vocab_size: int
     generation: Mapping[str, Any] = field(default_factory=dict)
     target: str | None = None
+    prompt_batch: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -74,7 +79,10 @@ class Settings:
     @property
     def shapes(self) -> list[Shape]:
         """Every program that such a model can call for."""
-        found = self.buckets.shapes(self.batch_size, self.candidates)
+        found = [shape for batch in self.batch_sizes for shape in self.buckets.shapes(batch, self.candidates)]
+        if self.prompt_batch:
+            decoding = [shape for shape in found if shape.tokens == 1]
+            found = list(dict.fromkeys([*self.buckets.shapes(self.prompt_batch, self.candidates), *decoding]))
         if self.all_logits:
             found += [dataclasses.replace(shape, all_logits=True) for shape in found if shape.tokens > 1]
         return found
@@ -88,7 +96,7 @@ class Settings:
         """Raises ArtifactError for a form that `as_dict` does not give."""
         try:
             buckets = Buckets(*(tuple(told["buckets"][key]) for key in ("context", "tokens")))
-            return cls(**{**told, "buckets": buckets})
+            return cls(**{**told, "buckets": buckets, "batch_sizes": tuple(told["batch_sizes"])})
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"the manifest's settings are not those of a model ({error}); save it again") from error
 
@@ -130,7 +138,7 @@ class Deployment:
         neuronx_cc.find_compiler()
         self.check(target_for(target))
         made = neuronx_cc.compile_programs({name: self.hlo(name) for name in missing}, options, jobs=jobs)
-        self.neffs = {**self.neffs, **{name: (lambda neff=neff: neff) for name, neff in made.items()}}
+        self.neffs = {**self.neffs, **{name: partial(made.__getitem__, name) for name in made}}
 
     def bundle(self, weights: Callable[[int], Mapping[str, np.ndarray]]) -> Bundle:
         """The programs with weights to run them on."""
@@ -147,7 +155,9 @@ class Deployment:
         if backend == "neuron":
             self.compile(jobs=jobs)
             self._check_machine()
-            return neuron.NeuronRuntime(self.bundle(weights))
+            runtime = neuron.NeuronRuntime(self.bundle(weights))
+            runtime.compile(list(self.programs))
+            return runtime
         from jx_neuron.runtime.host import HostRuntime
 
         return HostRuntime(self.bundle(weights))
@@ -244,9 +254,9 @@ class Saved:
         return {name: self.artifact.file(name) for name in names}
 
 
-def is_artifact(path: Path | str) -> bool:
+def is_artifact(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a saved model rather than a checkpoint."""
-    return (Path(path).expanduser() / artifact.MANIFEST).is_file()
+    return (Path(path).expanduser() / MANIFEST).is_file()
 
 
 @dataclass(frozen=True)

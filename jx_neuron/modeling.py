@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from jx_neuron import deploy
+from jx_neuron.answering import Answering
 from jx_neuron.checkpoint import Checkpoint, open_checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.deploy import Deployment, Saved, Settings
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
-from jx_neuron.generation import loop, prompts
+from jx_neuron.generation.session import Engine
 from jx_neuron.lowering.buckets import Buckets
 from jx_neuron.runtime import Runtime
 
@@ -30,7 +32,7 @@ DEFAULT_POSITIONS = 2048
 GENERATION_FIELDS = ("eos_token_id", "pad_token_id")
 
 
-class NeuronAutoModelForCausalLM:
+class NeuronAutoModelForCausalLM(Answering):
     """A decoder of any supported family.
 
     Made by `from_pretrained` or `from_module`. `to_neuron` reads its weights and readies its programs (the first use
@@ -55,14 +57,16 @@ class NeuronAutoModelForCausalLM:
         self.settings, self.config, self.backend, self.neuron_config = settings, dict(config), backend, neuron_config
         self._decoder, self._source, self._checkpoint, self._saved = decoder, source, checkpoint, saved
         self._deployment: Deployment | None = saved.deployment if saved else None
-        self._runtime: Runtime | None = None
+        self._engine: Engine | None = None
+        self.generation_config = neuron_config.on_device_generation
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        batch_size: int = 1,
+        batch_size: Lengths = 1,
+        prompt_batch_size: int | None = None,
         n_positions: Lengths | None = None,
         tp_degree: int = 1,
         amp: str = "f32",
@@ -76,7 +80,9 @@ class NeuronAutoModelForCausalLM:
     ) -> Self:
         """Opens a checkpoint: a folder, a .gguf file, or a Hugging Face hub id; or a folder that `save` wrote.
 
-        batch_size:              rows of every call.
+        batch_size:              most rows of a call, or a list of batch buckets; a call of fewer is padded.
+        prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:
+                                 prompts go through once, and their keys and values are copied. It divides batch_size.
         n_positions:             longest sequence, prompt and answer together, or a list of token buckets; by default
                                  2048, or what the model has positions for where that is less.
         tp_degree:               how many cores share the model.
@@ -108,7 +114,10 @@ class NeuronAutoModelForCausalLM:
         )
         cls._check_family(checkpoint.config.get("model_type"))
         decoder = Decoder.from_config(checkpoint.config, _positive("tp_degree", tp_degree))
-        settings = _settings(decoder, batch_size, n_positions, context_length_estimate, amp, neuron_config)
+        settings = _settings(
+            decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
+        )
+        _check_plan(decoder, settings, backend, neuron_config)
         told = {**checkpoint.config, **{k: v for k, v in (checkpoint.generation_config or {}).items() if v is not None}}
         settings = dataclasses.replace(settings, generation={key: told.get(key) for key in GENERATION_FIELDS})
         rows = weights.match(
@@ -131,7 +140,8 @@ class NeuronAutoModelForCausalLM:
         config: "HFConfig",
         *,
         weights: "Sequence[W]" = (),
-        batch_size: int = 1,
+        batch_size: Lengths = 1,
+        prompt_batch_size: int | None = None,
         n_positions: Lengths | None = None,
         tp_degree: int = 1,
         amp: str = "f32",
@@ -151,7 +161,7 @@ class NeuronAutoModelForCausalLM:
         decoder = Decoder.from_module(module, config, weights, _positive("tp_degree", tp_degree))
         source = loading.from_params(loading.flatten(module), decoder.rows, decoder.padding, dtype_of(amp))
         return cls(
-            _settings(decoder, batch_size, n_positions, context_length_estimate, amp, neuron_config),
+            _settings(decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config),
             {"model_type": config.MODEL_TYPE, **config.to_hf()},
             backend=deploy.choose_backend(backend),
             neuron_config=neuron_config,
@@ -164,7 +174,8 @@ class NeuronAutoModelForCausalLM:
         cls,
         config: Mapping[str, Any],
         *,
-        batch_size: int = 1,
+        batch_size: Lengths = 1,
+        prompt_batch_size: int | None = None,
         n_positions: Lengths | None = None,
         tp_degree: int = 1,
         amp: str = "f32",
@@ -180,7 +191,9 @@ class NeuronAutoModelForCausalLM:
         neuron_config = neuron_config or NeuronConfig()
         cls._check_family(config.get("model_type"))
         decoder = Decoder.from_config(config, _positive("tp_degree", tp_degree))
-        settings = _settings(decoder, batch_size, n_positions, context_length_estimate, amp, neuron_config)
+        settings = _settings(
+            decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
+        )
         settings = dataclasses.replace(settings, generation={key: config.get(key) for key in GENERATION_FIELDS})
         return cls(settings, config, backend="host", neuron_config=neuron_config, decoder=decoder)
 
@@ -204,26 +217,16 @@ class NeuronAutoModelForCausalLM:
                 "NeuronAutoModelForCausalLM takes any"
             )
 
-    @property
-    def batch_size(self) -> int:
-        """Rows of every call."""
-        return self.settings.batch_size
-
-    @property
-    def buckets(self) -> Buckets:
-        """The lengths that programs are compiled for."""
-        return self.settings.buckets
-
     def to_neuron(self) -> Self:
         """Reads the weights onto the devices and readies the programs.
 
         With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles those that
         no `load` brought. Raises CompilerError where that cannot be.
         """
-        if self._runtime is None:
-            jobs = self.neuron_config.compilation_worker_count
-            on = self.backend
-            self._runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
+        if self._engine is None:
+            jobs, on, of = self.neuron_config.compilation_worker_count, self.backend, self.settings
+            runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
+            self._engine = Engine(runtime, of.buckets, of.batch_sizes, of.prompt_batch, of.vocab_size)
         return self
 
     def lowered(self) -> Deployment:
@@ -294,15 +297,22 @@ class NeuronAutoModelForCausalLM:
 
     def _weights(self) -> "Source":
         if self._source is None:
-            raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
+            raise CheckpointError(
+                "this model was made from a config alone; make it with from_pretrained to have weights"
+            )
         return self._source
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the programs, and whose turn it is."""
+        self.to_neuron()
+        assert self._engine is not None
+        return self._engine
 
     @property
     def runtime(self) -> Runtime:
         """What runs the programs."""
-        self.to_neuron()
-        assert self._runtime is not None
-        return self._runtime
+        return self.engine.runtime
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -312,132 +322,6 @@ class NeuronAutoModelForCausalLM:
         if self._saved is not None:
             return self._saved.tokenizer()
         raise InputError("this model was made from a module, without a checkpoint, and has no tokenizer")
-
-    @cached_property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a row, by generation_config.json or else config.json."""
-        given = self.settings.generation.get("eos_token_id")
-        return () if given is None else tuple(np.atleast_1d(given).tolist())
-
-    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> np.ndarray:
-        """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
-
-        input_ids: [b, t] integers, as lists, numpy, jax or torch.
-        cache_ids: None for prompts, which empty the cache first; or the position of the first token, to go on from it.
-        start_ids: [b], the first real position of each left-padded row.
-
-        Raises InputError where the compiled model cannot take them.
-        """
-        ids_bt, _ = prompts.as_array(input_ids)
-        rows = self._check(ids_bt, start_ids, None, ids_bt.shape[1])
-        start_b = np.zeros(len(rows), np.int32)
-        if cache_ids is not None:
-            start_b += int(np.asarray(cache_ids).reshape(-1)[0])
-            if start_ids is not None:
-                start_b -= np.asarray(start_ids, np.int32).reshape(-1)
-        all_logits = self.neuron_config.output_all_logits
-        logits = loop.logits(self.runtime, rows, start_b, self.buckets, all_logits, fresh=cache_ids is None)
-        return logits[..., : self.settings.vocab_size]
-
-    def sample(
-        self,
-        input_ids: Any,
-        sequence_length: int,
-        start_ids: Any = None,
-        *,
-        attention_mask: Any = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        eos_token_override: int | Sequence[int] | None = None,
-        seed: int | None = None,
-        streamer: Any = None,
-    ) -> Any:
-        """Continues each row up to `sequence_length` tokens, the prompt counted, or until all rows have ended.
-
-        input_ids:          [b, t] integers, as lists, numpy, jax or torch.
-        start_ids:          [b], the first real position of each left-padded row; or give attention_mask [b, t].
-        top_k:              1 is greedy, 0 keeps the whole vocabulary; 50 where no GenerationConfig says otherwise.
-        top_p, temperature: 1.0 each by default; a temperature of 0 is greedy. All three may be given one a row.
-        eos_token_override: the token or tokens that end a row, instead of the checkpoint's; -1 for none.
-        seed:               the same seed gives a row the same tokens in any batch, bucket and degree; None draws one.
-        streamer:           an HF streamer; its put() gets the prompt, then the tokens of each step.
-
-        Returns ids [b, up to sequence_length] in the kind that was given, prompt first; a row that has ended goes on in
-        the padding token (the end token where the checkpoint has none). Raises InputError before anything runs where
-        the compiled model cannot take the call.
-        """
-        ids_bt, restore = prompts.as_array(input_ids)
-        tokens = [ids_bt]
-        if streamer is not None:
-            streamer.put(restore(ids_bt))
-        for token_b, _ in self.stream(
-            ids_bt,
-            sequence_length,
-            start_ids,
-            attention_mask=attention_mask,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-            eos_token_override=eos_token_override,
-            seed=seed,
-        ):
-            tokens.append(token_b[:, None])
-            if streamer is not None:
-                streamer.put(restore(token_b[:, None])[:, 0])
-        if streamer is not None:
-            streamer.end()
-        return restore(np.concatenate(tokens, axis=1))
-
-    def stream(
-        self,
-        input_ids: Any,
-        sequence_length: int,
-        start_ids: Any = None,
-        *,
-        attention_mask: Any = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        eos_token_override: int | Sequence[int] | None = None,
-        seed: int | None = None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The tokens of `sample` as they are made: pairs of ids [b] and whether each row has ended [b]."""
-        ids_bt, _ = prompts.as_array(input_ids)
-        width = ids_bt.shape[1]
-        rows = self._check(ids_bt, start_ids, attention_mask, sequence_length)
-        draw = self._draw(top_k, top_p, temperature, seed)
-        override = None if eos_token_override is None else np.atleast_1d(eos_token_override).tolist()
-        eos = self.eos_token_ids if override is None else tuple(id for id in override if id >= 0)
-        pad = self.settings.generation.get("pad_token_id")
-        if pad is None:
-            pad = eos[0] if eos else 0
-        return loop.answer(self.runtime, rows, self.buckets, draw, sequence_length - width, eos, pad)
-
-    def _check(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any, length: int) -> list[np.ndarray]:
-        prompts.check(
-            ids_bt,
-            batch=self.batch_size,
-            vocab_size=self.settings.vocab_size,
-            capacity=self.buckets.capacity,
-            length=length,
-        )
-        return prompts.rows_of(ids_bt, start_ids, attention_mask, padding_side=self.neuron_config.padding_side)
-
-    def _draw(self, top_k: Any, top_p: Any, temperature: Any, seed: int | None) -> loop.Draw:
-        fallback = self.neuron_config.on_device_generation or GenerationConfig(do_sample=True)
-        if top_k is None:
-            top_k = fallback.top_k if fallback.do_sample else 1
-        return loop.Draw.of(
-            self.batch_size,
-            top_k=top_k,
-            top_p=fallback.top_p if top_p is None else top_p,
-            temperature=fallback.temperature if temperature is None else temperature,
-            seed=seed,
-            global_top_k=fallback.global_top_k,
-            vocab_size=self.settings.vocab_size,
-            compiled=None if self.backend == "xla" else self.settings.candidates,
-        )
 
 
 class GPT2ForSampling(NeuronAutoModelForCausalLM):
@@ -458,6 +342,10 @@ class LlamaForSampling(NeuronAutoModelForCausalLM):
     MODEL_TYPE = "llama"
 
 
+class GPT2ForSamplingWithContextBroadcasting(GPT2ForSampling):
+    """GPT-2, made with prompt_batch_size: one prompt, many answers. Every other family's class does so too."""
+
+
 class OPTForSampling(NeuronAutoModelForCausalLM):
     """OPT."""
 
@@ -472,7 +360,8 @@ def _positive(name: str, value: int) -> int:
 
 def _settings(
     decoder: "Decoder",
-    batch_size: int,
+    batch_size: Lengths,
+    prompt_batch_size: int | None,
     n_positions: Lengths | None,
     context_length_estimate: Lengths | None,
     amp: str,
@@ -487,15 +376,44 @@ def _settings(
             f"n_positions={buckets.capacity} exceeds the {most} positions that this {decoder.model_type} has; "
             f"ask for at most {most}"
         )
+    given = [batch_size] if isinstance(batch_size, int) else batch_size
+    batches = tuple(sorted({_positive("batch_size", size) for size in given}))
+    if prompt_batch_size is not None and (
+        len(batches) != 1 or batches[0] % _positive("prompt_batch_size", prompt_batch_size)
+    ):
+        raise InputError(
+            f"prompt_batch_size={prompt_batch_size} goes with one batch_size that it divides, and not {batch_size}"
+        )
     vocab_size = decoder.config.sizes["v"]
     generation = neuron_config.on_device_generation or GenerationConfig()
     return Settings(
         decoder.model_type,
         decoder.tp_degree,
         amp,
-        _positive("batch_size", batch_size),
+        batches,
         buckets,
         min(generation.global_top_k, vocab_size // 8 * 8 or 1),
         neuron_config.output_all_logits,
         vocab_size,
+        prompt_batch=prompt_batch_size,
     )
+
+
+def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_config: NeuronConfig) -> None:
+    """Says what the degree pads and what it costs, and for a device raises InputError where the model cannot fit it."""
+    from jx_neuron import planning
+
+    if neuron_config.strict_sharding:
+        decoder.padding.demand_exact()
+    if note := planning.padding_note(decoder, settings.tp_degree):
+        warnings.warn(note, UserWarning, stacklevel=3)
+    if backend == "neuron":
+        planning.check(
+            decoder,
+            deploy.target_for(settings.target),
+            settings.tp_degree,
+            batch_size=settings.batch_sizes[-1],
+            n_positions=list(settings.buckets.tokens),
+            context_length_estimate=list(settings.buckets.context),
+            amp=settings.amp,
+        )

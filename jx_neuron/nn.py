@@ -17,6 +17,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import LayerKV
+from jx_neuron.products import product, product_with_rows
 
 
 class Span(NamedTuple):
@@ -50,8 +51,14 @@ class Linear(nnx.Module):
         self.axes = len(inputs)
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.tensordot(x, self.kernel[...], axes=self.axes)
+        y = product(x, self.kernel[...], self.axes)
         return y if self.bias is None else y + self.bias[...]
+
+
+def kernels(module: nnx.Module) -> dict[str, int]:
+    """The kernel of each `Linear` of a model by dotted path, and how many input axes it has."""
+    found = nnx.iter_graph(module)
+    return {".".join(map(str, (*path, "kernel"))): node.axes for path, node in found if isinstance(node, Linear)}
 
 
 class Embedding(nnx.Module):
@@ -65,7 +72,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x_btd: Array) -> Array:
         """Logits [b, t, v] = x · tableᵀ."""
-        return jnp.einsum("...d,vd->...v", x_btd, self.embedding[...])
+        return product_with_rows(x_btd, self.embedding[...])
 
 
 class LayerNorm(nnx.Module):

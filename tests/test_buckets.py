@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jx_neuron.errors import InputError
-from jx_neuron.generation.loop import prefill_calls
+from jx_neuron.generation.chunks import prefill_calls
 from jx_neuron.lowering.buckets import Buckets
 
 

@@ -165,7 +165,7 @@ def test_a_streamer_gets_the_prompt_then_each_step(model, ids) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.sample([[1, 2]], 9), "batch_size=2"),
+        (lambda m: m.sample([[1, 2]] * 3, 9), "3 rows and the model was made for at most 2"),
         (lambda m: m.sample([[1, 101]] * 2, 9), "id 101"),
         (lambda m: m.sample([[1, -1]] * 2, 9), "0 to 100"),
         (lambda m: m.sample([[1] * 65] * 2, 65), "n_positions=64"),

@@ -12,14 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 LEVELS = [
     {"errors", "progress"},
     {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
-    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "tensor_files"},
+    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "products", "tensor_files"},
     {"models"},
     {"lowering"},
     {"runtime"},
     {"generation", "planning"},
     {"deploy"},
+    {"answering"},
     {"modeling", "testing"},
-    {"cli"},
+    {"cli", "evaluation"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

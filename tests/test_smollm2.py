@@ -1,5 +1,6 @@
 """The demo model, a real one, against HF: SmolLM2-135M-Instruct in float32."""
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -50,18 +51,38 @@ def test_128_greedy_tokens_are_hf_s(path, hf, prompt, chat) -> None:
     ids = [ids_of(path, prompt, chat)]
     length = len(ids[0]) + 128
     expected = hf.generate(
-        torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0])), max_length=length, do_sample=False, eos_token_id=None
+        torch.tensor(ids),
+        attention_mask=torch.ones(1, len(ids[0])),
+        max_length=length,
+        do_sample=False,
+        eos_token_id=None,
     )
     model = LlamaForSampling.from_pretrained(path, n_positions=512)
     assert model.sample(ids, length, top_k=1, eos_token_override=-1) == expected.tolist()
 
 
-def test_logits_over_the_prompt_are_hf_s(path, hf) -> None:
-    ids = [ids_of(path, " ".join(PROMPTS), True)]
-    model = LlamaForSampling.from_pretrained(path, n_positions=512, neuron_config=NeuronConfig(output_all_logits=True))
+def logits(path: Path, ids: list[int]) -> np.ndarray:
+    model = LlamaForSampling.from_pretrained(path, n_positions=64, neuron_config=NeuronConfig(output_all_logits=True))
+    return model([ids])[0]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_over_the_prompt_are_hf_s(path, hf, prompt) -> None:
+    ids = ids_of(path, prompt, False)
     with torch.no_grad():
-        expected = hf(torch.tensor(ids)).logits.numpy()
-    assert np.abs(model(ids) - expected).max() < 1e-4
+        expected = hf(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(logits(path, ids) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_logits_are_as_exact_as_hf_s(path, hf, chat) -> None:
+    ids = ids_of(path, " ".join(PROMPTS), chat)
+    with torch.no_grad():
+        exact = copy.deepcopy(hf).double()(torch.tensor([ids])).logits[0].numpy()
+        theirs = hf(torch.tensor([ids])).logits[0].numpy()
+    ours = logits(path, ids)
+    assert np.abs(ours - exact).max() < 1e-4
+    assert np.sqrt(np.mean((ours - exact) ** 2)) < np.sqrt(np.mean((theirs - exact) ** 2))
 
 
 def test_loading_holds_the_model_once(tmp_path: Path, hf) -> None:

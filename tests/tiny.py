@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models
 
 VOCAB, POSITIONS = 101, 96
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -51,3 +52,12 @@ def prompts(rows: int, length: int) -> np.ndarray:
 def saved(name: str, folder: Path) -> Path:
     model(name).save_pretrained(folder)
     return folder
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token for each printable ASCII character, and six special ones."""
+    characters = {chr(32 + i): i for i in range(95)}
+    found = Tokenizer(models.BPE(vocab=characters | {f"<{i}>": 95 + i for i in range(6)}, merges=[]))
+    found.add_special_tokens([f"<{i}>" for i in range(6)])
+    found.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found)

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jx_neuron.errors import InputError
+from jx_neuron.errors import InputError, LoweringError
+
+if TYPE_CHECKING:  # a command that is not asked for costs no time to import
+    from jx_neuron.lowering.verify import Violation
 
 
 def command(
@@ -32,19 +35,28 @@ def command(
         jx-neuron check opt-13b-tp2 --target trn1
     """
     from jx_neuron.deploy import target_for
-    from jx_neuron.lowering.verify import verify
 
     target = target_for(target)
-    found = {name: verify(hlo, target, lnc=lnc) for name, hlo in _programs(path)}
+    found = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
     refused = any(v.severity == "error" for violations in found.values() for v in violations)
     if as_json:
         told = {name: [v.as_dict() for v in violations] for name, violations in found.items()}
         typer.echo(json.dumps(dict(target=target, passes=not refused, programs=told)))
     else:
         for name, violations in found.items():
-            typer.echo("\n  ".join([f"{name}:", *map(str, violations)]) if violations else f"{name}: passes on {target}")
+            lines = [f"{name}:", *map(str, violations)] if violations else [f"{name}: passes on {target}"]
+            typer.echo("\n  ".join(lines))
     if refused:
         raise typer.Exit(1)
+
+
+def _verify(name: str, hlo: bytes, target: str, lnc: int | None) -> "list[Violation]":
+    from jx_neuron.lowering.verify import verify
+
+    try:
+        return verify(hlo, target, lnc=lnc)
+    except LoweringError as error:
+        raise LoweringError(f"{name}: {error}") from error
 
 
 def _programs(path: Path) -> Iterator[tuple[str, bytes]]:

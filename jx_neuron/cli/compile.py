@@ -35,7 +35,8 @@ def command(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Longest prompt and answer together; more than once, the token buckets. [default: 2048, or the model's]",
+            help="Longest prompt and answer together; more than once, the token buckets. "
+            "[default: 2048, or the model's]",
         ),
     ] = None,
     context_length_estimate: Annotated[
@@ -49,9 +50,9 @@ def command(
     amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
     target: Annotated[
         str | None,
-        typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: by NEURON_CC_FLAGS, else this machine's, or trn1]"),
+        typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: NEURON_CC_FLAGS', or this machine's, or trn1]"),
     ] = None,
-    hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, which need not be there.")] = False,
+    hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, and do without.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Keep programs only; reads no weights.")] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Programs compiled at once. [default: a quarter of the cores]")
@@ -109,7 +110,7 @@ def _from_checkpoint(model: str, revision: str | None, options: dict[str, Any]) 
     try:
         return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **options)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}\nTo compile without weights, from the config alone, add --no-weights") from error
+        raise CheckpointError(f"{error}\nTo compile from the config alone, add --no-weights") from error
 
 
 def _from_config(model: str, revision: str | None, options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
@@ -135,11 +136,12 @@ def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table("program", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("program", no_wrap=True)
     compiled = rows[0]["neff_bytes"] is not None
-    for title in ("instructions", "collectives", "HLO", *(["NEFF"] if compiled else []), "lowered in"):
-        table.add_column(title, justify="right")
+    for title in ("instructions", "collectives", "HLO", *(["NEFF"] if compiled else []), "seconds"):
+        table.add_column(title, justify="right", overflow="fold")
     for row in rows:
         sizes = [decimal(row[key]) for key in ("hlo_bytes", *(["neff_bytes"] if compiled else []))]
-        table.add_row(row["name"], str(row["instructions"]), str(row["collectives"]), *sizes, f"{row['seconds']:.1f} s")
+        table.add_row(row["name"], str(row["instructions"]), str(row["collectives"]), *sizes, f"{row['seconds']:.1f}")
     Console().print(table)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -132,46 +131,32 @@ def _answer(
 ) -> Iterator[Answer]:
     answers = [Answer(text, prompt_tokens=len(ids)) for text, ids in zip(texts, encoded, strict=True)]
     width = max(map(len, encoded))
-    rows = [*encoded, *[encoded[-1]] * (model.batch_size - len(encoded))]
-    ids_bt = np.array([[0] * (width - len(row)) + row for row in rows])
-    start_ids = [width - len(row) for row in rows]
-    write = _writer(model.tokenizer) if live and len(texts) == 1 else None
+    ids_bt = np.array([[0] * (width - len(row)) + row for row in encoded])
+    start_ids = [width - len(row) for row in encoded]
+    write = live and len(texts) == 1
     if write and echo:
-        write.put(np.array(encoded[0]))
-    began = first = time.perf_counter()
-    ended_b = np.zeros(len(rows), bool)
-    for step, (token_b, now_ended_b) in enumerate(model.stream(ids_bt, width + new, start_ids, **how)):
-        if step == 0:
-            first = time.perf_counter()
-        for answer, token, over, ended in zip(answers, token_b.tolist(), ended_b, now_ended_b, strict=False):
+        typer.echo(texts[0], nl=False)
+    ended_b, first, last = np.zeros(len(encoded), bool), None, 0.0
+    for step in model.stream(ids_bt, width + new, start_ids, **how):
+        first, last = step.seconds if first is None else first, step.seconds
+        rows = zip(answers, step.tokens.tolist(), step.text, step.finish_reasons, ended_b, strict=True)
+        for answer, token, text, reason, over in rows:
             if not over:
                 answer.tokens.append(token)
-                answer.finish_reason = "stop" if ended else "length"
-        if write:
-            write.put(token_b)
-        ended_b = now_ended_b
-    elapsed = time.perf_counter() - first
+                answer.text += text
+                answer.finish_reason = reason or "length"
+                if write:
+                    typer.echo(text, nl=False)
+        ended_b = step.ended
     if write:
-        write.end()
-    for answer, ids in zip(answers, encoded, strict=True):
-        answer.text = _continuation(model.tokenizer, ids, answer.tokens)
-        answer.time_to_first_token = first - began
-        answer.tokens_per_second = (len(answer.tokens) - 1) / elapsed if len(answer.tokens) > 1 else None
+        typer.echo()
+    for answer in answers:
+        answer.time_to_first_token = first or 0.0
+        further = len(answer.tokens) - 1
+        answer.tokens_per_second = further / (last - answer.time_to_first_token) if further else None
         if live and not write:
             typer.echo((answer.prompt if echo else "") + answer.text + "\n")
         yield answer
-
-
-def _continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    # decoded together, since a tokenizer may drop the space at the start of what it decodes
-    whole: str = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-    return whole.removeprefix(tokenizer.decode(list(prompt), skip_special_tokens=True))
-
-
-def _writer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_special_tokens=True)
 
 
 def _report(answers: Sequence[Answer]) -> None:

@@ -75,20 +75,36 @@ def rows_of(
     return [row[f:e].astype(np.int32) for row, f, e in zip(ids_bt, first, last, strict=True)]
 
 
-def check(ids_bt: np.ndarray, *, batch: int, vocab_size: int, capacity: int, length: int) -> None:
-    """Raises InputError where the compiled model cannot take `ids_bt`, or cannot answer up to `length` positions."""
-    b, width = ids_bt.shape
-    if b != batch:
-        raise InputError(
-            f"input_ids has {b} rows and the model was made for batch_size={batch}; "
-            f"give {batch}, or make the model with batch_size={b}"
-        )
+def starts(cache_ids: Any, start_ids: Any, rows: int) -> np.ndarray:
+    """Where each row's next token stands, int32 [rows], by the position of the first among padded ones."""
+    first = int(np.asarray(cache_ids).reshape(-1)[0])
+    start_b = np.full(rows, first, np.int32)
+    if start_ids is not None:
+        start_b -= np.asarray(start_ids, np.int32).reshape(-1)
+    if (start_b < 0).any():
+        raise InputError(f"cache_ids from {first} on come before the start_ids of a row; they go on behind its prompt")
+    return start_b
+
+
+def check_ids(ids_bt: np.ndarray, vocab_size: int) -> None:
+    """Raises InputError where an id is none of the vocabulary."""
     if (wrong := (ids_bt < 0) | (ids_bt >= vocab_size)).any():
         row, at = np.argwhere(wrong)[0]
         raise InputError(
             f"row {row} of input_ids holds id {ids_bt[row, at]} at {at}; "
             f"ids of this vocabulary are 0 to {vocab_size - 1}"
         )
+
+
+def check(ids_bt: np.ndarray, *, batch: int, vocab_size: int, capacity: int, length: int) -> None:
+    """Raises InputError where the compiled model cannot take `ids_bt`, or cannot answer up to `length` positions."""
+    b, width = ids_bt.shape
+    if b > batch:
+        raise InputError(
+            f"input_ids has {b} rows and the model was made for at most {batch} (batch_size, or prompt_batch_size); "
+            f"give {batch} at a time, or make the model for {b}"
+        )
+    check_ids(ids_bt, vocab_size)
     if width > capacity:
         raise InputError(
             f"the prompt has {width} tokens and the model was made for n_positions={capacity}; "

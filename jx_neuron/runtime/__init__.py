@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from jx_neuron.lowering.shape import Shape
 
 
@@ -31,6 +33,17 @@ class Runtime(Protocol):
 
     def reset(self) -> None:
         """Says that what the cache holds is no longer needed."""
+        ...
+
+    def keep(self) -> Any:
+        """Sets the cache aside for `reorder`, and goes on with another."""
+        ...
+
+    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
+        """Makes row b of the cache what row `index_b[b]` is of it, or of a `kept` one, which stays as it is.
+
+        There may be more rows than before, or fewer.
+        """
         ...
 
     def compile(self, shapes: list[Shape]) -> None:

@@ -10,7 +10,7 @@ from jx_neuron.lowering.execute import Executable
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.progress import track
 from jx_neuron.runtime import Result
-from jx_neuron.runtime.bundle import Bundle, Joined, Tensor
+from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
 from jx_neuron.sharding import AXIS
 
 
@@ -26,7 +26,7 @@ class HostRuntime:
         self._params = [
             first.put([rank[tensor.name] for rank in ranks]) for tensor in track(params, "placing weights", len(params))
         ]
-        self._cache: list[Any] = [_zeros(first, tensor) for tensor in bundle.of_kind("cache")]
+        self._cache: list[Any] = []
         self._rank = first.put([np.array([rank], np.int32) for rank in range(bundle.tp_degree)])
 
     @property
@@ -36,7 +36,8 @@ class HostRuntime:
     def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
         program = self._bundle.find(shape)
         executable = self._executable(shape)
-        caches = iter(self._cache)
+        caches = iter(self._cache_for(executable, program))
+        self._cache = []
         params = iter(self._params)
         arguments = [self._argument(executable, tensor, params, caches, inputs) for tensor in program.inputs]
         outputs = executable.execute(arguments)
@@ -50,9 +51,27 @@ class HostRuntime:
     def reset(self) -> None:
         """The cache keeps its memory; positions yet to be written are masked."""
 
+    def keep(self) -> Any:
+        kept, self._cache = self._cache, []
+        return kept
+
+    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
+        """Each rank's rows on its own device."""
+        first = self._executable(min(self._bundle.programs))
+        self._cache = [
+            first.put([np.asarray(shard.data)[index_b] for shard in array.addressable_shards])
+            for array in (self._cache if kept is None else kept)
+        ]
+
     def compile(self, shapes: Sequence[Shape]) -> None:
         for shape in track(shapes, "compiling for the host", len(shapes)):
             self._executable(shape)
+
+    def _cache_for(self, executable: Executable, program: Lowered) -> list[Any]:
+        tensors = [tensor for tensor in program.inputs if tensor.kind == "cache"]
+        if self._cache and self._cache[0].shape == tensors[0].shape:
+            return self._cache
+        return [_zeros(executable, tensor) for tensor in tensors]
 
     def _argument(
         self, executable: Executable, tensor: Tensor, params: Any, caches: Any, inputs: Mapping[str, Any]

@@ -46,7 +46,7 @@ class NeuronRuntime:
     """
 
     def __init__(self, bundle: Bundle):
-        self._torch, self._bundle, self._runs = _torch(), bundle, 0
+        self._torch, self._bundle, self._runs, self._rows = _torch(), bundle, 0, 0
         self._torch.ops.neuron._init_neuron()
         self._executors: dict[str, Any] = {}
         self._buffers: dict[tuple[str, tuple[int, ...], str], Any] = {}
@@ -57,7 +57,6 @@ class NeuronRuntime:
             tensor.name: self._put([rank[tensor.name] for rank in ranks])
             for tensor in track(params, "placing weights", len(params))
         }
-        self._held |= {tensor.name: self._zeros(tensor) for tensor in bundle.of_kind("cache")}
         self._rank = self._put([np.array([rank], np.int32) for rank in range(tp)])
 
     @property
@@ -69,12 +68,27 @@ class NeuronRuntime:
         executor = self._executor(program)
         given = [self._host_tensor(np.asarray(inputs[t.name], t.dtype)) for t in program.inputs if t.kind == "input"]
         (token,) = self._torch.ops.neuron._parallel_executor_run(executor, given, FIRST_RANK)
-        self._runs += 1
+        self._runs, self._rows = self._runs + 1, shape.batch
         first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
         return Result(first.numpy(), _Logits(self, _outputs(program)[1]))
 
     def reset(self) -> None:
         """The cache keeps its memory; positions yet to be written are masked."""
+
+    def keep(self) -> Any:
+        """The cache as each rank's arrays on the host, by name."""
+        return {tensor.name: self._read(self._cache(tensor, self._rows)) for tensor in self._bundle.of_kind("cache")}
+
+    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
+        """Through the host, as transformers-neuronx broadcasts its cache."""
+        if kept is None and np.array_equal(index_b, np.arange(self._rows)):
+            return
+        index = self._torch.from_numpy(np.asarray(index_b, np.int64))
+        kept = self.keep() if kept is None else kept
+        for tensor in self._bundle.of_kind("cache"):
+            rows = [rank.index_select(0, index) for rank in kept[tensor.name]]
+            self._torch.ops.neuron._parallel_write_neuron(self._cache(tensor, len(index)), rows)
+        self._rows = len(index)
 
     def compile(self, shapes: Sequence[Shape]) -> None:
         for shape in track(shapes, "loading programs", len(shapes)):
@@ -106,24 +120,31 @@ class NeuronRuntime:
         return found
 
     def _device_tensor(self, tensor: Tensor) -> Any:
-        """What a program reads or writes: its outputs take the memory of the cache, and all programs share buffers."""
+        """What a program reads or writes: its outputs take the cache's memory; programs of a batch share it."""
         if tensor.kind == "rank":
             return self._rank
         if tensor.name in self._held:
             return self._held[tensor.name]
-        key = (tensor.name, tensor.shape, tensor.dtype)
+        return self._buffer(tensor.name, tensor.shape, tensor.dtype)
+
+    def _cache(self, tensor: Tensor, rows: int) -> Any:
+        return self._buffer(tensor.name, (rows, *tensor.shape[1:]), tensor.dtype)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        key = (name, shape, dtype)
         if key not in self._buffers:
-            self._buffers[key] = self._zeros(tensor)
+            self._buffers[key] = self._put([np.zeros(shape, dtype)] * self._bundle.tp_degree)
         return self._buffers[key]
 
-    def _zeros(self, tensor: Tensor) -> Any:
-        return self._put([np.zeros(tensor.shape, tensor.dtype)] * self._bundle.tp_degree)
+    def _read(self, tensor: Any) -> list[Any]:
+        ranks: list[Any] = self._torch.ops.neuron._parallel_from_neuron(tensor)
+        return ranks
 
     def _put(self, ranks: Sequence[np.ndarray]) -> Any:
         return self._torch.ops.neuron._parallel_to_neuron([self._host_tensor(array) for array in ranks])
 
     def _host_tensor(self, array: np.ndarray) -> Any:
-        array = np.require(array, requirements="CW")
+        array = np.require(array, requirements=["C", "W"])
         if array.dtype.name == "bfloat16":  # which torch does not take from numpy
             return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
         return self._torch.from_numpy(array)
@@ -139,7 +160,7 @@ class _Logits:
         runtime = self._runtime
         if runtime._runs != self._made_by:
             raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
-        ranks = runtime._torch.ops.neuron._parallel_from_neuron(runtime._device_tensor(self._tensor))
+        ranks = runtime._read(runtime._device_tensor(self._tensor))
         joined = Joined([rank.numpy() for rank in ranks], self._tensor.partition.index(AXIS))
         return np.asarray(joined, dtype)
 

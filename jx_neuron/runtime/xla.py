@@ -1,21 +1,29 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron import cache as kv
+from jx_neuron import nn, products
 from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
 from jx_neuron.progress import track
-from jx_neuron.runtime import Result
+from jx_neuron.runtime import Result, compiled
 from jx_neuron.weights import Params
+
+_take = jax.jit(kv.take)
+_outputs_first = jax.jit(products.outputs_first, static_argnums=1)
 
 
 class XlaRuntime:
@@ -24,38 +32,74 @@ class XlaRuntime:
     candidates = None
 
     def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, dtype: Any):
-        self.decoder, self.params, self.mesh, self.dtype = decoder, params, mesh, jnp.dtype(dtype)
-        self._programs: dict[Shape, Any] = {}
+        compiled.keep_between_processes()
+        self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._options = compiled.cpu_options() if on_cpu else {}
+        self._one_cpu = on_cpu and mesh.size == 1
+        # 16-bit kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
+        turned = self._one_cpu and self.dtype.itemsize < 4
+        self._turned = nn.kernels(cast(nnx.Module, decoder.bind(params))) if turned else {}
+        for path, axes in self._turned.items():
+            params[path] = _outputs_first(params[path], axes)
+        self._params = params
+        self._programs: dict[tuple[Shape, int], Any] = {}
         self._cache: Cache | None = None
 
     def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
         cache = self._cache_for(shape)
+        program = self._program(shape, kv.slots(cache))
         self._cache = None
-        with jax.set_mesh(self.mesh):
-            token_b1, logits, self._cache = self._program(shape)(
-                self.params, cache, *(inputs[name] for name in shape.inputs())
-            )
+        token_b1, logits, self._cache = program(self._params, cache, *(inputs[name] for name in shape.inputs()))
         return Result(token_b1, logits)
 
     def reset(self) -> None:
         self._cache = None
 
-    def compile(self, shapes: list[Shape]) -> None:
-        for shape in track(shapes, "compiling", len(shapes)):
-            cache = self.decoder.abstract_cache(shape.batch, shape.slots, self.dtype, self.mesh)
-            inputs = (jax.ShapeDtypeStruct(*of) for of in shape.inputs().values())
-            with jax.set_mesh(self.mesh):
-                self._program(shape).lower(self.params, cache, *inputs).compile()
+    def keep(self) -> Any:
+        kept, self._cache = self._cache, None
+        return kept
 
-    def _program(self, shape: Shape) -> Any:
-        if shape not in self._programs:
+    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
+        with jax.set_mesh(self.mesh):
+            self._cache = _take(self._cache if kept is None else kept, index_b)
+
+    def compile(self, shapes: list[Shape]) -> None:
+        """Two at a time, which a compiler that is largely sequential leaves room for."""
+        wanted = [shape for shape in dict.fromkeys(shapes) if (shape, shape.slots) not in self._programs]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in track(pool.map(self._program, wanted), "compiling", len(wanted)):
+                pass
+
+    def _program(self, shape: Shape, slots: int | None = None) -> Any:
+        """The program of `shape` over a cache of `slots` slots, by default its own."""
+        slots = slots or shape.slots
+        key = shape, slots
+        if key not in self._programs:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
             caches = NamedSharding(self.mesh, kv.PARTITION)
-            self._programs[shape] = jax.jit(
-                step(self.decoder, shape), donate_argnums=1, out_shardings=(everywhere, split, caches)
+            program = jax.jit(
+                self._step(shape),
+                donate_argnums=1,
+                out_shardings=(everywhere, split, caches),
+                compiler_options=self._options,
             )
-        return self._programs[shape]
+            cache = self.decoder.abstract_cache(shape.batch, slots, self.dtype, self.mesh)
+            inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
+            with jax.set_mesh(self.mesh):
+                self._programs[key] = program.lower(self._params, cache, *inputs).compile()
+        return self._programs[key]
+
+    def _step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
+        traced = step(self.decoder, shape)
+
+        def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
+            turned = {path: products.inputs_first(params[path], axes) for path, axes in self._turned.items()}
+            with products.for_cpu() if self._one_cpu else nullcontext():
+                return traced(params | turned, cache, *inputs)
+
+        return run
 
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache

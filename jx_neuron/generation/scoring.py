@@ -1,0 +1,98 @@
+"""How likely a model holds given tokens to be."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jx_neuron.errors import InputError
+from jx_neuron.generation.processors import log_softmax
+from jx_neuron.generation.session import Engine, Session
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text's likelihood.
+
+    log_likelihood: natural logarithm of its tokens' probability after the first, each given those before it.
+    tokens:         how many were scored: all but the first.
+    """
+
+    log_likelihood: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood of a token; NaN for a text of fewer than two."""
+        return math.exp(-self.log_likelihood / self.tokens) if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A row's tokens after the first: the log-probability of each, float32 [t - 1], and whether it is the likeliest."""
+
+    logprobs: np.ndarray
+    likeliest: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Window:
+    row: int
+    start: int
+    scored: int  # the first token that is scored, counted in the row
+    tokens: np.ndarray
+
+
+def summary(parts: Parts) -> Score:
+    """The sum of a row's parts."""
+    return Score(float(parts.logprobs.sum(dtype=np.float64)), len(parts.logprobs))
+
+
+def log_likelihoods(engine: Engine, rows: Sequence[np.ndarray], stride: int | None = None) -> list[Parts]:
+    """What each row's tokens are worth, in batches of rows of like length; `stride` as in `score`.
+
+    Raises InputError for a row without a token, and for a stride that leaves tokens out.
+    """
+    capacity = engine.buckets.capacity
+    stride = max(1, capacity // 2) if stride is None else stride
+    if not 1 <= stride <= capacity:
+        raise InputError(f"stride={stride} is not legal; it takes 1 to {capacity}, the n_positions of the model")
+    if not all(map(len, rows)):
+        raise InputError(f"row {[len(row) for row in rows].index(0)} has no tokens; each takes one at least")
+    found = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
+    windows = [window for number, row in enumerate(rows) for window in _windows(number, row, capacity, stride)]
+    windows.sort(key=lambda window: -len(window.tokens))
+    most = engine.most_prompts
+    for first in range(0, len(windows), most):
+        _score(engine, windows[first : first + most], found)
+    return found
+
+
+def _windows(number: int, row: np.ndarray, capacity: int, stride: int) -> list[_Window]:
+    windows, scored = [], 1
+    for start in range(0, len(row), stride):
+        end = min(start + capacity, len(row))
+        windows.append(_Window(number, start, max(scored, start + 1), row[start:end]))
+        scored = end
+        if end == len(row):
+            break
+    return windows
+
+
+def _score(engine: Engine, windows: Sequence[_Window], found: Sequence[Parts]) -> None:
+    session = Session(engine, [window.tokens for window in windows])
+    for call, result in session.prefill_chunks(all_logits=True):
+        logits = np.asarray(result.logits_bv)[..., : engine.vocab_size]
+        valid_b = np.minimum(call.length_b, call.tokens_bt.shape[1])
+        for window, row, start, valid in zip(windows, logits, call.start_b, valid_b, strict=False):
+            logits_tv = row[:valid] if row.ndim == 2 else row[None]
+            first = start if row.ndim == 2 else start + valid - 1
+            logits_tv = logits_tv[: len(window.tokens) - 1 - first]
+            target_t = window.tokens[first + 1 : first + 1 + len(logits_tv)]
+            at_t = window.start + first + np.arange(len(target_t))
+            chosen = at_t + 1 >= window.scored
+            logprobs_t = np.take_along_axis(log_softmax(logits_tv), target_t[:, None], axis=-1)[:, 0]
+            parts = found[window.row]
+            parts.logprobs[at_t[chosen]] = logprobs_t[chosen]
+            parts.likeliest[at_t[chosen]] = (logits_tv.argmax(-1) == target_t)[chosen]

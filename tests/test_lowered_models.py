@@ -1,0 +1,109 @@
+"""What neuronx-cc is given for each family: its collectives, its caches, and that the compiler would take it."""
+
+import math
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+from jax import numpy as jnp
+
+from jx_neuron.lowering import Program, hlo
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.models.known import KNOWN
+
+LAYERS = ("n_layer", "num_hidden_layers")
+SLOTS, TP = 96, 4
+DECODE, SAMPLED, PREFILL = Shape(2, 1, 64), Shape(2, 1, 64, 16), Shape(2, 32, 32, 16)
+
+
+@cache
+def programs(name: str, layers: int = 2, vocab: int = 640) -> dict[Shape, Program]:
+    """A tiny model of the family at tp 4, its cache longer than what programs read of it."""
+    raw = tiny.CONFIGS[name]().to_dict() | {"vocab_size": vocab}
+    raw |= {key: layers for key in LAYERS if key in raw}
+    shapes = [DECODE, SAMPLED, PREFILL]
+    return dict(zip(shapes, lower_model(Decoder.from_config(raw, TP), shapes, SLOTS, jnp.bfloat16), strict=True))
+
+
+def collectives(program: Program) -> Counter[str]:
+    return Counter(c.opcode for c in program.collectives())
+
+
+@pytest.mark.parametrize(("name", "per_layer"), [("gpt2", 2), ("opt", 2), ("gptj", 1), ("llama", 2)])
+def test_collectives_of_a_step(name: str, per_layer: int) -> None:
+    one, two = programs(name, 1), programs(name, 2)
+    for shape in (DECODE, SAMPLED, PREFILL):
+        assert collectives(two[shape]) - collectives(one[shape]) == Counter({"all-reduce": per_layer})
+    # the embedding's rows, then each shard's best candidates and where they stand
+    fixed = Counter({"all-reduce": 1, "all-gather": 2})
+    assert collectives(one[DECODE]) == fixed + Counter({"all-reduce": per_layer})
+    assert collectives(one[SAMPLED]) == fixed + Counter({"all-reduce": per_layer})
+    for program in two.values():
+        assert {c.replica_groups for c in program.collectives()} == {(tuple(range(TP)),)}
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_what_the_head_gathers_does_not_depend_on_the_vocabulary(name: str) -> None:
+    for shape, gathered in ((DECODE, 2 * TP * (4 + 4)), (SAMPLED, 2 * TP * 16 * (4 + 4))):
+        for vocab in (640, 1280):
+            found = programs(name, vocab=vocab)[shape].collectives()
+            assert sum(c.bytes for c in found if c.opcode == "all-gather") == gathered
+
+
+@pytest.mark.parametrize("shape", [DECODE, SAMPLED, PREFILL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
+    program = programs(name)[shape]
+    module = hlo.parse(program.hlo_module)
+    caches = [n for n, spec in enumerate(program.inputs) if spec.kind == "cache"]
+    outputs = {n: spec.alias for n, spec in enumerate(program.outputs) if spec.alias is not None}
+    assert len(caches) == 4
+    assert sorted(outputs.values()) == caches
+    assert module.aliases == {source: output for output, source in outputs.items()}
+    whole = module.entry.parameters[caches[0]].shape
+    assert SLOTS in whole.dims
+    same = Counter(i.opcode for i in module.entry.instructions if i.shape == whole)
+    assert same in (Counter(parameter=4, scatter=4), Counter({"parameter": 4, "dynamic-update-slice": 8}))
+    for source, output in module.aliases.items():
+        written = module.entry.root.operands[output]
+        assert written.opcode in ("scatter", "dynamic-update-slice")
+        while written.opcode in ("scatter", "dynamic-update-slice"):
+            written = written.operands[0]
+        assert written is module.entry.parameters[source]
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str) -> None:
+    program = programs(name)[DECODE]
+    specs = {kind: [s for s in program.inputs if s.kind == kind] for kind in ("param", "cache")}
+    tables = [s for s in specs["param"] if s.name in ("wpe.embedding", "embed_positions.embedding")]
+    weights = sum(2 * math.prod(s.shape) for s in specs["param"] if s not in tables)
+    bucket = sum(2 * math.prod(s.shape) * DECODE.slots // SLOTS for s in specs["cache"])
+    cost = program.cost()
+    assert cost.bytes_read <= 1.05 * (weights + bucket)
+    row = sum(2 * math.prod(s.shape) // SLOTS for s in specs["cache"])
+    logits = sum(4 * math.prod(s.shape) for s in program.outputs if s.kind == "output")
+    assert cost.bytes_written == row + logits
+
+
+def small(name: str) -> tuple[dict[str, Any], int]:
+    """A checkpoint of the first release with two of its layers, and a degree that divides its heads."""
+    raw = dict(KNOWN[name])
+    raw |= {key: 2 for key in LAYERS if key in raw}
+    heads = raw.get("n_head") or raw["num_attention_heads"]
+    return raw, next(tp for tp in (8, 4, 2, 1) if heads % tp == 0)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_neuron_takes_the_checkpoints_of_the_first_release(name: str) -> None:
+    raw, tp = small(name)
+    decoder = Decoder.from_config(raw, tp)
+    slots = decoder.config.max_positions
+    shapes = [Shape(1, 1, slots, 64), Shape(1, slots // 2, slots, 64)]
+    for program in lower_model(decoder, shapes, slots, jnp.float16):
+        for target in ("inf2", "trn1", "trn2"):
+            assert program.verify(target) == [], f"{program.name} on {target}"

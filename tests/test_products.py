@@ -1,0 +1,102 @@
+"""Products as a CPU computes them: the same numbers as one dot, in programs that copy no weights."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jx_neuron import products, sharding
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.nn import kernels
+from jx_neuron.runtime.xla import XlaRuntime
+
+GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=2, n_head=12, vocab_size=1000, n_positions=64)
+
+
+def for_cpu(function, *args):
+    def call(*args):
+        with products.for_cpu():
+            return function(*args)
+
+    return np.asarray(jax.jit(call)(*args), np.float64)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)
+@pytest.mark.parametrize("inputs", [(768,), (3, 256), (67,), (1,)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel, table = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*rows, *inputs), (*inputs, 3, 5), (40, inputs[-1]))
+    )
+    wide_x, wide_kernel, wide_table = (np.asarray(a, np.float64) for a in (x, kernel, table))
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    for found, expected in (
+        (for_cpu(lambda x, w: products.product(x, w, len(inputs)), x, kernel), np.tensordot(wide_x, wide_kernel, len(inputs))),
+        (for_cpu(products.product_with_rows, x, table), wide_x @ wide_table.T),
+    ):
+        assert found.shape == expected.shape
+        size = np.sqrt(np.prod(inputs))  # of a sum of so many normal products
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * size)
+
+
+def test_outside_of_a_cpu_s_programs_a_product_is_one_dot() -> None:
+    x, kernel = jnp.ones((1, 1, 768)), jnp.ones((768, 12, 64))
+    traced = jax.make_jaxpr(lambda x, w: products.product(x, w, 1))(x, kernel)
+    assert [str(e.primitive) for e in traced.eqns if str(e.primitive) not in ("reshape", "transpose")] == ["dot_general"]
+
+
+def test_kernels_are_turned_and_back() -> None:
+    kernel = jnp.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7)
+    turned = products.outputs_first(kernel, 2)
+    assert turned.shape == (5, 7, 2, 3)
+    np.testing.assert_array_equal(products.inputs_first(turned, 2), kernel)
+
+
+def test_the_kernels_of_a_model_are_those_of_its_linear_layers() -> None:
+    decoder = Decoder.from_config(GPT2)
+    found = kernels(decoder.bind(decoder.abstract_params("float32")))
+    assert found == {
+        f"h.{i}.{name}.kernel": axes
+        for i in range(2)
+        for name, axes in (("c_attn", 1), ("c_proj", 2), ("c_fc", 1), ("mlp_c_proj", 1))
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_decode_copies_and_widens_no_weights(dtype, batch) -> None:
+    decoder, mesh = Decoder.from_config(GPT2), sharding.mesh(1)
+    params = {path: jnp.zeros(leaf.shape, dtype) for path, leaf in decoder.abstract_params(dtype).items()}
+    runtime = XlaRuntime(decoder, params, mesh, dtype)
+    program = runtime._program(Shape(batch, 1, 16)).as_text()
+    entry = program[program.index("\nENTRY") :]
+    least = 768 * 768
+    made = [
+        line
+        for line in entry.splitlines()
+        if (shape := re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]", line))
+        and np.prod([int(n) for n in shape[1].split(",")]) >= least
+        and not re.search(r"\} (parameter|bitcast)\(", line)
+    ]
+    assert not made
+
+
+def test_what_bfloat16_gives_is_near_float32() -> None:
+    decoder, mesh = Decoder.from_config(GPT2), sharding.mesh(1)
+    rng = np.random.default_rng(0)
+    values = {path: 0.05 * rng.normal(size=leaf.shape) for path, leaf in decoder.abstract_params("float32").items()}
+    tokens = rng.integers(0, 1000, (2, 8)).astype(np.int32)
+    at = dict(start_b=np.zeros(2, np.int32), length_b=np.full(2, 8, np.int32))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        params = {path: jnp.asarray(value, dtype) for path, value in values.items()}
+        runtime = XlaRuntime(decoder, params, mesh, dtype)
+        prompt = runtime.run(Shape(2, 8, 16), dict(tokens_bt=tokens) | at)
+        after = dict(tokens_bt=tokens[:, :1], start_b=at["length_b"], length_b=np.ones(2, np.int32))
+        found.append([np.asarray(r.logits_bv) for r in (prompt, runtime.run(Shape(2, 1, 16), after))])
+    for wide, narrow in zip(*found, strict=True):
+        assert np.abs(narrow - wide).max() < 0.05 * wide.std()

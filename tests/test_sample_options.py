@@ -1,0 +1,389 @@
+"""sample() and stream() in full: what each option does, and that the host chooses as the program does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from jx_neuron import (
+    GenerationConfig,
+    GPT2ForSampling,
+    GPT2ForSamplingWithContextBroadcasting,
+    InputError,
+    NeuronAutoModelForCausalLM,
+    NeuronConfig,
+)
+from jx_neuron.errors import ConfigError
+
+WIDTH, LENGTH = 9, 30
+SAMPLED = dict(top_k=20, top_p=0.9, temperature=1.3, seed=5)
+BUCKETS = dict(n_positions=[32, 64], context_length_estimate=[16, 32])
+
+
+@pytest.fixture(scope="module")
+def hf() -> torch.nn.Module:
+    return tiny.model("gpt2")
+
+
+@pytest.fixture(scope="module")
+def folder(hf: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpt2")
+    hf.save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> GPT2ForSampling:
+    return GPT2ForSampling.from_pretrained(folder, batch_size=2, **BUCKETS)
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return tiny.prompts(2, WIDTH)
+
+
+def of_hf(hf: torch.nn.Module, ids: np.ndarray, **options: object) -> np.ndarray:
+    prompt = torch.tensor(ids)
+    options = dict(do_sample=False, max_length=LENGTH, pad_token_id=0) | options
+    return hf.generate(prompt, attention_mask=torch.ones_like(prompt), **options).numpy()
+
+
+def on_host(model: GPT2ForSampling, ids: np.ndarray, **options: object) -> np.ndarray:
+    """The answer where asking for log-probabilities has the host choose."""
+    return np.stack([step.tokens for step in model.stream(ids, LENGTH, logprobs=0, **options)], axis=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(top_k=1), SAMPLED, SAMPLED | dict(top_k=0, seed=[3, 4]), dict(top_k=[1, 7], temperature=[1, 2.0], seed=9)],
+    ids=str,
+)
+def test_the_host_draws_what_the_program_draws(model, ids, options) -> None:
+    np.testing.assert_array_equal(on_host(model, ids, **options), model.sample(ids, LENGTH, **options)[:, WIDTH:])
+
+
+def test_neutral_values_change_nothing(model, ids) -> None:
+    neutral = dict(
+        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, no_repeat_ngram_size=None, logit_bias={},
+        min_p=0.0, top_p_min_tokens=1, stop_strings=None, eos_token_override=-1,
+    )  # fmt: skip
+    np.testing.assert_array_equal(model.sample(ids, LENGTH, **SAMPLED, **neutral), model.sample(ids, LENGTH, **SAMPLED))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (dict(repetition_penalty=1.6), dict(repetition_penalty=1.6)),
+        (dict(no_repeat_ngram_size=1), dict(no_repeat_ngram_size=1)),
+        (dict(no_repeat_ngram_size=2), dict(no_repeat_ngram_size=2)),
+        (dict(logit_bias={6: -4.0, 20: 3.5}), dict(sequence_bias=[[[6], -4.0], [[20], 3.5]])),
+        (
+            dict(repetition_penalty=1.2, no_repeat_ngram_size=2, logit_bias={16: -1e9}),
+            dict(repetition_penalty=1.2, no_repeat_ngram_size=2, suppress_tokens=[16]),
+        ),
+    ],
+)
+def test_processors_are_hfs(model, hf, ids, ours, theirs) -> None:
+    found = model.sample(ids, LENGTH, top_k=1, **ours)
+    np.testing.assert_array_equal(found, of_hf(hf, ids, **theirs))
+    assert not np.array_equal(found, of_hf(hf, ids))
+
+
+def test_penalties_of_what_was_answered(model, hf, ids) -> None:
+    """The logits that each token was the largest of, recomputed from HF's."""
+    presence, frequency = [0.8, 0.0], [0.3, 1.1]
+    found = model.sample(ids, LENGTH, top_k=1, presence_penalty=presence, frequency_penalty=frequency)
+    with torch.no_grad():
+        logits = hf(torch.tensor(found)).logits.numpy()
+    for row, whole in enumerate(found):
+        for at in range(WIDTH, LENGTH):
+            count = np.bincount(whole[WIDTH:at], minlength=tiny.VOCAB)
+            bent = logits[row, at - 1] - presence[row] * (count > 0) - frequency[row] * count
+            assert whole[at] == bent.argmax()
+    assert not np.array_equal(found, of_hf(hf, ids))
+
+
+def probabilities(model, ids, draws: int, **options: object) -> np.ndarray:
+    """How often the first token is each of the vocabulary."""
+    found = [model.sample(ids, WIDTH + 1, seed=[2 * i, 2 * i + 1], **options)[:, -1] for i in range(draws // 2)]
+    return np.bincount(np.concatenate(found), minlength=tiny.VOCAB) / draws
+
+
+def test_min_p_and_top_p_min_tokens_keep_what_hf_keeps(model, hf, ids) -> None:
+    ids = np.repeat(ids[:1], 2, axis=0)
+    scores = torch.tensor(model(ids)[:1])
+    for ours, warper in (
+        (dict(min_p=0.2), transformers.MinPLogitsWarper(0.2)),
+        (dict(top_p=0.01, top_p_min_tokens=3), transformers.TopPLogitsWarper(0.01, min_tokens_to_keep=3)),
+    ):
+        expected = warper(None, scores).softmax(-1)[0].numpy()
+        assert (expected > 0).sum() > 1
+        found = probabilities(model, ids, 400, top_k=0, **ours)
+        assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected))
+        assert np.abs(found - expected).max() < 0.1  # four standard deviations of 400 draws
+
+
+def test_a_seed_a_row_is_that_row_alone(model, ids) -> None:
+    both = model.sample(ids, LENGTH, **SAMPLED | dict(seed=[11, 12]))
+    for row, seed in enumerate((11, 12)):
+        alone = model.sample(ids[row : row + 1], LENGTH, **SAMPLED | dict(seed=seed))
+        np.testing.assert_array_equal(alone[0], both[row])
+
+
+def test_log_probabilities(model, hf, ids) -> None:
+    steps = list(model.stream(ids, LENGTH, logprobs=3, repetition_penalty=1.5, **SAMPLED))
+    whole = np.hstack([ids, np.stack([step.tokens for step in steps], axis=1)])
+    with torch.no_grad():
+        logprobs = hf(torch.tensor(whole)).logits.log_softmax(-1).numpy()
+    for at, step in enumerate(steps, start=WIDTH - 1):
+        np.testing.assert_allclose(step.logprobs, logprobs[[0, 1], at, step.tokens], atol=1e-4)
+        np.testing.assert_allclose(step.top_logprobs, -np.sort(-logprobs[:, at])[:, :3], atol=1e-4)
+        np.testing.assert_allclose(
+            np.take_along_axis(logprobs[:, at], step.top_tokens, 1), step.top_logprobs, atol=1e-4
+        )
+
+
+def test_steps_say_all_there_is_to_say(model, hf, ids) -> None:
+    tokenizer = tiny.tokenizer()
+    free = of_hf(hf, ids)[:, WIDTH:]
+    end = int(free[0, 10])
+    assert end not in free[1]
+    steps = list(model.stream(ids, LENGTH, top_k=1, eos_token_override=end))
+    assert len(steps) == LENGTH - WIDTH
+    first = int(np.flatnonzero(free[0] == end)[0])
+    for number, step in enumerate(steps):
+        last = number == LENGTH - WIDTH - 1
+        assert step.finish_reasons == ("stop" if number >= first else None, "length" if last else None)
+        assert step.ended.tolist() == [number >= first, last]
+        assert step.logprobs is step.top_tokens is step.top_logprobs is None
+    assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
+    texts = ["".join(step.text[row] for step in steps) for row in range(2)]
+    expected = [tokenizer.decode(row, skip_special_tokens=True) for row in (free[0, : first + 1], free[1])]
+    assert texts == expected
+
+
+def test_stop_strings(model, hf, ids) -> None:
+    free = of_hf(hf, ids)[:, WIDTH:]
+    stop = tiny.tokenizer().decode(free[0, 9:12])
+    assert stop not in tiny.tokenizer().decode(free[0, :11])
+    out = model.sample(ids[:1], LENGTH, top_k=1, stop_strings=["never there", stop])
+    np.testing.assert_array_equal(out[0, WIDTH:], free[0, :12])
+
+
+def test_stopping_criteria_and_several_ends(model, hf, ids) -> None:
+    free = of_hf(hf, ids)
+
+    class AtWidth(transformers.StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+            assert np.array_equal(input_ids.numpy(), free[:, : input_ids.shape[1]])
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 15)
+
+    out = model.sample(ids, LENGTH, top_k=1, stopping_criteria_list=transformers.StoppingCriteriaList([AtWidth()]))
+    np.testing.assert_array_equal(out, free[:, :15])
+    ends = [int(free[0, WIDTH + 3]), int(free[1, WIDTH + 3])]
+    expected = of_hf(hf, ids, eos_token_id=ends, pad_token_id=ends[0])
+    np.testing.assert_array_equal(model.sample(ids, LENGTH, top_k=1, eos_token_override=ends), expected)
+
+
+def test_hf_streamers(model, hf, ids, capsys) -> None:
+    tokenizer = tiny.tokenizer()
+    expected = tokenizer.decode(of_hf(hf, ids)[0])
+    for given in (ids[:1], ids[:1].tolist(), torch.tensor(ids[:1])):
+        model.sample(given, LENGTH, top_k=1, streamer=transformers.TextStreamer(tokenizer))
+        assert capsys.readouterr().out == expected + "\n"
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True)
+    model.sample(ids[:1], LENGTH, top_k=1, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(of_hf(hf, ids)[0, WIDTH:])
+
+
+def test_a_token_is_seen_before_the_second_step_after_it_begins(model, ids, monkeypatch) -> None:
+    events: list[str] = []
+    run = model.runtime.run
+    monkeypatch.setattr(model.runtime, "run", lambda *a: events.append("run") or run(*a))
+    for _ in model.stream(ids, LENGTH, top_k=1):
+        events.append("seen")
+        assert events.count("run") <= events.count("seen") + 1
+
+
+def test_an_interrupted_stream_leaves_the_model_usable(model, ids, monkeypatch) -> None:
+    whole = model.sample(ids, LENGTH, **SAMPLED)
+
+    class Interrupted(transformers.generation.BaseStreamer):
+        ended = False
+
+        def put(self, value: np.ndarray) -> None:
+            if value.ndim == 1:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        model.sample(ids, LENGTH, streamer=streamer)
+    assert streamer.ended
+    np.testing.assert_array_equal(model.sample(ids, LENGTH, **SAMPLED), whole)
+    steps = model.stream(ids, LENGTH, **SAMPLED)
+    next(steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.runtime, "_program", lambda shape: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    np.testing.assert_array_equal(model.sample(ids, LENGTH, **SAMPLED), whole)
+
+
+@pytest.mark.parametrize("backend", ["xla", "host"])
+def test_streams_may_take_turns(folder, ids, backend) -> None:
+    model = GPT2ForSampling.from_pretrained(folder, batch_size=2, **BUCKETS, backend=backend)
+    expected = model.sample(ids, LENGTH, **SAMPLED)[:, WIDTH:].T
+    streams: list[Iterator] = [model.stream(ids, LENGTH, **SAMPLED) for _ in range(2)]
+    turns = [[next(stream).tokens for stream in streams] for _ in range(LENGTH - WIDTH)]
+    for found in zip(*turns, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_generation_configs(folder, hf, ids) -> None:
+    def made(**options: object) -> GPT2ForSampling:
+        config = NeuronConfig(on_device_generation=GenerationConfig(**options))
+        return GPT2ForSampling.from_pretrained(folder, batch_size=2, **BUCKETS, neuron_config=config)
+
+    greedy = of_hf(hf, ids)
+    dynamic = made(max_length=LENGTH, dynamic=True, eos_token_id=int(greedy[0, 14]))
+    expected = of_hf(hf, ids, eos_token_id=int(greedy[0, 14]), pad_token_id=int(greedy[0, 14]))
+    np.testing.assert_array_equal(dynamic.sample(ids), expected)
+    lines = GenerationConfig(
+        do_sample=True, per_batch_line=True, top_k=[1, 20], top_p=[1.0, 0.9], temperature=[1.0, 1.3]
+    )
+    dynamic.update_generation_config(lines)
+    told = dynamic.sample(ids, LENGTH, top_k=[1, 20], top_p=[1.0, 0.9], temperature=[1.0, 1.3], seed=2)
+    np.testing.assert_array_equal(dynamic.sample(ids, LENGTH, seed=2), told)
+    np.testing.assert_array_equal(told[0], greedy[0])
+    with pytest.raises(ConfigError, match="not dynamic"):
+        made().update_generation_config(lines)
+    with pytest.raises(ConfigError, match="per_batch_line"):
+        GenerationConfig(top_k=[1, 20])
+    steady = made(do_sample=True, deterministic=True, top_k=20)
+    first = steady.sample(ids, LENGTH)
+    np.testing.assert_array_equal(first, steady.sample(ids, LENGTH, seed=1))
+    assert not np.array_equal(first, greedy)
+    least = made(do_sample=True, top_p=0.01, top_p_min_tokens=3)
+    np.testing.assert_array_equal(least.sample(ids, LENGTH, top_p_min_tokens=1), greedy)
+    assert not np.array_equal(least.sample(ids, LENGTH, seed=1), greedy)
+
+
+@pytest.mark.parametrize("backend", ["xla", "host"])
+def test_batches_smaller_than_compiled_and_batch_buckets(folder, hf, backend) -> None:
+    ids = tiny.prompts(5, WIDTH)
+    model = GPT2ForSampling.from_pretrained(
+        folder, batch_size=[4, 1], n_positions=32, context_length_estimate=16, backend=backend
+    )
+    assert model.batch_size == 4
+    ran: list[int] = []
+    run = model.runtime.run
+    model.runtime.run = lambda shape, inputs: ran.append(shape.batch) or run(shape, inputs)
+    expected = of_hf(hf, ids)
+    for rows, compiled in ((1, 1), (2, 4), (3, 4), (4, 4), (1, 1)):
+        np.testing.assert_array_equal(model.sample(ids[:rows], LENGTH, top_k=1), expected[:rows])
+        assert set(ran) == {compiled}
+        ran.clear()
+    with pytest.raises(InputError, match=r"5 rows .* at most 4"):
+        model.sample(ids, LENGTH)
+    np.testing.assert_allclose(model(ids[:3]), tiny.logits(hf, ids[:3])[:, -1], atol=1e-4)
+    next_ids = expected[:3, [WIDTH]]
+    after = tiny.logits(hf, expected[:3, : WIDTH + 1])[:, -1]
+    np.testing.assert_allclose(model(next_ids, cache_ids=[WIDTH]), after, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("gpt2", "xla"),
+        ("llama", "host"),
+        *(pytest.param(name, "xla", marks=pytest.mark.slow) for name in ("opt", "gptj", "llama")),
+    ],
+)
+def test_one_prompt_many_answers(name, backend, tmp_path) -> None:
+    tiny.saved(name, tmp_path)
+    ids = tiny.prompts(2, 20)
+    shape = dict(n_positions=48, context_length_estimate=16, backend=backend)  # in two chunks
+    cls = GPT2ForSamplingWithContextBroadcasting if name == "gpt2" else NeuronAutoModelForCausalLM
+    many = cls.from_pretrained(tmp_path, batch_size=6, prompt_batch_size=2, **shape)
+    each = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, batch_size=6, **shape)
+    prompts: list[int] = []
+    run = many.runtime.run
+    many.runtime.run = lambda s, inputs: (prompts.append(s.batch) if s.tokens > 1 else None) or run(s, inputs)
+    asked = [(2, SAMPLED), (2, dict(top_k=1)), (1, SAMPLED | dict(repetition_penalty=1.3))]
+    for rows, options in asked if name == "gpt2" else asked[:1]:
+        found = many.sample(ids[:rows], 40, start_ids=[3, 0][:rows], **options)
+        repeated = np.repeat(ids[:rows], 3, axis=0)
+        expected = each.sample(repeated, 40, start_ids=np.repeat([3, 0][:rows], 3), **options)
+        np.testing.assert_array_equal(found, expected)
+    assert set(prompts) == {2}
+    with pytest.raises(InputError, match="prompt_batch_size=4"):
+        cls.from_pretrained(tmp_path, batch_size=6, prompt_batch_size=4)
+
+
+@pytest.mark.parametrize("backend", ["xla", "host"])
+def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> None:
+    model = GPT2ForSampling.from_pretrained(
+        folder, batch_size=2, n_positions=[48, 64], context_length_estimate=[4, 8], backend=backend
+    )
+    rng = np.random.default_rng(1)
+    prefix = rng.integers(0, tiny.VOCAB, 21)
+    rest = rng.integers(0, tiny.VOCAB, (2, 6))
+    ids = np.hstack([np.repeat(prefix[None], 2, axis=0), rest])
+    ragged = dict(attention_mask=np.ones((2, 27), int))
+    ragged["attention_mask"][1, 24:] = 0
+    other = rng.integers(0, tiny.VOCAB, (2, 27))
+    ran: list[int] = []
+    run = model.runtime.run
+    model.runtime.run = lambda s, inputs: ran.append(s.tokens) or run(s, inputs)
+
+    def answers() -> list[np.ndarray]:
+        ran.clear()
+        found = [model.sample(ids, 45, **SAMPLED)]
+        spent = sum(t for t in ran if t > 1)
+        for given, options in ((ids, ragged), (ids[:1, :21], {}), (ids[:1, :22], {}), (other, {})):
+            found.append(model.sample(given, 45, **SAMPLED, **options))
+        return [spent, *found]
+
+    without = answers()
+    model.keep_prefix(prefix.tolist())
+    kept, again = answers(), answers()
+    model.keep_prefix(None)
+    assert kept[0] == again[0] < without[0]
+    for found in (kept, again, answers()):
+        for a, b in zip(found[1:], without[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(min_p=1.5), "min_p=1.5"),
+        (dict(top_p_min_tokens=0), "top_p_min_tokens=0"),
+        (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(presence_penalty=float("inf")), "presence_penalty=inf"),
+        (dict(frequency_penalty="a lot"), "frequency_penalty='a lot'"),
+        (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size=-1"),
+        (dict(logit_bias={101: 1.0}), "0 to 100"),
+        (dict(stop_strings=""), "stop_strings"),
+        (dict(seed=[1, 2, 3]), "seed="),
+        (dict(seed=1.5), "seed=1.5"),
+    ],
+)
+def test_illegal_values_are_refused(model, ids, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        model.sample(ids, LENGTH, **options)
+
+
+def test_an_option_that_does_not_exist_is_named(model, ids) -> None:
+    with pytest.raises(TypeError, match=r"no option 'topk'; there are .*top_k"):
+        model.sample(ids, LENGTH, topk=1)
+    with pytest.raises(InputError, match="logprobs=102"):
+        model.stream(ids, LENGTH, logprobs=102)
