@@ -4,8 +4,8 @@ import difflib
 import fnmatch
 import json
 import os
-import shutil
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ class Checkpoint:
         return self.load_tokenizer()
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is no tokenizer."""
+        """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is none."""
         if self.path.is_dir():
             return [Path(shutil.copy(file, folder)) for file in self.tokenizer_files]
         return [Path(file) for file in self.tokenizer().save_pretrained(folder)]

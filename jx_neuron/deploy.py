@@ -91,6 +91,22 @@ class Settings:
         """The form that a manifest keeps."""
         return dataclasses.asdict(self)
 
+    def demand(
+        self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any
+    ) -> None:
+        """Raises ArtifactError for an argument of from_pretrained that is given, and not what was saved."""
+        tokens = None if n_positions is None else Buckets.of(n_positions).tokens
+        context = None if context_length_estimate is None else Buckets.of(self.buckets.tokens, context_length_estimate)
+        for name, asked, default, mine in (
+            ("tp_degree", tp_degree, 1, self.tp_degree),
+            ("amp", dtype_of(amp), dtype_of("f32"), self.dtype),
+            ("batch_size", tuple(np.atleast_1d(batch_size).tolist()), (1,), tuple(self.batch_sizes)),
+            ("n_positions", tokens, None, self.buckets.tokens),
+            ("context_length_estimate", context and context.context, None, self.buckets.context),
+        ):
+            if asked not in (default, mine):
+                raise ArtifactError(f"it was saved for {name}={mine} and not {asked}; leave that out, or save anew")
+
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "Settings":
         """Raises ArtifactError for a form that `as_dict` does not give."""

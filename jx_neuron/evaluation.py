@@ -98,7 +98,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         capacity = self.model.buckets.capacity
         rows = [np.array([*context, *continuation], np.int32)[-capacity:] for _, context, continuation in requests]
         found = []
-        for (key, _, continuation), parts in zip(requests, self.model.log_likelihoods(rows), strict=True):
+        for (key, _context, continuation), parts in zip(requests, self.model.log_likelihoods(rows), strict=True):
             scored = slice(len(parts.logprobs) - len(continuation), None)
             found.append((float(parts.logprobs[scored].sum(dtype=np.float64)), bool(parts.likeliest[scored].all())))
             if key is not None:
@@ -107,7 +107,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text, every token of it, in the harness's disjoint windows."""
-        found = []
+        found: list[float] = []
         for request in track(requests, "scoring texts", len(requests)):
             windows = utils.get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
@@ -129,9 +129,8 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
             for first in range(0, len(numbers), self.model.most_prompts)
         ]
         for batch in track(batches, "answering", len(batches)):
-            given = requests[batch[0]].args[1]
-            found = self._answers([requests[number].args[0] for number in batch], given)
-            for number, text in zip(batch, found, strict=True):
+            texts = self._answers([requests[number].args[0] for number in batch], requests[batch[0]].args[1])
+            for number, text in zip(batch, texts, strict=True):
                 answers[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return answers

@@ -71,6 +71,8 @@ class NeuronAutoModelForCausalLM(Answering):
         tp_degree: int = 1,
         amp: str = "f32",
         context_length_estimate: Lengths | None = None,
+        context_unroll: int | None = None,
+        unroll: int | None = None,
         neuron_config: NeuronConfig | None = None,
         backend: str | None = None,
         revision: str | None = None,
@@ -88,19 +90,22 @@ class NeuronAutoModelForCausalLM(Answering):
         tp_degree:               how many cores share the model.
         amp:                     dtype of weights and cache: f32, f16 or bf16.
         context_length_estimate: longest prompt that goes through in one piece, or a list of context buckets.
+        context_unroll, unroll:  of transformers-neuronx; have no effect, as all layers are unrolled.
         backend:                 "xla" runs the model through jax.jit, "host" runs its lowered programs on host
                                  devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
                                  is one, else xla.
 
         Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
-        was saved for: the arguments that shape a model are then not taken from here.
+        was saved for: arguments that ask for another shape are refused.
 
         Raises CheckpointError, ArtifactError, ConfigError or InputError that says what cannot be had.
         """
         backend = deploy.choose_backend(backend)
         neuron_config = neuron_config or NeuronConfig()
         if deploy.is_artifact(pretrained_model_name_or_path):
-            return cls._from_saved(Saved.open(os.fspath(pretrained_model_name_or_path)), backend, neuron_config)
+            saved = Saved.open(os.fspath(pretrained_model_name_or_path))
+            saved.settings.demand(tp_degree, amp, batch_size, n_positions, context_length_estimate)
+            return cls._from_saved(saved, backend, neuron_config)
         from jx_neuron import weights
         from jx_neuron.models import Decoder
 

@@ -1,5 +1,7 @@
 """HF's generate() over our models, against HF's over its own."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +127,7 @@ def test_warpers(pair: Pair, ids: torch.Tensor, option: str) -> None:
 
 
 def test_every_processor_of_the_config_is_tested() -> None:
-    config = transformers.GenerationConfig(**{k: v for k, v in (PROCESSORS | WARPERS).items()}, do_sample=True)
+    config = transformers.GenerationConfig(**PROCESSORS, **WARPERS, do_sample=True)
     assert config.to_diff_dict().keys() >= (PROCESSORS | WARPERS).keys()
 
 
@@ -173,7 +175,7 @@ def test_streamers(pair: Pair, ids: torch.Tensor) -> None:
 
     collect = Collect()
     out = pair.ours.generate(ids[:1], max_new_tokens=NEW, do_sample=False, pad_token_id=0, streamer=collect)
-    assert sum(collect.got, []) == out[0].tolist()
+    assert [token for tokens in collect.got for token in tokens] == out[0].tolist()
     assert len(collect.got) == NEW + 1
     assert collect.ended
 
@@ -232,3 +234,18 @@ def test_lowered_programs_search_with_beams(tmp_path: Path, ids: torch.Tensor, p
     options = BEAMS | dict(attention_mask=padded, max_new_tokens=NEW, pad_token_id=0)
     ours = HuggingFaceGenerationModelAdapter(hf.config, model).generate(ids, **options)
     np.testing.assert_array_equal(hf.generate(ids, **options), ours)
+
+
+def test_without_torch_the_adapter_says_so() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import jx_neuron
+try:
+    jx_neuron.HuggingFaceGenerationModelAdapter
+except jx_neuron.InputError as error:
+    assert "pip install torch" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
+from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.lowering import lower, proto
 
 READ = """
@@ -71,3 +73,24 @@ def test_xla_of_2023_reads_the_modules(python_of_2023: Path, tmp_path: Path) -> 
         assert 'custom_call_target="AwsNeuronTopK"' in text
         assert re.search(r"input_output_alias=\{ \{3\}: \(3, \{\}, must-alias\) \}", text)
     assert "Malformed" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_xla_of_2023_reads_the_artifacts_of_every_family(python_of_2023: Path, tmp_path: Path, family: str) -> None:
+    config = json.loads(tiny.CONFIGS[family]().to_json_string(use_diff=False))
+    files = []
+    for tp in (1, 2, 4, 8):
+        folder = tmp_path / f"tp{tp}"
+        NeuronAutoModelForCausalLM.from_config(config, tp_degree=tp, n_positions=64).save(folder)
+        files += sorted((folder / "hlo").glob("*.pb"))
+    assert len(files) == 4 * 3
+    done = subprocess.run([python_of_2023, "-c", READ, *map(str, files)], capture_output=True, text=True, check=True)
+    for file, text in zip(files, json.loads(done.stdout), strict=True):
+        assert max(i.id for i in proto.instructions(proto.parse(file.read_bytes()))) < 2**31
+        assert "replica_groups={}" not in text
+        assert ("replica_groups=" in text) == ("/tp1/" not in str(file))
+        assert "partition-id" not in text
+        assert "channel_id" not in text
+        assert " topk(" not in text
+        assert text.count("must-alias") == 4

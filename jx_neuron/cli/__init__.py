@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from jx_neuron.cli import check, compile, plan, sample
+from jx_neuron.cli import bench, check, compile, plan, sample
 from jx_neuron.errors import JxNeuronError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command("sample")(sample.command)
 app.command("compile")(compile.command)
 app.command("check")(check.command)
 app.command("plan")(plan.command)
+app.command("bench")(bench.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -20,7 +20,9 @@ class Buckets:
     tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, n_positions: int | Sequence[int], context_length_estimate: int | Sequence[int] | None = None) -> "Buckets":
+    def of(
+        cls, n_positions: int | Sequence[int], context_length_estimate: int | Sequence[int] | None = None
+    ) -> "Buckets":
         """Buckets as transformers-neuronx chooses them: token buckets are the powers of two from 128 to `n_positions`,
         itself the last; context buckets are half of each. A list of either is taken as it is.
 

@@ -141,7 +141,7 @@ class Decoder:
         flat = {
             tuple(int(p) if p.isdigit() else p for p in path.split(".")): nnx.Param(a) for path, a in params.items()
         }
-        return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(flat)))
+        return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(cast(Any, flat))))
 
     def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters as shapes, padded; sharded over `mesh` where given."""

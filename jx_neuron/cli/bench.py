@@ -1,0 +1,81 @@
+"""jx-neuron bench: how fast a model runs here."""
+
+import json
+import time
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from jx_neuron.errors import InputError
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint folder, .gguf file or hub id; none with --demo.", show_default=False),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens made of each.")] = 128,
+    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is given.")] = 5,
+    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure a model's speed: prefill, decode, and how long it takes to be ready.
+
+    Random prompts, greedy answers, no end token; the first run, which compiles, is counted apart.
+
+        jx-neuron bench --demo
+
+        jx-neuron bench ./my-gpt2 --batch-size 8 --amp bf16 --json
+    """
+    from jx_neuron.demo import demo_model
+    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+
+    if demo == (model is not None):
+        raise InputError("name one model: a checkpoint folder, .gguf file or hub id, or --demo")
+    began = time.perf_counter()
+    ours = NeuronAutoModelForCausalLM.from_pretrained(
+        demo_model() if model is None else model,
+        batch_size=batch_size,
+        n_positions=prompt_tokens + new_tokens,
+        tp_degree=tp,
+        amp=amp,
+    ).to_neuron()
+    loaded = time.perf_counter()
+    prompt_bt = np.random.default_rng(0).integers(0, ours.settings.vocab_size, (batch_size, prompt_tokens))
+    _run(ours, prompt_bt, new_tokens)
+    ready = time.perf_counter()
+    first, rest = np.median([_run(ours, prompt_bt, new_tokens) for _ in range(runs)], axis=0)
+    found = {
+        "batch_size": batch_size,
+        "amp": amp,
+        "tp_degree": tp,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "load_seconds": loaded - began,
+        "first_run_seconds": ready - loaded,
+        "prefill_milliseconds": first * 1e3,
+        "milliseconds_per_token": rest / (new_tokens - 1) * 1e3,
+        "tokens_per_second": batch_size * (new_tokens - 1) / rest,
+    }
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"decode   {found['tokens_per_second']:.1f} tokens/s ({found['milliseconds_per_token']:.2f} ms a step)")
+    typer.echo(f"prefill  {found['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
+    typer.echo(f"ready    {found['load_seconds']:.2f} s to load, {found['first_run_seconds']:.2f} s for the first run")
+
+
+def _run(model: Any, prompt_bt: np.ndarray, new: int) -> tuple[float, float]:
+    """Seconds to the first token of each row, and from there to the last."""
+    began = first = time.perf_counter()
+    steps = model.stream(prompt_bt, prompt_bt.shape[1] + new, top_k=1, eos_token_override=-1)
+    for step, _ in enumerate(steps):
+        if step == 0:
+            first = time.perf_counter()
+    return first - began, time.perf_counter() - first
