@@ -228,10 +228,16 @@ def test_an_interrupted_stream_leaves_the_model_usable(model, ids, monkeypatch) 
         model.sample(ids, LENGTH, streamer=streamer)
     assert streamer.ended
     np.testing.assert_array_equal(model.sample(ids, LENGTH, **SAMPLED), whole)
+    run = model.runtime.run
+
+    def interrupted(*call: object) -> None:
+        run(*call)
+        raise KeyboardInterrupt
+
     steps = model.stream(ids, LENGTH, **SAMPLED)
     next(steps)
     with monkeypatch.context() as patch:
-        patch.setattr(model.runtime, "_program", lambda shape: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(model.runtime, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(steps)
     np.testing.assert_array_equal(model.sample(ids, LENGTH, **SAMPLED), whole)
