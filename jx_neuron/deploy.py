@@ -91,9 +91,7 @@ class Settings:
         """The form that a manifest keeps."""
         return dataclasses.asdict(self)
 
-    def demand(
-        self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any
-    ) -> None:
+    def demand(self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any) -> None:
         """Raises ArtifactError for an argument of from_pretrained that is given, and not what was saved."""
         tokens = None if n_positions is None else Buckets.of(n_positions).tokens
         context = None if context_length_estimate is None else Buckets.of(self.buckets.tokens, context_length_estimate)

@@ -79,7 +79,7 @@ def command(
     if longest > model.buckets.capacity:
         raise InputError(
             f"a prompt of {longest - max_new_tokens} tokens and --max-new-tokens {max_new_tokens} make {longest}, "
-            f"beyond the {model.buckets.capacity} positions; shorten either, or raise --n-positions where the model allows"
+            f"beyond the {model.buckets.capacity} positions; shorten either, or raise --n-positions"
         )
     greedy = temperature is None and top_k is None and top_p is None
     how = dict(top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
