@@ -100,9 +100,11 @@ class NeuronAutoModelForCausalLM(Answering):
 
         Raises CheckpointError, ArtifactError, ConfigError or InputError that says what cannot be had.
         """
-        backend = deploy.choose_backend(backend)
+        asked, backend = backend, deploy.choose_backend(backend)
         neuron_config = neuron_config or NeuronConfig()
         if deploy.is_artifact(pretrained_model_name_or_path):
+            if asked == "xla":
+                raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
             saved = Saved.open(os.fspath(pretrained_model_name_or_path))
             saved.settings.demand(tp_degree, amp, batch_size, n_positions, context_length_estimate)
             return cls._from_saved(saved, backend, neuron_config)

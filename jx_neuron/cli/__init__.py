@@ -1,5 +1,6 @@
 """The command line: jx-neuron."""
 
+import os
 import sys
 
 import typer
@@ -34,6 +35,7 @@ def _version(
 
 def main() -> None:
     """Runs the command line: status 2 for what the user can mend, in one message and no traceback."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news here
     try:
         app()
     except JxNeuronError as error:
