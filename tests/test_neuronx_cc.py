@@ -90,6 +90,8 @@ def compilers(log: Path) -> list[int]:
 
 
 SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins by ignoring it
 import sys, pathlib
 from jx_neuron.lowering import compile_cache, neuronx_cc
 held = compile_cache.lock
