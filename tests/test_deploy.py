@@ -68,10 +68,27 @@ def test_what_was_saved_is_all_that_is_needed(saved: Path, expected: np.ndarray)
 
 
 def test_xla_is_the_checkpoints_way_and_host_the_artifacts(saved: Path, checkpoint: Path) -> None:
-    assert OPTForSampling.from_pretrained(saved, backend="xla").backend == "host"
+    assert OPTForSampling.from_pretrained(saved).backend == "host"
+    with pytest.raises(ArtifactError, match="no model code"):
+        OPTForSampling.from_pretrained(saved, backend="xla")
     assert OPTForSampling.from_pretrained(checkpoint).backend == "xla"
     with pytest.raises(ConfigError, match="backend='cpu' does not exist; it may be one of xla, host, neuron"):
         choose_backend("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tp_degree": 4}, "saved for tp_degree=2 and not 4"),
+        ({"amp": "bf16"}, "saved for amp=float32 and not bfloat16"),
+        ({"batch_size": 3}, "saved for batch_size="),
+        ({"n_positions": 17}, "saved for n_positions="),
+        ({"context_length_estimate": 3}, "saved for context_length_estimate="),
+    ],
+)
+def test_a_saved_model_refuses_to_be_another(saved: Path, asked: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        OPTForSampling.from_pretrained(saved, **asked)
 
 
 def test_saving_again_changes_nothing(saved: Path, programs: Path, tmp_path: Path) -> None:
