@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # running a saved model needs no model code
     from jx_neuron.weights import Source, W
 
 Lengths = int | Sequence[int]
-DEFAULT_POSITIONS = 2048
 GENERATION_FIELDS = ("eos_token_id", "pad_token_id")
 
 
@@ -374,15 +373,7 @@ def _settings(
     amp: str,
     neuron_config: NeuronConfig,
 ) -> Settings:
-    most = decoder.config.max_positions
-    if n_positions is None:
-        n_positions = min(DEFAULT_POSITIONS, most or DEFAULT_POSITIONS)
-    buckets = Buckets.of(n_positions, context_length_estimate)
-    if most is not None and buckets.capacity > most:
-        raise InputError(
-            f"n_positions={buckets.capacity} exceeds the {most} positions that this {decoder.model_type} has; "
-            f"ask for at most {most}"
-        )
+    buckets = Buckets.within(decoder.config.max_positions, n_positions, context_length_estimate)
     given = [batch_size] if isinstance(batch_size, int) else batch_size
     batches = tuple(sorted({_positive("batch_size", size) for size in given}))
     if prompt_batch_size is not None and (

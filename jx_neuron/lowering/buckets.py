@@ -7,6 +7,7 @@ from jx_neuron.errors import InputError
 from jx_neuron.lowering.shape import Shape
 
 SMALLEST = 128
+DEFAULT_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,27 @@ class Buckets:
                 f"choose context lengths up to {tokens[-1]}, or a larger n_positions"
             )
         return cls(tuple(context), tuple(tokens))
+
+    @classmethod
+    def within(
+        cls,
+        most: int | None,
+        n_positions: int | Sequence[int] | None,
+        context_length_estimate: int | Sequence[int] | None,
+    ) -> "Buckets":
+        """`of`, for a model that has `most` positions (None for any number): by default 2048, or all it has.
+
+        Raises InputError also where n_positions exceeds them.
+        """
+        if n_positions is None:
+            n_positions = min(DEFAULT_POSITIONS, most or DEFAULT_POSITIONS)
+        buckets = cls.of(n_positions, context_length_estimate)
+        if most is not None and buckets.capacity > most:
+            raise InputError(
+                f"n_positions={buckets.capacity} exceeds the {most} positions that this model has; "
+                f"ask for at most {most}"
+            )
+        return buckets
 
     @property
     def capacity(self) -> int:

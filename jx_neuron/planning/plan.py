@@ -14,7 +14,6 @@ from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import Request, gib
 
 Lengths = int | Sequence[int]
-DEFAULT_POSITIONS = 2048
 MOST_ROWS = 256  # of the batches that speed is listed for
 
 
@@ -171,13 +170,7 @@ def _request(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is not legal; it takes a positive integer")
     outline = Outline.of(model)
-    most = outline.config.max_positions
-    buckets = Buckets.of(n_positions or min(DEFAULT_POSITIONS, most or DEFAULT_POSITIONS), context_length_estimate)
-    if most is not None and buckets.capacity > most:
-        raise InputError(
-            f"n_positions={buckets.capacity} exceeds the {most} positions that this {outline.decoder.model_type} has; "
-            f"ask for at most {most}"
-        )
+    buckets = Buckets.within(outline.config.max_positions, n_positions, context_length_estimate)
     return Request(outline, batch_size, buckets, itemsize, strict)
 
 
