@@ -1,11 +1,13 @@
 """The key/value cache: one LayerKV a layer, in a tuple. Its layout is known to this file alone."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
+
+from jx_neuron.products import barrier, is_for_cpu
 
 
 class LayerKV(NamedTuple):
@@ -37,14 +39,38 @@ def grow(cache: Cache, slots: int) -> Cache:
 
 def write(kv: LayerKV, k_btkh: Array, v_btkh: Array, start_b: Array) -> LayerKV:
     """Writes t positions of each row from its `start_b` on; start_b + t must not exceed the slots."""
+    put = _put_row_by_row if is_for_cpu() else jax.vmap(_put)
+    pairs = zip(kv, (k_btkh, v_btkh), strict=True)
+    return LayerKV(*(put(buffer, new.swapaxes(1, 2).astype(buffer.dtype), start_b) for buffer, new in pairs))
 
-    def row(buffer_ksh: Array, update_tkh: Array, start: Array) -> Array:
-        update_kth = update_tkh.swapaxes(0, 1).astype(buffer_ksh.dtype)
-        zero = jnp.zeros_like(start)
-        return jax.lax.dynamic_update_slice(buffer_ksh, update_kth, (zero, start, zero))
 
-    rows = jax.vmap(row)
-    return LayerKV(rows(kv.k_bksh, k_btkh, start_b), rows(kv.v_bksh, v_btkh, start_b))
+def _put(buffer_ksh: Array, new_kth: Array, start: Array) -> Array:
+    zero = jnp.zeros_like(start)
+    return jax.lax.dynamic_update_slice(buffer_ksh, new_kth, (zero, start, zero))
+
+
+def _put_row_by_row(buffer_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
+    """In place on a CPU, where XLA copies what it fuses with other uses, and widens 16-bit numbers whole to write some."""
+    dtype = buffer_bksh.dtype
+    buffer_bksh, new_bkth = _bits(buffer_bksh), barrier(_bits(new_bkth))
+    for b, start in enumerate(start_b):
+        at = (jnp.full_like(start, b), jnp.zeros_like(start), start, jnp.zeros_like(start))
+        buffer_bksh = jax.lax.dynamic_update_slice(buffer_bksh, new_bkth[b : b + 1], at)
+    return jax.lax.bitcast_convert_type(barrier(buffer_bksh), dtype)
+
+
+def to_bits(cache: Cache) -> Cache:
+    """The same cache with 16-bit entries as uint16: how it lies between programs for a CPU."""
+    return jax.tree.map(_bits, cache)
+
+
+def from_bits(cache: Cache, dtype: Any) -> Cache:
+    """The inverse of `to_bits`."""
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, dtype), cache)
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def read(kv: LayerKV, slots: int) -> LayerKV:

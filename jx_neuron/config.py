@@ -12,12 +12,18 @@ import numpy as np
 
 from jx_neuron.errors import ConfigError
 
+__all__ = ["AMP", "GQA", "GenerationConfig", "NeuronConfig", "PerRow", "dtype_of"]
+
 AMP = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 _LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
 
 
 def dtype_of(amp: str) -> np.dtype[Any]:
-    """The dtype of weights and cache. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name)."""
+    """The dtype of weights and cache. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name).
+
+    >>> dtype_of("bf16").itemsize
+    2
+    """
     short = _LONG.get(amp, amp)
     if short not in AMP:
         raise ConfigError(f"amp={amp!r} is not supported; it may be one of {', '.join([*AMP, *_LONG])}")

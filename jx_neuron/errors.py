@@ -4,6 +4,16 @@ Each message says what was wrong, what would be legal, and what to do next. The
 command line prints it alone and exits with status 2.
 """
 
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "CompilerError",
+    "ConfigError",
+    "InputError",
+    "JxNeuronError",
+    "LoweringError",
+]
+
 
 class JxNeuronError(ValueError):
     """Base of every error that a user can mend."""

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from jx_neuron.errors import ConfigError
 
+__all__ = ["INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+
 # https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py: fields of any
 # model that name it, steer training, describe other heads than the language model's, or are read by generation
 INERT = frozenset(
@@ -51,6 +53,7 @@ class HFConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The size of each axis letter of the weight table."""
         raise NotImplementedError
 
     @property

@@ -17,7 +17,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import LayerKV
-from jx_neuron.products import product, product_with_rows
+from jx_neuron.products import product, product_with_rows, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -122,11 +122,10 @@ def attend(
     q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
         1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
     )
-    w_bkgts = jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
+    w_bkgts = query_key(q_btkgh, k_bksh)
     w_bkgts = jnp.where(at.mask_bts[:, None, None], w_bkgts, jnp.finfo(jnp.float32).min)
     p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
-    a_btkgh = jnp.einsum("bkgts,bksh->btkgh", p_bkgts, v_bksh)
-    return a_btkgh.reshape(b, t, n, h), kv
+    return weigh_values(p_bkgts, v_bksh).reshape(b, t, n, h), kv
 
 
 def _gelu_tanh(x: Array) -> Array:

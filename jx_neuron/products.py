@@ -1,11 +1,12 @@
 """Matrix products, written as the backend computes them fastest.
 
-Everywhere but on a CPU that is one dot each. XLA's CPU backend reads a matrix faster in other forms, and sums float32
-in shorter chains; `for_cpu` chooses these while a program is traced. Shape suffixes: m rows, k contracted, n columns.
+Everywhere but on a CPU that is one dot each. There every matrix lies in memory with its outputs first, [n, k], and what
+reads it fastest depends on the number of rows; `for_cpu` says while a program is traced that it is for a CPU, and
+docs/benchmarks.md has the figures. Shape suffixes: m rows, k contracted, n columns; those of attention are nn.py's.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-FEW = 16
-"""Up to as many rows, reading the matrix is what a product takes."""
+FEW = 8
+"""Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
-CHUNK = 384
-"""How many float32 products are summed in one chain."""
+MANY = 64
+"""Above as many rows, transposing them takes longer than a dot of less exact sums, which is `compiled.py`'s choice."""
+
+barrier = jax.lax.optimization_barrier
 
 _for_cpu: ContextVar[bool] = ContextVar("_for_cpu", default=False)
 
@@ -32,31 +35,57 @@ def for_cpu() -> Iterator[None]:
         _for_cpu.reset(token)
 
 
+def is_for_cpu() -> bool:
+    """Whether what is traced is for one CPU device."""
+    return _for_cpu.get()
+
+
 def product(x: Array, kernel: Array, axes: int) -> Array:
     """x · kernel, over the last `axes` axes of x and the first of the kernel."""
-    if not _for_cpu.get():
+    if not is_for_cpu():
         return jnp.tensordot(x, kernel, axes=axes)
     k = math.prod(kernel.shape[:axes])
-    form: Callable[[Array, Array], Array]
-    if kernel.dtype.itemsize < 4:
-        form, matrix = _by_rows, outputs_first(kernel, axes).reshape(-1, k)
-    else:
-        form, matrix = _by_columns, kernel.reshape(k, -1)
-    y_mn = form(x.reshape(-1, k), matrix)
+    y_mn = _product(x.reshape(-1, k), outputs_first(kernel, axes).reshape(-1, k))
     return y_mn.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
 
 
 def product_with_rows(x: Array, table_nk: Array) -> Array:
     """x · tableᵀ, over the last axis of both."""
-    if not _for_cpu.get():
+    if not is_for_cpu():
         return jnp.einsum("...k,nk->...n", x, table_nk)
     # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
-    alone_nk = jax.lax.optimization_barrier(table_nk)
-    return _by_rows(x.reshape(-1, x.shape[-1]), alone_nk).reshape(*x.shape[:-1], -1)
+    alone_nk = barrier(table_nk)
+    return _product(x.reshape(-1, x.shape[-1]), alone_nk).reshape(*x.shape[:-1], -1)
+
+
+def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
+    """q · kᵀ of each query head with its group's keys: float32 [b, k, g, t, s]."""
+    if not is_for_cpu():
+        return jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
+    b, t, k, g, h = q_btkgh.shape
+    q_bkrh = barrier(_wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h))
+    if g * t <= FEW:
+        w_bkrs = jnp.moveaxis(_in_one_pass(jnp.moveaxis(q_bkrh, 2, 0)[:, :, :, None], _wide(k_bksh)), 0, 2)
+    else:
+        w_bkrs = _dot(q_bkrh, _wide(k_bksh), 3)
+    return w_bkrs.reshape(b, k, g, t, -1)
+
+
+def weigh_values(p_bkgts: Array, v_bksh: Array) -> Array:
+    """p · v of each query head with its group's values: [b, t, k, g, h]."""
+    if not is_for_cpu():
+        return jnp.einsum("bkgts,bksh->btkgh", p_bkgts, v_bksh)
+    b, k, g, t, s = p_bkgts.shape
+    p_bkrs = barrier(_wide(p_bkgts).reshape(b, k, g * t, s))
+    if g * t <= FEW and v_bksh.dtype.itemsize < 4:
+        a_bkrh = jnp.stack([(p_bkrs[:, :, r, :, None] * _wide(v_bksh)).sum(2) for r in range(g * t)], 2)
+    else:
+        a_bkrh = _dot(p_bkrs, _wide(v_bksh), 2)
+    return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4).astype(v_bksh.dtype)
 
 
 def outputs_first(kernel: Array, axes: int) -> Array:
-    """A kernel [*inputs, *outputs] as [*outputs, *inputs], which is how a CPU reads 16-bit ones fastest."""
+    """A kernel [*inputs, *outputs] as [*outputs, *inputs], which is how a CPU reads it fastest."""
     return jnp.moveaxis(kernel, range(axes), range(-axes, 0))
 
 
@@ -65,26 +94,38 @@ def inputs_first(kernel: Array, axes: int) -> Array:
     return jnp.moveaxis(kernel, range(-axes, 0), range(axes))
 
 
-def _by_columns(x_mk: Array, w_kn: Array) -> Array:
-    """A single row in chunks of k, which are read by several threads; its chains of sums are as short as a chunk."""
-    m, k = x_mk.shape
-    chunks = next((c for c in range(-(-k // CHUNK), k // 64 + 1) if k % c == 0), 1)
-    if m > 1 or chunks == 1:
-        return x_mk @ w_kn
-    x_mck, w_ckn = x_mk.reshape(m, chunks, -1), w_kn.reshape(chunks, k // chunks, -1)
-    return jnp.einsum("mck,ckn->cmn", x_mck, w_ckn).sum(0)
+def _product(x_mk: Array, w_nk: Array) -> Array:
+    m, narrow, dtype = len(x_mk), w_nk.dtype.itemsize < 4, jnp.result_type(x_mk, w_nk)
+    x_mk, w_nk = _wide(x_mk), _wide(w_nk)
+    if m <= (4 * FEW if narrow else FEW) and (m > 1 or narrow):
+        y_mn = jnp.concatenate([_in_one_pass(x_mk[i : i + FEW, None], w_nk) for i in range(0, m, FEW)])
+    elif m <= MANY:  # (w · xᵀ)ᵀ: without barriers XLA would make it x · wᵀ, and transpose the matrix first
+        y_mn = barrier(w_nk @ barrier(x_mk.T)).T
+    else:
+        y_mn = _dot(x_mk, w_nk, 1)
+    return y_mn.astype(dtype)
 
 
-def _by_rows(x_mk: Array, w_nk: Array) -> Array:
-    """Few rows as multiply and sum: one pass over the matrix, which takes 16-bit entries as they lie."""
-    m, dtype = x_mk.shape[0], jnp.result_type(x_mk, w_nk)
-    wide = w_nk.dtype.itemsize >= 4
-    if m > FEW or (m == 1 and wide):
-        return jnp.einsum("mk,nk->mn", *_float32(x_mk, w_nk)).astype(dtype)
-    rows = max(m, 4)  # fewer are not vectorized
-    x_mk, w_nk = _float32(jnp.pad(x_mk, ((0, rows - m), (0, 0))), w_nk)
-    return (w_nk[:, None] * x_mk).sum(-1).T[:m].astype(dtype)
+def _in_one_pass(x: Array, w: Array) -> Array:
+    """w · x[m] for each m, summed over the last axis, in one reduction that reads, and widens, w once."""
+    m = len(x)
+    if m == 1:  # a reduction of one result is read at half the rate
+        x = jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1)))
+    x = barrier(x)  # what makes it would be fused, and done again for each output
+    zeros = tuple(jnp.zeros((), w.dtype) for _ in x)
+    y = jax.lax.reduce(tuple(w * row for row in x), zeros, _add, (w.ndim - 1,))
+    return (y[0] + y[1])[None] if m == 1 else jnp.stack(y)
 
 
-def _float32(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in arrays)
+def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(map(jnp.add, a, b))
+
+
+def _dot(x: Array, y: Array, axis: int) -> Array:
+    """x · y over the last axis of x and `axis` of y, those in front in common; XLA neither swaps nor fuses it."""
+    common = tuple(range(x.ndim - 2))
+    return barrier(jax.lax.dot_general(barrier(x), y, (((x.ndim - 1,), (axis,)), (common, common))))
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def bar() -> Progress:
-    """A bar on standard error that disappears when done; silent where standard error is no terminal."""
+    """A bar on standard error that disappears when done; silent where standard error is no terminal, or a dumb one."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -19,7 +19,7 @@ def bar() -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_interactive,
     )
 
 

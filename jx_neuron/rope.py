@@ -14,6 +14,8 @@ from jax import Array
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn import Span
 
+__all__ = ["RopeScaling", "Rotation", "inverse_frequencies", "rope_half", "rope_interleaved", "rotation"]
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of each token's angles, float32 [b, t, r/2], r the rotated part of a head."""

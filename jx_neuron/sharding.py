@@ -40,7 +40,11 @@ def mesh(tp_degree: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def padded(size: int, tp_degree: int) -> int:
-    """The least multiple of `tp_degree` that is at least `size`."""
+    """The least multiple of `tp_degree` that is at least `size`.
+
+    >>> padded(50257, 8)
+    50264
+    """
     return math.ceil(size / tp_degree) * tp_degree
 
 
@@ -52,6 +56,9 @@ class Padding:
     holds HF head `key_value[...]`; -1 is a head of zeros. Heads are padded where they do not divide, key/value heads
     are replicated where there are fewer than cores; every other partitioned axis ends in zeros. What is padded meets
     a zero row of the next projection, so it never changes a result.
+
+    >>> Padding({"n": 6, "k": 2, "h": 16, "f": 90, "v": 100}, tp_degree=4).changes
+    ('6 query heads as 8', '2 key/value heads replicated to 4', 'an MLP width of 90 as 92')
     """
 
     sizes: Mapping[str, int]

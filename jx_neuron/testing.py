@@ -24,6 +24,8 @@ from jx_neuron.runtime.xla import XlaRuntime
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["ModelTensors", "Parity", "parity"]
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -34,6 +36,7 @@ class Parity:
 
     @property
     def worst(self) -> float:
+        """The greatest of all."""
         return float(np.max([self.prefill, *self.decode]))
 
 
@@ -44,12 +47,15 @@ class ModelTensors:
         self._state = model.state_dict()
 
     def names(self) -> Iterable[str]:
+        """Of every tensor."""
         return list(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """HF's."""
         return tuple(self._state[name].shape)
 
     def read(self, name: str) -> np.ndarray:
+        """In float32."""
         return np.asarray(self._state[name].detach().float().cpu().numpy())
 
 

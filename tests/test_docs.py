@@ -1,21 +1,250 @@
-"""Every Python block of the documents runs, each document in one namespace from top to bottom."""
+"""Every command and Python block of the documents runs, and what they say of the code is so.
 
+A document's blocks run from top to bottom in one folder: Python in one namespace, commands in a shell. A block may say,
+after its language, `slow` (minutes: run with -m slow, in a fresh virtual environment) or `notest:` and a reason.
+"""
+
+import ast
+import doctest
+import os
 import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+import tiny
+import torch
+import transformers
+import typer.main
+from markdown_it import MarkdownIt
+
+import jx_neuron
+from jx_neuron.cli import app
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-DOCUMENTS = [path for path in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(path.read_text())]
+sys.path.insert(0, str(ROOT / "docs"))
+import generated  # noqa: E402
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = ("python", "sh")
+# what documents name, and the tiny random model that stands there in its stead; nothing else is found
+ON_THE_HUB = {"openai-community/gpt2": "gpt2"}
+FOLDERS = {"my-llama": "llama", "pythia-70m": "gpt_neox"}
+REVISION = "0" * 40
+NO_TESTS_IN_TESTS = "--collect-only -qq"  # a test that ran all tests would run itself
+LEFT_OUT = shutil.ignore_patterns(".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "site")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its first line's number, its language, what stands after that, and its text."""
+
+    line: int
+    language: str
+    marker: str
+    text: str
+
+
+def parts(path: Path) -> Iterator[tuple[str, str, int]]:
+    """What a document is made of: kind, content (of a fence, its first line too), line."""
+    for token in MarkdownIt().enable("table").parse(path.read_text()):
+        line = (token.map or [0])[0] + 1
+        if token.type in ("fence", "code_block", "heading_open"):
+            yield token.type, f"{token.info}\n{token.content}", line
+        for child in token.children or ():
+            target = child.attrs.get("href") or child.attrs.get("src")
+            yield (child.type, str(target or child.content), line)
+
+
+def blocks(path: Path) -> list[Block]:
+    found = []
+    for kind, content, line in parts(path):
+        if kind == "fence":
+            info, text = content.split("\n", 1)
+            language, _, marker = info.partition(" ")
+            found.append(Block(line, language, marker.strip(), text))
+    return found
+
+
+def documents(*markers: str) -> list[Path]:
+    return [d for d in DOCUMENTS if any(b.language in RUN and b.marker in markers for b in blocks(d))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
-def test_python_blocks_run(path: Path) -> None:
-    namespace: dict[str, object] = {}
-    for code in BLOCK.findall(path.read_text()):
-        exec(compile(code, path.name, "exec"), namespace)
+def test_every_block_is_run_or_says_why_not(path: Path) -> None:
+    for block in blocks(path):
+        if not block.language.startswith("{"):  # what Sphinx fills in
+            assert block.language in RUN, f"line {block.line}: {block.language!r} is not run"
+            assert block.marker in ("", "slow") or re.fullmatch(r"notest: .{10,}", block.marker), f"line {block.line}"
+    for kind, content, line in parts(path):
+        if kind == "code_block":
+            assert not re.search(r"^\s*(\$|>>>|jx-neuron|pip|pytest|python|import|from)\b", content, re.MULTILINE), line
 
 
-def test_there_are_documents_to_run() -> None:
-    assert "lowering.md" in [path.name for path in DOCUMENTS]
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer for each of the names of ON_THE_HUB and FOLDERS."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in {*ON_THE_HUB.values(), *FOLDERS.values()} - {"gpt_neox"}:
+        tiny.saved(name, folder / name)
+    torch.manual_seed(0)
+    neox = transformers.GPTNeoXConfig(
+        **tiny.SPECIAL, vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.GPTNeoXForCausalLM(neox).save_pretrained(folder / "gpt_neox")
+    for path in folder.iterdir():
+        tiny.tokenizer().save_pretrained(path)
+    return folder
+
+
+@pytest.fixture
+def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that a document's blocks run in: the checkpoints they name, and no network but for pip."""
+    hub = tmp_path / "hf" / "hub"
+    for name, model in ON_THE_HUB.items():
+        repository = hub / f"models--{name.replace('/', '--')}"
+        shutil.copytree(models / model, repository / "snapshots" / REVISION)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(REVISION)
+    here = tmp_path / "here"
+    for name, model in FOLDERS.items():
+        shutil.copytree(models / model, here / name)
+    shutil.copy(ROOT / "examples" / "gpt_neox.py", here)
+    monkeypatch.setenv("HF_HOME", str(hub.parent))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(here)
+    return here
+
+
+def shell(block: Block, path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", block.text],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    said = (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, f"{path.name}, line {block.line}:\n{block.text}{said}"
+
+
+@pytest.mark.parametrize("path", documents(""), ids=lambda p: p.name)
+def test_blocks_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = place.parent / "bin" / "jx-neuron"  # as installing makes it, for tests that run without installing
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m jx_neuron.cli "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(Path(sys.executable).parent), str(script.parent), os.environ["PATH"]])
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(jx_neuron.__file__).parent.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.parent / "cache"))
+    monkeypatch.syspath_prepend(str(place))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(path):
+        if block.language == "python" and not block.marker:
+            code = "\n" * block.line + block.text
+            exec(compile(code, path.name, "exec"), namespace)
+        elif block.language == "sh" and not block.marker:
+            shell(block, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", documents("slow"), ids=lambda p: p.name)
+def test_commands_run_in_a_clone_with_nothing_installed(
+    path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT, place, ignore=LEFT_OUT, dirs_exist_ok=True)
+    fresh = place.parent / "venv"
+    venv.create(fresh, with_pip=True)
+    # a document may make, and enter, its own
+    environments = [str(folder / "bin") for folder in (place / ".venv", fresh)]
+    monkeypatch.setenv("PATH", os.pathsep.join([*environments, os.environ["PATH"]]))
+    monkeypatch.setenv("PYTEST_ADDOPTS", NO_TESTS_IN_TESTS)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for block in blocks(path):
+        if block.language == "sh" and not block.marker.startswith("notest"):
+            shell(block, path)
+
+
+def test_inline_commands_have_such_options() -> None:
+    commands = typer.main.get_command(app).commands
+    asked = [content.split() for path in DOCUMENTS for kind, content, _ in parts(path) if kind == "code_inline"]
+    asked = [words for words in asked if words[0] == "jx-neuron" and len(words) > 1]
+    assert asked
+    for _, command, *words in asked:
+        known = {option for parameter in commands[command].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, (command, words)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for kind, target, line in parts(path):
+        if kind in ("link_open", "image") and "://" not in target:
+            assert (path.parent / target.partition("#")[0]).exists(), f"line {line}: {target}"
+
+
+def test_the_readme_lists_the_registry() -> None:
+    listed = re.search(r"^<!-- models: .* -->\n(.*)<!-- /models -->$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert listed is not None
+    assert listed[1] == generated.models() + "\n", "python docs/generated.py models prints what belongs there"
+
+
+def strings(node: ast.AST) -> Iterator[str]:
+    """Every text of a module, an ellipsis where a value is put in."""
+    for found in ast.walk(node):
+        if isinstance(found, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in found.values)
+        elif isinstance(found, ast.Constant) and isinstance(found.value, str):
+            yield found.value
+
+
+def test_troubleshooting_quotes_messages_that_there_are() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    quoted += re.findall(r"^\| `(.*?)` \|", (ROOT / "README.md").read_text().partition("## When it stops you")[2], re.M)
+    assert len(quoted) > text.count("\n### ") > 20
+    package = Path(jx_neuron.__file__).parent
+    messages = [text for file in package.rglob("*.py") for text in strings(ast.parse(file.read_text()))]
+    for message in quoted:
+        pieces = [re.escape(piece.strip()) for piece in message.split("…")]
+        pattern = re.compile(".*".join(pieces), re.DOTALL)
+        assert any(pattern.search(found) for found in messages), message
+
+
+WITH_EXAMPLES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "jx_neuron").rglob("*.py"))
+    if re.search(r"^\s*>>> ", file.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings(name: str) -> None:
+    found = doctest.testmod(import_module(name))
+    assert found.attempted
+    assert not found.failed
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_its_reference_whole(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    from sphinx.util.inventory import InventoryFile
+
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", tmp_path]
+    subprocess.run(command, check=True)
+    with (tmp_path / "objects.inv").open("rb") as file:
+        documented = {name for kind in InventoryFile.load(file, "", lambda *_: "").values() for name in kind}
+    for module in (jx_neuron, *map(import_module, ("jx_neuron.lowering", "jx_neuron.planning"))):
+        names = set(module.__all__) - {"__version__"}
+        assert {f"{module.__name__}.{name}" for name in names} <= documented

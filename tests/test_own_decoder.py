@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from test_cli import run
 
 from jx_neuron import NeuronAutoModelForCausalLM, model_types, register
 from jx_neuron.errors import ConfigError, InputError
@@ -43,8 +44,24 @@ def test_it_is_hf_s(tmp_path: Path, parallel: bool, tp_degree: int) -> None:
 
 
 def test_it_is_short() -> None:
-    lines = Path(gpt_neox.__file__).read_text().splitlines()
-    assert len([line for line in lines if line.strip()]) <= 120
+    assert len(Path(gpt_neox.__file__).read_text().splitlines()) < 120
+
+
+def test_the_fields_of_checkpoints_before_transformers_5_mean_the_same() -> None:
+    told = gpt_neox.Config.from_hf({"rotary_pct": 0.5, "rotary_emb_base": 5000}).rope
+    now = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000}
+    rope = gpt_neox.Config.from_hf({"rope_parameters": now}).rope
+    assert (told.r, told.theta) == (rope.r, rope.theta) == (48, 5000)
+    with pytest.raises(ConfigError, match="hidden_act='prelu'"):
+        gpt_neox.Config.from_hf({"hidden_act": "prelu"})
+
+
+def test_the_command_line_knows_it(tmp_path: Path) -> None:
+    original().save_pretrained(tmp_path / "checkpoint")
+    how = ("--tp", 4, "--n-positions", 16, "--hlo-only", "--no-weights", "-o", tmp_path / "out")
+    done = run("compile", tmp_path / "checkpoint" / "config.json", *how)
+    assert done.returncode == 0, done
+    assert run("check", tmp_path / "out", "--target", "trn2").stdout.count("passes on trn2") == 3
 
 
 def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def for_cpu(function, *args):
         with products.for_cpu():
             return function(*args)
 
-    return np.asarray(jax.jit(call, compiler_options=cpu_options())(*args), np.float64)
+    return np.asarray(jax.jit(call, compiler_options=cpu_options(False))(*args), np.float64)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)
@@ -86,7 +86,7 @@ def test_decode_copies_and_widens_no_weights(dtype, batch) -> None:
         for line in entry.splitlines()
         if (shape := re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]+)\]", line))
         and np.prod([int(n) for n in shape[1].split(",")]) >= least
-        and not re.search(r"\} (parameter|bitcast)\(", line)
+        and not re.search(r"\} (parameter|bitcast|opt-barrier)\(", line)
     ]
     assert not made
 

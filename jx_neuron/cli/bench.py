@@ -7,21 +7,28 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from jx_neuron.cli import options
+from jx_neuron.cli.terminal import tell
 from jx_neuron.errors import InputError
 
 
 def command(
     model: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint folder, .gguf file or hub id; none with --demo.", show_default=False),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
+            show_default=False,
+            autocompletion=options.models,
+        ),
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens made of each.")] = 128,
-    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median is given.")] = 5,
-    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
+    demo: options.Demo = False,
+    batch_size: options.BatchSize = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens made of each.")] = 128,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs, of which the median is given.")] = 5,
+    amp: options.Amp = "f32",
+    tp: options.Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Measure a model's speed: prefill, decode, and how long it takes to be ready.
@@ -66,9 +73,9 @@ def command(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    typer.echo(f"decode   {found['tokens_per_second']:.1f} tokens/s ({found['milliseconds_per_token']:.2f} ms a step)")
-    typer.echo(f"prefill  {found['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
-    typer.echo(f"ready    {found['load_seconds']:.2f} s to load, {found['first_run_seconds']:.2f} s for the first run")
+    tell(f"decode   {found['tokens_per_second']:.1f} tokens/s ({found['milliseconds_per_token']:.2f} ms a step)")
+    tell(f"prefill  {found['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
+    tell(f"ready    {found['load_seconds']:.2f} s to load, {found['first_run_seconds']:.2f} s for the first run")
 
 
 def _run(model: Any, prompt_bt: np.ndarray, new: int) -> tuple[float, float]:

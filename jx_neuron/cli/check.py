@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jx_neuron.cli import options
+from jx_neuron.cli.terminal import tell
 from jx_neuron.errors import InputError, LoweringError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
@@ -22,9 +24,10 @@ def command(
             show_default=False,
         ),
     ],
-    target: Annotated[str | None, typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: as compile]")] = None,
+    target: options.Target = None,
     lnc: Annotated[
-        int | None, typer.Option(min=1, max=2, help="Physical cores to a logical one. [default: the target's]")
+        int | None,
+        typer.Option(min=1, max=2, metavar="N", help="Physical cores to a logical one.", show_default="the target's"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -45,7 +48,7 @@ def command(
     else:
         for name, violations in found.items():
             lines = [f"{name}:", *map(str, violations)] if violations else [f"{name}: passes on {target}"]
-            typer.echo("\n  ".join(lines))
+            tell("\n  ".join(lines))
     if refused:
         raise typer.Exit(1)
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from jx_neuron.cli import options
+from jx_neuron.cli.terminal import console, fold, tell
 from jx_neuron.errors import CheckpointError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
@@ -26,38 +28,39 @@ def command(
             help="A checkpoint folder, .gguf file or hub id; with --no-weights also a config.json, or the name of a "
             "checkpoint known without network, such as facebook/opt-30b.",
             show_default=False,
+            autocompletion=options.models,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
+    tp: options.Tp = 1,
+    batch_size: options.BatchSize = 1,
     n_positions: Annotated[
         list[int] | None,
         typer.Option(
             min=1,
-            help="Longest prompt and answer together; more than once, the token buckets. "
-            "[default: 2048, or the model's]",
+            metavar="N",
+            help="Longest prompt and answer together; more than once, the token buckets.",
+            show_default="2048, or the model's",
         ),
     ] = None,
     context_length_estimate: Annotated[
         list[int] | None,
         typer.Option(
             min=1,
-            help="Longest prompt that goes through in one piece; more than once, the context buckets. "
-            "[default: half of each token bucket]",
+            metavar="N",
+            help="Longest prompt that goes through in one piece; more than once, the context buckets.",
+            show_default="half of each token bucket",
         ),
     ] = None,
-    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
-    target: Annotated[
-        str | None,
-        typer.Option(help="inf2, trn1, trn1n, trn2 or trn3. [default: NEURON_CC_FLAGS', or this machine's, or trn1]"),
-    ] = None,
+    amp: options.Amp = "f32",
+    target: options.Target = None,
     hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, and do without.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Keep programs only; reads no weights.")] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Programs compiled at once. [default: a quarter of the cores]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Programs compiled at once.", show_default="a quarter of the cores"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
@@ -77,14 +80,14 @@ def command(
     target = deploy.target_for(target)
     if not hlo_only:
         neuronx_cc.find_compiler()
-    options: dict[str, Any] = dict(
+    asked: dict[str, Any] = dict(
         batch_size=batch_size,
         n_positions=_lengths(n_positions),
         tp_degree=tp,
         amp=amp,
         context_length_estimate=_lengths(context_length_estimate),
     )
-    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, options)
+    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, asked)
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)
@@ -97,27 +100,27 @@ def command(
         typer.echo(json.dumps(dict(directory=str(folder), target=target, tp_degree=tp, programs=rows, seconds=seconds)))
         return
     _show(rows)
-    typer.echo(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
+    tell(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
 
 
 def _lengths(given: list[int] | None) -> int | list[int] | None:
     return given[0] if given and len(given) == 1 else given or None
 
 
-def _from_checkpoint(model: str, revision: str | None, options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+def _from_checkpoint(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
     from jx_neuron.modeling import NeuronAutoModelForCausalLM
 
     try:
-        return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **options)
+        return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **asked)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nTo compile from the config alone, add --no-weights") from error
 
 
-def _from_config(model: str, revision: str | None, options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+def _from_config(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
     from jx_neuron.modeling import NeuronAutoModelForCausalLM
     from jx_neuron.models.known import config_of
 
-    return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **options)
+    return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **asked)
 
 
 def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:
@@ -136,12 +139,24 @@ def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
+    compiled = rows[0]["neff_bytes"] is not None
+    titles = ("instructions", "collectives", "HLO", *(["NEFF"] if compiled else []), "seconds")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("program", no_wrap=True)
-    compiled = rows[0]["neff_bytes"] is not None
-    for title in ("instructions", "collectives", "HLO", *(["NEFF"] if compiled else []), "seconds"):
-        table.add_column(title, justify="right", overflow="fold")
-    for row in rows:
-        sizes = [decimal(row[key]) for key in ("hlo_bytes", *(["neff_bytes"] if compiled else []))]
-        table.add_row(row["name"], str(row["instructions"]), str(row["collectives"]), *sizes, f"{row['seconds']:.1f}")
-    Console().print(table)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    cells = {row["name"]: _cells(row, compiled) for row in rows}
+    for name, row in cells.items():
+        table.add_row(name, *row)
+    terminal = console()
+    if Console(width=1000).measure(table).maximum <= terminal.width:
+        terminal.print(table)
+        return
+    for name, row in cells.items():
+        what = ", ".join(f"{cell} {title}" for cell, title in zip(row, titles, strict=True))
+        typer.echo(fold(f"{name}\n  {what}", terminal.width))
+
+
+def _cells(row: dict[str, Any], compiled: bool) -> list[str]:
+    sizes = [decimal(row[key]) for key in ("hlo_bytes", *(["neff_bytes"] if compiled else []))]
+    return [str(row["instructions"]), str(row["collectives"]), *sizes, f"{row['seconds']:.1f}"]

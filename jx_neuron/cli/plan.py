@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jx_neuron.cli import options
+from jx_neuron.cli.terminal import console, tell
+
 if TYPE_CHECKING:
     from jx_neuron.planning import Plan
 
@@ -20,31 +23,44 @@ def command(
             help="A config.json, checkpoint folder, .gguf file or hub id. The first release's checkpoints, such as "
             "facebook/opt-13b, are known by name.",
             show_default=False,
+            autocompletion=options.models,
         ),
     ],
     instance: Annotated[
         str | None,
-        typer.Option(help="Instance type, such as trn1.32xlarge. [default: the smallest that holds it]"),
+        typer.Option(
+            metavar="TYPE",
+            help="Instance type, such as trn1.32xlarge.",
+            show_default="the smallest that holds it",
+            autocompletion=options.instances,
+        ),
     ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel degree. [default: the fastest]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
-    n_positions: Annotated[
+    tp: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest prompt and answer together. [default: 2048, or the model's]"),
+        typer.Option(min=1, metavar="N", help="Tensor-parallel degree.", show_default="the fastest"),
     ] = None,
+    batch_size: options.BatchSize = 1,
+    n_positions: options.NPositions = None,
     context_length_estimate: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest prompt that goes through in one piece. [default: half of --n-positions]"),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Longest prompt that goes through in one piece.",
+            show_default="half of --n-positions",
+        ),
     ] = None,
-    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "bf16",
+    amp: options.Amp = "bf16",
     strict: Annotated[
         bool, typer.Option("--strict", help="Pad no head: the three rules of transformers-neuronx's first release.")
     ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Take activations from the lowered program (seconds), not an estimate.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this .png, .pdf or .svg.")] = None,
+    revision: options.Revision = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the plan into this .png, .pdf or .svg.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object; bytes and seconds.")] = False,
 ) -> None:
     """Say where a model fits, item by item, and how fast it will be. Reads no weights.
@@ -81,16 +97,15 @@ def command(
     else:
         _print(found, name)
         if plot is not None:
-            typer.echo(f"drawn into {plot}", err=True)
+            tell(f"drawn into {plot}", err=True)
 
 
 def _print(plan: "Plan", name: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from jx_neuron.planning.request import gib
 
-    console = Console(highlight=False)
+    out = console()
 
     def table(*columns: str) -> Table:
         of = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -100,20 +115,20 @@ def _print(plan: "Plan", name: str) -> None:
 
     room = plan.memory_per_core
     size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"
-    console.print(
+    out.print(
         f"[bold]{name}[/] ({plan.model_type}, {size} parameters, {plan.amp}) [bold]{'just ' * plan.tight}fits "
         f"{plan.instance} at tp {plan.tp_degree}[/]: {gib(plan.memory.total)} of {gib(room)} a core, "
         f"{_number(1e3 * plan.seconds_per_token)} ms a token.\n"
     )
-    console.print(f"[bold]Memory of a core[/] at batch {plan.batch_size}, {plan.n_positions} positions")
+    out.print(f"[bold]Memory of a core[/] at batch {plan.batch_size}, {plan.n_positions} positions")
     memory = table("", "GiB", "of core")
     for item, amount in plan.memory.items().items():
         how = {"activations": " (lowered)" if plan.activations_lowered else " (at most)"}
         allowed = " (allowance)" if item in ("code", "rings") else ""
         memory.add_row(item + how.get(item, allowed), f"{amount / 2**30:.2f}", f"{amount / room:.1%}")
     memory.add_row("total", f"{plan.memory.total / 2**30:.2f}", f"{plan.memory.total / room:.1%}", style="bold")
-    console.print(memory, "")
-    console.print(f"[bold]Degrees of {plan.instance}[/]")
+    out.print(memory, "")
+    out.print(f"[bold]Degrees of {plan.instance}[/]")
     degrees = table("tp", "GiB a core", "ms a token")
     degrees.add_column("", overflow="fold")
     for degree in plan.degrees:
@@ -121,22 +136,22 @@ def _print(plan: "Plan", name: str) -> None:
         why = "chosen" if degree.tp_degree == plan.tp_degree else _short(degree.refusal)
         style = "bold" if degree.tp_degree == plan.tp_degree else "dim" if degree.refusal else ""
         degrees.add_row(str(degree.tp_degree), f"{degree.memory.total / 2**30:.2f}", speed, why, style=style)
-    console.print(degrees, "")
-    console.print("[bold]Predicted speed[/] at full context")
+    out.print(degrees, "")
+    out.print("[bold]Predicted speed[/] at full context")
     rates = table("batch", "ms a token", "tokens/s")
     for rate in plan.rates:
         style = "bold" if rate.batch_size == plan.batch_size else ""
         row = (str(rate.batch_size), _number(1e3 * rate.seconds_per_token), _number(rate.tokens_per_second))
         rates.add_row(*row, style=style)
-    console.print(rates, "")
-    console.print(
+    out.print(rates, "")
+    out.print(
         f"First token of a {plan.context_length}-token prompt: {_number(1e3 * plan.seconds_to_first_token)} ms. "
         f"Largest batch: {plan.largest_batch}; longest context at batch {plan.batch_size}: {plan.largest_n_positions}. "
         f"Host memory to load: {gib(plan.host_bytes)}" + (f" of {gib(plan.host_memory)}." if plan.host_memory else ".")
     )
     for note in (*([plan.padding] if plan.padding else []), *plan.notes):
-        console.print(f"Note: {note}.", style="yellow")
-    console.print(
+        out.print(f"Note: {note}.", style="yellow")
+    out.print(
         "Times are estimates: on published figures they were not fitted to, half are within 5 %, all within 20 %.",
         style="dim",
     )

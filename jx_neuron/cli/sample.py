@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from jx_neuron.cli import options
+from jx_neuron.cli.terminal import tell
 from jx_neuron.errors import InputError
 
 
@@ -29,29 +31,31 @@ def command(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="MODEL [PROMPT]...",
+            metavar="[MODEL] [PROMPT]...",
             help="A checkpoint folder, .gguf file or hub id, then prompts. Without prompts, each line of "
             "standard input is one. With --demo, prompts alone.",
             show_default=False,
+            autocompletion=options.models,
         ),
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")] = False,
+    demo: options.Demo = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt through the tokenizer's chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Sample at this temperature.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the K likeliest tokens; 0 for all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that sum to P.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Make sampling repeatable.")] = None,
-    amp: Annotated[str, typer.Option(help="Dtype of weights and cache: f32, f16 or bf16.")] = "f32",
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel degree.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 1,
-    n_positions: Annotated[
-        int | None,
-        typer.Option(min=1, help="Longest prompt and answer together. [default: 2048, or the model's]"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
+    amp: options.Amp = "f32",
+    tp: options.Tp = 1,
+    batch_size: options.BatchSize = 1,
+    n_positions: options.NPositions = None,
+    revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
     """Answer prompts with a model.
@@ -70,10 +74,10 @@ def command(
     if not demo and not given:
         raise InputError("no model: name a checkpoint folder, .gguf file or hub id, or use --demo")
     path = demo_model() if demo else given.pop(0)
-    texts = given or _standard_input()
     model = NeuronAutoModelForCausalLM.from_pretrained(
         path, batch_size=batch_size, n_positions=n_positions, tp_degree=tp, amp=amp, revision=revision
     )
+    texts = given or _standard_input()
     encoded = [_encode(model.tokenizer, text, chat) for text in texts]
     longest = max(map(len, encoded)) + max_new_tokens
     if longest > model.buckets.capacity:
@@ -99,7 +103,7 @@ def command(
 
 def _standard_input() -> list[str]:
     if sys.stdin.isatty():
-        typer.echo("Type prompts, one a line; end with Ctrl-D.", err=True)
+        tell("Type prompts, one a line; end with Ctrl-D.", err=True)
     texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise InputError("no prompt: give one after MODEL, or one a line on standard input")
@@ -164,4 +168,4 @@ def _report(answers: Sequence[Answer]) -> None:
     made = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    typer.echo(f"{made} tokens{rate}, first token after {first:.2f} s", err=True)
+    tell(f"{made} tokens{rate}, first token after {first:.2f} s", err=True)

@@ -24,7 +24,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood of a token; NaN for a text of fewer than two."""
+        """exp of the mean negative log-likelihood of a token; NaN for a text of fewer than two.
+
+        >>> Score(log_likelihood=-6.0, tokens=3).perplexity == math.exp(2)
+        True
+        """
         return math.exp(-self.log_likelihood / self.tokens) if self.tokens else math.nan
 
 

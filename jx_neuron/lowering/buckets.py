@@ -27,6 +27,9 @@ class Buckets:
         """Buckets as transformers-neuronx chooses them: token buckets are the powers of two from 128 to `n_positions`,
         itself the last; context buckets are half of each. A list of either is taken as it is.
 
+        >>> Buckets.of(600)
+        Buckets(context=(64, 128, 256, 300), tokens=(128, 256, 512, 600))
+
         Raises InputError for lengths that are not positive, or contexts beyond the capacity.
         """
         if isinstance(n_positions, int):
@@ -75,11 +78,19 @@ class Buckets:
         return self.tokens[-1]
 
     def slots(self, length: int) -> int:
-        """The smallest token bucket that holds `length` positions."""
+        """The smallest token bucket that holds `length` positions.
+
+        >>> Buckets.of(600).slots(130)
+        256
+        """
         return fit(self.tokens, length)
 
     def shapes(self, batch: int, candidates: int) -> list[Shape]:
-        """Every program that prompts and answers up to the capacity can call for."""
+        """Every program that prompts and answers up to the capacity can call for.
+
+        >>> [shape.name for shape in Buckets.of([64]).shapes(batch=1, candidates=8)]
+        ['context32-b1-s32-k8', 'context32-b1-s64-k8', 'decode-b1-s64-k8']
+        """
         prefill = [Shape(batch, t, t, candidates) for t in self.context if t > 1]
         chunked = [Shape(batch, self.context[-1], s, candidates) for s in self.tokens if s > self.context[-1] > 1]
         return prefill + chunked + [Shape(batch, 1, s, candidates) for s in self.tokens]

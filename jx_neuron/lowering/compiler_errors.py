@@ -45,7 +45,11 @@ ERRORS = {
 
 
 def explain(log: str, status: int) -> str:
-    """Says, from a failed compilation's log and exit status, what went wrong and the way out."""
+    """Says, from a failed compilation's log and exit status, what went wrong and the way out.
+
+    >>> explain("ERROR [NCC_EVRF014] ...", 1).partition(". ")[0]
+    'NCC_EVRF014: Top-k with k above 16384'
+    """
     named = re.search(r"NCC_([A-Z]{4}\d{3})\b", log) or re.search(r"\[(F\d{3})\]", log)
     if named:
         code = named[1]

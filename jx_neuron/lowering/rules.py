@@ -51,6 +51,9 @@ TARGETS = {
 def target_of(name: str, lnc: int | None = None) -> Target:
     """The target of that name; `lnc` None takes neuronx-cc's default for it.
 
+    >>> target_of("trn2").lnc, target_of("trn2", 1).hbm_bytes // GIB
+    (2, 12)
+
     Raises:
         LoweringError: no target has that name.
     """
@@ -90,6 +93,7 @@ class Rule:
 
     @property
     def code(self) -> str | None:
+        """The first of its codes; None where neuronx-cc documents none."""
         return self.codes[0] if self.codes else None
 
 

@@ -20,12 +20,19 @@ from jx_neuron.nn import Span
 from jx_neuron.sharding import Padding
 from jx_neuron.weights import Copy, Params, W
 
+__all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
+
 
 class DecoderModule(Protocol):
     """What a family's `Model` does: hidden states of each token, then logits of those that are asked for."""
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]: ...
-    def logits(self, x_btd: Array) -> Array: ...
+    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+        """Hidden states [b, t, d] of tokens that `at` says where they stand, and the cache with them written."""
+        ...
+
+    def logits(self, x_btd: Array) -> Array:
+        """Logits [b, t, v] of hidden states."""
+        ...
 
 
 class Family(Protocol):

@@ -9,6 +9,8 @@ from typing import Any
 
 from jx_neuron.checkpoint import load_config
 
+__all__ = ["KNOWN", "config_of"]
+
 
 def _gpt2(n_embd: int, n_layer: int, n_head: int) -> dict[str, Any]:
     return dict(
@@ -81,7 +83,11 @@ _BY_NAME = {name.lower(): config for name, config in KNOWN.items()} | {
 
 def config_of(model: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """The parsed config of a checkpoint, without its weights: a path (a config.json, a folder, a .gguf file), one of
-    `KNOWN` by name, or a Hub id. `options` are those of `jx_neuron.checkpoint.load_config`, and so are the errors."""
+    `KNOWN` by name, or a Hub id. `options` are those of `jx_neuron.checkpoint.load_config`, and so are the errors.
+
+    >>> config_of("openai-community/gpt2-xl")["n_head"]
+    25
+    """
     known = _BY_NAME.get(os.fspath(model).lower())
     if known is not None and not Path(model).exists() and not options.get("revision"):
         return dict(known)

@@ -56,18 +56,22 @@ class Instance:
 
     @property
     def cores(self) -> int:
+        """NeuronCores of all its devices."""
         return self.devices * self.device.cores
 
     @property
     def hbm_per_core(self) -> int:
+        """Bytes of device memory."""
         return self.device.hbm // self.device.cores
 
     @property
     def bandwidth_per_core(self) -> float:
+        """Of device memory, bytes/s."""
         return self.device.bandwidth / self.device.cores
 
     @property
     def flops_per_core(self) -> float:
+        """Dense, in bf16, per second."""
         return self.device.bf16_flops / self.device.cores
 
     @property
@@ -106,6 +110,9 @@ TRN3_DEVICE = Instance("trn3", TRN3, 1, None, inferred=("devices", "host_memory"
 
 def find(name: str) -> Instance:
     """The instance of that name, or for the name of a family ("trn1"), its largest.
+
+    >>> find("trn1").name, find("inf2.48xlarge").degrees
+    ('trn1.32xlarge', (1, 2, 4, 8, 24))
 
     Raises InputError that lists those known.
     """

@@ -42,6 +42,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of all items."""
         return self.weights + self.cache + self.activations + self.code + self.rings
 
     @property

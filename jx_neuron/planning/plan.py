@@ -86,6 +86,11 @@ def plan(
 ) -> Plan:
     """Where a model runs, and how fast.
 
+    >>> from jx_neuron.models.known import config_of
+    >>> found = plan(config_of("facebook/opt-13b"), amp="f16")
+    >>> found.instance, found.tp_degree
+    ('trn1.2xlarge', 2)
+
     model:                   a parsed config.json, or a decoder.
     instance:                an instance type, or a family ("trn1": its largest). By default the first that holds the
                              request, by number of devices and then host memory.
@@ -153,7 +158,12 @@ def check(
 
 
 def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -> str | None:
-    """One line on what a degree pads or replicates, and what it costs; None where it does neither."""
+    """One line on what a degree pads or replicates, and what it costs; None where it does neither.
+
+    >>> from jx_neuron.models.known import config_of
+    >>> padding_note(config_of("gpt2-xl"), 8)
+    'tp_degree=8 holds 25 heads as 32, a vocabulary of 50257 as 50264: 8.8% more weights'
+    """
     outline = Outline.of(model)
     return outline.padding(tp_degree).describe(outline.overhead(tp_degree))
 

@@ -13,20 +13,26 @@ from jax.errors import JaxRuntimeError
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
-# By default jaxlib 0.10 gives single dots to YNNPACK, which sums all of k in one chain; Eigen sums in blocks, for half
-# the error in as little time, and in less for few rows. Reductions stay with YNNPACK, which takes 16-bit entries.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# Sums may be reassociated, without which reductions are not vectorized; infinities and NaNs are honoured. Barriers hold
+# until code is emitted.
+_ALWAYS = {"xla_cpu_enable_fast_math": True, "xla_disable_hlo_passes": "cse_barrier_expander"}
+_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 
 
 @cache
-def cpu_options() -> dict[str, Any]:
-    """Compiler options for programs on a CPU: none where this jaxlib does not know them."""
+def cpu_options(many: bool) -> dict[str, Any]:
+    """Compiler options for programs on a CPU, whose products have `many` rows or not.
+
+    jaxlib's YNNPACK takes transposed matrices as they lie, and sums all of k in one chain; Eigen sums in blocks, for half
+    the error, and transposes them first. Where jaxlib has no YNNPACK, Eigen does all.
+    """
+    with_library = _ALWAYS | {_LIBRARY: "LIBRARY_FUSION_TYPE_DOT" if many else ""}
     try:
         zero = jax.device_put(np.float32(0), jax.local_devices(backend="cpu")[0])
-        jax.jit(jnp.negative, compiler_options=CPU_OPTIONS).lower(zero).compile()
+        jax.jit(jnp.negative, compiler_options=with_library).lower(zero).compile()
     except JaxRuntimeError:
-        return {}
-    return CPU_OPTIONS
+        return _ALWAYS
+    return with_library
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, cast
 
 import jax
@@ -34,12 +33,11 @@ class XlaRuntime:
     def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, dtype: Any):
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._options = compiled.cpu_options() if on_cpu else {}
-        self._one_cpu = on_cpu and mesh.size == 1
-        # 16-bit kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
-        turned = self._one_cpu and self.dtype.itemsize < 4
-        self._turned = nn.kernels(cast(nnx.Module, decoder.bind(params))) if turned else {}
+        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._one_cpu = self._on_cpu and mesh.size == 1
+        self._cache_dtype = jnp.dtype(jnp.uint16) if self._one_cpu and self.dtype.itemsize == 2 else self.dtype
+        # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
+        self._turned = nn.kernels(cast(nnx.Module, decoder.bind(params))) if self._one_cpu else {}
         for path, axes in self._turned.items():
             params[path] = _outputs_first(params[path], axes)
         self._params = params
@@ -83,28 +81,34 @@ class XlaRuntime:
                 self._step(shape),
                 donate_argnums=1,
                 out_shardings=(everywhere, split, caches),
-                compiler_options=self._options,
+                compiler_options=self._options(shape),
             )
-            cache = self.decoder.abstract_cache(shape.batch, slots, self.dtype, self.mesh)
+            cache = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             with jax.set_mesh(self.mesh):
                 self._programs[key] = program.lower(self._params, cache, *inputs).compile()
         return self._programs[key]
 
+    def _options(self, shape: Shape) -> dict[str, Any]:
+        return compiled.cpu_options(shape.batch * shape.tokens > products.MANY) if self._on_cpu else {}
+
     def _step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
         traced = step(self.decoder, shape)
+        if not self._one_cpu:
+            return traced
 
         def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
             turned = {path: products.inputs_first(params[path], axes) for path, axes in self._turned.items()}
-            with products.for_cpu() if self._one_cpu else nullcontext():
-                return traced(params | turned, cache, *inputs)
+            with products.for_cpu():
+                token_b1, logits, cache = traced(params | turned, kv.from_bits(cache, self.dtype), *inputs)
+            return token_b1, logits, kv.to_bits(cache)
 
         return run
 
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache
         if cache is None or cache[0].k_bksh.shape[0] != shape.batch:
-            empty = self.decoder.abstract_cache(shape.batch, shape.slots, self.dtype, self.mesh)
+            empty = self.decoder.abstract_cache(shape.batch, shape.slots, self._cache_dtype, self.mesh)
 
             def zeros(leaf: Any) -> Array:
                 return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)

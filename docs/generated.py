@@ -1,0 +1,134 @@
+"""The parts of the documents that are made from the code, so that they cannot differ from it.
+
+`python docs/generated.py PART` prints one of them; README.md holds that of `models`.
+"""
+
+import ast
+import html
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import jx_neuron
+from jx_neuron.config import _NO_EFFECT, _REFUSED
+from jx_neuron.hf_config import ONLY
+from jx_neuron.lowering.compiler_errors import ERRORS
+from jx_neuron.lowering.rules import TARGETS, Rule
+from jx_neuron.lowering.verify import RULES
+from jx_neuron.models import family, model_types
+from jx_neuron.models.known import KNOWN
+from jx_neuron.planning import INSTANCES
+
+ROOT = Path(__file__).parent.parent
+
+
+def models() -> str:
+    """The decoder families of this package, from its registry; those that a user registered are left out."""
+    classes = {
+        of.MODEL_TYPE: name
+        for name in reversed(jx_neuron.__all__)
+        if getattr(of := getattr(jx_neuron, name), "MODEL_TYPE", None)
+    }
+    rows = []
+    for model_type in model_types():
+        of = family(model_type)
+        if getattr(of, "__name__", "").startswith("jx_neuron."):
+            known = [f"`{name}`" for name, config in sorted(KNOWN.items()) if config["model_type"] == model_type]
+            described = (inspect.getdoc(of) or "").splitlines()[0].rstrip(".")
+            rows.append((f"`{model_type}`", f"`{classes[model_type]}`", described, ", ".join(known)))
+    return _table(("model_type", "class", "decoder", "known by name, without a network"), rows)
+
+
+def rules() -> str:
+    """What the verifier checks, rule by rule."""
+    rows = [(_codes(rule), f"`{rule.name}`", rule.title, rule.severity) for rule in RULES.values()]
+    parts = [_table(("code", "rule", "what", "severity"), rows)]
+    parts += [f"## {rule.name}\n\n{_codes(rule)}\n\n{rule.doc}\n\nInstead: {rule.advice}." for rule in RULES.values()]
+    return "\n\n".join(parts)
+
+
+def compiler_errors() -> str:
+    """What only compiling can tell, by code."""
+    rows = [(_code(code), meaning, way_out) for code, (meaning, way_out) in sorted(ERRORS.items())]
+    return _table(("code", "meaning", "the way out"), rows)
+
+
+def targets() -> str:
+    """The targets of neuronx-cc, and the device memory of a logical core."""
+    rows = [
+        (f"`{name}`", str(generation), ", ".join(map(str, lnc)), f"{hbm * lnc[-1] / 2**30:.0f} GiB")
+        for name, (generation, lnc, hbm) in TARGETS.items()
+    ]
+    return _table(("target", "NeuronCore version", "cores to a logical one", "memory of a core, at the last"), rows)
+
+
+def instances() -> str:
+    """The instances that `plan` knows, and the tensor-parallel degrees of each."""
+    rows = [
+        (of.name, str(of.cores), f"{of.hbm_per_core / 2**30:.0f} GiB", ", ".join(map(str, of.degrees)))
+        for of in INSTANCES
+    ]
+    return _table(("instance", "cores", "memory of a core", "degrees"), rows)
+
+
+def neuron_config() -> str:
+    """The fields of transformers-neuronx's NeuronConfig that are refused, and those that have no effect."""
+    refused = [
+        (f"`{name}`", " or ".join(f"`{value!r}`" for value in legal)) for name, legal in sorted(_REFUSED.items())
+    ]
+    quiet = ", ".join(f"`{name}`" for name in sorted(_NO_EFFECT))
+    return f"{_table(('refused', 'unless it is'), refused)}\n\nAccepted, and said to have no effect: {quiet}."
+
+
+def config_fields() -> str:
+    """What any config.json may say in one way only."""
+    rows = [(f"`{name}`", " or ".join(f"`{value!r}`" for value in legal)) for name, legal in sorted(ONLY.items())]
+    return _table(("field", "unless it is"), rows)
+
+
+def rooms() -> str:
+    """The modules of the package, each with the first line of its documentation."""
+    rows = []
+    for module in pkgutil.iter_modules(jx_neuron.__path__):
+        path = Path(jx_neuron.__path__[0], module.name)
+        text = (path / "__init__.py" if module.ispkg else path.with_suffix(".py")).read_text()
+        said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append((f"`{module.name}{'/' if module.ispkg else ''}`", said))
+    return _table(("room", "what it holds"), rows)
+
+
+def command_line() -> str:
+    """Every command and option, as typer documents them."""
+    asked = [sys.executable, "-m", "typer", "jx_neuron.cli", "utils", "docs", "--name", "jx-neuron"]
+    done = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    made = html.unescape(done.stdout)
+    return made.partition("\n")[2]  # the page has a title of its own
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        command_line, compiler_errors, config_fields, instances, models, neuron_config, rooms, rules, targets,
+    )
+}  # fmt: skip
+
+
+def _code(code: str) -> str:
+    return f"NCC_{code}" if len(code) > 4 else code
+
+
+def _codes(rule: Rule) -> str:
+    return ", ".join(map(_code, rule.codes)) or "–"
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(titles), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(PARTS[sys.argv[1]]())

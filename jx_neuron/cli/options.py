@@ -1,0 +1,53 @@
+"""The arguments and options that commands share, and what a shell completes them with."""
+
+from typing import Annotated
+
+import typer
+
+
+def models() -> list[str]:
+    """Checkpoints that are known by name."""
+    from jx_neuron.models.known import KNOWN
+
+    return list(KNOWN)
+
+
+def _amps() -> list[str]:
+    from jx_neuron.config import AMP
+
+    return list(AMP)
+
+
+def _targets() -> list[str]:
+    from jx_neuron.lowering.rules import TARGETS
+
+    return list(TARGETS)
+
+
+def instances() -> list[str]:
+    """Instance types that plans are made for."""
+    from jx_neuron.planning import INSTANCES
+
+    return [instance.name for instance in INSTANCES]
+
+
+Amp = Annotated[
+    str, typer.Option(metavar="DTYPE", help="Dtype of weights and cache: f32, f16 or bf16.", autocompletion=_amps)
+]
+Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")]
+NPositions = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or the model's"),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="inf2, trn1, trn1n, trn2 or trn3.",
+        show_default="NEURON_CC_FLAGS', or this machine's, or trn1",
+        autocompletion=_targets,
+    ),
+]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+Demo = Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")]

@@ -1,0 +1,149 @@
+"""What the command line looks like: help and messages that fit the terminal, however narrow."""
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
+
+_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
+WHOLE: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
+NARROW = 60  # columns below which two of text do not go side by side
+
+
+def columns(stream: IO[str]) -> int:
+    """Those of the terminal that `stream` writes to; where it is none, COLUMNS, or 80."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def console() -> Console:
+    """Of standard output, as wide as its terminal; rich alone takes every dumb one for 80 columns wide."""
+    return Console(width=columns(sys.stdout), height=25, highlight=False)
+
+
+def fold(text: str, width: int, indent: str = "") -> str:
+    """`text` in lines of at most `width`, words whole; a line goes on where it began."""
+    lines = [line for line in text.splitlines() for line in _fold(indent + line, width)]
+    return "\n".join(lines)
+
+
+def _fold(line: str, width: int) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, width, subsequent_indent=indent, **WHOLE) or [""]
+
+
+def _fold_command(command: str, width: int, indent: str) -> list[str]:
+    """Its words in lines; what is quoted is one word."""
+    lines = [indent]
+    for word in re.findall(r"'[^']*'|\"[^\"]*\"|\S+", command):
+        if lines[-1].strip() and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(indent)
+        lines[-1] += (" " if lines[-1].strip() else "") + word
+    return lines
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """Prints a message: folded in a terminal, and one line to a program that reads it."""
+    typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
+
+
+def _fitted(text: str, stream: IO[str]) -> str:
+    return fold(text, columns(stream)) if stream.isatty() else text
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Has a warning for the user look like any other message, without the line of source that gave it."""
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        told = f"jx-neuron: {message}"
+        return _fitted(told, sys.stderr) + "\n" if category is UserWarning else usual(message, category, *where, **line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+class Help(typer.Context.formatter_class):  # type: ignore[valid-type, misc]
+    """Help that fits the terminal: words stay whole, and in a narrow one what an option does goes below its name."""
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None):
+        super().__init__(indent_increment, min(columns(sys.stdout), max_width or 80) if width is None else width)
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        """The line that says how it is called."""
+        words = f"{prefix or 'Usage: '}{prog} {args}"
+        self.write("\n".join(textwrap.wrap(words, self.width, subsequent_indent="  ", **WHOLE)) + "\n")
+
+    def write_text(self, text: str) -> None:
+        """Paragraphs; a command to be typed is broken as a shell takes it."""
+        indent = " " * self.current_indent
+        for n, paragraph in enumerate(text.split("\n\n")):
+            words = " ".join(paragraph.split())
+            if words.startswith("jx-neuron "):
+                folded = " \\\n".join(_fold_command(words, self.width - 2, indent + "  "))
+            else:
+                folded = fold(words, self.width, indent)
+            self.write(("\n" if n else "") + folded + "\n")
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Names, and what they are."""
+        rows = [(name.partition(" <")[0], text) for name, text in rows]  # newer typers add an argument's type
+        below = self.width < NARROW
+        column = 6 if below else self.current_indent + min(col_max, max(len(name) for name, _ in rows)) + col_spacing
+        for name, text in rows:
+            start = " " * self.current_indent + name
+            lines = fold(" ".join(text.split()), self.width, " " * column).splitlines()
+            if lines and not below and len(start) + col_spacing <= column:
+                lines[0] = start + lines[0][len(start) :]
+            else:
+                lines.insert(0, start)
+            self.write("\n".join(lines) + "\n")
+
+
+class _Context(TyperCommand.context_class):  # type: ignore[valid-type, misc]
+    formatter_class = Help
+
+
+class Command(TyperCommand):
+    """A command with such help."""
+
+    context_class = _Context
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows its name: arguments as they are named."""
+        return ["[OPTIONS]", *(str(p.metavar) for p in self.params if p.param_type_name == "argument")]
+
+
+class Group(TyperGroup):
+    """Commands with such help."""
+
+    context_class = _Context
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command, and folds what it says of wrong arguments as `tell` would."""
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            text = _fitted("Error: " + error.format_message(), sys.stderr).removeprefix("Error: ")
+            error.format_message = lambda: text
+            raise
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each command with the first paragraph of its help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (of.help or "").partition("\n\n")[0]) for name, of in self.commands.items()])
