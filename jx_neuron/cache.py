@@ -50,7 +50,7 @@ def _put(buffer_ksh: Array, new_kth: Array, start: Array) -> Array:
 
 
 def _put_row_by_row(buffer_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
-    """In place on a CPU, where XLA copies what it fuses with other uses, and widens 16-bit numbers whole to write some."""
+    """In place on a CPU, where XLA copies what it fuses with other uses, and widens 16-bit caches whole to write."""
     dtype = buffer_bksh.dtype
     buffer_bksh, new_bkth = _bits(buffer_bksh), barrier(_bits(new_bkth))
     for b, start in enumerate(start_b):

@@ -293,7 +293,7 @@ class NeuronAutoModelForCausalLM(Answering):
         assert self._decoder is not None
         sharding.request_devices(self.settings.tp_degree)
         mesh = sharding.mesh(self.settings.tp_degree)
-        return XlaRuntime(self._decoder, self._weights().place(mesh), mesh, self.settings.dtype)
+        return XlaRuntime(self._decoder, self._weights(), mesh, self.settings.dtype)
 
     @cached_property
     def _ranks(self) -> Callable[[int], Mapping[str, np.ndarray]]:

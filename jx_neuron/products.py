@@ -9,16 +9,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
-MANY = 64
-"""Above as many rows, transposing them takes longer than a dot of less exact sums, which is `compiled.py`'s choice."""
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 barrier = jax.lax.optimization_barrier
 
@@ -84,14 +85,14 @@ def weigh_values(p_bkgts: Array, v_bksh: Array) -> Array:
     return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4).astype(v_bksh.dtype)
 
 
-def outputs_first(kernel: Array, axes: int) -> Array:
+def outputs_first(kernel: AnyArray, axes: int) -> AnyArray:
     """A kernel [*inputs, *outputs] as [*outputs, *inputs], which is how a CPU reads it fastest."""
-    return jnp.moveaxis(kernel, range(axes), range(-axes, 0))
+    return kernel.transpose(*range(axes, kernel.ndim), *range(axes))
 
 
 def inputs_first(kernel: Array, axes: int) -> Array:
     """The inverse of `outputs_first`."""
-    return jnp.moveaxis(kernel, range(-axes, 0), range(axes))
+    return outputs_first(kernel, kernel.ndim - axes)
 
 
 def _product(x_mk: Array, w_nk: Array) -> Array:
@@ -99,10 +100,8 @@ def _product(x_mk: Array, w_nk: Array) -> Array:
     x_mk, w_nk = _wide(x_mk), _wide(w_nk)
     if m <= (4 * FEW if narrow else FEW) and (m > 1 or narrow):
         y_mn = jnp.concatenate([_in_one_pass(x_mk[i : i + FEW, None], w_nk) for i in range(0, m, FEW)])
-    elif m <= MANY:  # (w · xᵀ)ᵀ: without barriers XLA would make it x · wᵀ, and transpose the matrix first
-        y_mn = barrier(w_nk @ barrier(x_mk.T)).T
-    else:
-        y_mn = _dot(x_mk, w_nk, 1)
+    else:  # without the barrier XLA would make it x · wᵀ, and transpose the matrix first
+        y_mn = barrier(w_nk @ x_mk.T).T
     return y_mn.astype(dtype)
 
 

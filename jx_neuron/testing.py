@@ -139,8 +139,8 @@ def _step_logits(
     """Logits of the padded prompts [b, t, v], and of each decode step [b, v]."""
     mesh, vocabulary = sharding.mesh(decoder.tp_degree), decoder.config.sizes["v"]
     rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, tensors)
-    params = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32)).place(mesh)
-    runtime = XlaRuntime(decoder, params, mesh, np.float32)
+    source = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32))
+    runtime = XlaRuntime(decoder, source, mesh, np.float32)
     batch, lengths = len(sequences), np.array([len(s) - steps for s in sequences], np.int32)
     one_b = np.ones(batch, np.int32)
     padded = -(-int(lengths.max()) // chunk) * chunk

@@ -169,7 +169,7 @@ class Source:
     """Where a model's parameters come from, one at a time: laid out, padded and cast, on the host.
 
     paths: the parameters, in the order in which they are best read.
-    read:  gives one whole.
+    read:  gives one whole, in whatever order of memory is at hand.
     split: gives its partition.
     """
 
@@ -177,12 +177,16 @@ class Source:
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
 
-    def place(self, mesh: Mesh) -> Params:
-        """All parameters on the devices of `mesh`; the host holds one of them beside the model."""
+    def place(self, mesh: Mesh, turn: Callable[[str, np.ndarray], np.ndarray] = lambda _, array: array) -> Params:
+        """All parameters on the devices of `mesh`; the host holds one of them beside the model.
+
+        `turn` gives a parameter that is whole on every device another order of axes.
+        """
         placed: Params = {}
         for path in track(self.paths, "loading weights", len(self.paths)):
             sharding = NamedSharding(mesh, self.split(path))
-            placed[path] = jax.device_put(self.read(path), sharding).block_until_ready()
+            array = np.ascontiguousarray(turn(path, self.read(path)))
+            placed[path] = jax.device_put(array, sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
     def ranks(self, tp_degree: int) -> "list[Rank]":
@@ -204,8 +208,8 @@ class Rank(Mapping[str, np.ndarray]):
         for axis, name in enumerate(self.source.split(path)):
             if name == AXIS:
                 size = whole.shape[axis] // self.tp_degree
-                return whole.take(range(self.rank * size, (self.rank + 1) * size), axis)
-        return whole
+                return np.ascontiguousarray(whole.take(range(self.rank * size, (self.rank + 1) * size), axis))
+        return np.ascontiguousarray(whole)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.source.paths))
@@ -220,7 +224,7 @@ def from_checkpoint(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype
 
     def read(path: str) -> np.ndarray:
         row = by_path[path]
-        return _cast(row.lay_out(tensors.read(row.source), padding), dtype)
+        return row.lay_out(tensors.read(row.source), padding).astype(dtype, copy=False)
 
     return Source(list(by_path), read, lambda path: by_path[path].partition)
 
@@ -238,13 +242,9 @@ def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, 
 
     def read(path: str) -> np.ndarray:
         array = np.asarray(params[path])
-        return _cast(by_path[path].pad(array, padding) if path in by_path else array, dtype)
+        return (by_path[path].pad(array, padding) if path in by_path else array).astype(dtype, copy=False)
 
     return Source(list(params), read, lambda path: by_path[path].partition if path in by_path else REPLICATED)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    return np.ascontiguousarray(array).astype(dtype, copy=False)
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -13,6 +13,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.nn import kernels
 from jx_neuron.runtime.compiled import cpu_options
 from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.weights import from_params
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=2, n_head=12, vocab_size=1000, n_positions=64)
 
@@ -22,7 +23,7 @@ def for_cpu(function, *args):
         with products.for_cpu():
             return function(*args)
 
-    return np.asarray(jax.jit(call, compiler_options=cpu_options(False))(*args), np.float64)
+    return np.asarray(jax.jit(call, compiler_options=cpu_options())(*args), np.float64)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)
@@ -72,12 +73,16 @@ def test_the_kernels_of_a_model_are_those_of_its_linear_layers() -> None:
     }
 
 
+def source(decoder, values, dtype):
+    return from_params(values, decoder.rows, decoder.padding, jnp.dtype(dtype))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_decode_copies_and_widens_no_weights(dtype, batch) -> None:
     decoder, mesh = Decoder.from_config(GPT2), sharding.mesh(1)
-    params = {path: jnp.zeros(leaf.shape, dtype) for path, leaf in decoder.abstract_params(dtype).items()}
-    runtime = XlaRuntime(decoder, params, mesh, dtype)
+    zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in decoder.abstract_params(dtype).items()}
+    runtime = XlaRuntime(decoder, source(decoder, zeros, dtype), mesh, dtype)
     program = runtime._program(Shape(batch, 1, 16)).as_text()
     entry = program[program.index("\nENTRY") :]
     least = 768 * 768
@@ -99,8 +104,7 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
     at = dict(start_b=np.zeros(2, np.int32), length_b=np.full(2, 8, np.int32))
     found = []
     for dtype in ("float32", "bfloat16"):
-        params = {path: jnp.asarray(value, dtype) for path, value in values.items()}
-        runtime = XlaRuntime(decoder, params, mesh, dtype)
+        runtime = XlaRuntime(decoder, source(decoder, values, dtype), mesh, dtype)
         prompt = runtime.run(Shape(2, 8, 16), dict(tokens_bt=tokens) | at)
         after = dict(tokens_bt=tokens[:, :1], start_b=at["length_b"], length_b=np.ones(2, np.int32))
         found.append([np.asarray(r.logits_bv) for r in (prompt, runtime.run(Shape(2, 1, 16), after))])

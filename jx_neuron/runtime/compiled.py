@@ -13,26 +13,27 @@ from jax.errors import JaxRuntimeError
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
-# Sums may be reassociated, without which reductions are not vectorized; infinities and NaNs are honoured. Barriers hold
-# until code is emitted.
-_ALWAYS = {"xla_cpu_enable_fast_math": True, "xla_disable_hlo_passes": "cse_barrier_expander"}
-_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+_CPU_OPTIONS: dict[str, Any] = {
+    # Sums may be reassociated, without which reductions are not vectorized; infinities and NaNs are honoured.
+    "xla_cpu_enable_fast_math": True,
+    # Barriers hold until code is emitted, and transposes stay out of dots: jx_neuron/products.py counts on both.
+    "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding",
+}
+
+# Not for YNNPACK, to which jaxlib 0.10 gives dots and reductions by default: it sums all of k in one chain, for twice
+# the error of Eigen, which sums in blocks.
+_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @cache
-def cpu_options(many: bool) -> dict[str, Any]:
-    """Compiler options for programs on a CPU, whose products have `many` rows or not.
-
-    jaxlib's YNNPACK takes transposed matrices as they lie, and sums all of k in one chain; Eigen sums in blocks, for half
-    the error, and transposes them first. Where jaxlib has no YNNPACK, Eigen does all.
-    """
-    with_library = _ALWAYS | {_LIBRARY: "LIBRARY_FUSION_TYPE_DOT" if many else ""}
+def cpu_options() -> dict[str, Any]:
+    """Compiler options for programs on a CPU."""
     try:
         zero = jax.device_put(np.float32(0), jax.local_devices(backend="cpu")[0])
-        jax.jit(jnp.negative, compiler_options=with_library).lower(zero).compile()
+        jax.jit(jnp.negative, compiler_options=_WITHOUT_YNNPACK).lower(zero).compile()
     except JaxRuntimeError:
-        return _ALWAYS
-    return with_library
+        return _CPU_OPTIONS
+    return _CPU_OPTIONS | _WITHOUT_YNNPACK
 
 
 @cache

@@ -19,10 +19,9 @@ from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
 from jx_neuron.progress import track
 from jx_neuron.runtime import Result, compiled
-from jx_neuron.weights import Params
+from jx_neuron.weights import Params, Source
 
 _take = jax.jit(kv.take)
-_outputs_first = jax.jit(products.outputs_first, static_argnums=1)
 
 
 class XlaRuntime:
@@ -30,17 +29,17 @@ class XlaRuntime:
 
     candidates = None
 
-    def __init__(self, decoder: Decoder, params: Params, mesh: Mesh, dtype: Any):
+    def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: Any):
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
-        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._one_cpu = self._on_cpu and mesh.size == 1
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._options = compiled.cpu_options() if on_cpu else {}
+        self._one_cpu = on_cpu and mesh.size == 1
         self._cache_dtype = jnp.dtype(jnp.uint16) if self._one_cpu and self.dtype.itemsize == 2 else self.dtype
         # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
-        self._turned = nn.kernels(cast(nnx.Module, decoder.bind(params))) if self._one_cpu else {}
-        for path, axes in self._turned.items():
-            params[path] = _outputs_first(params[path], axes)
-        self._params = params
+        model = cast(nnx.Module, decoder.bind(decoder.abstract_params(dtype)))
+        self._turned = nn.kernels(model) if self._one_cpu else {}
+        self._params = source.place(mesh, self._turn)
         self._programs: dict[tuple[Shape, int], Any] = {}
         self._cache: Cache | None = None
 
@@ -81,7 +80,7 @@ class XlaRuntime:
                 self._step(shape),
                 donate_argnums=1,
                 out_shardings=(everywhere, split, caches),
-                compiler_options=self._options(shape),
+                compiler_options=self._options,
             )
             cache = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
@@ -89,8 +88,8 @@ class XlaRuntime:
                 self._programs[key] = program.lower(self._params, cache, *inputs).compile()
         return self._programs[key]
 
-    def _options(self, shape: Shape) -> dict[str, Any]:
-        return compiled.cpu_options(shape.batch * shape.tokens > products.MANY) if self._on_cpu else {}
+    def _turn(self, path: str, array: np.ndarray) -> np.ndarray:
+        return products.outputs_first(array, self._turned[path]) if path in self._turned else array
 
     def _step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
         traced = step(self.decoder, shape)
