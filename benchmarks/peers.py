@@ -1,18 +1,23 @@
-"""Decode and prefill of one model, ours and HF transformers' in turn, as JSON on standard output.
+"""Decode and prefill of one model, ours and its peers' in turn, as JSON on standard output.
 
-    python benchmarks/peers.py gpt2 --batch 1
-    python benchmarks/peers.py opt --batch 8 --prefill 512
+    python benchmarks/peers.py gpt2 --batch 1 4 8
+    python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
-Weights are random but for smollm2; HF transformers runs eagerly. Each round times every engine once, so that what else
-the machine does falls on all.
+The peers are HF transformers, run eagerly, and CTranslate2 where it is installed (pip install 'jx-neuron[bench]').
+Weights are random but for smollm2, and float32 but for --amp. Each round times every engine once, so that what else the
+machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,19 +41,37 @@ Engine = Callable[[np.ndarray, int], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=[*CONFIGS, "smollm2"])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt before decode")
     parser.add_argument("--new", type=int, default=128, help="tokens made")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt of which prefill is timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", nargs="+", default=["f32"], help="our dtypes, among f32, bf16 and f16")
+    parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = original(options.model)
         model.save_pretrained(folder)
-        engines = {"hf": hf(model)} | {f"jx_neuron_{amp}": ours(folder, amp, options) for amp in options.amp}
-        found = measure(engines, model.config.vocab_size, options)
-    print(json.dumps(dict(vars(options), cores=os.cpu_count(), jax=jax.__version__, engines=found), indent=1))
+        peers = {"hf": hf(model)}
+        if importlib.util.find_spec("ctranslate2"):
+            peers["ctranslate2"] = ctranslate2(folder, model.config)
+        rows = []
+        for batch in options.batch:
+            engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, batch, options) for amp in options.amp}
+            rows.append({"batch": batch, "engines": measure(engines, model.config.vocab_size, batch, options)})
+    setting = {name: value for name, value in vars(options).items() if name not in ("batch", "output")}
+    text = json.dumps(dict(setting, cores=os.cpu_count(), cpu=cpu(), jax=jax.__version__, rows=rows), indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+def cpu() -> str:
+    """The CPU's name, where the system tells."""
+    found = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    return found[1] if found else platform.processor()
 
 
 def original(name: str) -> Any:
@@ -62,11 +85,46 @@ def original(name: str) -> Any:
     return model
 
 
-def ours(folder: str, amp: str, options: argparse.Namespace) -> Engine:
+def ours(folder: str, amp: str, batch: int, options: argparse.Namespace) -> Engine:
     made = NeuronAutoModelForCausalLM.from_pretrained(
-        folder, batch_size=options.batch, amp=amp, context_length_estimate=sorted({options.prompt, options.prefill})
+        folder, batch_size=batch, amp=amp, context_length_estimate=sorted({options.prompt, options.prefill})
     )
     return lambda ids_bt, new: made.sample(ids_bt, ids_bt.shape[1] + new, top_k=1, eos_token_override=-1)
+
+
+def ctranslate2(folder: str, config: Any) -> Engine:
+    from ctranslate2 import Generator
+    from ctranslate2.converters import TransformersConverter
+
+    class Vocabulary:
+        """Ids as tokens: CTranslate2 converts no model without a tokenizer."""
+
+        bos_token, eos_token, unk_token = "0", "1", "2"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {str(i): i for i in range(config.vocab_size)}
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *_: Any, **__: Any) -> Vocabulary:
+            return Vocabulary()
+
+    converted = str(Path(folder, "ctranslate2"))
+    Converter(folder).convert(converted)
+    generator = Generator(converted, compute_type="float32", intra_threads=os.cpu_count())
+
+    def generate(ids_bt: np.ndarray, new: int) -> object:
+        made = generator.generate_batch(
+            [[str(i) for i in row] for row in ids_bt],
+            max_length=new,
+            min_length=new,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+        )
+        assert all(len(of.sequences_ids[0]) == new for of in made)
+        return made
+
+    return generate
 
 
 def hf(model: Any) -> Engine:
@@ -84,20 +142,31 @@ def hf(model: Any) -> Engine:
     return generate
 
 
-def measure(engines: dict[str, Engine], vocabulary: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(
+    engines: dict[str, Engine], vocabulary: int, batch: int, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(0)
-    short, long = (rng.integers(0, vocabulary, (options.batch, t)) for t in (options.prompt, options.prefill))
+    short, long = (rng.integers(3, vocabulary, (batch, t)) for t in (options.prompt, options.prefill))
     seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in engines}
     for turn in range(options.rounds + 1):
         for name, generate in engines.items():
             times = tuple(timed(generate, *of) for of in ((short, 1), (short, options.new), (long, 1)))
             if turn:  # the first compiles
                 seconds[name].append(times)
-    found = {}
+    rates, prefills = {}, {}
     for name, rows in seconds.items():
-        first, whole, prefill = np.array(rows).T
-        rate = np.median(options.batch * (options.new - 1) / (whole - first))
-        found[name] = {"tokens_per_second": float(rate), "prefill_milliseconds": float(np.median(prefill) * 1e3)}
+        first, whole, prefills[name] = np.array(rows).T
+        rates[name] = batch * (options.new - 1) / (whole - first)
+    peers = [name for name in engines if not name.startswith("jx_neuron")]
+    found: dict[str, dict[str, float]] = {}
+    for name in engines:
+        found[name] = {
+            "tokens_per_second": float(np.median(rates[name])),
+            "prefill_milliseconds": float(np.median(prefills[name]) * 1e3),
+        }
+        for peer in peers if name not in peers else ():
+            found[name][f"decode_over_{peer}"] = float(np.median(rates[name] / rates[peer]))
+            found[name][f"prefill_over_{peer}"] = float(np.median(prefills[peer] / prefills[name]))
     return found
 
 

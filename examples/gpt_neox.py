@@ -16,7 +16,7 @@ from jx_neuron import register
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.cli import main
 from jx_neuron.hf_config import HFConfig, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.weights import W
 
@@ -89,7 +89,7 @@ class Model(nnx.Module):
     def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
         x_btd, by, written = self.embed_in(tokens_bt), self.cfg.rope(at), []
         for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, kv = block(x_btd, kv, at, by)  # noqa: PLW2901
+            x_btd, kv = layer(block, x_btd, kv, at, by)  # noqa: PLW2901
             written.append(kv)
         return self.final_layer_norm(x_btd), tuple(written)
 

@@ -8,7 +8,8 @@ heads, MLP and vocabulary padded for tensor parallelism.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import LayerKV
-from jx_neuron.products import product, product_with_rows, query_key, weigh_values
+from jx_neuron.products import is_for_cpu, product, product_with_rows, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -39,6 +40,19 @@ def span(start_b: Array, length_b: Array, tokens: int, slots: int) -> Span:
     position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
     mask_bts = jnp.arange(slots, dtype=jnp.int32) <= position_bt[:, :, None]
     return Span(position_bt, start_b + length_b, mask_bts)
+
+
+def layer(block: Callable[..., Any], *args: Any) -> Any:
+    """block(*args), where `block` is a module: one of a model's layers.
+
+    For a CPU, layers that differ in their parameters alone are traced once.
+    """
+    return _traced_once(*nnx.split(block), *args) if is_for_cpu() else block(*args)
+
+
+@partial(jax.jit, static_argnums=0)
+def _traced_once(graph: Any, state: Any, *args: Any) -> Any:
+    return nnx.merge(graph, state)(*args)
 
 
 class Linear(nnx.Module):

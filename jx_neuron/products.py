@@ -62,7 +62,8 @@ def product_with_rows(x: Array, table_nk: Array) -> Array:
 def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
     """q · kᵀ of each query head with its group's keys: float32 [b, k, g, t, s]."""
     if not is_for_cpu():
-        return jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, preferred_element_type=jnp.float32)
+        # the cache first: XLA then leaves the scores in their order, where the other way round it transposes them
+        return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
     b, t, k, g, h = q_btkgh.shape
     q_bkrh = barrier(_wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h))
     if g * t <= FEW:
@@ -75,7 +76,7 @@ def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
 def weigh_values(p_bkgts: Array, v_bksh: Array) -> Array:
     """p · v of each query head with its group's values: [b, t, k, g, h]."""
     if not is_for_cpu():
-        return jnp.einsum("bkgts,bksh->btkgh", p_bkgts, v_bksh)
+        return jnp.einsum("bksh,bkgts->btkgh", v_bksh, p_bkgts)
     b, k, g, t, s = p_bkgts.shape
     p_bkrs = barrier(_wide(p_bkgts).reshape(b, k, g * t, s))
     if g * t <= FEW and v_bksh.dtype.itemsize < 4:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
 from jx_neuron.weights import Copy, W
 
 
@@ -96,7 +96,7 @@ class Model(nnx.Module):
         x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
         layers = []
         for block, kv in zip(self.h, cache, strict=True):
-            x_btd, written = block(x_btd, kv, at)
+            x_btd, written = layer(block, x_btd, kv, at)
             layers.append(written)
         return self.ln_f(x_btd), tuple(layers)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
 from jx_neuron.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
 from jx_neuron.weights import Copy, W
 
@@ -107,7 +107,7 @@ class Model(nnx.Module):
         by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
         layers = []
         for block, kv in zip(self.h, cache, strict=True):
-            x_btd, written = block(x_btd, kv, at, by)
+            x_btd, written = layer(block, x_btd, kv, at, by)
             layers.append(written)
         return self.ln_f(x_btd), tuple(layers)
 

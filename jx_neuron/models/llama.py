@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, Linear, RMSNorm, Span, attend
+from jx_neuron.nn import ACT, Embedding, Linear, RMSNorm, Span, attend, layer
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.weights import Copy, W
 
@@ -123,7 +123,7 @@ class Model(nnx.Module):
         x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
         layers = []
         for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, written = block(x_btd, kv, at, by)
+            x_btd, written = layer(block, x_btd, kv, at, by)
             layers.append(written)
         return self.norm(x_btd), tuple(layers)
 

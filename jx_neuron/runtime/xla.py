@@ -108,11 +108,8 @@ class XlaRuntime:
         cache = self._cache
         if cache is None or cache[0].k_bksh.shape[0] != shape.batch:
             empty = self.decoder.abstract_cache(shape.batch, shape.slots, self._cache_dtype, self.mesh)
-
-            def zeros(leaf: Any) -> Array:
-                return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-
-            return jax.tree.map(zeros, empty)
+            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
+            return jax.device_put(zeros, jax.tree.map(lambda leaf: leaf.sharding, empty))
         if kv.slots(cache) < shape.slots:
             return jax.jit(kv.grow, static_argnums=1)(cache, shape.slots)
         return cache
