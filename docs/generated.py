@@ -6,6 +6,7 @@
 import ast
 import html
 import inspect
+import json
 import pkgutil
 import subprocess
 import sys
@@ -108,10 +109,28 @@ def command_line() -> str:
     return made.partition("\n")[2]  # the page has a title of its own
 
 
+def peers() -> str:
+    """What benchmarks/peers.py found, from benchmarks/results."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        of = json.loads(path.read_text())
+        for row in of["rows"]:
+            for engine, found in row["engines"].items():
+                over = [
+                    f"{found[f'{what}_over_{peer}']:.2f}" if f"{what}_over_{peer}" in found else ""
+                    for what in ("decode", "prefill")
+                    for peer in ("hf", "ctranslate2")
+                ]
+                rate, prefill = f"{found['tokens_per_second']:.0f}", f"{found['prefill_milliseconds']:.0f}"
+                rows.append((of["model"], str(row["batch"]), engine, rate, *over[:2], prefill, *over[2:]))
+    titles = ("model", "batch", "engine", "tokens/s", "× HF", "× CTranslate2", "prefill, ms", "× HF", "× CTranslate2")
+    return _table(titles, rows)
+
+
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, instances, models, neuron_config, rooms, rules, targets,
+        command_line, compiler_errors, config_fields, instances, models, neuron_config, peers, rooms, rules, targets,
     )
 }  # fmt: skip
 

@@ -62,8 +62,12 @@ def _compile(program: bytes | str, options: Any) -> Any:
 
 
 def compile_replicas(hlo: bytes, replicas: int) -> Any:
-    """A loaded executable of an HloModuleProto, one replica on each device of `client(replicas)`."""
-    return _compile(_jax.mlir.xla_computation_to_mlir_module(XlaComputation(hlo)), _options(replicas, 1, {}))
+    """A loaded executable of an HloModuleProto, one replica on each device of `client(replicas)`.
+
+    It rounds 16-bit results where the program says so.
+    """
+    module = _jax.mlir.xla_computation_to_mlir_module(XlaComputation(hlo))
+    return _compile(module, _options(replicas, 1, {"xla_allow_excess_precision": False}))
 
 
 def execute(executable: Any, arguments: Sequence[Any]) -> list[list[Any]]:

@@ -4,11 +4,14 @@ The model: chains of elementwise operators, reshapes and reductions are fused in
 What is counted:
 
 - flops: 2 · (elements of the result) · (contracted size) of every dot, and likewise of every convolution.
-- bytes read: of each input, the part that is read. A slice, dynamic-slice or gather reads its result; any other use
-  reads all of it, once. An input that is only written into (scatter, dynamic-update-slice) is not read by that; what it
-  has become is still the same memory, so later uses of it count as reads of the input.
+- bytes read: of each input, the part that is read. A slice, dynamic-slice or gather reads its result; each dot,
+  convolution or collective reads all of it, and all other uses together read all of it once. An input that is only
+  written into (scatter, dynamic-update-slice) is not read by that; what it has become is still the same memory, so
+  later uses of it count as reads of the input.
 - bytes written: outputs in full, but of outputs that alias an input only the updates written into it.
 - bytes between: results of dots, convolutions and collectives, which may or may not stay on the chip.
+- bytes moved: results of operators that only put values elsewhere (copy, concatenate, pad, reverse, and transpose of
+  more than axes of size 1), whatever they fuse with.
 """
 
 import math
@@ -21,6 +24,8 @@ from jx_neuron.lowering.hlo import Instruction, Module, parse
 _VIEWS = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "get-tuple-element", "tuple", "broadcast"})
 _PARTS = frozenset({"slice", "dynamic-slice", "gather"})
 _UPDATES = {"scatter": 2, "dynamic-update-slice": 1}  # opcode → which operand is the update
+_HEAVY = frozenset({"dot", "convolution", *proto.COLLECTIVES})
+_MOVES = frozenset({"copy", "concatenate", "pad", "reverse"})
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Cost:
     bytes_read: int
     bytes_written: int
     bytes_between: int
+    bytes_moved: int
     instructions: int
 
 
@@ -64,12 +70,13 @@ def cost(hlo_module: bytes) -> Cost:
     for i in main.instructions:
         for operand in dict.fromkeys(i.operands):
             users[operand].append(i)
-    heavy = [i for i in module.instructions if i.opcode in ("dot", "convolution") or i.opcode in proto.COLLECTIVES]
+    heavy = [i for i in module.instructions if i.opcode in _HEAVY]
     return Cost(
         flops=sum(map(_flops, heavy)),
         bytes_read=sum(_read(p, users) for p in main.parameters),
         bytes_written=_written(module),
         bytes_between=sum(i.shape.bytes for i in heavy),
+        bytes_moved=sum(i.shape.bytes for i in module.instructions if _moves(i)),
         instructions=len(main.instructions),
     )
 
@@ -87,12 +94,22 @@ def _flops(i: Instruction) -> int:
 
 
 def _read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
-    size, parts = parameter.shape.bytes, 0
+    size, parts, times, fused = parameter.shape.bytes, 0, 0, False
     for _, user, operand in _uses(parameter, users):
-        if user.opcode not in _PARTS or operand != 0:
-            return size
-        parts += user.shape.size * parameter.shape.bytes // max(parameter.shape.size, 1)
-    return min(size, parts)
+        if user.opcode in _PARTS and operand == 0:
+            parts += user.shape.size * parameter.shape.bytes // max(parameter.shape.size, 1)
+        elif user.opcode in _HEAVY:
+            times += 1
+        else:
+            fused = True
+    return size * times + (size if fused else min(size, parts))
+
+
+def _moves(i: Instruction) -> bool:
+    if i.opcode == "transpose":
+        order = [axis for axis in i.proto.dimensions if i.operands[0].shape.dims[axis] > 1]
+        return order != sorted(order)
+    return i.opcode in _MOVES
 
 
 def _uses(

@@ -13,27 +13,34 @@ from jax.errors import JaxRuntimeError
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
-_CPU_OPTIONS: dict[str, Any] = {
+# jaxlib 0.10 gives dots and reductions to YNNPACK by default. It sums all of k in one chain, for twice the error of Eigen,
+# which sums in blocks.
+_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+# 16-bit results are rounded where a program says so, as they are on other backends.
+_ALWAYS = {"xla_allow_excess_precision": False}
+
+_PRODUCTS = {
     # Sums may be reassociated, without which reductions are not vectorized; infinities and NaNs are honoured.
     "xla_cpu_enable_fast_math": True,
-    # Barriers hold until code is emitted, and transposes stay out of dots: jx_neuron/products.py counts on both.
+    # Barriers hold until code is emitted, and transposes stay out of dots.
     "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding",
 }
 
-# Not for YNNPACK, to which jaxlib 0.10 gives dots and reductions by default: it sums all of k in one chain, for twice
-# the error of Eigen, which sums in blocks.
-_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+def cpu_options(alone: bool) -> dict[str, Any]:
+    """Compiler options for a CPU; `alone`, for programs with the products of jx_neuron/products.py."""
+    return _ALWAYS | (_WITHOUT_YNNPACK if _has_ynnpack() else {}) | (_PRODUCTS if alone else {})
 
 
 @cache
-def cpu_options() -> dict[str, Any]:
-    """Compiler options for programs on a CPU."""
+def _has_ynnpack() -> bool:
     try:
         zero = jax.device_put(np.float32(0), jax.local_devices(backend="cpu")[0])
         jax.jit(jnp.negative, compiler_options=_WITHOUT_YNNPACK).lower(zero).compile()
     except JaxRuntimeError:
-        return _CPU_OPTIONS
-    return _CPU_OPTIONS | _WITHOUT_YNNPACK
+        return False
+    return True
 
 
 @cache

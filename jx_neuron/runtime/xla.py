@@ -33,8 +33,8 @@ class XlaRuntime:
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._options = compiled.cpu_options() if on_cpu else {}
         self._one_cpu = on_cpu and mesh.size == 1
+        self._options = compiled.cpu_options(alone=self._one_cpu) if on_cpu else {}
         self._cache_dtype = jnp.dtype(jnp.uint16) if self._one_cpu and self.dtype.itemsize == 2 else self.dtype
         # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
         model = cast(nnx.Module, decoder.bind(decoder.abstract_params(dtype)))

@@ -1,0 +1,95 @@
+"""How the time of a decode step grows with context: its bytes, weights and cache, against those of a short one.
+
+    python benchmarks/context.py smollm2 --slots 128 512 2048
+
+Weights are random. `over_bytes` is how many times longer a step takes than at the first number of slots, over how many
+times more bytes it reads: 1 where time grows as the cache does, above 1 where it grows faster. `long_cache` is a step
+over the first number of slots in a cache of the last, over the same step in a cache of its own.
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jx_neuron import sharding
+from jx_neuron.cache import Cache
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.weights import from_params
+
+SMOLLM2 = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
+)  # fmt: skip
+CONFIGS = {
+    "opt": dict(model_type="opt"),
+    "gptj": dict(model_type="gptj", n_embd=1024, n_layer=12, n_head=16),
+    "smollm2": dict(model_type="llama", **SMOLLM2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=CONFIGS)
+    parser.add_argument("--slots", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--amp", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=31, help="steps timed of each, in turn")
+    options = parser.parse_args()
+
+    decoder, dtype, rng = Decoder.from_config(CONFIGS[options.model]), jnp.dtype(options.amp), np.random.default_rng(0)
+    params = {
+        path: (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
+        for path, leaf in decoder.abstract_params(dtype).items()
+    }
+    weights = sum(array.nbytes for array in params.values())
+    runtime = XlaRuntime(decoder, from_params(params, decoder.rows, decoder.padding, dtype), sharding.mesh(1), dtype)
+    del params
+    first, last = options.slots[0], options.slots[-1]
+    pairs = [(slots, slots) for slots in options.slots] + [(first, last)]
+    caches = {pair: empty(decoder, options.batch, pair[1], dtype) for pair in pairs}
+    seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
+    for turn in range(options.rounds + 1):
+        for pair in pairs:
+            runtime.reorder(np.arange(options.batch, dtype=np.int32), caches[pair])
+            took = step(runtime, Shape(options.batch, 1, pair[0]))
+            if turn:  # the first compiles
+                seconds[pair].append(took)
+    median = {pair: float(np.median(took)) for pair, took in seconds.items()}
+    read = {pair: weights + sum(x.nbytes for x in jax.tree.leaves(caches[pair])) for pair in pairs}
+    rows = [
+        {
+            "slots": slots,
+            "milliseconds": 1e3 * median[slots, slots],
+            "gigabytes_per_second": read[slots, slots] / median[slots, slots] / 1e9,
+            "over_bytes": median[slots, slots] / median[first, first] * read[first, first] / read[slots, slots],
+        }
+        for slots in options.slots
+    ]
+    print(
+        json.dumps(vars(options) | {"rows": rows, "long_cache": median[first, last] / median[first, first]}, indent=1)
+    )
+
+
+def empty(decoder: Decoder, batch: int, slots: int, dtype: np.dtype) -> Cache:
+    stored = np.uint16 if dtype.itemsize == 2 else dtype
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, stored), decoder.abstract_cache(batch, slots, dtype))
+
+
+def step(runtime: XlaRuntime, shape: Shape) -> float:
+    """Seconds of the step at the end of `shape`'s slots, the second of two, whose cache has been touched."""
+    token_b1, start_b = np.zeros((shape.batch, 1), np.int32), np.full(shape.batch, shape.slots - 1, np.int32)
+    inputs = {"tokens_bt": token_b1, "start_b": start_b, "length_b": np.ones_like(start_b)}
+    jax.block_until_ready(runtime.run(shape, inputs).token_b1)
+    began = time.perf_counter()
+    jax.block_until_ready(runtime.run(shape, inputs).token_b1)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The scripts of benchmarks/ end to end on tiny models, and that a decode step moves next to nothing it could spare."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from jx_neuron.models.known import config_of
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+WITHIN = 1.05
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+lowered = module("lowered")
+
+
+def raw(model: str) -> dict[str, Any]:
+    return dict(lowered.CONFIGS[model] if model in lowered.CONFIGS else config_of(model))
+
+
+@pytest.mark.parametrize("tp", [1, 8, 32])
+@pytest.mark.parametrize("model", ["gpt2-xl", "facebook/opt-13b", "EleutherAI/gpt-j-6B", "Llama-3-8B"])
+def test_two_layers_decode_within_five_percent_of_the_least_bytes(model: str, tp: int) -> None:
+    config = raw(model)
+    config |= {key: 2 for key in ("n_layer", "num_hidden_layers") if key in config}
+    for step in lowered.steps(model, config, tp, [1, 8], bucket=512, capacity=1024):
+        assert (step.bucket, step.capacity) == (512, 1024)
+        assert 1 <= step.ratio <= WITHIN
+        assert step.read <= WITHIN * step.least_read
+        assert step.written == step.least_written
+        assert step.moved <= 0.01 * step.read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 8, 32])
+@pytest.mark.parametrize("model", lowered.MODELS)
+def test_whole_models_decode_within_five_percent_of_the_least_bytes(model: str, tp: int) -> None:
+    for step in lowered.steps(model, raw(model), tp, [1, 8], bucket=2048):
+        assert 1 <= step.ratio <= WITHIN
+        assert step.moved <= 0.01 * step.read
+
+
+def test_lowered_says_what_each_core_reads(tmp_path: Path) -> None:
+    config = tiny.CONFIGS["gpt2"]()
+    config.save_pretrained(tmp_path)
+    done = run("lowered.py", tmp_path, "--tp", 1, 4, "--batch", 3, "--bucket", 32, "--capacity", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    one, four = json.loads(done.stdout)
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    looked_up = 3 * 2 * 48  # a row of each table
+    assert one["least_read"] == 2 * (weights + looked_up + 2 * 2 * 3 * 32 * 48)
+    assert one["least_written"] == 2 * (2 * 2 * 3 * 48) + 3 * 4 * (tiny.VOCAB + 1)
+    assert (one["tp_degree"], one["bucket"], one["capacity"], one["padding"]) == (1, 32, 64, 0)
+    assert (one["collectives"], one["collective_bytes"]) == ({}, 0)
+    assert four["collectives"] == {"all-reduce": 5, "all-gather": 2}
+    assert four["collective_bytes"] == 2 * 5 * 3 * 48 + (4 + 4) * 3 * 4
+    assert 0 < four["padding"] < 0.1
+    assert all(1 <= step["ratio"] <= WITHIN for step in (one, four))
+
+
+def test_lowered_as_a_table() -> None:
+    done = run("lowered.py", "gpt2", "--tp", 1, "--batch", 1, "--bucket", 128)
+    assert done.returncode == 0, done.stderr
+    header, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines())
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["model"], cells["tp"], cells["bucket"]) == ("gpt2", "1", "128")
+    assert cells["over the least"] == "0.00%"
+    # 124M parameters but the position table, in bfloat16, and 12 layers of 2 · 128 · 768
+    assert float(cells["MB read"]) == pytest.approx((2 * (124_439_808 - 1024 * 768 + 2 * 768) + 4_718_592) / 1e6, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["lowered.py", "gpt2", "--tp", "0"], "--tp, --batch, --bucket and --capacity are at least 1"),
+        (["lowered.py", "nobody/nothing"], "nobody/nothing"),
+        (["gpu.py", "bloom"], "no model is called bloom; there are gptj-6b, llama-3-8b, opt-13b"),
+        (["gpu.py", "--tiny", "--platform", "cpu", "--new", "60"], "60 new tokens exceed --bucket 64"),
+        (["gpu.py", "--tiny"], "JAX has no gpu here"),
+    ],
+    ids=["degree", "checkpoint", "model", "bucket", "no-gpu"],
+)
+def test_bad_input_is_told(arguments: list[str], told: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "models", [["llama-3-8b"], pytest.param(["gptj-6b", "opt-13b"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_gpu_on_tiny_models(models: list[str]) -> None:
+    done = run("gpu.py", *models, "--tiny", "--platform", "cpu", "--batch", 1, 2, "--runs", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["hf_left_out"] == "it is measured on a GPU alone"
+    assert (found["tiny"], found["bucket"], found["dtype"], found["runs"]) == (True, 64, "bfloat16", 1)
+    assert [(row["model"], row["batch"]) for row in found["rows"]] == [
+        (model, batch) for model in models for batch in (1, 2)
+    ]
+    gpu = module("gpu")
+    for row in found["rows"]:
+        config = transformers.AutoConfig.for_model(**gpu.MODELS[row["model"]] | gpu.TINY[row["model"]])
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        looked_up = ("embed_positions",) if config.tie_word_embeddings else ("embed_tokens", "wte")
+        weights = sum(p.numel() for name, p in model.named_parameters() if not any(t in name for t in looked_up))
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        assert row["bytes_per_step"] == 2 * (weights + 2 * 2 * row["batch"] * 64 * kv_heads * 16)
+        per_step = row["read_bytes_per_second"] / row["bytes_per_step"]
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * per_step)
+        assert row["fraction_of_copy"] == pytest.approx(row["read_bytes_per_second"] / row["copied_bytes_per_second"])
+        assert row["hf_tokens_per_second"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gptj-6b", "llama-3-8b", "opt-13b"])
+def test_hf_compiled_with_a_static_cache_answers(model: str) -> None:
+    gpu = module("gpu")
+    options = gpu.argparse.Namespace(batch=[1], bucket=128, new=64, runs=1)
+    (rate,) = gpu.hf_rates(gpu.MODELS[model] | gpu.TINY[model], "cpu", options)
+    assert rate > 0
+
+
+def test_peers_tells_its_options() -> None:
+    done = run("peers.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--batch" in done.stdout
+    assert "--rounds" in done.stdout
