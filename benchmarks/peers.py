@@ -44,7 +44,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt before decode")
     parser.add_argument("--new", type=int, default=128, help="tokens made")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt of which prefill is timed")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        default=512,
+        help="tokens of the prompt of which prefill is timed, at the first batch alone",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", nargs="+", default=["f32"], help="our dtypes, among f32, bf16 and f16")
     parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
@@ -58,7 +63,9 @@ def main() -> None:
         rows = []
         for batch in options.batch:
             engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, batch, options) for amp in options.amp}
-            rows.append({"batch": batch, "engines": measure(engines, model.config.vocab_size, batch, options)})
+            prefill = options.prefill if batch == options.batch[0] else None
+            engines_found = measure(engines, model.config.vocab_size, batch, prefill, options)
+            rows.append({"batch": batch, "engines": engines_found})
     setting = {name: value for name, value in vars(options).items() if name not in ("batch", "output")}
     text = json.dumps(dict(setting, cores=os.cpu_count(), cpu=cpu(), jax=jax.__version__, rows=rows), indent=1)
     print(text)
@@ -143,30 +150,28 @@ def hf(model: Any) -> Engine:
 
 
 def measure(
-    engines: dict[str, Engine], vocabulary: int, batch: int, options: argparse.Namespace
+    engines: dict[str, Engine], vocabulary: int, batch: int, prefill: int | None, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
+    """Tokens per second of each engine and, of a prompt of `prefill` tokens, milliseconds; ours over each peer's."""
     rng = np.random.default_rng(0)
-    short, long = (rng.integers(3, vocabulary, (batch, t)) for t in (options.prompt, options.prefill))
-    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in engines}
+    asked = [(options.prompt, 1), (options.prompt, options.new), *([(prefill, 1)] if prefill else [])]
+    calls = [(rng.integers(3, vocabulary, (batch, t)), new) for t, new in asked]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in engines}
     for turn in range(options.rounds + 1):
         for name, generate in engines.items():
-            times = tuple(timed(generate, *of) for of in ((short, 1), (short, options.new), (long, 1)))
+            times = [timed(generate, *call) for call in calls]
             if turn:  # the first compiles
                 seconds[name].append(times)
-    rates, prefills = {}, {}
-    for name, rows in seconds.items():
-        first, whole, prefills[name] = np.array(rows).T
-        rates[name] = batch * (options.new - 1) / (whole - first)
-    peers = [name for name in engines if not name.startswith("jx_neuron")]
-    found: dict[str, dict[str, float]] = {}
-    for name in engines:
-        found[name] = {
-            "tokens_per_second": float(np.median(rates[name])),
-            "prefill_milliseconds": float(np.median(prefills[name]) * 1e3),
-        }
-        for peer in peers if name not in peers else ():
-            found[name][f"decode_over_{peer}"] = float(np.median(rates[name] / rates[peer]))
-            found[name][f"prefill_over_{peer}"] = float(np.median(prefills[peer] / prefills[name]))
+    first, whole, *rest = ({name: np.array(rows)[:, i] for name, rows in seconds.items()} for i in range(len(calls)))
+    per_token = {name: (whole[name] - first[name]) / (options.new - 1) / batch for name in engines}
+    found = {name: {"tokens_per_second": float(1 / np.median(per_token[name]))} for name in engines}
+    for what, times in (("decode", per_token), *(("prefill", times) for times in rest)):
+        for name in engines:
+            if what == "prefill":
+                found[name]["prefill_milliseconds"] = float(1e3 * np.median(times[name]))
+            if name.startswith("jx_neuron"):
+                for peer in (peer for peer in engines if not peer.startswith("jx_neuron")):
+                    found[name][f"{what}_over_{peer}"] = float(np.median(times[peer] / times[name]))
     return found
 
 

@@ -121,7 +121,8 @@ def peers() -> str:
                     for what in ("decode", "prefill")
                     for peer in ("hf", "ctranslate2")
                 ]
-                rate, prefill = f"{found['tokens_per_second']:.0f}", f"{found['prefill_milliseconds']:.0f}"
+                rate = f"{found['tokens_per_second']:.0f}"
+                prefill = f"{found['prefill_milliseconds']:.0f}" if "prefill_milliseconds" in found else ""
                 rows.append((of["model"], str(row["batch"]), engine, rate, *over[:2], prefill, *over[2:]))
     titles = ("model", "batch", "engine", "tokens/s", "× HF", "× CTranslate2", "prefill, ms", "× HF", "× CTranslate2")
     return _table(titles, rows)

@@ -13,8 +13,8 @@ from jax.errors import JaxRuntimeError
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
-# jaxlib 0.10 gives dots and reductions to YNNPACK by default. It sums all of k in one chain, for twice the error of Eigen,
-# which sums in blocks.
+# jaxlib 0.10 gives dots and reductions to YNNPACK by default. It sums all of k in one chain, for twice the error of
+# Eigen, which sums in blocks.
 _WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 # 16-bit results are rounded where a program says so, as they are on other backends.
