@@ -15,7 +15,7 @@ from packaging.metadata import Metadata
 import jx_neuron
 
 ROOT = Path(__file__).parent.parent
-KINDS = {".py", ".md", ".ipynb", ".svg", ".png", ".toml", ".typed"}
+KINDS = {".py", ".md", ".ipynb", ".json", ".svg", ".png", ".toml", ".typed"}
 BARE = {"LICENSE", ".gitignore", "PKG-INFO", ".ci/run"}  # files of no such kind that an sdist may hold
 FOLDERS = ("jx_neuron", "tests", "examples", "docs", "benchmarks")
 
