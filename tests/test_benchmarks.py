@@ -114,9 +114,8 @@ def test_bad_input_is_told(arguments: list[str], told: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "models", [["llama-3-8b"], pytest.param(["gptj-6b", "opt-13b"], marks=pytest.mark.slow)], ids=" ".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("models", [["llama-3-8b"], ["gptj-6b", "opt-13b"]], ids=" ".join)
 def test_gpu_on_tiny_models(models: list[str]) -> None:
     done = run("gpu.py", *models, "--tiny", "--platform", "cpu", "--batch", 1, 2, "--runs", 1, "--json")
     assert done.returncode == 0, done.stderr

@@ -100,6 +100,7 @@ def test_help_says_what_it_is_and_takes(name: str, capsys: pytest.CaptureFixture
             assert option in (EXAMPLES / name).read_text()
 
 
+@pytest.mark.slow
 def test_gpt2_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script("gpt2_sampling.py", "--model", "gpt2", "--new-tokens", NEW, "--tp", 2)
     found = sections(capsys.readouterr().out)
@@ -140,6 +141,7 @@ def test_the_notebook_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(line) > 1 for line in scores)
 
 
+@pytest.mark.slow
 def test_gptj_gives_at_tp_8_what_it_gives_on_one_core(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = ("--n-positions", 64, "--amp", "f32", "--new-tokens", NEW, "--backend", "host")
     with pytest.warns(UserWarning, match="holds 4 heads as 8"):
@@ -217,6 +219,7 @@ def test_the_decoder_of_one_s_own_as_a_program(tmp_path: Path) -> None:
     assert [done.stdout.rstrip("\n")] == hf_answers(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_migrated_script_becomes(here: Path) -> None:
     page = blocks("migrate_from_transformers_neuronx.md")
     assert sum(notest for *_, notest in page) == 6  # how each part was before
