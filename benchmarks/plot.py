@@ -11,13 +11,16 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = {
-    "hf": "HF transformers",
-    "ctranslate2": "CTranslate2",
-    "jx_neuron_f32": "jx_neuron",
-    "jx_neuron_bf16": "jx_neuron, bfloat16",
+ENGINES = {
+    "hf": ("HF transformers", "#c3ccd5"),
+    "ctranslate2": ("CTranslate2", "#9aa5b1"),
+    "openvino": ("OpenVINO", "#71808f"),
+    "onnxruntime_genai": ("onnxruntime-genai", "#4f6375"),
+    "llama_cpp": ("llama.cpp", "#2f4152"),
+    "jx_neuron_f32": ("jx_neuron", "#d9730d"),
+    "jx_neuron_bf16": ("jx_neuron, bfloat16", "#f2b880"),
 }
-COLOURS = ("#9aa5b1", "#5b7083", "#d9730d", "#f2b880")
+"""As they are called and coloured."""
 
 
 def main() -> None:
@@ -31,17 +34,22 @@ def draw(output: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, of in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
-        for i, (engine, name) in enumerate(NAMES.items()):
-            rows = [row for row in of["rows"] if engine in row["engines"]]
-            places = [list(of["rows"]).index(row) + 0.2 * i for row in rows]
-            rates = [row["engines"][engine]["tokens_per_second"] for row in rows]
-            axes.bar(places, rates, 0.2, label=name, color=COLOURS[i])
-        axes.set_xticks([j + 0.3 for j in range(len(of["rows"]))], [str(row["batch"]) for row in of["rows"]])
+        there = [engine for engine in ENGINES if any(engine in row["engines"] for row in of["rows"])]
+        width = 0.8 / len(there)
+        for i, engine in enumerate(there):
+            rates = {j: row["engines"][engine] for j, row in enumerate(of["rows"]) if engine in row["engines"]}
+            name, colour = ENGINES[engine]
+            heights = [found["tokens_per_second"] for found in rates.values()]
+            axes.bar([j + width * i for j in rates], heights, width, label=name, color=colour)
+        middle = width * (len(there) - 1) / 2
+        axes.set_xticks([j + middle for j in range(len(of["rows"]))], [str(row["batch"]) for row in of["rows"]])
         axes.set_title(of["model"], fontsize=10)
         axes.set_xlabel("batch")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("tokens/s")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    bars = {bar.get_label(): bar for axes in figure.axes for bar in axes.containers}
+    shown = [bars[name] for name, _ in ENGINES.values() if name in bars]
+    figure.legend(handles=shown, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
 
 

@@ -115,17 +115,17 @@ def peers() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         of = json.loads(path.read_text())
         for row in of["rows"]:
+            ours = [row["engines"][f"jx_neuron_{amp}"] for amp in ("f32", "bf16")]
             for engine, found in row["engines"].items():
-                over = [
-                    f"{found[f'{what}_over_{peer}']:.2f}" if f"{what}_over_{peer}" in found else ""
+                decode, prefill = (
+                    [f"{our[over]:.2f}" if (over := f"{what}_over_{engine}") in our else "" for our in ours]
                     for what in ("decode", "prefill")
-                    for peer in ("hf", "ctranslate2")
-                ]
+                )
                 rate = f"{found['tokens_per_second']:.0f}"
-                prefill = f"{found['prefill_milliseconds']:.0f}" if "prefill_milliseconds" in found else ""
-                rows.append((of["model"], str(row["batch"]), engine, rate, *over[:2], prefill, *over[2:]))
-    titles = ("model", "batch", "engine", "tokens/s", "× HF", "× CTranslate2", "prefill, ms", "× HF", "× CTranslate2")
-    return _table(titles, rows)
+                first = f"{found['prefill_milliseconds']:.0f}" if "prefill_milliseconds" in found else ""
+                rows.append((of["model"], str(row["batch"]), engine, rate, *decode, first, *prefill))
+    over = ("ours over it", "ours in bf16 over it")
+    return _table(("model", "batch", "engine", "tokens/s", *over, "prefill, ms", *over), rows)
 
 
 PARTS = {

@@ -52,10 +52,13 @@ def _put(buffer_ksh: Array, new_kth: Array, start: Array) -> Array:
 def _put_row_by_row(buffer_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
     """In place on a CPU, where XLA copies what it fuses with other uses, and widens 16-bit caches whole to write."""
     dtype = buffer_bksh.dtype
-    buffer_bksh, new_bkth = _bits(buffer_bksh), barrier(_bits(new_bkth))
-    for b, start in enumerate(start_b):
-        at = (jnp.full_like(start, b), jnp.zeros_like(start), start, jnp.zeros_like(start))
-        buffer_bksh = jax.lax.dynamic_update_slice(buffer_bksh, new_bkth[b : b + 1], at)
+    b, k, t, h = new_bkth.shape
+    # one row of the buffer's memory a head, or XLA would keep the order of what makes it, and copy it twice
+    new_bkth = barrier(_bits(new_bkth).reshape(b, k, t * h)).reshape(b, k, t, h)
+    buffer_bksh = _bits(buffer_bksh)
+    for row, start in enumerate(start_b):
+        at = (jnp.full_like(start, row), jnp.zeros_like(start), start, jnp.zeros_like(start))
+        buffer_bksh = jax.lax.dynamic_update_slice(buffer_bksh, new_bkth[row : row + 1], at)
     return jax.lax.bitcast_convert_type(barrier(buffer_bksh), dtype)
 
 

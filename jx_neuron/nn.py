@@ -18,7 +18,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import LayerKV
-from jx_neuron.products import is_for_cpu, product, product_with_rows, query_key, weigh_values
+from jx_neuron.products import is_for_cpu, mean, product, product_with_rows, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -55,12 +55,17 @@ def _traced_once(graph: Any, state: Any, *args: Any) -> Any:
     return nnx.merge(graph, state)(*args)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    return scale * jax.random.normal(key, shape)
+
+
 class Linear(nnx.Module):
     """y = x · kernel + bias, over the last axes of x; kernel [*inputs, *outputs], bias [*outputs]."""
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
-        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*inputs, *outputs)))
+        self.kernel = nnx.Param(_normal(rngs.params(), (*inputs, *outputs), scale))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
         self.axes = len(inputs)
 
@@ -79,7 +84,7 @@ class Embedding(nnx.Module):
     """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
 
     def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (entries, d)))
+        self.embedding = nnx.Param(_normal(rngs.params(), (entries, d), 0.02))
 
     def __call__(self, index_bt: Array) -> Array:
         return self.embedding[...].at[index_bt].get(mode="clip")
@@ -99,8 +104,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y - mean(y)
+        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
@@ -115,7 +120,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
 
 
@@ -138,8 +143,7 @@ def attend(
     )
     w_bkgts = query_key(q_btkgh, k_bksh)
     w_bkgts = jnp.where(at.mask_bts[:, None, None], w_bkgts, jnp.finfo(jnp.float32).min)
-    p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
-    return weigh_values(p_bkgts, v_bksh).reshape(b, t, n, h), kv
+    return weigh_values(w_bkgts, v_bksh).reshape(b, t, n, h), kv
 
 
 def _gelu_tanh(x: Array) -> Array:

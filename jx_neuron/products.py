@@ -19,6 +19,9 @@ from jax import Array
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
+LANES = 32
+"""A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
+
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 barrier = jax.lax.optimization_barrier
@@ -65,25 +68,43 @@ def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
         # the cache first: XLA then leaves the scores in their order, where the other way round it transposes them
         return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
     b, t, k, g, h = q_btkgh.shape
-    q_bkrh = barrier(_wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h))
     if g * t <= FEW:
+        q_bkrh = _wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h)
         w_bkrs = jnp.moveaxis(_in_one_pass(jnp.moveaxis(q_bkrh, 2, 0)[:, :, :, None], _wide(k_bksh)), 0, 2)
-    else:
-        w_bkrs = _dot(q_bkrh, _wide(k_bksh), 3)
+    else:  # tokens last, as products leave them
+        q_bkhr = _wide(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
+        w_bkrs = _dot(q_bkhr, _wide(k_bksh), 2, 3)
     return w_bkrs.reshape(b, k, g, t, -1)
 
 
-def weigh_values(p_bkgts: Array, v_bksh: Array) -> Array:
-    """p · v of each query head with its group's values: [b, t, k, g, h]."""
+def weigh_values(w_bkgts: Array, v_bksh: Array) -> Array:
+    """softmax(w) · v of each query head with its group's values: [b, t, k, g, h]; w is float32."""
+    if is_for_cpu() and v_bksh.dtype.itemsize == 4:  # the sum divides the result, which is smaller than the weights
+        e_bkgts = jnp.exp(w_bkgts - w_bkgts.max(-1, keepdims=True))
+        return _weigh(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
+    p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
     if not is_for_cpu():
         return jnp.einsum("bksh,bkgts->btkgh", v_bksh, p_bkgts)
+    return _weigh(p_bkgts, v_bksh).astype(v_bksh.dtype)
+
+
+def _weigh(p_bkgts: Array, v_bksh: Array) -> Array:
     b, k, g, t, s = p_bkgts.shape
     p_bkrs = barrier(_wide(p_bkgts).reshape(b, k, g * t, s))
     if g * t <= FEW and v_bksh.dtype.itemsize < 4:
         a_bkrh = jnp.stack([(p_bkrs[:, :, r, :, None] * _wide(v_bksh)).sum(2) for r in range(g * t)], 2)
     else:
-        a_bkrh = _dot(p_bkrs, _wide(v_bksh), 2)
-    return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4).astype(v_bksh.dtype)
+        a_bkrh = _dot(p_bkrs, _wide(v_bksh), 3, 2)
+    return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
+
+
+def mean(x: Array) -> Array:
+    """The mean over the last axis, which stays with a size of 1."""
+    lanes = math.gcd(x.shape[-1], LANES)
+    if not is_for_cpu() or lanes == 1:
+        return x.mean(-1, keepdims=True)
+    sums = barrier(x.reshape(*x.shape[:-1], -1, lanes).sum(-2))  # or XLA would join both sums
+    return sums.sum(-1, keepdims=True) / x.shape[-1]
 
 
 def outputs_first(kernel: AnyArray, axes: int) -> AnyArray:
@@ -121,10 +142,10 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(map(jnp.add, a, b))
 
 
-def _dot(x: Array, y: Array, axis: int) -> Array:
-    """x · y over the last axis of x and `axis` of y, those in front in common; XLA neither swaps nor fuses it."""
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    """x · y over an axis of each, all but the last two in common; XLA neither swaps nor fuses it."""
     common = tuple(range(x.ndim - 2))
-    return barrier(jax.lax.dot_general(barrier(x), y, (((x.ndim - 1,), (axis,)), (common, common))))
+    return barrier(jax.lax.dot_general(barrier(x), y, (((x_axis,), (y_axis,)), (common, common))))
 
 
 def _wide(x: Array) -> Array:

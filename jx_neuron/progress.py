@@ -1,12 +1,15 @@
-"""Progress bars on standard error, shown only where somebody watches."""
+"""Long work: progress bars on standard error, shown only where somebody watches, and work done ahead in threads."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def bar() -> Progress:
@@ -30,3 +33,27 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         for item in items:
             yield item
             progress.advance(task)
+
+
+def side_by_side(make: Callable[[T], Any], wanted: Sequence[T], description: str) -> None:
+    """make(one) of each of `wanted` under a bar, two at a time, which largely sequential work leaves room for."""
+    if not wanted:
+        return
+    pool = ThreadPoolExecutor(2)
+    try:
+        for _ in track(pool.map(make, wanted), description, len(wanted)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """read(item) of each in turn; another thread reads the next one while one is in use."""
+    reading = deque[Future[R]]()
+    with ThreadPoolExecutor(1) as thread:
+        for item in items:
+            reading.append(thread.submit(read, item))
+            if len(reading) > 1:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()

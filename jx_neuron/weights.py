@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.progress import track
+from jx_neuron.progress import ahead, track
 from jx_neuron.sharding import AXIS, Padding
 
 REPLICATED = PartitionSpec()
@@ -178,15 +178,14 @@ class Source:
     split: Callable[[str], PartitionSpec]
 
     def place(self, mesh: Mesh, turn: Callable[[str, np.ndarray], np.ndarray] = lambda _, array: array) -> Params:
-        """All parameters on the devices of `mesh`; the host holds one of them beside the model.
+        """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
         `turn` gives a parameter that is whole on every device another order of axes.
         """
         placed: Params = {}
-        for path in track(self.paths, "loading weights", len(self.paths)):
-            sharding = NamedSharding(mesh, self.split(path))
-            array = np.ascontiguousarray(turn(path, self.read(path)))
-            placed[path] = jax.device_put(array, sharding).block_until_ready()
+        read = ahead(lambda path: np.ascontiguousarray(turn(path, self.read(path))), self.paths)
+        for path, array in zip(track(self.paths, "loading weights", len(self.paths)), read, strict=True):
+            placed[path] = jax.device_put(array, NamedSharding(mesh, self.split(path))).block_until_ready()
         return dict(sorted(placed.items()))
 
     def ranks(self, tp_degree: int) -> "list[Rank]":

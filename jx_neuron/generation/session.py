@@ -90,13 +90,18 @@ class Session:
             engine.holder = weakref.ref(self)
         self.start_b = np.pad(start_b, (0, self._batch(self.count) - self.count))
 
-    def prefill(self, draw: Draw | None = None) -> Result:
-        """Fills the cache; the next token, as `draw` says, and the last logits of each prompt and of padding."""
-        for _, result in self.prefill_chunks(draw):  # noqa: B007
+    def prefill(self, draw: Draw | None = None, *, goes_on: bool = False) -> Result:
+        """Fills the cache; the next token, as `draw` says, and the last logits of each prompt and of padding.
+
+        Where it `goes_on`, the program of the token after that is made ready meanwhile.
+        """
+        for _, result in self.prefill_chunks(draw, goes_on=goes_on):  # noqa: B007
             pass
         return result
 
-    def prefill_chunks(self, draw: Draw | None = None, all_logits: bool = False) -> Iterator[tuple[Call, Result]]:
+    def prefill_chunks(
+        self, draw: Draw | None = None, *, all_logits: bool = False, goes_on: bool = False
+    ) -> Iterator[tuple[Call, Result]]:
         """The same call by call, with the logits of every token where asked."""
         self._enter(fresh=True)
         engine = self._engine
@@ -107,7 +112,12 @@ class Session:
             sizes = [size for size in engine.chunk_sizes if size in engine.buckets.context]
         inputs = idle(batch, engine.greedy_candidates) if draw is None else draw.inputs(batch)
         count = engine.greedy_candidates if draw is None else draw.candidates
-        yield from self._run(prefill_calls(rows, engine.buckets, held, sizes), inputs, count, all_logits)
+        calls = list(prefill_calls(rows, engine.buckets, held, sizes))
+        if not held:
+            shapes = [call.shape(count, all_logits) for call in calls]
+            following = Shape(self._batch(self.count), 1, engine.buckets.slots(max(map(len, rows)) + 1), count)
+            engine.runtime.compile([*shapes, following] if goes_on else shapes)
+        yield from self._run(calls, inputs, count, all_logits)
         self.start_b = np.array([len(row) for row in rows], np.int32)
         if engine.prompt_batch:
             self._take(np.minimum(np.arange(self._batch(self.count)) // self.copies, len(rows) - 1))
@@ -200,10 +210,8 @@ class Session:
     ) -> Iterator[tuple[Call, Result]]:
         for call in calls:
             self._enter()
-            batch, t = call.tokens_bt.shape
-            shape = Shape(batch, t, call.slots, count, all_logits and t > 1)
             try:
-                result = self._engine.runtime.run(shape, call.inputs() | inputs)
+                result = self._engine.runtime.run(call.shape(count, all_logits), call.inputs() | inputs)
             except BaseException:
                 self._engine.holder = None
                 raise

