@@ -19,6 +19,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
+from jx_neuron.generation.hf import CACHE
+
 THREADS = os.cpu_count() or 1
 Engine = Callable[[np.ndarray, int], np.ndarray]
 """Makes so many tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
@@ -143,8 +145,8 @@ class _Step(torch.nn.Module):
             input_ids=tokens_bt,
             position_ids=positions_bt,
             attention_mask=mask_11ts,
-            past_key_values=past,
             logits_to_keep=1,
+            **{CACHE: past},
         ).logits
         return logits[:, -1], *(cache for layer in past.layers for cache in (layer.keys, layer.values))
 

@@ -184,6 +184,8 @@ def hf_rates(raw: dict[str, Any], device: str, options: argparse.Namespace) -> l
     import torch
     import transformers
 
+    from jx_neuron.generation.hf import CACHE
+
     compiled = transformers.CompileConfig(fullgraph=True, dynamic=False)
     compiled._compile_all_devices = True
     config = transformers.AutoConfig.for_model(**raw)
@@ -196,12 +198,12 @@ def hf_rates(raw: dict[str, Any], device: str, options: argparse.Namespace) -> l
         model.generate(
             ids_bt,
             attention_mask=torch.ones_like(ids_bt),
-            past_key_values=cache,
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
             compile_config=compiled,
+            **{CACHE: cache},
         ).cpu()
         return time.perf_counter() - began
 

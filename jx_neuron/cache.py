@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.products import barrier, is_for_cpu
+from jx_neuron import products
+from jx_neuron.products import barrier, bits, is_for_cpu
 
 
 class LayerKV(NamedTuple):
@@ -54,26 +55,22 @@ def _put_row_by_row(buffer_bksh: Array, new_bkth: Array, start_b: Array) -> Arra
     dtype = buffer_bksh.dtype
     b, k, t, h = new_bkth.shape
     # one row of the buffer's memory a head, or XLA would keep the order of what makes it, and copy it twice
-    new_bkth = barrier(_bits(new_bkth).reshape(b, k, t * h)).reshape(b, k, t, h)
-    buffer_bksh = _bits(buffer_bksh)
+    new_bkth = barrier(bits(new_bkth).reshape(b, k, t * h)).reshape(b, k, t, h)
+    buffer_bksh = bits(buffer_bksh)
     for row, start in enumerate(start_b):
         at = (jnp.full_like(start, row), jnp.zeros_like(start), start, jnp.zeros_like(start))
         buffer_bksh = jax.lax.dynamic_update_slice(buffer_bksh, new_bkth[row : row + 1], at)
-    return jax.lax.bitcast_convert_type(barrier(buffer_bksh), dtype)
+    return products.from_bits(barrier(buffer_bksh), dtype)
 
 
 def to_bits(cache: Cache) -> Cache:
     """The same cache with 16-bit entries as uint16: how it lies between programs for a CPU."""
-    return jax.tree.map(_bits, cache)
+    return jax.tree.map(bits, cache)
 
 
 def from_bits(cache: Cache, dtype: Any) -> Cache:
     """The inverse of `to_bits`."""
-    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, dtype), cache)
-
-
-def _bits(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    return jax.tree.map(lambda x: products.from_bits(x, dtype), cache)
 
 
 def read(kv: LayerKV, slots: int) -> LayerKV:

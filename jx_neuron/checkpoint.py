@@ -79,7 +79,7 @@ class Checkpoint:
         """Tensor `name`, read anew: as stored, or float32 where it is quantized.
 
         Raises CheckpointError for a name that is not there and a file that cannot be read. Several threads
-        may read at once, but not from `.bin` files.
+        may read at once.
         """
         return self._tensor(name).load()
 

@@ -7,7 +7,7 @@ heads, MLP and vocabulary padded for tensor parallelism.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,14 +70,35 @@ class Linear(nnx.Module):
         self.axes = len(inputs)
 
     def __call__(self, x: Array) -> Array:
-        y = product(x, self.kernel[...], self.axes)
-        return y if self.bias is None else y + self.bias[...]
+        return _products(x, [self])[0]
 
 
-def kernels(module: nnx.Module) -> dict[str, int]:
-    """The kernel of each `Linear` of a model by dotted path, and how many input axes it has."""
-    found = nnx.iter_graph(module)
-    return {".".join(map(str, (*path, "kernel"))): node.axes for path, node in found if isinstance(node, Linear)}
+class Linears(nnx.Module):
+    """Linear layers of one input, by name; a CPU computes them as one product, over kernels that lie together."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Mapping[str, Sequence[int]], *, bias: bool, rngs: nnx.Rngs):
+        self.names = tuple(outputs)
+        for name, of in outputs.items():
+            setattr(self, name, Linear(inputs, of, bias=bias, rngs=rngs))
+
+    def __call__(self, x: Array) -> list[Array]:
+        """What each gives, in the order of their names."""
+        return _products(x, [getattr(self, name) for name in self.names])
+
+
+def _products(x: Array, linears: Sequence[Linear]) -> list[Array]:
+    found = product(x, [linear.kernel[...] for linear in linears], linears[0].axes)
+    return [y if linear.bias is None else y + linear.bias[...] for y, linear in zip(found, linears, strict=True)]
+
+
+def kernels(module: nnx.Module) -> dict[tuple[str, ...], int]:
+    """The kernels of a model by dotted path, those of a `Linears` together, and how many input axes they have."""
+    nodes = [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, Linear | Linears)]
+    several = {path: node for path, node in nodes if isinstance(node, Linears)}
+    alone = {path: node for path, node in nodes if isinstance(node, Linear) and path[:-1] not in several}
+    found = {tuple((*path, name) for name in of.names): getattr(of, of.names[0]).axes for path, of in several.items()}
+    found |= {(path,): node.axes for path, node in alone.items()}
+    return {tuple(".".join(map(str, (*path, "kernel"))) for path in of): axes for of, axes in found.items()}
 
 
 class Embedding(nnx.Module):

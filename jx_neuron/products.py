@@ -6,10 +6,11 @@ docs/benchmarks.md has the figures. Shape suffixes: m rows, k contracted, n colu
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from jax import Array
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
+STREAMS = {4: 3, 2: 2}
+"""Parts of a matrix that are read side by side in that pass, by bytes of its entries: a row loaded once serves each."""
+
 LANES = 32
 """A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
-
-AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 barrier = jax.lax.optimization_barrier
 
@@ -44,13 +46,16 @@ def is_for_cpu() -> bool:
     return _for_cpu.get()
 
 
-def product(x: Array, kernel: Array, axes: int) -> Array:
-    """x · kernel, over the last `axes` axes of x and the first of the kernel."""
+def product(x: Array, kernels: Sequence[Array], axes: int) -> list[Array]:
+    """x · kernel with each of `kernels`, over the last `axes` axes of x and the first of the kernel."""
     if not is_for_cpu():
-        return jnp.tensordot(x, kernel, axes=axes)
-    k = math.prod(kernel.shape[:axes])
-    y_mn = _product(x.reshape(-1, k), outputs_first(kernel, axes).reshape(-1, k))
-    return y_mn.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+        return [jnp.tensordot(x, kernel, axes=axes) for kernel in kernels]
+    rows, k = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
+    w_nk = barrier(together(kernels, axes).reshape(-1, k))
+    y_mn = _product(x.reshape(-1, k), from_bits(w_nk, kernels[0].dtype))
+    ends = accumulate(math.prod(kernel.shape[axes:]) for kernel in kernels)
+    parts = jnp.split(y_mn, list(ends)[:-1], axis=1)
+    return [part.reshape(*rows, *kernel.shape[axes:]) for part, kernel in zip(parts, kernels, strict=True)]
 
 
 def product_with_rows(x: Array, table_nk: Array) -> Array:
@@ -69,8 +74,11 @@ def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
         return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
     b, t, k, g, h = q_btkgh.shape
     if g * t <= FEW:
-        q_bkrh = _wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h)
-        w_bkrs = jnp.moveaxis(_in_one_pass(jnp.moveaxis(q_bkrh, 2, 0)[:, :, :, None], _wide(k_bksh)), 0, 2)
+        q_rbkh = _wide(q_btkgh).transpose(3, 1, 0, 2, 4).reshape(g * t, b, k, h)
+        if g * t == 1:  # a reduction of one result is read at half the rate
+            q_rbkh = jnp.pad(q_rbkh, ((0, 1), (0, 0), (0, 0), (0, 0)))
+        sums = _sums([_wide(k_bksh) * q_bkh[:, :, None] for q_bkh in barrier(q_rbkh)])
+        w_bkrs = jnp.stack(sums, 2) if g * t > 1 else (sums[0] + sums[1])[:, :, None]
     else:  # tokens last, as products leave them
         q_bkhr = _wide(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
         w_bkrs = _dot(q_bkhr, _wide(k_bksh), 2, 3)
@@ -107,35 +115,61 @@ def mean(x: Array) -> Array:
     return sums.sum(-1, keepdims=True) / x.shape[-1]
 
 
-def outputs_first(kernel: AnyArray, axes: int) -> AnyArray:
-    """A kernel [*inputs, *outputs] as [*outputs, *inputs], which is how a CPU reads it fastest."""
-    return kernel.transpose(*range(axes, kernel.ndim), *range(axes))
+def together(kernels: Sequence[Any], axes: int) -> Any:
+    """Kernels [*inputs, *outputs] of the same inputs as one array [n, *inputs] of `bits`, as a CPU reads them fastest.
+
+    n counts the outputs of one after the other's. Arrays are numpy's or JAX's, as they are given.
+    """
+    turned = [kernel.transpose(*range(axes, kernel.ndim), *range(axes)) for kernel in kernels]
+    flat = [kernel.reshape(-1, *kernel.shape[kernel.ndim - axes :]) for kernel in turned]
+    return (np if isinstance(flat[0], np.ndarray) else jnp).concatenate([bits(kernel) for kernel in flat])
 
 
-def inputs_first(kernel: Array, axes: int) -> Array:
-    """The inverse of `outputs_first`."""
-    return outputs_first(kernel, kernel.ndim - axes)
+def apart(joined: Array, shapes: Sequence[Sequence[int]], axes: int, dtype: Any) -> list[Array]:
+    """The inverse of `together`, where kernels are of `shapes`."""
+    ends = accumulate(math.prod(shape[axes:]) for shape in shapes)
+    parts = [from_bits(part, dtype) for part in jnp.split(joined, list(ends)[:-1])]
+    turned = [part.reshape(*shape[axes:], *shape[:axes]) for part, shape in zip(parts, shapes, strict=True)]
+    return [jnp.moveaxis(kernel, range(-axes, 0), range(axes)) for kernel in turned]
+
+
+def bits(x: Any) -> Any:
+    """16-bit numbers as uint16, and others as they are: XLA widens bfloat16 to do as little as take a part of it."""
+    return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: Any) -> Array:
+    """The inverse of `bits`."""
+    return jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _product(x_mk: Array, w_nk: Array) -> Array:
-    m, narrow, dtype = len(x_mk), w_nk.dtype.itemsize < 4, jnp.result_type(x_mk, w_nk)
-    x_mk, w_nk = _wide(x_mk), _wide(w_nk)
-    if m <= (4 * FEW if narrow else FEW) and (m > 1 or narrow):
-        y_mn = jnp.concatenate([_in_one_pass(x_mk[i : i + FEW, None], w_nk) for i in range(0, m, FEW)])
+    m, size, dtype = len(x_mk), w_nk.dtype.itemsize, jnp.result_type(x_mk, w_nk)
+    x_mk = _wide(x_mk)
+    if m <= (FEW if size == 4 else 4 * FEW):
+        parts = [x_mk[i : i + FEW] for i in range(0, m, FEW)]
+        y_mn = jnp.concatenate([_in_one_pass(part, w_nk, STREAMS[size]) for part in parts])
     else:  # without the barrier XLA would make it x · wᵀ, and transpose the matrix first
-        y_mn = barrier(w_nk @ x_mk.T).T
+        y_mn = barrier(_wide(w_nk) @ x_mk.T).T
     return y_mn.astype(dtype)
 
 
-def _in_one_pass(x: Array, w: Array) -> Array:
-    """w · x[m] for each m, summed over the last axis, in one reduction that reads, and widens, w once."""
-    m = len(x)
-    if m == 1:  # a reduction of one result is read at half the rate
-        x = jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1)))
-    x = barrier(x)  # what makes it would be fused, and done again for each output
-    zeros = tuple(jnp.zeros((), w.dtype) for _ in x)
-    y = jax.lax.reduce(tuple(w * row for row in x), zeros, _add, (w.ndim - 1,))
-    return (y[0] + y[1])[None] if m == 1 else jnp.stack(y)
+def _in_one_pass(x_mk: Array, w_nk: Array, streams: int) -> Array:
+    """x · wᵀ in one reduction, which reads, and widens, w once."""
+    n, m = len(w_nk), len(x_mk)
+    size = -(-n // streams)
+    starts = [min(i * size, n - size) for i in range(streams)]  # the last part may begin within the one before
+    x_mk = barrier(x_mk)  # what makes it would be fused, and done again for each output
+    y = _sums([_wide(w_nk[start : start + size]) * x_k for start in starts for x_k in x_mk])
+    parts = [jnp.stack(y[i * m : (i + 1) * m])[:, i * size - start :] for i, start in enumerate(starts)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _sums(terms: Sequence[Array]) -> Sequence[Array]:
+    """The sum of each over its last axis, in one reduction: what several read is read once."""
+    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
+    found: Sequence[Array] = jax.lax.reduce(tuple(terms), zeros, _add, (terms[0].ndim - 1,))
+    return found
 
 
 def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -48,12 +48,12 @@ def side_by_side(make: Callable[[T], Any], wanted: Sequence[T], description: str
 
 
 def ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """read(item) of each in turn; another thread reads the next one while one is in use."""
+    """read(item) of each in turn; two threads read the next ones while one is in use."""
     reading = deque[Future[R]]()
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(2) as threads:
         for item in items:
-            reading.append(thread.submit(read, item))
-            if len(reading) > 1:
+            reading.append(threads.submit(read, item))
+            if len(reading) > 2:
                 yield reading.popleft().result()
         while reading:
             yield reading.popleft().result()

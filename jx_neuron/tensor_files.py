@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ml_dtypes
@@ -136,6 +137,7 @@ class _TorchFile:
         self.mapped = zipfile.is_zipfile(path)  # files of torch < 1.6 are bare pickles
         self.resident = 0
         self.state: dict[str, Any] = {}
+        self.lock = Lock()
 
     def load(self) -> dict[str, Any]:
         import torch
@@ -162,14 +164,15 @@ class _TorchFile:
     def read(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         rows = np.empty(shape or (1,), dtype)
         step = max(1, TORCH_PAGES * len(rows) // max(1, rows.nbytes))
-        for at in range(0, len(rows), step):
-            if name not in self.state or self.resident > TORCH_PAGES:
-                self.state, self.resident = self.load(), 0
-            part = self.state[name].detach().reshape(rows.shape)[at : at + step].contiguous()
-            rows[at : at + step] = _numpy(part, dtype)
-            self.resident += part.nbytes if self.mapped else 0
-        if not self.mapped:
-            self.state.pop(name, None)
+        with self.lock:
+            for at in range(0, len(rows), step):
+                if name not in self.state or self.resident > TORCH_PAGES:
+                    self.state, self.resident = self.load(), 0
+                part = self.state[name].detach().reshape(rows.shape)[at : at + step].contiguous()
+                rows[at : at + step] = _numpy(part, dtype)
+                self.resident += part.nbytes if self.mapped else 0
+            if not self.mapped:
+                self.state.pop(name, None)
         return rows.reshape(shape)
 
 

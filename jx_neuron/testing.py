@@ -120,6 +120,8 @@ def _original_logits(model: Any, sequence: np.ndarray, steps: int) -> np.ndarray
     """HF's logits [len(sequence), v]: the prompt in one call, then `steps` tokens one at a time over its cache."""
     import torch
 
+    from jx_neuron.generation.hf import CACHE
+
     ids = torch.from_numpy(sequence.astype(np.int64))[None]
     prompt = len(sequence) - steps
     model.eval()
@@ -128,7 +130,7 @@ def _original_logits(model: Any, sequence: np.ndarray, steps: int) -> np.ndarray
         out = model(ids[:, :prompt], use_cache=True)
         logits = [out.logits[0]]
         for i in range(prompt, len(sequence)):
-            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(ids[:, i : i + 1], use_cache=True, **{CACHE: out[CACHE]})
             logits.append(out.logits[0])
         return np.asarray(torch.cat(logits).float().numpy())
 

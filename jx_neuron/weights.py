@@ -164,6 +164,15 @@ def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
         )
 
 
+Join = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Makes one array of several."""
+
+
+def joint(paths: Sequence[str]) -> str:
+    """The name of parameters that are placed as one array."""
+    return " ".join(paths)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model's parameters come from, one at a time: laid out, padded and cast, on the host.
@@ -177,15 +186,30 @@ class Source:
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
 
-    def place(self, mesh: Mesh, turn: Callable[[str, np.ndarray], np.ndarray] = lambda _, array: array) -> Params:
+    def place(
+        self,
+        mesh: Mesh,
+        joined: Mapping[tuple[str, ...], Join] | None = None,
+        put: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray,
+    ) -> Params:
         """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
-        `turn` gives a parameter that is whole on every device another order of axes.
+        Those of a key of `joined`, which are whole on every device, are placed as the one array that its function makes
+        of them, under the name that `joint` gives them. `put` says where an array lies before a device takes it.
         """
+        joins = joined or {}
+        of = {path: paths for paths in joins for path in paths}
+        wanted = list(dict.fromkeys(of.get(path, (path,)) for path in self.paths))
+
+        def read(paths: tuple[str, ...]) -> np.ndarray:
+            arrays = [self.read(path) for path in paths]
+            return joins[paths](arrays) if paths in joins else arrays[0]
+
         placed: Params = {}
-        read = ahead(lambda path: np.ascontiguousarray(turn(path, self.read(path))), self.paths)
-        for path, array in zip(track(self.paths, "loading weights", len(self.paths)), read, strict=True):
-            placed[path] = jax.device_put(array, NamedSharding(mesh, self.split(path))).block_until_ready()
+        arrays = zip(track(wanted, "loading weights", len(wanted)), ahead(read, wanted), strict=True)
+        for paths, array in arrays:
+            sharding = NamedSharding(mesh, REPLICATED if paths in joins else self.split(paths[0]))
+            placed[joint(paths)] = jax.device_put(put(array), sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
     def ranks(self, tp_degree: int) -> "list[Rank]":

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from jx_neuron import HuggingFaceGenerationModelAdapter, InputError, NeuronAutoModelForCausalLM
+from jx_neuron.generation.hf import CACHE
 
 ROWS, WIDTH, NEW = 2, 9, 14
 BEAMS = dict(num_beams=4, do_sample=False)
@@ -212,7 +213,7 @@ def test_a_cache_may_be_gone_on_from(pair: Pair, ids: torch.Tensor) -> None:
     whole = pair.ours.generate(ids, max_new_tokens=10, **options).sequences
     half = pair.ours.generate(ids, max_new_tokens=5, **options)
     pair.ours.generate(ids[:, :3], max_new_tokens=3, **options)
-    rest = pair.ours.generate(half.sequences, past_key_values=half.past_key_values, max_new_tokens=5, **options)
+    rest = pair.ours.generate(half.sequences, max_new_tokens=5, **options, **{CACHE: half[CACHE]})
     assert torch.equal(whole, rest.sequences)
 
 

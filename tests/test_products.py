@@ -16,6 +16,15 @@ from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.weights import from_params
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=2, n_head=12, vocab_size=1000, n_positions=64)
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=768,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    vocab_size=1000,
+)
 
 
 def for_cpu(function, *args):
@@ -31,15 +40,17 @@ def for_cpu(function, *args):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
     rng = np.random.default_rng(0)
-    x, kernel, table = (
-        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*rows, *inputs), (*inputs, 3, 5), (40, inputs[-1]))
-    )
-    wide_x, wide_kernel, wide_table = (np.asarray(a, np.float64) for a in (x, kernel, table))
+    shapes = (*rows, *inputs), (*inputs, 3, 5), (*inputs, 4), (40, inputs[-1])
+    x, *kernels, table = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    wide_x, *wide_kernels, wide_table = (np.asarray(a, np.float64) for a in (x, *kernels, table))
     for found, expected, most in (
-        (
-            for_cpu(lambda x, w: products.product(x, w, len(inputs)), x, kernel),
-            np.tensordot(wide_x, wide_kernel, len(inputs)),
-            4,
+        *(
+            (
+                for_cpu(lambda x, *w, i=i: products.product(x, w, len(inputs))[i], x, *kernels),
+                np.tensordot(wide_x, wide_kernel, len(inputs)),
+                4,
+            )
+            for i, wide_kernel in enumerate(wide_kernels)
         ),
         (for_cpu(products.product_with_rows, x, table), wide_x @ wide_table.T, 8),
     ):
@@ -50,27 +61,45 @@ def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
 
 def test_outside_of_a_cpu_s_programs_a_product_is_one_dot() -> None:
     x, kernel = jnp.ones((1, 1, 768)), jnp.ones((768, 12, 64))
-    traced = jax.make_jaxpr(lambda x, w: products.product(x, w, 1))(x, kernel)
+    traced = jax.make_jaxpr(lambda x, w: products.product(x, [w], 1))(x, kernel)
     assert [str(e.primitive) for e in traced.eqns if str(e.primitive) not in ("reshape", "transpose")] == [
         "dot_general"
     ]
 
 
-def test_kernels_are_turned_and_back() -> None:
-    kernel = jnp.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7)
-    turned = products.outputs_first(kernel, 2)
-    assert turned.shape == (5, 7, 2, 3)
-    np.testing.assert_array_equal(products.inputs_first(turned, 2), kernel)
+def test_kernels_are_put_together_and_taken_apart() -> None:
+    for dtype, held in (("float32", "float32"), ("bfloat16", "uint16")):
+        numbers = np.arange(2 * 3 * 5 * 7 + 2 * 3 * 4).astype(jnp.dtype(dtype))
+        kernels = [numbers[: 2 * 3 * 5 * 7].reshape(2, 3, 5, 7), numbers[2 * 3 * 5 * 7 :].reshape(2, 3, 4)]
+        joined = products.together(kernels, 2)
+        assert isinstance(joined, np.ndarray)
+        assert (joined.shape, joined.dtype) == ((5 * 7 + 4, 2, 3), held)
+        assert joined.view(jnp.dtype(dtype))[7 + 2, 1, 2] == kernels[0][1, 2, 1, 2]
+        shapes = [kernel.shape for kernel in kernels]
+        for found, kernel in zip(products.apart(jnp.asarray(joined), shapes, 2, dtype), kernels, strict=True):
+            np.testing.assert_array_equal(found, kernel)
 
 
 def test_the_kernels_of_a_model_are_those_of_its_linear_layers() -> None:
-    decoder = Decoder.from_config(GPT2)
-    found = kernels(decoder.bind(decoder.abstract_params("float32")))
-    assert found == {
-        f"h.{i}.{name}.kernel": axes
-        for i in range(2)
-        for name, axes in (("c_attn", 1), ("c_proj", 2), ("c_fc", 1), ("mlp_c_proj", 1))
-    }
+    for config, block, expected in (
+        (GPT2, "h", {"c_attn": 1, "c_proj": 2, "c_fc": 1, "mlp_c_proj": 1}),
+        (
+            LLAMA,
+            "layers",
+            {
+                "qkv.q_proj qkv.k_proj qkv.v_proj": 1,
+                "o_proj": 2,
+                "gate_up.gate_proj gate_up.up_proj": 1,
+                "down_proj": 1,
+            },
+        ),
+    ):
+        decoder = Decoder.from_config(config)
+        assert kernels(decoder.bind(decoder.abstract_params("float32"))) == {
+            tuple(f"{block}.{i}.{name}.kernel" for name in names.split()): axes
+            for i in range(2)
+            for names, axes in expected.items()
+        }
 
 
 def source(decoder, values, dtype):
@@ -79,13 +108,14 @@ def source(decoder, values, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_decode_copies_and_widens_no_weights(dtype, batch) -> None:
-    decoder, mesh = Decoder.from_config(GPT2), sharding.mesh(1)
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_decode_copies_and_widens_no_weights(config, dtype, batch) -> None:
+    decoder, mesh = Decoder.from_config(config), sharding.mesh(1)
     zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in decoder.abstract_params(dtype).items()}
     runtime = XlaRuntime(decoder, source(decoder, zeros, dtype), mesh, dtype)
-    program = runtime._program(Shape(batch, 1, 16)).as_text()
+    program = runtime._program(Shape(batch, 1, 16), 16).as_text()
     entry = program[program.index("\nENTRY") :]
-    least = 768 * 768
+    least = 256 * 768
     made = [
         line
         for line in entry.splitlines()

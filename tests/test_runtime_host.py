@@ -82,7 +82,7 @@ def test_host_and_xla_agree_whatever_is_asked(checkpoint: Path) -> None:
     )
     sampling = dict(top_k=20, top_p=0.9, temperature=1.3, seed=5, start_ids=[9, 0])
     np.testing.assert_array_equal(host.sample(ids, 60, **sampling), xla.sample(ids, 60, **sampling))
-    np.testing.assert_allclose(host(ids), xla(ids), atol=1e-5)
+    np.testing.assert_allclose(host(ids), xla(ids), atol=2e-5)
     np.testing.assert_array_equal(host.sample(ids, 60, **sampling), xla.sample(ids, 60, **sampling))  # cache left dirty
 
 

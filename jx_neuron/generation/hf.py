@@ -18,11 +18,16 @@ except ImportError as error:
     raise InputError(f"HuggingFaceGenerationModelAdapter takes torch ({error}): pip install torch") from None
 
 
+# its name among a model's arguments and results, which transformers 5.24 changed
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
 class DeviceCache(Cache):  # type: ignore[misc]
     """Stands for the cache on the devices in HF's generation loop: it knows its length, and passes on what to do."""
 
     is_compileable = False
     is_croppable = True
+    is_linear = (False,)  # of each layer; HF passes on what the cache lacks only where there is one that is not
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -90,13 +95,14 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *others: Any
     ) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DeviceCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = DeviceCache()
 
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        cache: DeviceCache | None = None,
         past_key_values: DeviceCache | None = None,
         logits_to_keep: int = 0,
         use_cache: bool | None = True,
@@ -106,6 +112,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         """Logits of `input_ids` [b, t], which follow what the cache holds.
 
         attention_mask: [b, tokens so far], 1 on real tokens.
+        cache:          what earlier calls left; `past_key_values` to older transformers.
         logits_to_keep: of how many last tokens; 0 for all.
 
         Raises InputError for what this model does not give: attentions, hidden states, embeddings going in.
@@ -116,7 +123,8 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
             raise InputError(f"{', '.join(asked)}: this model gives logits alone; call generate() without")
         ids_bt, mask = input_ids.cpu().numpy(), None if attention_mask is None else attention_mask.cpu().numpy()
         every = logits_to_keep != 1
-        cache = past_key_values if past_key_values is not None and use_cache else DeviceCache()
+        held = past_key_values if cache is None else cache
+        cache = held if held is not None and use_cache else DeviceCache()
         if given is not None:
             _check_positions(given.cpu().numpy(), cache, mask, ids_bt.shape)
         if cache.session is None:
@@ -127,7 +135,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
             logits_btv = cache.session.extend(ids_bt.astype(np.int32), every)
         cache.width += ids_bt.shape[1]
         kept = torch.from_numpy(logits_btv[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=kept, past_key_values=cache if use_cache else None)
+        return CausalLMOutputWithPast(logits=kept, **{CACHE: cache if use_cache else None})
 
     def _rows(self, ids_bt: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
         prompts.check(

@@ -200,7 +200,8 @@ class Session:
     def _held(self, batch: int) -> int:
         prefix = self._engine.prefix
         if prefix is None or not prefix.begins(self._rows):
-            self._engine.runtime.reset()
+            longest = max(map(len, self._rows))
+            self._engine.runtime.reset(self._engine.buckets.slots(min(longest + 1, self._engine.buckets.capacity)))
             return 0
         self._engine.runtime.reorder(np.zeros(batch, np.int32), prefix.cache)
         return min(len(prefix.tokens), max(map(len, self._rows)) - 1)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, layer
 from jx_neuron.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
 from jx_neuron.weights import Copy, W
 
@@ -77,9 +77,7 @@ class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         d, n, h, f = (cfg.sizes[c] for c in "dnhf")
         self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.q_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
-        self.k_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
-        self.v_proj = Linear((d,), (n, h), bias=False, rngs=rngs)
+        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=False, rngs=rngs)
         self.out_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
         self.fc_in = Linear((d,), (f,), bias=True, rngs=rngs)
         self.fc_out = Linear((f,), (d,), bias=True, rngs=rngs)
@@ -87,8 +85,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
         h_btd = self.ln_1(x_btd)
-        q_btnh, k_btkh = (rope_interleaved(proj(h_btd), by) for proj in (self.q_proj, self.k_proj))
-        a_btnh, kv = attend(q_btnh, k_btkh, self.v_proj(h_btd), kv, at)
+        q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
+        a_btnh, kv = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btnh, by), v_btnh, kv, at)
         m_btf = self.act(self.fc_in(h_btd))
         return x_btd + self.out_proj(a_btnh) + self.fc_out(m_btf), kv
 
@@ -120,9 +118,9 @@ WEIGHTS = (
     W("transformer.wte.weight", "wte.embedding", "v d -> v d", P("tp", None)),
     W(LAYER + "ln_1.weight", "h.{i}.ln_1.scale", "d -> d"),
     W(LAYER + "ln_1.bias", "h.{i}.ln_1.bias", "d -> d"),
-    W(LAYER + "attn.q_proj.weight", "h.{i}.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
-    W(LAYER + "attn.k_proj.weight", "h.{i}.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "attn.v_proj.weight", "h.{i}.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "attn.q_proj.weight", "h.{i}.qkv.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
+    W(LAYER + "attn.k_proj.weight", "h.{i}.qkv.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "attn.v_proj.weight", "h.{i}.qkv.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
     W(LAYER + "attn.out_proj.weight", "h.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
     W(LAYER + "mlp.fc_in.weight", "h.{i}.fc_in.kernel", "f d -> d f", P(None, "tp")),
     W(LAYER + "mlp.fc_in.bias", "h.{i}.fc_in.bias", "f -> f", P("tp")),

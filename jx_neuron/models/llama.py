@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, Linear, RMSNorm, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, layer
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.weights import Copy, W
 
@@ -92,23 +92,20 @@ class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
         self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.q_proj = Linear((d,), (n, h), bias=cfg.attention_bias, rngs=rngs)
-        self.k_proj = Linear((d,), (k, h), bias=cfg.attention_bias, rngs=rngs)
-        self.v_proj = Linear((d,), (k, h), bias=cfg.attention_bias, rngs=rngs)
+        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
+        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
         self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_proj = Linear((d,), (f,), bias=cfg.mlp_bias, rngs=rngs)
-        self.up_proj = Linear((d,), (f,), bias=cfg.mlp_bias, rngs=rngs)
+        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=cfg.mlp_bias, rngs=rngs)
         self.down_proj = Linear((f,), (d,), bias=cfg.mlp_bias, rngs=rngs)
         self.act = ACT[cfg.hidden_act]
 
     def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
-        h_btd = self.input_layernorm(x_btd)
-        q_btnh, k_btkh = (rope_half(proj(h_btd), by) for proj in (self.q_proj, self.k_proj))
-        a_btnh, kv = attend(q_btnh, k_btkh, self.v_proj(h_btd), kv, at)
+        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
+        a_btnh, kv = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, kv, at)
         x_btd = x_btd + self.o_proj(a_btnh)
-        h_btd = self.post_attention_layernorm(x_btd)
-        return x_btd + self.down_proj(self.act(self.gate_proj(h_btd)) * self.up_proj(h_btd)), kv
+        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
+        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), kv
 
 
 class Model(nnx.Module):
@@ -135,19 +132,19 @@ LAYER = "model.layers.{i}."
 WEIGHTS = (
     W("model.embed_tokens.weight", "embed_tokens.embedding", "v d -> v d", P("tp", None)),
     W(LAYER + "input_layernorm.weight", "layers.{i}.input_layernorm.scale", "d -> d"),
-    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
-    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.q_proj.bias", "(n h) -> n h", P("tp", None)),
-    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.k_proj.bias", "(k h) -> k h", P("tp", None)),
-    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.v_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.qkv.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
+    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.qkv.q_proj.bias", "(n h) -> n h", P("tp", None)),
+    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.qkv.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.qkv.k_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.qkv.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.qkv.v_proj.bias", "(k h) -> k h", P("tp", None)),
     W(LAYER + "self_attn.o_proj.weight", "layers.{i}.o_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
     W(LAYER + "self_attn.o_proj.bias", "layers.{i}.o_proj.bias", "d -> d"),
     W(LAYER + "post_attention_layernorm.weight", "layers.{i}.post_attention_layernorm.scale", "d -> d"),
-    W(LAYER + "mlp.gate_proj.weight", "layers.{i}.gate_proj.kernel", "f d -> d f", P(None, "tp")),
-    W(LAYER + "mlp.gate_proj.bias", "layers.{i}.gate_proj.bias", "f -> f", P("tp")),
-    W(LAYER + "mlp.up_proj.weight", "layers.{i}.up_proj.kernel", "f d -> d f", P(None, "tp")),
-    W(LAYER + "mlp.up_proj.bias", "layers.{i}.up_proj.bias", "f -> f", P("tp")),
+    W(LAYER + "mlp.gate_proj.weight", "layers.{i}.gate_up.gate_proj.kernel", "f d -> d f", P(None, "tp")),
+    W(LAYER + "mlp.gate_proj.bias", "layers.{i}.gate_up.gate_proj.bias", "f -> f", P("tp")),
+    W(LAYER + "mlp.up_proj.weight", "layers.{i}.gate_up.up_proj.kernel", "f d -> d f", P(None, "tp")),
+    W(LAYER + "mlp.up_proj.bias", "layers.{i}.gate_up.up_proj.bias", "f -> f", P("tp")),
     W(LAYER + "mlp.down_proj.weight", "layers.{i}.down_proj.kernel", "d f -> f d", P("tp", None)),
     W(LAYER + "mlp.down_proj.bias", "layers.{i}.down_proj.bias", "d -> d"),
     W("model.norm.weight", "norm.scale", "d -> d"),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, layer
 from jx_neuron.weights import Copy, W
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
@@ -66,9 +66,7 @@ class Block(nnx.Module):
         d, n, h, f = (cfg.sizes[c] for c in "dnhf")
         bias, affine = cfg.enable_bias, cfg.layer_norm_elementwise_affine
         self.self_attn_layer_norm = LayerNorm(d, EPSILON, affine=affine)
-        self.q_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
-        self.k_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
-        self.v_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
+        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=bias, rngs=rngs)
         self.out_proj = Linear((n, h), (d,), bias=bias, rngs=rngs)
         self.final_layer_norm = LayerNorm(d, EPSILON, affine=affine)
         self.fc1 = Linear((d,), (f,), bias=bias, rngs=rngs)
@@ -78,7 +76,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
         h_btd = self.self_attn_layer_norm(x_btd) if self.pre_norm else x_btd
-        a_btnh, kv = attend(self.q_proj(h_btd), self.k_proj(h_btd), self.v_proj(h_btd), kv, at)
+        q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
+        a_btnh, kv = attend(q_btnh, k_btnh, v_btnh, kv, at)
         x_btd = x_btd + self.out_proj(a_btnh)
         if not self.pre_norm:
             x_btd = self.self_attn_layer_norm(x_btd)
@@ -125,12 +124,12 @@ WEIGHTS = (
     W("model.decoder.final_layer_norm.bias", "final_layer_norm.bias", "d -> d"),
     W(LAYER + "self_attn_layer_norm.weight", "layers.{i}.self_attn_layer_norm.scale", "d -> d"),
     W(LAYER + "self_attn_layer_norm.bias", "layers.{i}.self_attn_layer_norm.bias", "d -> d"),
-    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
-    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.q_proj.bias", "(n h) -> n h", P("tp", None)),
-    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.k_proj.bias", "(k h) -> k h", P("tp", None)),
-    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.v_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.qkv.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
+    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.qkv.q_proj.bias", "(n h) -> n h", P("tp", None)),
+    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.qkv.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.qkv.k_proj.bias", "(k h) -> k h", P("tp", None)),
+    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.qkv.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
+    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.qkv.v_proj.bias", "(k h) -> k h", P("tp", None)),
     W(LAYER + "self_attn.out_proj.weight", "layers.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
     W(LAYER + "self_attn.out_proj.bias", "layers.{i}.out_proj.bias", "d -> d"),
     W(LAYER + "final_layer_norm.weight", "layers.{i}.final_layer_norm.scale", "d -> d"),

@@ -31,8 +31,8 @@ class Runtime(Protocol):
         """Runs the program of `shape` on `inputs` (those of `shape.inputs()`), reading and writing the cache."""
         ...
 
-    def reset(self) -> None:
-        """Says that what the cache holds is no longer needed."""
+    def reset(self, slots: int = 0) -> None:
+        """Says that what the cache holds is no longer needed, and that the next one has so many slots at least."""
         ...
 
     def keep(self) -> Any:

@@ -48,7 +48,7 @@ class HostRuntime:
         )
         return Result(token[1][0], Joined(logits[1], logits[0].partition.index(AXIS)))
 
-    def reset(self) -> None:
+    def reset(self, slots: int = 0) -> None:
         """The cache keeps its memory; positions yet to be written are masked."""
 
     def keep(self) -> Any:

@@ -72,7 +72,7 @@ class NeuronRuntime:
         first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
         return Result(first.numpy(), _Logits(self, _outputs(program)[1]))
 
-    def reset(self) -> None:
+    def reset(self, slots: int = 0) -> None:
         """The cache keeps its memory; positions yet to be written are masked."""
 
     def keep(self) -> Any:

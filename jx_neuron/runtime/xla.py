@@ -1,6 +1,7 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -16,15 +17,16 @@ from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
+from jx_neuron.pages import Pages, give_back
 from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
-from jx_neuron.weights import Params, Source
+from jx_neuron.weights import Params, Source, joint
 
 _take = jax.jit(kv.take)
 
 
 class XlaRuntime:
-    """Programs are compiled when first needed; the cache is as long as the largest bucket used since `reset`."""
+    """Programs are compiled when first needed; the cache is as long as `reset` said, and grows with larger buckets."""
 
     candidates = None
 
@@ -37,10 +39,13 @@ class XlaRuntime:
         self._cache_dtype = jnp.dtype(jnp.uint16) if self._one_cpu and self.dtype.itemsize == 2 else self.dtype
         # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
         model = cast(nnx.Module, decoder.bind(decoder.abstract_params(dtype)))
-        self._turned = nn.kernels(model) if self._one_cpu else {}
-        self._params = source.place(mesh, self._turn)
+        self._kernels = nn.kernels(model) if self._one_cpu else {}
+        joined = {paths: partial(products.together, axes=axes) for paths, axes in self._kernels.items()}
+        self._params = source.place(mesh, joined, Pages().put) if self._one_cpu else source.place(mesh)
+        give_back()
         self._programs: dict[tuple[Shape, int], Any] = {}
         self._cache: Cache | None = None
+        self._least_slots = 0
 
     def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
         cache = self._cache_for(shape)
@@ -49,8 +54,8 @@ class XlaRuntime:
         token_b1, logits, self._cache = program(self._params, cache, *(inputs[name] for name in shape.inputs()))
         return Result(token_b1, logits)
 
-    def reset(self) -> None:
-        self._cache = None
+    def reset(self, slots: int = 0) -> None:
+        self._cache, self._least_slots = None, slots
 
     def keep(self) -> Any:
         kept, self._cache = self._cache, None
@@ -61,12 +66,11 @@ class XlaRuntime:
             self._cache = _take(self._cache if kept is None else kept, index_b)
 
     def compile(self, shapes: list[Shape]) -> None:
-        wanted = [shape for shape in dict.fromkeys(shapes) if (shape, shape.slots) not in self._programs]
-        side_by_side(self._program, wanted, "compiling")
+        wanted = dict.fromkeys((shape, max(shape.slots, self._least_slots)) for shape in shapes)
+        side_by_side(lambda of: self._program(*of), [of for of in wanted if of not in self._programs], "compiling")
 
-    def _program(self, shape: Shape, slots: int | None = None) -> Any:
-        """The program of `shape` over a cache of `slots` slots, by default its own."""
-        slots = slots or shape.slots
+    def _program(self, shape: Shape, slots: int) -> Any:
+        """The program of `shape` over a cache of `slots` slots."""
         key = shape, slots
         if key not in self._programs:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -80,12 +84,11 @@ class XlaRuntime:
             )
             cache = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
+            give_back()
             with jax.set_mesh(self.mesh):
                 self._programs[key] = program.lower(self._params, cache, *inputs).compile()
+            give_back()
         return self._programs[key]
-
-    def _turn(self, path: str, array: np.ndarray) -> np.ndarray:
-        return products.outputs_first(array, self._turned[path]) if path in self._turned else array
 
     def _step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
         traced = step(self.decoder, shape)
@@ -93,9 +96,12 @@ class XlaRuntime:
             return traced
 
         def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
-            turned = {path: products.inputs_first(params[path], axes) for path, axes in self._turned.items()}
+            params, shapes = dict(params), self.decoder.shapes
+            for paths, axes in self._kernels.items():
+                kernels = products.apart(params.pop(joint(paths)), [shapes[path] for path in paths], axes, self.dtype)
+                params |= zip(paths, kernels, strict=True)
             with products.for_cpu():
-                token_b1, logits, cache = traced(params | turned, kv.from_bits(cache, self.dtype), *inputs)
+                token_b1, logits, cache = traced(params, kv.from_bits(cache, self.dtype), *inputs)
             return token_b1, logits, kv.to_bits(cache)
 
         return run
@@ -103,7 +109,8 @@ class XlaRuntime:
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache
         if cache is None or cache[0].k_bksh.shape[0] != shape.batch:
-            empty = self.decoder.abstract_cache(shape.batch, shape.slots, self._cache_dtype, self.mesh)
+            slots = max(shape.slots, self._least_slots)
+            empty = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
             return jax.device_put(zeros, jax.tree.map(lambda leaf: leaf.sharding, empty))
         if kv.slots(cache) < shape.slots:
