@@ -18,7 +18,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import LayerKV
-from jx_neuron.products import is_for_cpu, mean, product, product_with_rows, query_key, weigh_values
+from jx_neuron.products import is_for_cpu, mean, product, product_with_rows, query_blocks, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -162,9 +162,12 @@ def attend(
     q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
         1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
     )
-    w_bkgts = query_key(q_btkgh, k_bksh)
-    w_bkgts = jnp.where(at.mask_bts[:, None, None], w_bkgts, jnp.finfo(jnp.float32).min)
-    return weigh_values(w_bkgts, v_bksh).reshape(b, t, n, h), kv
+    parts = []
+    for first, last, slots in query_blocks(t, at.mask_bts.shape[-1]):
+        w_bkgts = query_key(q_btkgh[:, first:last], k_bksh[:, :, :slots])
+        w_bkgts = jnp.where(at.mask_bts[:, None, None, first:last, :slots], w_bkgts, jnp.finfo(jnp.float32).min)
+        parts.append(weigh_values(w_bkgts, v_bksh[:, :, :slots]))
+    return jnp.concatenate(parts, axis=1).reshape(b, t, n, h), kv
 
 
 def _gelu_tanh(x: Array) -> Array:

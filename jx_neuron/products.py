@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,13 @@ FEW = 8
 STREAMS = {4: 3, 2: 2}
 """Parts of a matrix that are read side by side in that pass, by bytes of its entries: a row loaded once serves each."""
 
+BLOCK = 128
+"""Queries that go through attention together, where later slots can be left out."""
+
 LANES = 32
 """A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
+
+T = TypeVar("T")
 
 barrier = jax.lax.optimization_barrier
 
@@ -46,6 +51,11 @@ def is_for_cpu() -> bool:
     return _for_cpu.get()
 
 
+def once(x: T) -> T:
+    """x, computed once: for a CPU, XLA would fuse what makes it with each of its uses."""
+    return barrier(x) if is_for_cpu() else x
+
+
 def product(x: Array, kernels: Sequence[Array], axes: int) -> list[Array]:
     """x · kernel with each of `kernels`, over the last `axes` axes of x and the first of the kernel."""
     if not is_for_cpu():
@@ -65,6 +75,17 @@ def product_with_rows(x: Array, table_nk: Array) -> Array:
     # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
     alone_nk = barrier(table_nk)
     return _product(x.reshape(-1, x.shape[-1]), alone_nk).reshape(*x.shape[:-1], -1)
+
+
+def query_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
+    """Queries to go through attention together: the first, the one after the last, and how many slots they may see.
+
+    Where as many tokens as slots go through, they stand at the slots' positions, and none sees those behind it.
+    """
+    if not is_for_cpu() or tokens != slots:
+        return [(0, tokens, slots)]
+    ends = [*range(BLOCK, tokens, BLOCK), tokens]
+    return [(first, end, end) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def query_key(q_btkgh: Array, k_bksh: Array) -> Array:

@@ -13,6 +13,7 @@ from jax import Array
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn import Span
+from jx_neuron.products import once
 
 __all__ = ["RopeScaling", "Rotation", "inverse_frequencies", "rope_half", "rope_interleaved", "rotation"]
 
@@ -35,7 +36,7 @@ def rotation(at: Span, frequencies: Array | np.ndarray, factor: float = 1.0) -> 
     angle = at.position_bt[..., None].astype(jnp.float32) * (
         frequencies if frequencies.ndim == 1 else frequencies[:, None]
     )
-    return Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor)
+    return once(Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor))
 
 
 def rope_half(x_btnh: Array, by: Rotation) -> Array:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jx_neuron import products, sharding
+from jx_neuron.cache import LayerKV
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
-from jx_neuron.nn import kernels
+from jx_neuron.nn import attend, kernels, span
 from jx_neuron.runtime.compiled import cpu_options
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.weights import from_params
@@ -140,3 +141,26 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
         found.append([np.asarray(r.logits_bv) for r in (prompt, runtime.run(Shape(2, 1, 16), after))])
     for wide, narrow in zip(*found, strict=True):
         assert np.abs(narrow - wide).max() < 0.05 * wide.std()
+
+
+def test_attention_in_blocks_is_that_over_all_slots() -> None:
+    tokens, rng = 2 * products.BLOCK + 44, np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, n, 8)), jnp.float32) for n in (6, 3, 3))
+    empty = LayerKV(*(jnp.zeros((2, 3, tokens, 8)) for _ in range(2)))
+    length_b = jnp.asarray([tokens, 70], jnp.int32)
+
+    def attention(q, k, v):
+        return attend(q, k, v, empty, span(jnp.zeros(2, jnp.int32), length_b, tokens, tokens))[0]
+
+    assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [products.BLOCK, 2 * products.BLOCK, tokens]
+    assert _traced_blocks(tokens, 2 * tokens) == [(0, tokens, 2 * tokens)]
+    wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, *(jnp.repeat(x, 2, axis=2) for x in (k, v))))
+    scores = np.einsum("btnh,bsnh->bnts", wide_q, wide_k) / np.sqrt(8)
+    weights = np.exp(np.where(np.tri(tokens, dtype=bool), scores, -np.inf))
+    expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), wide_v)
+    np.testing.assert_allclose(for_cpu(attention, q, k, v), expected, atol=3e-6)
+
+
+def _traced_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
+    with products.for_cpu():
+        return products.query_blocks(tokens, slots)
