@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron import products
+from jx_neuron.pages import Pages
 from jx_neuron.runtime.compiled import cpu_options
 
 LAYERS, NARROW, WIDE = 12, 768, 3072
@@ -48,10 +50,11 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
         for w in pair:
             exact = exact @ w.astype(np.float64)
     plain = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
-    turned = jax.tree.map(lambda w: jnp.asarray(products.outputs_first(w, 1), dtype), weights)
+    pages = Pages()
+    laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(products.together([np.asarray(w)], 1))), plain)
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
-        "ours": (jax.jit(ours, compiler_options=cpu_options(alone=True)), turned),
+        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=cpu_options(alone=True)), laid_out),
     }
     seconds: dict[str, list[float]] = {name: [] for name in chains}
     told: dict[str, float] = {}
@@ -78,9 +81,13 @@ def chain(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, we
     return x
 
 
-def ours(x: jax.Array, weights: Any) -> jax.Array:
+def ours(x: jax.Array, weights: Any, dtype: str) -> jax.Array:
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        kernels = products.apart(w, [w.shape[::-1]], 1, jnp.dtype(dtype))
+        return products.product(x, kernels, 1)[0]
+
     with products.for_cpu():
-        return chain(lambda x, w: products.product(x, products.inputs_first(w, 1), 1), x, weights)
+        return chain(product, x, weights)
 
 
 if __name__ == "__main__":
