@@ -26,8 +26,9 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(r: int, theta: float) -> np.ndarray:
-    """theta^(-2i/r) for i < r/2."""
-    return (1.0 / theta ** (np.arange(0, r, 2, dtype=np.float32) / r)).astype(np.float32)
+    """theta^(-2i/r) for i < r/2, float32 [r/2]: 1 / theta^(2i/r), rounded after each of its steps as HF's is."""
+    exponent_r = (np.arange(0, r, 2, dtype=np.float32) / np.float32(r)).astype(np.float64)
+    return np.float32(1) / (theta**exponent_r).astype(np.float32)  # numpy's float32 power is often one float32 off
 
 
 def rotation(at: Span, frequencies: Array | np.ndarray, factor: float = 1.0) -> Rotation:

@@ -110,6 +110,17 @@ def test_turning_agrees_with_hf() -> None:
     np.testing.assert_allclose(rope_interleaved(jnp.asarray(x), by), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("theta", [1e4, 1e5, 5e5, 1e6])
+@pytest.mark.parametrize("r", [64, 80, 128])
+def test_inverse_frequencies_are_hf_s_to_the_bit(r: int, theta: float) -> None:
+    config = transformers.LlamaConfig(head_dim=r, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    ours = inverse_frequencies(r, theta)
+    assert ours.dtype == np.float32
+    assert (ours == theirs).mean() > 0.95  # torch's own power is one float32 off here and there
+    np.testing.assert_allclose(ours, theirs, rtol=1.2e-7)
+
+
 def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
     at = Span(jnp.array([[3000]]), jnp.array([3001]), jnp.ones((1, 1, 1), bool))
     by = rotation(at, inverse_frequencies(HEAD, 10000.0))
