@@ -42,9 +42,10 @@ def rotation(at: Span, frequencies: Array | np.ndarray, factor: float = 1.0) -> 
 
 def rope_half(x_btnh: Array, by: Rotation) -> Array:
     """Rotates the pairs (i, i + h/2), as Llama does."""
-    cos, sin = by.cos_btr[:, :, None], by.sin_btr[:, :, None]
-    a, b = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_btnh.dtype)
+    cos, sin = (jnp.concatenate([angle, angle], axis=-1)[:, :, None] for angle in by)
+    x = x_btnh.astype(jnp.float32)
+    a, b = jnp.split(x, 2, axis=-1)
+    return (x * cos + jnp.concatenate([-b, a], axis=-1) * sin).astype(x_btnh.dtype)
 
 
 def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
