@@ -182,8 +182,8 @@ def _in_one_pass(x_mk: Array, w_nk: Array, streams: int) -> Array:
     starts = [min(i * size, n - size) for i in range(streams)]  # the last part may begin within the one before
     x_mk = barrier(x_mk)  # what makes it would be fused, and done again for each output
     y = _sums([_wide(w_nk[start : start + size]) * x_k for start in starts for x_k in x_mk])
-    parts = [jnp.stack(y[i * m : (i + 1) * m])[:, i * size - start :] for i, start in enumerate(starts)]
-    return jnp.concatenate(parts, axis=1)
+    pieces = [y[i * m + row][i * size - start :] for row in range(m) for i, start in enumerate(starts)]
+    return jnp.concatenate(pieces).reshape(m, n)
 
 
 def _sums(terms: Sequence[Array]) -> Sequence[Array]:
