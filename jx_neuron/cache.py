@@ -40,9 +40,12 @@ def grow(cache: Cache, slots: int) -> Cache:
 
 def write(kv: LayerKV, k_btkh: Array, v_btkh: Array, start_b: Array) -> LayerKV:
     """Writes t positions of each row from its `start_b` on; start_b + t must not exceed the slots."""
-    put = _put_row_by_row if is_for_cpu() else jax.vmap(_put)
-    pairs = zip(kv, (k_btkh, v_btkh), strict=True)
-    return LayerKV(*(put(buffer, new.swapaxes(1, 2).astype(buffer.dtype), start_b) for buffer, new in pairs))
+    k_bkth, v_bkth = (new.swapaxes(1, 2).astype(old.dtype) for old, new in zip(kv, (k_btkh, v_btkh), strict=True))
+    if is_for_cpu():
+        k_bksh = _put_row_by_row(kv.k_bksh, k_bkth, start_b, 2)
+        v_bkhs = _put_row_by_row(kv.v_bksh.swapaxes(2, 3), v_bkth.swapaxes(2, 3), start_b, 3)
+        return LayerKV(k_bksh, v_bkhs.swapaxes(2, 3))
+    return LayerKV(jax.vmap(_put)(kv.k_bksh, k_bkth, start_b), jax.vmap(_put)(kv.v_bksh, v_bkth, start_b))
 
 
 def _put(buffer_ksh: Array, new_kth: Array, start: Array) -> Array:
@@ -50,27 +53,28 @@ def _put(buffer_ksh: Array, new_kth: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice(buffer_ksh, new_kth, (zero, start, zero))
 
 
-def _put_row_by_row(buffer_bksh: Array, new_bkth: Array, start_b: Array) -> Array:
+def _put_row_by_row(buffer: Array, new: Array, start_b: Array, axis: int) -> Array:
     """In place on a CPU, where XLA copies what it fuses with other uses, and widens 16-bit caches whole to write."""
-    dtype = buffer_bksh.dtype
-    b, k, t, h = new_bkth.shape
+    dtype = buffer.dtype
     # one row of the buffer's memory a head, or XLA would keep the order of what makes it, and copy it twice
-    new_bkth = barrier(bits(new_bkth).reshape(b, k, t * h)).reshape(b, k, t, h)
-    buffer_bksh = bits(buffer_bksh)
+    new = barrier(bits(new).reshape(*new.shape[:2], -1)).reshape(new.shape)
+    buffer = bits(buffer)
     for row, start in enumerate(start_b):
-        at = (jnp.full_like(start, row), jnp.zeros_like(start), start, jnp.zeros_like(start))
-        buffer_bksh = jax.lax.dynamic_update_slice(buffer_bksh, new_bkth[row : row + 1], at)
-    return products.from_bits(barrier(buffer_bksh), dtype)
+        at = [jnp.full_like(start, row), *[jnp.zeros_like(start)] * 3]
+        at[axis] = start
+        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], at)
+    return products.from_bits(barrier(buffer), dtype)
 
 
-def to_bits(cache: Cache) -> Cache:
-    """The same cache with 16-bit entries as uint16: how it lies between programs for a CPU."""
-    return jax.tree.map(bits, cache)
+def packed(cache: Cache) -> Cache:
+    """The same cache as it lies between programs for a CPU: values as [b, k, h, s], and 16-bit entries as uint16."""
+    return tuple(LayerKV(bits(kv.k_bksh), bits(kv.v_bksh).swapaxes(2, 3)) for kv in cache)
 
 
-def from_bits(cache: Cache, dtype: Any) -> Cache:
-    """The inverse of `to_bits`."""
-    return jax.tree.map(lambda x: products.from_bits(x, dtype), cache)
+def unpacked(cache: Cache, dtype: Any) -> Cache:
+    """The inverse of `packed`."""
+    wide = jax.tree.map(lambda x: products.from_bits(x, dtype), cache)
+    return tuple(LayerKV(k_bksh, v_bkhs.swapaxes(2, 3)) for k_bksh, v_bkhs in wide)
 
 
 def read(kv: LayerKV, slots: int) -> LayerKV:

@@ -95,11 +95,7 @@ def query_key(q_btkgh: Array, k_bksh: Array) -> Array:
         return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
     b, t, k, g, h = q_btkgh.shape
     if g * t <= FEW:
-        q_rbkh = _wide(q_btkgh).transpose(3, 1, 0, 2, 4).reshape(g * t, b, k, h)
-        if g * t == 1:  # a reduction of one result is read at half the rate
-            q_rbkh = jnp.pad(q_rbkh, ((0, 1), (0, 0), (0, 0), (0, 0)))
-        sums = _sums([_wide(k_bksh) * q_bkh[:, :, None] for q_bkh in barrier(q_rbkh)])
-        w_bkrs = jnp.stack(sums, 2) if g * t > 1 else (sums[0] + sums[1])[:, :, None]
+        w_bkrs = _few(_wide(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh)
     else:  # tokens last, as products leave them
         q_bkhr = _wide(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
         w_bkrs = _dot(q_bkhr, _wide(k_bksh), 2, 3)
@@ -119,12 +115,19 @@ def weigh_values(w_bkgts: Array, v_bksh: Array) -> Array:
 
 def _weigh(p_bkgts: Array, v_bksh: Array) -> Array:
     b, k, g, t, s = p_bkgts.shape
-    p_bkrs = barrier(_wide(p_bkgts).reshape(b, k, g * t, s))
-    if g * t <= FEW and v_bksh.dtype.itemsize < 4:
-        a_bkrh = jnp.stack([(p_bkrs[:, :, r, :, None] * _wide(v_bksh)).sum(2) for r in range(g * t)], 2)
-    else:
-        a_bkrh = _dot(p_bkrs, _wide(v_bksh), 3, 2)
+    p_bkrs = _wide(p_bkgts).reshape(b, k, g * t, s)
+    a_bkrh = _few(p_bkrs, v_bksh.swapaxes(2, 3)) if g * t <= FEW else _dot(p_bkrs, _wide(v_bksh), 3, 2)
     return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
+
+
+def _few(x_bkrc: Array, y_bknc: Array) -> Array:
+    """x · yᵀ of few rows x, over c, in one reduction that reads y once: [b, k, r, n]."""
+    r = x_bkrc.shape[2]
+    x_rbkc = barrier(jnp.moveaxis(x_bkrc, 2, 0))
+    if r == 1:  # a reduction of one result is read at half the rate
+        x_rbkc = jnp.pad(x_rbkc, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    sums = _sums([_wide(y_bknc) * x_bkc[:, :, None] for x_bkc in x_rbkc])
+    return jnp.stack(sums, 2) if r > 1 else (sums[0] + sums[1])[:, :, None]
 
 
 def mean(x: Array) -> Array:

@@ -22,8 +22,6 @@ from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
 from jx_neuron.weights import Params, Source, joint
 
-_take = jax.jit(kv.take)
-
 
 class XlaRuntime:
     """Programs are compiled when first needed; the cache is as long as `reset` said, and grows with larger buckets."""
@@ -36,7 +34,6 @@ class XlaRuntime:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._one_cpu = on_cpu and mesh.size == 1
         self._options = compiled.cpu_options(alone=self._one_cpu) if on_cpu else {}
-        self._cache_dtype = jnp.dtype(jnp.uint16) if self._one_cpu and self.dtype.itemsize == 2 else self.dtype
         # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
         model = cast(nnx.Module, decoder.bind(decoder.abstract_params(dtype)))
         self._kernels = nn.kernels(model) if self._one_cpu else {}
@@ -82,7 +79,7 @@ class XlaRuntime:
                 out_shardings=(everywhere, split, caches),
                 compiler_options=self._options,
             )
-            cache = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
+            cache = self._abstract_cache(shape.batch, slots)
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
             with jax.set_mesh(self.mesh):
@@ -101,18 +98,33 @@ class XlaRuntime:
                 kernels = products.apart(params.pop(joint(paths)), [shapes[path] for path in paths], axes, self.dtype)
                 params |= zip(paths, kernels, strict=True)
             with products.for_cpu():
-                token_b1, logits, cache = traced(params, kv.from_bits(cache, self.dtype), *inputs)
-            return token_b1, logits, kv.to_bits(cache)
+                token_b1, logits, cache = traced(params, kv.unpacked(cache, self.dtype), *inputs)
+            return token_b1, logits, kv.packed(cache)
 
         return run
 
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache
         if cache is None or cache[0].k_bksh.shape[0] != shape.batch:
-            slots = max(shape.slots, self._least_slots)
-            empty = self.decoder.abstract_cache(shape.batch, slots, self._cache_dtype, self.mesh)
+            empty = self._abstract_cache(shape.batch, max(shape.slots, self._least_slots))
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
             return jax.device_put(zeros, jax.tree.map(lambda leaf: leaf.sharding, empty))
         if kv.slots(cache) < shape.slots:
-            return jax.jit(kv.grow, static_argnums=1)(cache, shape.slots)
+            return (_grow_packed if self._one_cpu else _grow)(cache, shape.slots)
         return cache
+
+    def _abstract_cache(self, batch: int, slots: int) -> Cache:
+        cache = self.decoder.abstract_cache(batch, slots, self.dtype, self.mesh)
+        if not self._one_cpu:
+            return cache
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), jax.eval_shape(kv.packed, cache))
+
+
+def _grown(cache: Cache, slots: int) -> Cache:
+    return kv.packed(kv.grow(kv.unpacked(cache, cache[0].k_bksh.dtype), slots))
+
+
+_take = jax.jit(kv.take)
+_grow = jax.jit(kv.grow, static_argnums=1)
+_grow_packed = jax.jit(_grown, static_argnums=1)
