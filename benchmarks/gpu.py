@@ -14,7 +14,7 @@ of runs.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -33,6 +33,7 @@ from jx_neuron.models.known import KNOWN
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.published import CONFIGS
 from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.weights import Params, joint
 
 MODELS: dict[str, dict[str, Any]] = {
     "gptj-6b": KNOWN["EleutherAI/gpt-j-6B"],
@@ -59,15 +60,20 @@ class Drawn:
 
     decoder: Decoder
 
-    def place(self, mesh: Mesh, turn: Callable[[str, Any], Any]) -> dict[str, jax.Array]:
-        """All parameters on the one device of `mesh`."""
+    def place(
+        self, mesh: Mesh, joined: Mapping[tuple[str, ...], Callable[[Any], Any]] | None = None, put: Any = None
+    ) -> Params:
+        """All parameters on the one device of `mesh`; those of a key of `joined` as one, as of weights.Source.place."""
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return 0.02 * jax.random.normal(key, shape, DTYPE)
 
         drawn = jax.jit(draw, static_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
         shapes = sorted(self.decoder.abstract_params(DTYPE).items())
-        return {path: turn(path, drawn(jax.random.key(n), of.shape)) for n, (path, of) in enumerate(shapes)}
+        placed = {path: drawn(jax.random.key(n), of.shape) for n, (path, of) in enumerate(shapes)}
+        for paths, join in (joined or {}).items():
+            placed[joint(paths)] = join([placed.pop(path) for path in paths])
+        return dict(sorted(placed.items()))
 
 
 def main() -> None:
