@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron import sharding
-from jx_neuron.cache import Cache, packed
+from jx_neuron.cache import Cache, Stack
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.runtime.xla import XlaRuntime
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def empty(decoder: Decoder, batch: int, slots: int, dtype: np.dtype) -> Cache:
-    return packed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.abstract_cache(batch, slots, dtype)))
+    return Stack.of(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.abstract_cache(batch, slots, dtype)))
 
 
 def step(runtime: XlaRuntime, shape: Shape) -> float:

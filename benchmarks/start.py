@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 CHILD = """
-import json, sys, time
+import json, math, sys, time
 began = time.perf_counter()
 told = {}
 def tell(what):
@@ -36,7 +36,7 @@ tell("load")
 ids = model.tokenizer("The capital of France is")["input_ids"]
 next(iter(model.stream([ids], len(ids) + 8)))
 tell("first_token")
-parameters = sum(x.nbytes for x in model.runtime._params.values())
+parameters = 4 * sum(map(math.prod, model.runtime.decoder.shapes.values()))
 print(json.dumps(told | {"peak_over_checkpoint": (memory("VmHWM") - before) / parameters}))
 """
 

@@ -16,7 +16,7 @@ from jx_neuron import register
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.cli import main
 from jx_neuron.hf_config import HFConfig, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, through
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.weights import W
 
@@ -87,11 +87,8 @@ class Model(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
-        x_btd, by, written = self.embed_in(tokens_bt), self.cfg.rope(at), []
-        for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, kv = layer(block, x_btd, kv, at, by)  # noqa: PLW2901
-            written.append(kv)
-        return self.final_layer_norm(x_btd), tuple(written)
+        x_btd, cache = through(self.layers, self.embed_in(tokens_bt), cache, at, self.cfg.rope(at))
+        return self.final_layer_norm(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
         return self.embed_out.attend(x_btd)

@@ -89,7 +89,7 @@ class NeuronAutoModelForCausalLM(Answering):
         tp_degree:               how many cores share the model.
         amp:                     dtype of weights and cache: f32, f16 or bf16.
         context_length_estimate: longest prompt that goes through in one piece, or a list of context buckets.
-        context_unroll, unroll:  of transformers-neuronx; have no effect, as all layers are unrolled.
+        context_unroll, unroll:  of transformers-neuronx; have no effect: programs for Neuron have every layer.
         backend:                 "xla" runs the model through jax.jit, "host" runs its lowered programs on host
                                  devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
                                  is one, else xla.

@@ -7,18 +7,22 @@ heads, MLP and vocabulary padded for tensor parallelism.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from jx_neuron import cache
-from jx_neuron.cache import LayerKV
-from jx_neuron.products import is_for_cpu, mean, product, product_with_rows, query_blocks, query_key, weigh_values
+from jx_neuron.cache import KV, Cache, Part, Stack
+from jx_neuron.products import mean, product, product_with_rows, query_blocks, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -42,17 +46,79 @@ def span(start_b: Array, length_b: Array, tokens: int, slots: int) -> Span:
     return Span(position_bt, start_b + length_b, mask_bts)
 
 
-def layer(block: Callable[..., Any], *args: Any) -> Any:
-    """block(*args), where `block` is a module: one of a model's layers.
+class Layered(NamedTuple):
+    """A parameter of one of a model's layers, where what each layer has of them lies in one array: of(layer)[which]."""
 
-    For a CPU, layers that differ in their parameters alone are traced once.
+    of: Callable[[Any], Sequence[Array]]
+    which: int
+    layer: int
+
+
+_layered: ContextVar[Mapping[int, Layered]] = ContextVar("_layered", default=MappingProxyType({}))
+
+
+@contextmanager
+def lying_together(parameters: Sequence[tuple[Array, Layered]]) -> Iterator[None]:
+    """In this context `through` knows what those parameters are that a model is bound to."""
+    token = _layered.set({id(array): of for array, of in parameters})
+    try:
+        yield
+    finally:
+        _layered.reset(token)
+
+
+def through(layers: Sequence[Callable[..., Any]], x: Array, cache: Cache, *args: Any) -> tuple[Array, Cache]:
+    """x through a model's `layers`, modules called as layer(x, their part of the cache, *args), and the cache written.
+
+    For a CPU, layers that differ in their parameters alone are traced once, and where these lie together the program
+    goes through them in a loop.
     """
-    return _traced_once(*nnx.split(block), *args) if is_for_cpu() else block(*args)
+    if not isinstance(cache, Stack):
+        written = []
+        for layer, kv in zip(layers, cache, strict=True):
+            x, kv = layer(x, kv, *args)  # noqa: PLW2901
+            written.append(kv)
+        return x, tuple(written)
+    graphs, states = zip(*map(nnx.split, layers), strict=True)
+    if (state_at := _looped(graphs, states)) is not None:
+
+        def layer_at(layer: Any, given: tuple[Array, Stack]) -> tuple[Array, Stack]:
+            return _layer(graphs[0], state_at(layer), layer, given, *args)
+
+        if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, cache))) == _kinds((x, cache)):
+            return jax.lax.fori_loop(0, len(states), layer_at, (x, cache))
+    for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+        x, cache = _traced_once(graph, state, np.int32(i), (x, cache), *args)
+    return x, cache
 
 
-@partial(jax.jit, static_argnums=0)
-def _traced_once(graph: Any, state: Any, *args: Any) -> Any:
-    return nnx.merge(graph, state)(*args)
+def _layer(graph: Any, state: Any, layer: Any, given: tuple[Array, Stack], *args: Any) -> tuple[Array, Stack]:
+    x, cache = given
+    x, kv = nnx.merge(graph, state)(x, Part(cache, layer), *args)
+    return x, kv.stack
+
+
+_traced_once = jax.jit(_layer, static_argnums=0)
+
+
+def _looped(graphs: Sequence[Any], states: Sequence[Any]) -> Callable[[Any], Any] | None:
+    """What gives the state of any layer, where layers are alike and their parameters lie together."""
+    known = _layered.get()
+    leaves = [[known.get(id(leaf)) for leaf in jax.tree.leaves(state)] for state in states]
+    first = [layered for layered in leaves[0] if layered is not None]
+    for i, (graph, layer) in enumerate(zip(graphs, leaves, strict=True)):
+        if graph != graphs[0] or layer != [layered._replace(layer=i) for layered in first]:
+            return None
+
+    def state_at(layer: Any) -> Any:
+        found = {of: of(layer) for of in dict.fromkeys(layered.of for layered in first)}
+        return jax.tree.unflatten(jax.tree.structure(states[0]), [found[of][which] for of, which, _ in first])
+
+    return state_at
+
+
+def _kinds(given: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given)]
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -146,8 +212,8 @@ class RMSNorm(nnx.Module):
 
 
 def attend(
-    q_btnh: Array, k_btkh: Array, v_btkh: Array, kv: LayerKV, at: Span, scale: float | None = None
-) -> tuple[Array, LayerKV]:
+    q_btnh: Array, k_btkh: Array, v_btkh: Array, kv: KV, at: Span, scale: float | None = None
+) -> tuple[Array, KV]:
     """Writes keys and values to the cache, then attends to the slots that `at` allows.
 
     softmax(scale · q · kᵀ) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)

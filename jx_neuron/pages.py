@@ -1,8 +1,10 @@
 """Memory for what a CPU reads again and again: in large pages, of which it reads a third more in the same time."""
 
 import ctypes
+import math
 import mmap
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +21,18 @@ class Pages:
     def __init__(self) -> None:
         self._chunk, self._used = np.empty(0, np.uint8), 0
 
-    def put(self, array: np.ndarray) -> np.ndarray:
-        """A copy of `array` in these pages, its last axis innermost."""
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array in these pages, its last axis innermost, not yet filled."""
+        size = math.prod(shape) * dtype.itemsize
         start = -(-self._used // ALIGNMENT) * ALIGNMENT
-        if start + array.nbytes > self._chunk.size:
-            self._chunk, start = _pages(max(array.nbytes, CHUNK)), 0
-        self._used = start + array.nbytes
-        copy = self._chunk[start : self._used].view(array.dtype).reshape(array.shape)
+        if start + size > self._chunk.size:
+            self._chunk, start = _pages(max(size, CHUNK)), 0
+        self._used = start + size
+        return self._chunk[start : self._used].view(dtype).reshape(shape)
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        """A copy of `array` in these pages."""
+        copy = self.empty(array.shape, array.dtype)
         copy[...] = array
         return copy
 

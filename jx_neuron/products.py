@@ -33,13 +33,14 @@ T = TypeVar("T")
 
 barrier = jax.lax.optimization_barrier
 
-_for_cpu: ContextVar[bool] = ContextVar("_for_cpu", default=False)
+_for_cpu: ContextVar[dict[tuple[int, ...], tuple[Array, list[Array]]] | None] = ContextVar("_for_cpu", default=None)
+"""What was taken apart for the program that is traced, if that is for a CPU, by the parts' ids."""
 
 
 @contextmanager
 def for_cpu() -> Iterator[None]:
     """Products traced in this context are for one CPU device."""
-    token = _for_cpu.set(True)
+    token = _for_cpu.set({})
     try:
         yield
     finally:
@@ -48,7 +49,7 @@ def for_cpu() -> Iterator[None]:
 
 def is_for_cpu() -> bool:
     """Whether what is traced is for one CPU device."""
-    return _for_cpu.get()
+    return _for_cpu.get() is not None
 
 
 def once(x: T) -> T:
@@ -61,8 +62,8 @@ def product(x: Array, kernels: Sequence[Array], axes: int) -> list[Array]:
     if not is_for_cpu():
         return [jnp.tensordot(x, kernel, axes=axes) for kernel in kernels]
     rows, k = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
-    w_nk = barrier(together(kernels, axes).reshape(-1, k))
-    y_mn = _product(x.reshape(-1, k), from_bits(w_nk, kernels[0].dtype))
+    x_mk, w_nk, dtype = x.reshape(-1, k), together(kernels, axes), kernels[0].dtype
+    y_mn = _product(x_mk, w_nk if are_few(len(x_mk), dtype) else barrier(w_nk), dtype)
     ends = accumulate(math.prod(kernel.shape[axes:]) for kernel in kernels)
     parts = jnp.split(y_mn, list(ends)[:-1], axis=1)
     return [part.reshape(*rows, *kernel.shape[axes:]) for part, kernel in zip(parts, kernels, strict=True)]
@@ -73,8 +74,8 @@ def product_with_rows(x: Array, table_nk: Array) -> Array:
     if not is_for_cpu():
         return jnp.einsum("...k,nk->...n", x, table_nk)
     # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
-    alone_nk = barrier(table_nk)
-    return _product(x.reshape(-1, x.shape[-1]), alone_nk).reshape(*x.shape[:-1], -1)
+    alone_nk = bits(barrier(table_nk))
+    return _product(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype).reshape(*x.shape[:-1], -1)
 
 
 def query_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
@@ -140,21 +141,26 @@ def mean(x: Array) -> Array:
 
 
 def together(kernels: Sequence[Any], axes: int) -> Any:
-    """Kernels [*inputs, *outputs] of the same inputs as one array [n, *inputs] of `bits`, as a CPU reads them fastest.
+    """Kernels [*inputs, *outputs] of the same inputs as one array [n, k] of `bits`, as a CPU reads them fastest.
 
-    n counts the outputs of one after the other's. Arrays are numpy's or JAX's, as they are given.
+    n counts the outputs of one after the other's, k the inputs. Arrays are numpy's or JAX's, as they are given.
     """
+    if (found := (_for_cpu.get() or {}).get(tuple(map(id, kernels)))) is not None:
+        return found[0]  # which XLA does not find again where they are parts of a part
     turned = [kernel.transpose(*range(axes, kernel.ndim), *range(axes)) for kernel in kernels]
-    flat = [kernel.reshape(-1, *kernel.shape[kernel.ndim - axes :]) for kernel in turned]
+    flat = [kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - axes :])) for kernel in turned]
     return (np if isinstance(flat[0], np.ndarray) else jnp).concatenate([bits(kernel) for kernel in flat])
 
 
-def apart(joined: Array, shapes: Sequence[Sequence[int]], axes: int, dtype: Any) -> list[Array]:
+def apart(joined_nk: Array, shapes: Sequence[Sequence[int]], axes: int, dtype: Any) -> list[Array]:
     """The inverse of `together`, where kernels are of `shapes`."""
     ends = accumulate(math.prod(shape[axes:]) for shape in shapes)
-    parts = [from_bits(part, dtype) for part in jnp.split(joined, list(ends)[:-1])]
+    parts = [from_bits(part, dtype) for part in jnp.split(joined_nk, list(ends)[:-1])]
     turned = [part.reshape(*shape[axes:], *shape[:axes]) for part, shape in zip(parts, shapes, strict=True)]
-    return [jnp.moveaxis(kernel, range(-axes, 0), range(axes)) for kernel in turned]
+    kernels = [jnp.moveaxis(kernel, range(-axes, 0), range(axes)) for kernel in turned]
+    if (known := _for_cpu.get()) is not None:
+        known[tuple(map(id, kernels))] = joined_nk, kernels
+    return kernels
 
 
 def bits(x: Any) -> Any:
@@ -167,24 +173,31 @@ def from_bits(x: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _product(x_mk: Array, w_nk: Array) -> Array:
-    m, size, dtype = len(x_mk), w_nk.dtype.itemsize, jnp.result_type(x_mk, w_nk)
+def are_few(rows: int, dtype: Any) -> bool:
+    """Whether so many rows are multiplied in passes over a matrix, which then need not lie alone in memory."""
+    return rows <= (FEW if jnp.dtype(dtype).itemsize == 4 else 4 * FEW)
+
+
+def _product(x_mk: Array, w_nk: Array, dtype: Any) -> Array:
+    """x · wᵀ, where w is `bits` of `dtype`."""
+    m, narrow = len(x_mk), jnp.result_type(x_mk, dtype)
     x_mk = _wide(x_mk)
-    if m <= (FEW if size == 4 else 4 * FEW):
+    if are_few(m, dtype):
         parts = [x_mk[i : i + FEW] for i in range(0, m, FEW)]
-        y_mn = jnp.concatenate([_in_one_pass(part, w_nk, STREAMS[size]) for part in parts])
+        y_mn = jnp.concatenate([_in_one_pass(part, w_nk, dtype) for part in parts])
     else:  # without the barrier XLA would make it x · wᵀ, and transpose the matrix first
-        y_mn = barrier(_wide(w_nk) @ x_mk.T).T
-    return y_mn.astype(dtype)
+        y_mn = barrier(_wide(from_bits(w_nk, dtype)) @ x_mk.T).T
+    return y_mn.astype(narrow)
 
 
-def _in_one_pass(x_mk: Array, w_nk: Array, streams: int) -> Array:
-    """x · wᵀ in one reduction, which reads, and widens, w once."""
-    n, m = len(w_nk), len(x_mk)
+def _in_one_pass(x_mk: Array, w_nk: Array, dtype: Any) -> Array:
+    """The same in one reduction, which reads, and widens, w once."""
+    n, m, streams = len(w_nk), len(x_mk), STREAMS[w_nk.dtype.itemsize]
     size = -(-n // streams)
     starts = [min(i * size, n - size) for i in range(streams)]  # the last part may begin within the one before
     x_mk = barrier(x_mk)  # what makes it would be fused, and done again for each output
-    y = _sums([_wide(w_nk[start : start + size]) * x_k for start in starts for x_k in x_mk])
+    parts = [_wide(from_bits(w_nk[start : start + size], dtype)) for start in starts]
+    y = _sums([part * x_k for part in parts for x_k in x_mk])
     pieces = [y[i * m + row][i * size - start :] for row in range(m) for i, start in enumerate(starts)]
     return jnp.concatenate(pieces).reshape(m, n)
 

@@ -190,12 +190,12 @@ class Source:
         self,
         mesh: Mesh,
         joined: Mapping[tuple[str, ...], Join] | None = None,
-        put: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray,
+        put: Callable[[str, np.ndarray], np.ndarray] = lambda _, array: np.ascontiguousarray(array),
     ) -> Params:
         """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
         Those of a key of `joined`, which are whole on every device, are placed as the one array that its function makes
-        of them, under the name that `joint` gives them. `put` says where an array lies before a device takes it.
+        of them, under the name that `joint` gives them. `put` lays an array of that name where a device is to take it.
         """
         joins = joined or {}
         of = {path: paths for paths in joins for path in paths}
@@ -209,7 +209,7 @@ class Source:
         arrays = zip(track(wanted, "loading weights", len(wanted)), ahead(read, wanted), strict=True)
         for paths, array in arrays:
             sharding = NamedSharding(mesh, REPLICATED if paths in joins else self.split(paths[0]))
-            placed[joint(paths)] = jax.device_put(put(array), sharding).block_until_ready()
+            placed[joint(paths)] = jax.device_put(put(joint(paths), array), sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
     def ranks(self, tp_degree: int) -> "list[Rank]":

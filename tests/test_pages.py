@@ -42,7 +42,7 @@ def test_a_device_takes_them_without_another_copy() -> None:
     source = Source(list(values), values.__getitem__, lambda path: jax.sharding.PartitionSpec())
     put = []
 
-    def kept(array: np.ndarray) -> np.ndarray:
+    def kept(name: str, array: np.ndarray) -> np.ndarray:
         put.append(pages.put(array))
         return put[-1]
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, through
 from jx_neuron.weights import Copy, W
 
 
@@ -94,11 +94,8 @@ class Model(nnx.Module):
 
     def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
         x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
-        layers = []
-        for block, kv in zip(self.h, cache, strict=True):
-            x_btd, written = layer(block, x_btd, kv, at)
-            layers.append(written)
-        return self.ln_f(x_btd), tuple(layers)
+        x_btd, cache = through(self.h, x_btd, cache, at)
+        return self.ln_f(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)

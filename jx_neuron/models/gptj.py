@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
 from jx_neuron.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
 from jx_neuron.weights import Copy, W
 
@@ -103,11 +103,8 @@ class Model(nnx.Module):
     def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
         x_btd = self.wte(tokens_bt)
         by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
-        layers = []
-        for block, kv in zip(self.h, cache, strict=True):
-            x_btd, written = layer(block, x_btd, kv, at, by)
-            layers.append(written)
-        return self.ln_f(x_btd), tuple(layers)
+        x_btd, cache = through(self.h, x_btd, cache, at, by)
+        return self.ln_f(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd) + self.lm_head_bias[...]

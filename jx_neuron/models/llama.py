@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, through
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.weights import Copy, W
 
@@ -118,11 +118,8 @@ class Model(nnx.Module):
 
     def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
         x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
-        layers = []
-        for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, written = layer(block, x_btd, kv, at, by)
-            layers.append(written)
-        return self.norm(x_btd), tuple(layers)
+        x_btd, cache = through(self.layers, x_btd, cache, at, by)
+        return self.norm(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
         return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)

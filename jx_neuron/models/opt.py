@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, layer
+from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
 from jx_neuron.weights import Copy, W
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
@@ -103,11 +103,8 @@ class Model(nnx.Module):
         if self.project_in is not None:
             x_btd = self.project_in(x_btd)
         x_btd = x_btd + self.embed_positions(at.position_bt + OFFSET)
-        layers = []
-        for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, written = layer(block, x_btd, kv, at)
-            layers.append(written)
-        return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), tuple(layers)
+        x_btd, cache = through(self.layers, x_btd, cache, at)
+        return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
         x_bte = x_btd if self.project_out is None else self.project_out(x_btd)

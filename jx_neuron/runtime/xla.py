@@ -1,26 +1,24 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron import cache as kv
-from jx_neuron import nn, products
 from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.pages import Pages, give_back
+from jx_neuron.pages import give_back
 from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
-from jx_neuron.weights import Params, Source, joint
+from jx_neuron.runtime.one_cpu import OneCPU
+from jx_neuron.weights import Params, Source
 
 
 class XlaRuntime:
@@ -32,13 +30,9 @@ class XlaRuntime:
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._one_cpu = on_cpu and mesh.size == 1
-        self._options = compiled.cpu_options(alone=self._one_cpu) if on_cpu else {}
-        # kernels lie in memory as a CPU reads them fastest; the model sees them as it made them
-        model = cast(nnx.Module, decoder.bind(decoder.abstract_params(dtype)))
-        self._kernels = nn.kernels(model) if self._one_cpu else {}
-        joined = {paths: partial(products.together, axes=axes) for paths, axes in self._kernels.items()}
-        self._params = source.place(mesh, joined, Pages().put) if self._one_cpu else source.place(mesh)
+        alone = on_cpu and mesh.size == 1
+        self._options = compiled.cpu_options(alone) if on_cpu else {}
+        self._placed: OneCPU | _Sharded = (OneCPU if alone else _Sharded)(decoder, source, mesh, self.dtype)
         give_back()
         self._programs: dict[tuple[Shape, int], Any] = {}
         self._cache: Cache | None = None
@@ -48,7 +42,9 @@ class XlaRuntime:
         cache = self._cache_for(shape)
         program = self._program(shape, kv.slots(cache))
         self._cache = None
-        token_b1, logits, self._cache = program(self._params, cache, *(inputs[name] for name in shape.inputs()))
+        token_b1, logits, self._cache = program(
+            self._placed.params(shape), cache, *(inputs[name] for name in shape.inputs())
+        )
         return Result(token_b1, logits)
 
     def reset(self, slots: int = 0) -> None:
@@ -72,59 +68,52 @@ class XlaRuntime:
         if key not in self._programs:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
-            caches = NamedSharding(self.mesh, kv.PARTITION)
+            cache = self._placed.cache(shape.batch, slots)
             program = jax.jit(
-                self._step(shape),
+                self._placed.step(shape),
                 donate_argnums=1,
-                out_shardings=(everywhere, split, caches),
+                out_shardings=(everywhere, split, jax.tree.map(_sharding, cache)),
                 compiler_options=self._options,
             )
-            cache = self._abstract_cache(shape.batch, slots)
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
             with jax.set_mesh(self.mesh):
-                self._programs[key] = program.lower(self._params, cache, *inputs).compile()
+                self._programs[key] = program.lower(self._placed.params(shape), cache, *inputs).compile()
             give_back()
         return self._programs[key]
 
-    def _step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
-        traced = step(self.decoder, shape)
-        if not self._one_cpu:
-            return traced
-
-        def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
-            params, shapes = dict(params), self.decoder.shapes
-            for paths, axes in self._kernels.items():
-                kernels = products.apart(params.pop(joint(paths)), [shapes[path] for path in paths], axes, self.dtype)
-                params |= zip(paths, kernels, strict=True)
-            with products.for_cpu():
-                token_b1, logits, cache = traced(params, kv.unpacked(cache, self.dtype), *inputs)
-            return token_b1, logits, kv.packed(cache)
-
-        return run
-
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache
-        if cache is None or cache[0].k_bksh.shape[0] != shape.batch:
-            empty = self._abstract_cache(shape.batch, max(shape.slots, self._least_slots))
+        if cache is None or kv.batch(cache) != shape.batch:
+            empty = self._placed.cache(shape.batch, max(shape.slots, self._least_slots))
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-            return jax.device_put(zeros, jax.tree.map(lambda leaf: leaf.sharding, empty))
-        if kv.slots(cache) < shape.slots:
-            return (_grow_packed if self._one_cpu else _grow)(cache, shape.slots)
-        return cache
-
-    def _abstract_cache(self, batch: int, slots: int) -> Cache:
-        cache = self.decoder.abstract_cache(batch, slots, self.dtype, self.mesh)
-        if not self._one_cpu:
-            return cache
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), jax.eval_shape(kv.packed, cache))
+            return jax.device_put(zeros, jax.tree.map(_sharding, empty))
+        return cache if kv.slots(cache) >= shape.slots else _grow(cache, shape.slots)
 
 
-def _grown(cache: Cache, slots: int) -> Cache:
-    return kv.packed(kv.grow(kv.unpacked(cache, cache[0].k_bksh.dtype), slots))
+class _Sharded:
+    """A model on several devices, or on one that is not a CPU."""
+
+    def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
+        self._decoder, self._mesh, self._dtype = decoder, mesh, dtype
+        self._params = source.place(mesh)
+
+    def cache(self, batch: int, slots: int) -> Cache:
+        """The cache as shapes."""
+        return self._decoder.abstract_cache(batch, slots, self._dtype, self._mesh)
+
+    def params(self, shape: Shape) -> Params:
+        """What the step of `shape` takes for parameters."""
+        return self._params
+
+    def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
+        """The step of `shape`, over `params` of it."""
+        return step(self._decoder, shape)
+
+
+def _sharding(leaf: Any) -> Any:
+    return leaf.sharding
 
 
 _take = jax.jit(kv.take)
 _grow = jax.jit(kv.grow, static_argnums=1)
-_grow_packed = jax.jit(_grown, static_argnums=1)

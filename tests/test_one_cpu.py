@@ -1,0 +1,193 @@
+"""A model on one CPU: weights and cache that lie together, read where they lie, and layers gone through in a loop."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jx_neuron import cache, products, sharding
+from jx_neuron.cache import LayerKV, Part, Stack
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder, llama
+from jx_neuron.nn import Layered, lying_together, through
+from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.weights import from_params
+
+GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=3, n_head=12, vocab_size=1000, n_positions=64)
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=768,
+    intermediate_size=1024,
+    num_hidden_layers=3,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    vocab_size=1000,
+)
+
+
+def runtime(decoder: Decoder, dtype: str = "float32") -> XlaRuntime:
+    rng = np.random.default_rng(0)
+    values = {
+        path: (0.05 * rng.standard_normal(leaf.shape, np.float32))
+        for path, leaf in sorted(decoder.abstract_params(dtype).items())
+    }
+    source = from_params(values, decoder.rows, decoder.padding, jnp.dtype(dtype))
+    return XlaRuntime(decoder, source, sharding.mesh(1), dtype)
+
+
+def computations(of: XlaRuntime, shape: Shape, slots: int) -> dict[str, list[str]]:
+    """The instructions of what a program runs, by computation: those within fusions and reductions left out."""
+    text = of._program(shape, slots).as_text()
+    found = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    called = set(re.findall(r"(?:calls|to_apply)=%([\w.-]+)", text))
+    return {name: body.splitlines() for name, body in found.items() if name not in called}
+
+
+def made(lines: list[str]) -> list[tuple[int, str]]:
+    """How many numbers each instruction writes, and the instruction."""
+    found = []
+    for line in lines:
+        if (shape := re.match(r"\s+(?:ROOT )?%\S+ = \w+\[([\d,]*)\]", line)) and not re.search(
+            r"\} (parameter|bitcast|opt-barrier|get-tuple-element)\(", line
+        ):
+            found.append((int(np.prod([int(n) for n in shape[1].split(",") if n])), line))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(config, dtype, batch) -> None:
+    slots = 64
+    parts = computations(runtime(Decoder.from_config(config), dtype), Shape(batch, 1, slots), slots)
+    assert sum(" while(" in line for body in parts.values() for line in body) == 1
+    written = [of for body in parts.values() for of in made(body)]
+    least = min(256 * 768, batch * 4 * slots * 64)
+    large = [line for size, line in written if size >= least]
+    assert all("dynamic-update-slice" in line for line in large), large
+    assert len(large) == 2 * batch  # a row of keys and of values each, in place
+
+
+def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
+    lengths = []
+    for layers in (2, 5):
+        decoder = Decoder.from_config(LLAMA | dict(num_hidden_layers=layers))
+        parts = computations(runtime(decoder), Shape(2, 1, 16), 16)
+        lengths.append(sum(map(len, parts.values())))
+    assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -> None:
+    of = runtime(Decoder.from_config(LLAMA), dtype)
+    few, many = of._placed.params(Shape(1, 1, 16)), of._placed.params(Shape(1, 64, 64))
+    stack = few["layers.{i}.down_proj.kernel"]
+    parts = [many[f"layers.{i}.down_proj.kernel"] for i in range(3)]
+    size = parts[0].nbytes
+    assert stack.nbytes == 3 * size
+    assert [part.unsafe_buffer_pointer() for part in parts] == [
+        stack.unsafe_buffer_pointer() + i * size for i in range(3)
+    ]
+    if dtype == "float32":
+        (lines,) = computations(of, Shape(1, 64, 64), 64).values()
+        assert not [line for size, line in made(lines) if size >= 1024 * 768]
+
+
+def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
+    tokens, rng = np.asarray([[7], [11]], np.int32), np.random.default_rng(0)
+    found = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("jx_neuron.nn.Layered", lambda *of: None)
+        of = runtime(Decoder.from_config(LLAMA))
+        prompt = dict(tokens_bt=rng.integers(0, 1000, (2, 16)), start_b=np.zeros(2), length_b=np.asarray([16, 5]))
+        rng = np.random.default_rng(0)
+        of.run(Shape(2, 16, 16), {name: np.asarray(x, np.int32) for name, x in prompt.items()})
+        at = dict(start_b=np.asarray([16, 5], np.int32), length_b=np.ones(2, np.int32))
+        found.append(np.asarray(of.run(Shape(2, 1, 32), dict(tokens_bt=tokens) | at).logits_bv))
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+class ByItself(llama.Model):
+    """Goes through its layers without `through`."""
+
+    def __call__(self, tokens_bt, cache, at):
+        x_btd, by, written = self.embed_tokens(tokens_bt), self.rope(at), []
+        for block, kv in zip(self.layers, cache, strict=True):
+            x_btd, kv = block(x_btd, kv, at, by)  # noqa: PLW2901
+            written.append(kv)
+        return self.norm(x_btd), tuple(written)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_goes_through_its_layers_by_itself_is_told_what_it_costs(dtype) -> None:
+    config = llama.Config.from_hf(LLAMA)
+    own = Decoder.from_module(nnx.eval_shape(lambda: ByItself(config, nnx.Rngs(0))), config, llama.WEIGHTS)
+    found = []
+    for decoder in (own, Decoder.from_config(LLAMA)):
+        of = runtime(decoder, dtype)
+        answers = []
+        for shape, tokens, start in ((Shape(1, 9, 16), range(9), 0), (Shape(1, 1, 16), [3], 9)):
+            inputs = dict(tokens_bt=[list(tokens)], start_b=[start], length_b=[len(tokens)])
+            inputs = {name: np.asarray(x, np.int32) for name, x in inputs.items()}
+            if decoder is own:
+                with pytest.warns(UserWarning, match="llama goes through its layers by itself"):
+                    answers.append(of.run(shape, inputs).logits_bv)
+            else:
+                with warnings.catch_warnings(action="error"):
+                    answers.append(of.run(shape, inputs).logits_bv)
+        found.append(np.asarray(answers, np.float32))
+    np.testing.assert_allclose(*found, atol=1e-5 if dtype == "float32" else 0.03 * found[0].std())
+
+
+class Widens(nnx.Module):
+    """A layer whose answer is of another dtype than what it is given."""
+
+    def __init__(self, number: jax.Array):
+        self.number = nnx.Param(number)
+
+    def __call__(self, x, kv):
+        return x.astype(jnp.float32) * self.number[...], kv
+
+
+def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
+    numbers = jnp.asarray([2.0, 3.0, 5.0])
+
+    def call(x, numbers):
+        def of(layer):
+            return [numbers[layer]]
+
+        parts = [(*of(i), Layered(of, 0, i)) for i in range(3)]
+        with products.for_cpu(), lying_together(parts):
+            return through([Widens(number) for number, _ in parts], x, empty)[0]
+
+    empty = Stack.of(tuple(LayerKV(*[jnp.zeros((1, 1, 4, 2))] * 2) for _ in numbers))
+    for dtype, loops in (("float32", 1), ("bfloat16", 0)):
+        x = jnp.ones(3, dtype)
+        assert str(jax.make_jaxpr(call)(x, numbers)).count("scan") == loops
+        np.testing.assert_array_equal(jax.jit(call)(x, numbers), np.full(3, 30.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stack_holds_what_a_tuple_does(dtype) -> None:
+    rng = np.random.default_rng(0)
+    plain = tuple(LayerKV(*(jnp.asarray(rng.normal(size=(3, 2, 8, 4)), dtype) for _ in "kv")) for _ in range(2))
+    new = [jnp.asarray(rng.normal(size=(3, 5, 2, 4)), "float32") for _ in "kv"]
+    start_b = jnp.asarray([0, 3, 1], jnp.int32)
+    stack = Stack.of(plain)
+    assert (cache.batch(stack), cache.slots(stack)) == (cache.batch(plain), cache.slots(plain)) == (3, 8)
+    for other, same in (
+        (stack, plain),
+        (cache.grow(stack, 11), cache.grow(plain, 11)),
+        (cache.take(stack, jnp.asarray([2, 2])), cache.take(plain, jnp.asarray([2, 2]))),
+        (cache.write(Part(stack, 1), *new, start_b).stack, (plain[0], cache.write(plain[1], *new, start_b))),
+    ):
+        found = tuple(other)
+        assert len(found) == 2
+        jax.tree.map(np.testing.assert_array_equal, found, same)
+    for one, another in zip(cache.read(Part(stack, 1), 5), cache.read(plain[1], 5), strict=True):
+        np.testing.assert_array_equal(one, another)
