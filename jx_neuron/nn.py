@@ -22,7 +22,7 @@ from jax import Array
 
 from jx_neuron import cache
 from jx_neuron.cache import KV, Cache, Part, Stack
-from jx_neuron.products import mean, product, product_with_rows, query_blocks, query_key, weigh_values
+from jx_neuron.products import barrier, mean, product, product_with_rows, query_blocks, query_key, weigh_values
 
 
 class Span(NamedTuple):
@@ -88,7 +88,8 @@ def through(layers: Sequence[Callable[..., Any]], x: Array, cache: Cache, *args:
         if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, cache))) == _kinds((x, cache)):
             return jax.lax.fori_loop(0, len(states), layer_at, (x, cache))
     for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-        x, cache = _traced_once(graph, state, np.int32(i), (x, cache), *args)
+        # behind the barrier, for what reads and writes the cache to be compiled once too
+        x, cache = _traced_once(graph, state, barrier(np.int32(i)), (x, cache), *args)
     return x, cache
 
 
