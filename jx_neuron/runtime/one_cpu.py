@@ -39,6 +39,9 @@ class _Held(NamedTuple):
         return self.apart(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False))
 
 
+_of_layer = jax.jit(_Held.of_layer, static_argnums=0)  # traced once, for all layers
+
+
 class OneCPU:
     """Weights lie as a CPU reads them fastest, and the model sees them as it made them.
 
@@ -123,11 +126,12 @@ class OneCPU:
                     if name not in self._layered:
                         values |= zip(self._paths[name], self._held(name).apart(array), strict=True)
                         continue
-                    of = partial(self._held(self._layered[name][0]).of_layer, array)
+                    held = self._held(self._layered[name][0])
+                    of = partial(held.of_layer, array)
                     for i, one in enumerate(self._layered[name]):
-                        for which, (path, part) in enumerate(zip(self._paths[one], of(i), strict=True)):
-                            values[path] = part
-                            layered.append((part, nn.Layered(of, which, i)))
+                        parts = _of_layer(held, array, np.int32(i))
+                        values |= zip(self._paths[one], parts, strict=True)
+                        layered += [(part, nn.Layered(of, which, i)) for which, part in enumerate(parts)]
                 with nn.lying_together(layered):
                     token_b1, logits, cache = traced(values, cache, *inputs)
             if not isinstance(cache, Stack):
