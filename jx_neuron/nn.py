@@ -59,7 +59,7 @@ _layered: ContextVar[Mapping[int, Layered]] = ContextVar("_layered", default=Map
 
 @contextmanager
 def lying_together(parameters: Sequence[tuple[Array, Layered]]) -> Iterator[None]:
-    """In this context `through` knows what those parameters are that a model is bound to."""
+    """Tells `through`, in this context, which parameters of a bound model lie together."""
     token = _layered.set({id(array): of for array, of in parameters})
     try:
         yield
