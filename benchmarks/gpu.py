@@ -61,9 +61,12 @@ class Drawn:
     decoder: Decoder
 
     def place(
-        self, mesh: Mesh, joined: Mapping[tuple[str, ...], Callable[[Any], Any]] | None = None, put: Any = None
+        self,
+        mesh: Mesh,
+        joined: Mapping[tuple[str, ...], Callable[[Any], Any]] | None = None,
+        put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
-        """All parameters on the one device of `mesh`; those of a key of `joined` as one, as of weights.Source.place."""
+        """All parameters on the one device of `mesh`; `joined` and `put`, for a CPU, as of weights.Source.place."""
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return 0.02 * jax.random.normal(key, shape, DTYPE)
@@ -73,6 +76,8 @@ class Drawn:
         placed = {path: drawn(jax.random.key(n), of.shape) for n, (path, of) in enumerate(shapes)}
         for paths, join in (joined or {}).items():
             placed[joint(paths)] = join([placed.pop(path) for path in paths])
+        if put:
+            placed = {name: jax.device_put(put(name, np.asarray(array))) for name, array in placed.items()}
         return dict(sorted(placed.items()))
 
 
