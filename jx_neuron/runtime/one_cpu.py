@@ -67,7 +67,8 @@ class OneCPU:
 
         joined = {paths: partial(products.together, axes=axes) for paths, axes in self._kernels.items()}
         self._params = source.place(mesh, joined, put)
-        self._stacks = jax.device_put(stacks, self._everywhere)
+        alone = {name: array for name, array in self._params.items() if name not in self._layer}
+        self._together = alone | jax.device_put(stacks, self._everywhere)
 
     @cached_property
     def _kernels(self) -> dict[tuple[str, ...], int]:
@@ -99,7 +100,7 @@ class OneCPU:
         """The inverse of `_layered`."""
         return {name: (bare, i) for bare, names in self._layered.items() for i, name in enumerate(names)}
 
-    def _held(self, name: str) -> "_Held":
+    def _held(self, name: str) -> _Held:
         paths = self._paths[name]
         return _Held(tuple(self._decoder.shapes[path] for path in paths), self._kernels.get(paths), self._dtype)
 
@@ -110,9 +111,7 @@ class OneCPU:
 
     def params(self, shape: Shape) -> Params:
         """What the step of `shape` takes for parameters."""
-        if not products.are_few(shape.batch * shape.tokens, self._dtype):
-            return self._params
-        return self._stacks | {name: array for name, array in self._params.items() if name not in self._layer}
+        return self._together if products.are_few(shape.batch * shape.tokens, self._dtype) else self._params
 
     def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
         """The step of `shape`, over `params` of it."""
