@@ -19,7 +19,7 @@ import numpy as np
 
 from jx_neuron import products
 from jx_neuron.pages import Pages
-from jx_neuron.runtime.compiled import cpu_options
+from jx_neuron.runtime.compiled import options
 
 LAYERS, NARROW, WIDE = 12, 768, 3072
 
@@ -54,7 +54,7 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
     laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(products.together([np.asarray(w)], 1))), plain)
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
-        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=cpu_options(alone=True)), laid_out),
+        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=options("cpu", alone=True)), laid_out),
     }
     seconds: dict[str, list[float]] = {name: [] for name in chains}
     told: dict[str, float] = {}

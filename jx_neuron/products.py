@@ -1,8 +1,9 @@
 """Matrix products, written as the backend computes them fastest.
 
-Everywhere but on a CPU that is one dot each. There every matrix lies in memory with its outputs first, [n, k], and what
-reads it fastest depends on the number of rows; `for_cpu` says while a program is traced that it is for a CPU, and
-docs/benchmarks.md has the figures. Shape suffixes: m rows, k contracted, n columns; those of attention are nn.py's.
+On several devices, and on the chip, that is one dot each. On one CPU or GPU every matrix lies in memory with its
+outputs first, [n, k], and what reads it fastest depends on the number of rows; `for_cpu` and `for_gpu` say while a
+program is traced that it is for one, and docs/benchmarks.md has the figures. Shape suffixes: m rows, k contracted,
+n columns; those of attention are nn.py's.
 """
 
 import math
@@ -36,6 +37,8 @@ barrier = jax.lax.optimization_barrier
 _for_cpu: ContextVar[dict[tuple[int, ...], tuple[Array, list[Array]]] | None] = ContextVar("_for_cpu", default=None)
 """What was taken apart for the program that is traced, if that is for a CPU, by the parts' ids."""
 
+_for_gpu: ContextVar[bool] = ContextVar("_for_gpu", default=False)
+
 
 @contextmanager
 def for_cpu() -> Iterator[None]:
@@ -45,6 +48,16 @@ def for_cpu() -> Iterator[None]:
         yield
     finally:
         _for_cpu.reset(token)
+
+
+@contextmanager
+def for_gpu() -> Iterator[None]:
+    """Products traced in this context are for one GPU device."""
+    token = _for_gpu.set(True)
+    try:
+        yield
+    finally:
+        _for_gpu.reset(token)
 
 
 def is_for_cpu() -> bool:
@@ -59,9 +72,11 @@ def once(x: T) -> T:
 
 def product(x: Array, kernels: Sequence[Array], axes: int) -> list[Array]:
     """x · kernel with each of `kernels`, over the last `axes` axes of x and the first of the kernel."""
+    rows, k = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
+    if _for_gpu.get() and math.prod(rows) == 1:
+        return [_row(x, kernel, axes).reshape(*rows, *kernel.shape[axes:]) for kernel in kernels]
     if not is_for_cpu():
         return [jnp.tensordot(x, kernel, axes=axes) for kernel in kernels]
-    rows, k = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     x_mk, w_nk, dtype = x.reshape(-1, k), together(kernels, axes), kernels[0].dtype
     y_mn = _product(x_mk, w_nk if are_few(len(x_mk), dtype) else barrier(w_nk), dtype)
     ends = accumulate(math.prod(kernel.shape[axes:]) for kernel in kernels)
@@ -71,11 +86,19 @@ def product(x: Array, kernels: Sequence[Array], axes: int) -> list[Array]:
 
 def product_with_rows(x: Array, table_nk: Array) -> Array:
     """x · tableᵀ, over the last axis of both."""
+    if _for_gpu.get() and x.size == x.shape[-1]:
+        return _row(x, table_nk.T, 1).reshape(*x.shape[:-1], -1)
     if not is_for_cpu():
         return jnp.einsum("...k,nk->...n", x, table_nk)
     # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
     alone_nk = bits(barrier(table_nk))
     return _product(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _row(x: Array, kernel: Array, axes: int) -> Array:
+    """x · kernel of a single row, as a sum: a GPU spends more of its bandwidth on that than on a dot."""
+    terms = _wide(x).reshape(*kernel.shape[:axes], *[1] * (kernel.ndim - axes)) * _wide(kernel)
+    return terms.sum(range(axes)).astype(jnp.result_type(x, kernel))
 
 
 def query_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
@@ -140,6 +163,16 @@ def mean(x: Array) -> Array:
     return sums.sum(-1, keepdims=True) / x.shape[-1]
 
 
+def outputs_first(kernel: Any, axes: int) -> Any:
+    """A kernel [*inputs, *outputs] as [*outputs, *inputs]; numpy's or JAX's, as it is given."""
+    return kernel.transpose(*range(axes, kernel.ndim), *range(axes))
+
+
+def inputs_first(kernel: Array, axes: int) -> Array:
+    """The inverse of `outputs_first`."""
+    return jnp.moveaxis(kernel, range(-axes, 0), range(axes))
+
+
 def together(kernels: Sequence[Any], axes: int) -> Any:
     """Kernels [*inputs, *outputs] of the same inputs as one array [n, k] of `bits`, as a CPU reads them fastest.
 
@@ -147,7 +180,7 @@ def together(kernels: Sequence[Any], axes: int) -> Any:
     """
     if (found := (_for_cpu.get() or {}).get(tuple(map(id, kernels)))) is not None:
         return found[0]  # which XLA does not find again where they are parts of a part
-    turned = [kernel.transpose(*range(axes, kernel.ndim), *range(axes)) for kernel in kernels]
+    turned = [outputs_first(kernel, axes) for kernel in kernels]
     flat = [kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - axes :])) for kernel in turned]
     return (np if isinstance(flat[0], np.ndarray) else jnp).concatenate([bits(kernel) for kernel in flat])
 
@@ -157,7 +190,7 @@ def apart(joined_nk: Array, shapes: Sequence[Sequence[int]], axes: int, dtype: A
     ends = accumulate(math.prod(shape[axes:]) for shape in shapes)
     parts = [from_bits(part, dtype) for part in jnp.split(joined_nk, list(ends)[:-1])]
     turned = [part.reshape(*shape[axes:], *shape[:axes]) for part, shape in zip(parts, shapes, strict=True)]
-    kernels = [jnp.moveaxis(kernel, range(-axes, 0), range(axes)) for kernel in turned]
+    kernels = [inputs_first(kernel, axes) for kernel in turned]
     if (known := _for_cpu.get()) is not None:
         known[tuple(map(id, kernels))] = joined_nk, kernels
     return kernels

@@ -10,7 +10,7 @@ from jx_neuron.cache import LayerKV
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.nn import attend, kernels, span
-from jx_neuron.runtime.compiled import cpu_options
+from jx_neuron.runtime.compiled import options
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.weights import from_params
 
@@ -31,7 +31,7 @@ def for_cpu(function, *args):
         with products.for_cpu():
             return function(*args)
 
-    return np.asarray(jax.jit(call, compiler_options=cpu_options(alone=True))(*args), np.float64)
+    return np.asarray(jax.jit(call, compiler_options=options("cpu", alone=True))(*args), np.float64)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)

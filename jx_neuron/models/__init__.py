@@ -12,11 +12,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron import cache, weights
+from jx_neuron import cache, nn, weights
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
-from jx_neuron.nn import Span
 from jx_neuron.sharding import Padding
 from jx_neuron.weights import Copy, Params, W
 
@@ -26,7 +25,7 @@ __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "regis
 class DecoderModule(Protocol):
     """What a family's `Model` does: hidden states of each token, then logits of those that are asked for."""
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+    def __call__(self, tokens_bt: Array, cache: Cache, at: nn.Span) -> tuple[Array, Cache]:
         """Hidden states [b, t, d] of tokens that `at` says where they stand, and the cache with them written."""
         ...
 
@@ -149,6 +148,11 @@ class Decoder:
             tuple(int(p) if p.isdigit() else p for p in path.split(".")): nnx.Param(a) for path, a in params.items()
         }
         return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(cast(Any, flat))))
+
+    @cached_property
+    def kernels(self) -> dict[tuple[str, ...], int]:
+        """The kernels, those of one input together, and how many input axes they have."""
+        return nn.kernels(cast(nnx.Module, self.bind(self.abstract_params(jnp.float32))))
 
     def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters as shapes, padded; sharded over `mesh` where given."""

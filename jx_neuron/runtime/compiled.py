@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,17 @@ _PRODUCTS = {
 }
 
 
-def cpu_options(alone: bool) -> dict[str, Any]:
-    """Compiler options for a CPU; `alone`, for programs with the products of jx_neuron/products.py."""
-    return _ALWAYS | (_WITHOUT_YNNPACK if _has_ynnpack() else {}) | (_PRODUCTS if alone else {})
+def options(platform: str, alone: bool) -> dict[str, Any]:
+    """XLA's options for a platform; `alone`, for programs of one device, with the products of jx_neuron/products.py."""
+    if platform == "cpu":
+        return _ALWAYS | (_WITHOUT_YNNPACK if _has_ynnpack() else {}) | (_PRODUCTS if alone else {})
+    return _ALWAYS if platform == "gpu" else {}
+
+
+def precision(platform: str, dtype: Any) -> AbstractContextManager[None]:
+    """In this context float32 is multiplied as such, where a GPU would round it to TF32."""
+    rounds = platform == "gpu" and dtype == np.float32
+    return jax.default_matmul_precision("highest") if rounds else nullcontext()
 
 
 @cache

@@ -4,11 +4,10 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -65,21 +64,17 @@ class OneCPU:
             place[...] = array
             return place
 
-        joined = {paths: partial(products.together, axes=axes) for paths, axes in self._kernels.items()}
+        joined = {paths: partial(products.together, axes=axes) for paths, axes in decoder.kernels.items()}
         self._params = source.place(mesh, joined, put)
         alone = {name: array for name, array in self._params.items() if name not in self._layer}
         self._together = alone | jax.device_put(stacks, self._everywhere)
 
     @cached_property
-    def _kernels(self) -> dict[tuple[str, ...], int]:
-        return nn.kernels(cast(nnx.Module, self._decoder.bind(self._decoder.abstract_params(self._dtype))))
-
-    @cached_property
     def _paths(self) -> dict[str, tuple[str, ...]]:
         """The parameters that each placed array holds, by its name."""
-        several = {path for paths in self._kernels for path in paths}
+        several = {path for paths in self._decoder.kernels for path in paths}
         alone = [(path,) for path in self._decoder.shapes if path not in several]
-        return {joint(paths): paths for paths in [*self._kernels, *alone]}
+        return {joint(paths): paths for paths in [*self._decoder.kernels, *alone]}
 
     @cached_property
     def _layered(self) -> dict[str, list[str]]:
@@ -102,7 +97,7 @@ class OneCPU:
 
     def _held(self, name: str) -> _Held:
         paths = self._paths[name]
-        return _Held(tuple(self._decoder.shapes[path] for path in paths), self._kernels.get(paths), self._dtype)
+        return _Held(tuple(self._decoder.shapes[path] for path in paths), self._decoder.kernels.get(paths), self._dtype)
 
     def cache(self, batch: int, slots: int) -> Cache:
         """The cache as shapes."""

@@ -1,6 +1,7 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron import cache as kv
+from jx_neuron import products
 from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
@@ -29,10 +31,11 @@ class XlaRuntime:
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: Any):
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        alone = on_cpu and mesh.size == 1
-        self._options = compiled.cpu_options(alone) if on_cpu else {}
-        self._placed: OneCPU | _Sharded = (OneCPU if alone else _Sharded)(decoder, source, mesh, self.dtype)
+        self._platform = mesh.devices.flat[0].platform
+        self._options = compiled.options(self._platform, mesh.size == 1)
+        alone: dict[str, type[OneCPU | _OneGPU]] = {"cpu": OneCPU, "gpu": _OneGPU}
+        placed = alone.get(self._platform, _Sharded) if mesh.size == 1 else _Sharded
+        self._placed: OneCPU | _Sharded = placed(decoder, source, mesh, self.dtype)
         give_back()
         self._programs: dict[tuple[Shape, int], Any] = {}
         self._cache: Cache | None = None
@@ -77,7 +80,7 @@ class XlaRuntime:
             )
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
                 self._programs[key] = program.lower(self._placed.params(shape), cache, *inputs).compile()
             give_back()
         return self._programs[key]
@@ -92,11 +95,14 @@ class XlaRuntime:
 
 
 class _Sharded:
-    """A model on several devices, or on one that is not a CPU."""
+    """A model on several devices, or on a chip."""
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self._decoder, self._mesh, self._dtype = decoder, mesh, dtype
-        self._params = source.place(mesh)
+        self._params = self._place(source)
+
+    def _place(self, source: Source) -> Params:
+        return source.place(self._mesh)
 
     def cache(self, batch: int, slots: int) -> Cache:
         """The cache as shapes."""
@@ -109,6 +115,34 @@ class _Sharded:
     def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
         """The step of `shape`, over `params` of it."""
         return step(self._decoder, shape)
+
+
+class _OneGPU(_Sharded):
+    """A model on one GPU. Kernels lie with their outputs first, as most checkpoints have them."""
+
+    def _place(self, source: Source) -> Params:
+        def put_first(axes: int, kernels: Sequence[Any]) -> Any:
+            return products.outputs_first(kernels[0], axes)
+
+        return source.place(self._mesh, {(path,): partial(put_first, axes) for path, axes in self._axes.items()})
+
+    @cached_property
+    def _axes(self) -> dict[str, int]:
+        """Of each kernel, how many input axes it has."""
+        return {path: axes for paths, axes in self._decoder.kernels.items() for path in paths}
+
+    def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
+        traced, axes = super().step(shape), self._axes
+
+        def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
+            values = {
+                path: products.inputs_first(array, axes[path]) if path in axes else array
+                for path, array in params.items()
+            }
+            with products.for_gpu():
+                return traced(values, cache, *inputs)
+
+        return run
 
 
 def _sharding(leaf: Any) -> Any:

@@ -1,0 +1,95 @@
+"""A model on one GPU: what its programs compute, on any device, and against HF's where JAX has a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jx_neuron import NeuronAutoModelForCausalLM, sharding
+from jx_neuron.lowering.shape import Shape
+from jx_neuron.models import Decoder
+from jx_neuron.runtime.xla import _OneGPU, _Sharded
+from jx_neuron.testing import parity
+from jx_neuron.weights import from_params
+
+
+def config(family: str) -> dict:
+    return tiny.CONFIGS[family]().to_dict()
+
+
+def placed(kind, decoder, dtype):
+    rng = np.random.default_rng(0)
+    values = {path: rng.normal(0, 0.3, of.shape) for path, of in decoder.abstract_params("float32").items()}
+    mesh = sharding.mesh(1)
+    return kind(decoder, from_params(values, decoder.rows, decoder.padding, jnp.dtype(dtype)), mesh, jnp.dtype(dtype))
+
+
+def answer(of, shape, inputs):
+    """Logits of a step over an empty cache, and its dots."""
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of.cache(shape.batch, shape.slots))
+    traced = jax.jit(of.step(shape)).trace(of.params(shape), cache, *inputs.values())
+    dots = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    _, logits, _ = traced.lower().compile()(of.params(shape), cache, *inputs.values())
+    return np.asarray(logits), dots
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
+    decoder, rng = Decoder.from_config(config(family)), np.random.default_rng(1)
+    gpu, several = (placed(kind, decoder, dtype) for kind in (_OneGPU, _Sharded))
+    of_cache = 4  # queries meet keys, and weights values, in each of two layers
+    for batch, tokens in ((1, 1), (2, 1), (1, 5)):
+        shape = Shape(batch, tokens, 16)
+        tokens_bt = rng.integers(0, tiny.VOCAB, (batch, tokens)).astype(np.int32)
+        inputs = dict(tokens_bt=tokens_bt, start_b=np.zeros(batch, np.int32), length_b=np.full(batch, tokens, np.int32))
+        (found, dots), (expected, all_dots) = (answer(of, shape, inputs) for of in (gpu, several))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if dtype == "float32" else 0.05 * expected.std())
+        assert len(all_dots) >= of_cache + 9
+        # one row: sums; the head of a prompt takes its last token alone
+        assert len(dots) == {(1, 1): of_cache, (2, 1): len(all_dots), (1, 5): len(all_dots) - 1}[batch, tokens]
+
+
+def test_a_gpu_holds_kernels_as_checkpoints_do() -> None:
+    params = placed(_OneGPU, Decoder.from_config(config("llama")), "float32").params(Shape(1, 1, 16))
+    assert params["layers.0.gate_up.up_proj.kernel"].shape == (90, 48)
+    assert params["layers.1.qkv.k_proj.kernel"].shape == (2, 12, 48)
+    assert params["layers.1.o_proj.kernel"].shape == (48, 4, 12)
+    assert params["lm_head.embedding"].shape == (101, 48)
+
+
+@pytest.fixture
+def gpu() -> jax.Device:
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError as error:
+        pytest.skip(f"JAX has no GPU here: {error}")
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("lengths", [(12, 7, 1), (9,)], ids=str)
+def test_float32_on_a_gpu_is_hf_s(gpu, family, lengths) -> None:
+    model = tiny.model(family)
+    worst = parity(model, lengths=lengths).worst
+    scale = np.abs(tiny.logits(model, tiny.prompts(1, 12))).max()
+    assert worst < 1e-4 * max(1, scale)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_gpu_and_a_cpu_draw_the_same_tokens(gpu, family, rows, tmp_path, monkeypatch) -> None:
+    folder, on = tiny.saved(family, tmp_path), sharding.mesh
+    found = []
+    for device in (gpu, jax.devices("cpu")[0]):
+        monkeypatch.setattr(sharding, "mesh", partial(on, devices=[device]))
+        model = NeuronAutoModelForCausalLM.from_pretrained(folder, batch_size=rows, n_positions=64)
+        model.to_neuron()
+        ids = tiny.prompts(rows, 9)
+        found.append(
+            [model.sample(ids, 40, top_k=1), model.sample(ids, 40, top_k=20, top_p=0.9, temperature=1.3, seed=5)]
+        )
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        np.testing.assert_array_equal(on_gpu, on_cpu)
