@@ -13,6 +13,7 @@ from typing import Any
 
 from jx_neuron.errors import CheckpointError
 from jx_neuron.hub import local_path
+from jx_neuron.pages import uncollected
 from jx_neuron.tensor_files import AGAIN, Array, Tensor, check_file, safetensors_file, torch_file
 
 CONFIG = "config.json"
@@ -88,7 +89,8 @@ class Checkpoint:
 
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
-        return self.load_tokenizer()
+        with uncollected():
+            return self.load_tokenizer()
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is none."""

@@ -195,7 +195,8 @@ class Source:
         """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
         Those of a key of `joined`, which are whole on every device, are placed as the one array that its function makes
-        of them, under the name that `joint` gives them. `put` lays an array of that name where a device is to take it.
+        of them, under the name that `joint` gives them. `put` lays an array of that name where a device is to take it;
+        two threads call it.
         """
         joins = joined or {}
         of = {path: paths for paths in joins for path in paths}
@@ -203,13 +204,13 @@ class Source:
 
         def read(paths: tuple[str, ...]) -> np.ndarray:
             arrays = [self.read(path) for path in paths]
-            return joins[paths](arrays) if paths in joins else arrays[0]
+            return put(joint(paths), joins[paths](arrays) if paths in joins else arrays[0])
 
         placed: Params = {}
         arrays = zip(track(wanted, "loading weights", len(wanted)), ahead(read, wanted), strict=True)
         for paths, array in arrays:
             sharding = NamedSharding(mesh, REPLICATED if paths in joins else self.split(paths[0]))
-            placed[joint(paths)] = jax.device_put(put(joint(paths), array), sharding).block_until_ready()
+            placed[joint(paths)] = jax.device_put(array, sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
     def ranks(self, tp_degree: int) -> "list[Rank]":

@@ -16,6 +16,7 @@ from jx_neuron import cache, nn, weights
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
+from jx_neuron.pages import uncollected
 from jx_neuron.sharding import Padding
 from jx_neuron.weights import Copy, Params, W
 
@@ -109,7 +110,8 @@ class Decoder:
             raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))
         of = family(model_type)
         config = of.Config.from_hf(raw)
-        module = nnx.eval_shape(lambda: of.Model(config, _one_key()))
+        with uncollected():
+            module = nnx.eval_shape(lambda: of.Model(config, _one_key()))
         return cls._of(model_type, config, of.WEIGHTS, of.IGNORE, module, tp_degree)
 
     @classmethod

@@ -1,6 +1,7 @@
 """How XLA compiles on this machine: its options on a CPU, and a cache of what it compiled."""
 
 import hashlib
+import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -8,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
-from jax.errors import JaxRuntimeError
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
 # jaxlib 0.10 gives dots and reductions to YNNPACK by default. It sums all of k in one chain, for twice the error of
-# Eigen, which sums in blocks.
-_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Eigen, which sums in blocks. 0.8.0 knows neither it nor the option.
+_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""} if jaxlib.version.__version_info__ > (0, 8, 0) else {}
 
 # 16-bit results are rounded where a program says so, as they are on other backends.
 _ALWAYS = {"xla_allow_excess_precision": False}
@@ -32,7 +32,7 @@ _PRODUCTS = {
 def options(platform: str, alone: bool) -> dict[str, Any]:
     """XLA's options for a platform; `alone`, for programs of one device, with the products of jx_neuron/products.py."""
     if platform == "cpu":
-        return _ALWAYS | (_WITHOUT_YNNPACK if _has_ynnpack() else {}) | (_PRODUCTS if alone else {})
+        return _ALWAYS | _WITHOUT_YNNPACK | (_PRODUCTS if alone else {})
     return _ALWAYS if platform == "gpu" else {}
 
 
@@ -42,14 +42,7 @@ def precision(platform: str, dtype: Any) -> AbstractContextManager[None]:
     return jax.default_matmul_precision("highest") if rounds else nullcontext()
 
 
-@cache
-def _has_ynnpack() -> bool:
-    try:
-        zero = jax.device_put(np.float32(0), jax.local_devices(backend="cpu")[0])
-        jax.jit(jnp.negative, compiler_options=_WITHOUT_YNNPACK).lower(zero).compile()
-    except JaxRuntimeError:
-        return False
-    return True
+_LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 
 @cache
@@ -57,11 +50,14 @@ def keep_between_processes() -> None:
     """Has JAX keep compiled programs in the user's cache folder, where JAX was given no folder or told not to.
 
     JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=false keeps none. The folder is of
-    this kind of CPU, since programs use its instructions.
+    this kind of CPU, since programs use its instructions. What took a tenth of a second is worth keeping, where JAX
+    would ask for a second of it; JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
     """
     if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
         folder = user_cache_path("jx-neuron", appauthor=False) / "xla" / _cpu()
         compilation_cache.set_cache_dir(str(folder))
+        if _LEAST.upper() not in os.environ:
+            jax.config.update(_LEAST, 0.1)
         compilation_cache.reset_cache()
 
 

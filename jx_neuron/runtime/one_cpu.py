@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -52,14 +53,15 @@ class OneCPU:
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self._decoder, self._dtype, self._everywhere = decoder, dtype, NamedSharding(mesh, PartitionSpec())
         stacks: dict[str, np.ndarray] = {}
-        pages = Pages()
+        pages, first = Pages(), Lock()
 
         def put(name: str, array: np.ndarray) -> np.ndarray:
             if name not in self._layer:
                 return pages.put(array)
             bare, layer = self._layer[name]
-            if bare not in stacks:
-                stacks[bare] = pages.empty((len(self._layered[bare]), *array.shape), array.dtype)
+            with first:
+                if bare not in stacks:
+                    stacks[bare] = pages.empty((len(self._layered[bare]), *array.shape), array.dtype)
             place = stacks[bare][layer, ...]
             place[...] = array
             return place

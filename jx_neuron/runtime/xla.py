@@ -16,7 +16,7 @@ from jx_neuron.cache import Cache
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.pages import give_back
+from jx_neuron.pages import give_back, uncollected
 from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
 from jx_neuron.runtime.one_cpu import OneCPU
@@ -80,7 +80,7 @@ class XlaRuntime:
             )
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
-            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
+            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype), uncollected():
                 self._programs[key] = program.lower(self._placed.params(shape), cache, *inputs).compile()
             give_back()
         return self._programs[key]
