@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from jx_neuron.errors import CheckpointError
-from jx_neuron.pages import large
+from jx_neuron.pages import room
 from jx_neuron.tensor_files import AGAIN, Array, check_file, read_bytes
 
 Metadata = Mapping[str, Any]
@@ -46,7 +46,7 @@ SCALARS: Mapping[int, str] = {
     GGUFValueType.FLOAT64: "<f8",
     GGUFValueType.BOOL: "?",
 }
-BLOCKS = 8192  # quantized blocks dequantized at once: the temporaries stay in the processor's cache
+BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def load(path: Path, entry: Entry) -> Array:
     if entry.type in PLAIN:
         return read_bytes(path, entry.offset, _nbytes(entry)).view(PLAIN[entry.type]).reshape(entry.shape)
     block, size = gguf.GGML_QUANT_SIZES[entry.type]
-    array = large((prod(entry.shape),), np.dtype(np.float32))
+    array = room((prod(entry.shape),), np.float32)
     for at in range(0, array.size, BLOCKS * block):
         out = array[at : at + BLOCKS * block]
         raw = read_bytes(path, entry.offset + at // block * size, out.size // block * size)

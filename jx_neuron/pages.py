@@ -5,14 +5,15 @@ import gc
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
 CHUNK = 64 * 2**20  # bytes asked of the system at once
+KEPT = 4 * 2**20  # bytes; of what is freed, a thread keeps twice that for what it asks for next: mallopt(3)
 ALIGNMENT = 64  # at which XLA takes an array's memory as it is
 
 
@@ -23,7 +24,7 @@ class Pages:
     """
 
     def __init__(self) -> None:
-        self._chunk, self._used, self._lock = np.empty(0, np.uint8), 0, Lock()
+        self._chunk, self._used, self._lock = np.empty(0, np.uint8), 0, threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """An array in these pages, its last axis innermost, not yet filled."""
@@ -36,8 +37,12 @@ class Pages:
             place = self._chunk[start : self._used]
         return place.view(dtype).reshape(shape)
 
+    def clear(self) -> None:
+        """Lets what is put from now on take the place of what was."""
+        self._used = 0
+
     def put(self, array: np.ndarray) -> np.ndarray:
-        """A copy of `array` in these pages; itself, where `large` made it of a chunk's size or more."""
+        """A copy of `array` in these pages; itself, where `room` made it of a chunk's size or more."""
         if array.nbytes >= CHUNK and array.flags.c_contiguous and isinstance(_owner(array), _Large):
             return array
         copy = self.empty(array.shape, array.dtype)
@@ -49,10 +54,35 @@ class _Large(mmap.mmap):
     """Memory in large pages."""
 
 
-def large(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array, not yet filled, that is to be put in pages: if it is large, it is there already."""
+class _Scratch(threading.local):
+    pages: Pages | None = None
+    again: Pages | None = None
+
+
+_scratch = _Scratch()
+
+
+@contextmanager
+def scratch() -> Iterator[None]:
+    """What `room` gives in this context and thread is in the same memory each time: malloc would keep what it had."""
+    if _scratch.again is None:
+        _scratch.again = Pages()
+        np.empty(KEPT, np.uint8)  # when it is freed, glibc raises its thresholds to that
+    _scratch.pages = _scratch.again
+    try:
+        yield
+    finally:
+        _scratch.pages = None
+        _scratch.again.clear()
+
+
+def room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array, not yet filled, that is to be put in pages: a large one is there already."""
+    dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    return np.empty(shape, dtype) if size < CHUNK else _pages(size).view(dtype).reshape(shape)
+    if size >= CHUNK:
+        return _pages(size).view(dtype).reshape(shape)
+    return np.empty(shape, dtype) if _scratch.pages is None else _scratch.pages.empty(shape, dtype)
 
 
 def _owner(array: np.ndarray) -> Any:
@@ -60,7 +90,7 @@ def _owner(array: np.ndarray) -> Any:
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    return base
+    return base.obj if isinstance(base, memoryview) else base
 
 
 def _pages(size: int) -> np.ndarray:

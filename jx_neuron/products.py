@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jx_neuron.pages import room
+
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
@@ -182,7 +184,10 @@ def together(kernels: Sequence[Any], axes: int) -> Any:
         return found[0]  # which XLA does not find again where they are parts of a part
     turned = [outputs_first(kernel, axes) for kernel in kernels]
     flat = [kernel.reshape(-1, math.prod(kernel.shape[kernel.ndim - axes :])) for kernel in turned]
-    return (np if isinstance(flat[0], np.ndarray) else jnp).concatenate([bits(kernel) for kernel in flat])
+    parts = [bits(kernel) for kernel in flat]
+    if not isinstance(parts[0], np.ndarray):
+        return jnp.concatenate(parts)
+    return np.concatenate(parts, out=room((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype))
 
 
 def apart(joined_nk: Array, shapes: Sequence[Sequence[int]], axes: int, dtype: Any) -> list[Array]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from jx_neuron.errors import CheckpointError
+from jx_neuron.pages import room
 
 Array = npt.NDArray[Any]
 
@@ -80,10 +81,13 @@ def check_file(path: Path) -> None:
 def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
     """`size` bytes of `path` from `offset` on; read, since pages of a mapped file count as our memory."""
     try:
-        data = np.fromfile(path, np.uint8, size, offset=offset)
+        data = room((size,), np.uint8)
+        with path.open("rb") as file:
+            file.seek(offset)
+            found = file.readinto(data.data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if data.size != size:
+    if found != size:
         raise CheckpointError(f"{path} ends before byte {offset + size}: it is cut short; {AGAIN}.")
     return data
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.pages import scratch
 from jx_neuron.progress import ahead, track
 from jx_neuron.sharding import AXIS, Padding
 
@@ -190,21 +192,23 @@ class Source:
         self,
         mesh: Mesh,
         joined: Mapping[tuple[str, ...], Join] | None = None,
-        put: Callable[[str, np.ndarray], np.ndarray] = lambda _, array: np.ascontiguousarray(array),
+        put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
         """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
         Those of a key of `joined`, which are whole on every device, are placed as the one array that its function makes
-        of them, under the name that `joint` gives them. `put` lays an array of that name where a device is to take it;
-        two threads call it.
+        of them, under the name that `joint` gives them. `put` copies an array of that name to where a device is to take
+        it; two threads call it.
         """
         joins = joined or {}
         of = {path: paths for paths in joins for path in paths}
         wanted = list(dict.fromkeys(of.get(path, (path,)) for path in self.paths))
 
         def read(paths: tuple[str, ...]) -> np.ndarray:
-            arrays = [self.read(path) for path in paths]
-            return put(joint(paths), joins[paths](arrays) if paths in joins else arrays[0])
+            with scratch() if put else nullcontext():
+                arrays = [self.read(path) for path in paths]
+                array = joins[paths](arrays) if paths in joins else arrays[0]
+                return put(joint(paths), array) if put else np.ascontiguousarray(array)
 
         placed: Params = {}
         arrays = zip(track(wanted, "loading weights", len(wanted)), ahead(read, wanted), strict=True)

@@ -1,6 +1,8 @@
 """Memory for weights: copies that a device takes as they lie."""
 
+import gc
 import mmap
+import threading
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from jx_neuron import sharding
-from jx_neuron.pages import ALIGNMENT, CHUNK, Pages
+from jx_neuron.pages import ALIGNMENT, CHUNK, Pages, room, scratch, uncollected
 from jx_neuron.weights import Source
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -63,3 +65,75 @@ def test_the_pages_are_large() -> None:
     held = Pages().put(np.ones(CHUNK, np.uint8))
     assert large() - before > CHUNK // 2
     assert held.all()
+
+
+def test_a_large_room_is_in_pages_already() -> None:
+    pages = Pages()
+    large, small = room((CHUNK // 4,), "float32"), room((3, 5), "float32")
+    large[...], small[...] = 2, 3
+    assert large.ctypes.data % ALIGNMENT == 0
+    assert np.shares_memory(pages.put(large.reshape(2, -1)), large)
+    for other in (small, large[:10], large[::2], large.reshape(2, -1).T):
+        copy = pages.put(other)
+        assert not np.shares_memory(copy, other)
+        np.testing.assert_array_equal(copy, other)
+
+
+def test_a_scratch_is_the_same_memory_each_time_and_each_thread_s_own() -> None:
+    def rooms() -> list[int]:
+        found = []
+        for _ in range(2):
+            with scratch():
+                found += [room(shape, "float32").ctypes.data for shape in ((3, 5), (7,))]
+        return found
+
+    places: list[list[int]] = []
+    both = threading.Barrier(2)
+
+    def work() -> None:
+        places.append(rooms())
+        both.wait()  # or the second thread may be given the first one's memory
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for found in places:
+        assert found[:2] == found[2:]
+        assert len(set(found)) == 2
+    assert not set(places[0]) & set(places[1])
+    outside = [room((3, 5), "float32") for _ in range(2)]
+    assert not np.shares_memory(*outside)
+
+
+def test_what_is_read_through_a_scratch_is_placed_whole() -> None:
+    rng = np.random.default_rng(0)
+    values = {f"{i:02}": rng.normal(size=(50, 30)).astype(np.float32) for i in range(20)}
+
+    def read(path: str) -> np.ndarray:
+        array = room((50, 30), np.float32)
+        array[...] = values[path]
+        return array
+
+    source = Source(list(values), read, lambda path: jax.sharding.PartitionSpec())
+    pages = Pages()
+    for put in (None, lambda _, array: pages.put(array)):
+        placed = source.place(sharding.mesh(1), put=put)
+        for path, array in placed.items():
+            np.testing.assert_array_equal(array, values[path])
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_looked_for_again_after(collects) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+        with pytest.raises(InterruptedError), uncollected():
+            raise InterruptedError
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if was else gc.disable)()
