@@ -5,18 +5,18 @@ import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib.version
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
 # jaxlib 0.10 gives dots and reductions to YNNPACK by default. It sums all of k in one chain, for twice the error of
 # Eigen, which sums in blocks. 0.8.0 knows neither it nor the option.
-_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""} if jaxlib.version.__version_info__ > (0, 8, 0) else {}
+_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""} if version("jaxlib") != "0.8.0" else {}
 
 # 16-bit results are rounded where a program says so, as they are on other backends.
 _ALWAYS = {"xla_allow_excess_precision": False}
