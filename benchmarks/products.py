@@ -52,9 +52,10 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
     plain = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
     pages = Pages()
     laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(products.together([np.asarray(w)], 1))), plain)
+    how = options("cpu", alone=True, several=products.are_several(rows))
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
-        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=options("cpu", alone=True)), laid_out),
+        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=how), laid_out),
     }
     seconds: dict[str, list[float]] = {name: [] for name in chains}
     told: dict[str, float] = {}

@@ -216,6 +216,11 @@ def are_few(rows: int, dtype: Any) -> bool:
     return rows <= (FEW if jnp.dtype(dtype).itemsize == 4 else 4 * FEW)
 
 
+def are_several(rows: int) -> bool:
+    """Whether one pass of so many rows is bound by arithmetic too, which wide vectors help; fewer they slow down."""
+    return FEW // 2 < rows <= FEW
+
+
 def _product(x_mk: Array, w_nk: Array, dtype: Any) -> Array:
     """x · wᵀ, where w is `bits` of `dtype`."""
     m, narrow = len(x_mk), jnp.result_type(x_mk, dtype)

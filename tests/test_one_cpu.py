@@ -14,6 +14,7 @@ from jx_neuron.cache import LayerKV, Part, Stack
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder, llama
 from jx_neuron.nn import Layered, lying_together, through
+from jx_neuron.runtime import compiled
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.weights import from_params
 
@@ -110,6 +111,25 @@ def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
         at = dict(start_b=np.asarray([16, 5], np.int32), length_b=np.ones(2, np.int32))
         found.append(np.asarray(of.run(Shape(2, 1, 32), dict(tokens_bt=tokens) | at).logits_bv))
     np.testing.assert_allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("has", ["fpu avx2 avx512f", "fpu avx2", ""])
+def test_wide_vectors_are_for_several_rows_where_the_cpu_has_them(has, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "_instruction_sets", lambda: has)
+    name = "xla_cpu_prefer_vector_width"
+    asked = []
+    options = compiled.options
+    monkeypatch.setattr(compiled, "options", lambda *of: asked.append(options(*of)) or asked[-1])
+    of, rng = runtime(Decoder.from_config(GPT2)), np.random.default_rng(0)
+    tokens_b1 = rng.integers(0, 1000, (8, 1)).astype(np.int32)
+    logits = []
+    for rows in (8, 4, 1):
+        at = dict(start_b=np.zeros(rows, np.int32), length_b=np.ones(rows, np.int32))
+        of.reset()
+        logits.append(np.asarray(of.run(Shape(rows, 1, 16), dict(tokens_bt=tokens_b1[:rows]) | at).logits_bv))
+    assert [options.get(name) for options in asked] == [512 if "avx512f" in has else None, None, None]
+    for some in logits[1:]:
+        np.testing.assert_allclose(some, logits[0][: len(some)], atol=2e-5)
 
 
 class ByItself(llama.Model):

@@ -28,11 +28,19 @@ _PRODUCTS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding,tree_reduction_rewriter",
 }
 
+# LLVM's choice is 256 bits, also where there are 512.
+_WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
-def options(platform: str, alone: bool) -> dict[str, Any]:
-    """XLA's options for a platform; `alone`, for programs of one device, with the products of jx_neuron/products.py."""
+
+def options(platform: str, alone: bool, several: bool = False) -> dict[str, Any]:
+    """XLA's options for a platform.
+
+    `alone`, for programs of one device, with the products of jx_neuron/products.py; `several`, where `are_several` is
+    true of their rows.
+    """
     if platform == "cpu":
-        return _ALWAYS | _WITHOUT_YNNPACK | (_PRODUCTS if alone else {})
+        wide = alone and several and "avx512f" in _instruction_sets().split()
+        return _ALWAYS | _WITHOUT_YNNPACK | (_PRODUCTS if alone else {}) | (_WIDE_VECTORS if wide else {})
     return _ALWAYS if platform == "gpu" else {}
 
 
@@ -63,9 +71,15 @@ def keep_between_processes() -> None:
 
 def _cpu() -> str:
     """A name for this kind of CPU: a hash of its instruction sets where the system tells, else its family."""
+    told = _instruction_sets() or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+@cache
+def _instruction_sets() -> str:
+    """Their names, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    told = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -32,7 +32,6 @@ class XlaRuntime:
         compiled.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
         self._platform = mesh.devices.flat[0].platform
-        self._options = compiled.options(self._platform, mesh.size == 1)
         alone: dict[str, type[OneCPU | _OneGPU]] = {"cpu": OneCPU, "gpu": _OneGPU}
         placed = alone.get(self._platform, _Sharded) if mesh.size == 1 else _Sharded
         self._placed: OneCPU | _Sharded = placed(decoder, source, mesh, self.dtype)
@@ -72,11 +71,12 @@ class XlaRuntime:
             everywhere = NamedSharding(self.mesh, PartitionSpec())
             split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
             cache = self._placed.cache(shape.batch, slots)
+            several = products.are_several(shape.batch * shape.tokens)
             program = jax.jit(
                 self._placed.step(shape),
                 donate_argnums=1,
                 out_shardings=(everywhere, split, jax.tree.map(_sharding, cache)),
-                compiler_options=self._options,
+                compiler_options=compiled.options(self._platform, self.mesh.size == 1, several),
             )
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
