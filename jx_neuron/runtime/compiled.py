@@ -64,7 +64,7 @@ def keep_between_processes() -> None:
     if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
         folder = user_cache_path("jx-neuron", appauthor=False) / "xla" / _cpu()
         compilation_cache.set_cache_dir(str(folder))
-        if _LEAST.upper() not in os.environ:
+        if jax.config.jax_persistent_cache_min_compile_time_secs == 1 and _LEAST.upper() not in os.environ:
             jax.config.update(_LEAST, 0.1)
         compilation_cache.reset_cache()
 

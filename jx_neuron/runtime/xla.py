@@ -80,8 +80,10 @@ class XlaRuntime:
             )
             inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
             give_back()
-            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype), uncollected():
-                self._programs[key] = program.lower(self._placed.params(shape), cache, *inputs).compile()
+            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
+                with uncollected():
+                    lowered = program.lower(self._placed.params(shape), cache, *inputs)
+                self._programs[key] = lowered.compile()
             give_back()
         return self._programs[key]
 
