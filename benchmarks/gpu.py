@@ -66,7 +66,7 @@ class Drawn:
         joined: Mapping[tuple[str, ...], Callable[[Any], Any]] | None = None,
         put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
-        """All parameters on the one device of `mesh`; `joined` and `put`, for a CPU, as of weights.Source.place."""
+        """All parameters on the one device of `mesh`; `joined` and `put` as of weights.Source.place."""
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return 0.02 * jax.random.normal(key, shape, DTYPE)
