@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 # each room may import from its own level and those before it
 LEVELS = [
-    {"errors", "progress"},
+    {"errors", "progress", "arguments", "parsing"},
     {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
     | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "pages", "products", "tensor_files"},
     {"models"},
