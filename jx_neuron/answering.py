@@ -1,6 +1,8 @@
 """What a model can be asked for: tokens, logits and scores."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Unpack
 
 import numpy as np
@@ -22,6 +24,7 @@ class Answering:
 
     settings: Settings
     backend: str
+    _last: threading.local
     neuron_config: NeuronConfig
     generation_config: GenerationConfig | None
     _checkpoint: Checkpoint | None
@@ -64,18 +67,28 @@ class Answering:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
-        cache_ids: None for prompts, which empty the cache first; or the position of the first token, to go on from it.
+        cache_ids: None for prompts, which empty the cache first; or the position of the first token, to go on from what
+                   this thread's last call left.
         start_ids: [b], the first real position of each left-padded row.
 
-        Raises InputError where the compiled model cannot take them.
+        Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
         """
         ids_bt, _ = prompts.as_array(input_ids)
         rows = self._check(ids_bt, start_ids, None, ids_bt.shape[1])
         all_logits = self.neuron_config.output_all_logits
         if cache_ids is None:
-            return Session(self.engine, rows).logits(all_logits)
+            self._last.session = Session(self.engine, rows)
+            return self._last.session.logits(all_logits)
         start_b = prompts.starts(cache_ids, start_ids, len(rows))
-        logits_btv = Session(self.engine, rows, start_b=start_b).extend(ids_bt.astype(np.int32), all_logits)
+        prompts.check_end(int(start_b.max()) + ids_bt.shape[1], self.buckets.capacity)
+        session: Session | None = getattr(self._last, "session", None)
+        if session is None:
+            raise InputError(
+                "cache_ids go on from the last call of the model in this thread, and there was none since it last "
+                "sampled or scored; begin with the whole prompt, without cache_ids"
+            )
+        session.seek(start_b)
+        logits_btv = session.extend(ids_bt.astype(np.int32), all_logits)
         return logits_btv if all_logits else logits_btv[:, 0]
 
     def sample(
@@ -98,19 +111,23 @@ class Answering:
 
         Returns ids [b, up to sequence_length] in the kind that was given, prompt first; a row that has ended goes on in
         the padding token (the end token where the checkpoint has none). Raises InputError before anything runs where
-        the compiled model cannot take the call.
+        the compiled model cannot take the call, and NonFiniteError where the logits hold a NaN or an infinity.
+
+        Threads may call at once; they take turns.
         """
         ids_bt, restore = prompts.as_array(input_ids)
         steps = self._steps(ids_bt, sequence_length, start_ids, options)
         tokens = [np.repeat(ids_bt, self.copies, axis=0)]
         shown = np.asarray if isinstance(input_ids, list | tuple) else restore
         try:
-            if streamer is not None:
-                streamer.put(shown(tokens[0]))
-            for step in steps:
-                tokens.append(step.tokens[:, None])
+            # one call's whole turn, but where code of the user's runs within, which may wait for another thread
+            with self.engine.lock if streamer is None else nullcontext():
                 if streamer is not None:
-                    streamer.put(shown(tokens[-1])[:, 0])
+                    streamer.put(shown(tokens[0]))
+                for step in steps:
+                    tokens.append(step.tokens[:, None])
+                    if streamer is not None:
+                        streamer.put(shown(tokens[-1])[:, 0])
         finally:
             if streamer is not None:
                 streamer.end()
@@ -206,6 +223,7 @@ class Answering:
             pad=self.settings.generation.get("pad_token_id"),
             logprobs=logprobs,
         )
+        self._last.session = None
         tokenizer = self.tokenizer if asked.stop_strings else self._tokenizer_if_any() if text else None
         answers = [row for row in rows for _ in range(self.copies)]
         return answer(
@@ -231,6 +249,7 @@ class Answering:
             )
         for row in rows:
             prompts.check_ids(row[None], self.settings.vocab_size)
+        self._last.session = None
         return scoring.log_likelihoods(self.engine, rows, stride)
 
     def _tokenizer_if_any(self) -> Any:

@@ -58,6 +58,7 @@ class Settings:
     generation:   the ids of its end and padding tokens.
     target:       the instance family that the programs were checked and compiled for; None before that.
     prompt_batch: rows of the programs that take prompts, where those that decode have more.
+    rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class Settings:
     generation: Mapping[str, Any] = field(default_factory=dict)
     target: str | None = None
     prompt_batch: int | None = None
+    rotations: tuple[int, bool] | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -110,7 +112,9 @@ class Settings:
         """Raises ArtifactError for a form that `as_dict` does not give."""
         try:
             buckets = Buckets(*(tuple(told["buckets"][key]) for key in ("context", "tokens")))
-            return cls(**{**told, "buckets": buckets, "batch_sizes": tuple(told["batch_sizes"])})
+            rotations = None if told.get("rotations") is None else tuple(told["rotations"])
+            lists = {"buckets": buckets, "batch_sizes": tuple(told["batch_sizes"]), "rotations": rotations}
+            return cls(**{**told, **lists})
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"the manifest's settings are not those of a model ({error}); save it again") from error
 

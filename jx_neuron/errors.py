@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "JxNeuronError",
     "LoweringError",
+    "NonFiniteError",
 ]
 
 
@@ -29,6 +30,10 @@ class CheckpointError(JxNeuronError):
 
 class InputError(JxNeuronError):
     """A call's arguments do not fit the compiled model."""
+
+
+class NonFiniteError(JxNeuronError):
+    """The model's logits hold a NaN or an infinity, so that no token can be chosen."""
 
 
 class LoweringError(JxNeuronError):

@@ -66,6 +66,11 @@ class HFConfig:
         """The longest sequence, prompt and answer together, that the model has positions for; None if any."""
         raise NotImplementedError
 
+    @property
+    def rotations(self) -> tuple[int, bool] | None:
+        """Where RoPE depends on the length of the prompt: RopeScaling's `rotations`."""
+        return None
+
     def to_hf(self) -> dict[str, Any]:
         """The fields as config.json has them."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

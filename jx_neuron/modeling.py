@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from jx_neuron.checkpoint import Checkpoint, open_checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.deploy import Deployment, Saved, Settings
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
+from jx_neuron.generation.rotations import Rotations
 from jx_neuron.generation.session import Engine
 from jx_neuron.lowering.buckets import Buckets
 from jx_neuron.runtime import Runtime
@@ -57,6 +59,7 @@ class NeuronAutoModelForCausalLM(Answering):
         self._decoder, self._source, self._checkpoint, self._saved = decoder, source, checkpoint, saved
         self._deployment: Deployment | None = saved.deployment if saved else None
         self._engine: Engine | None = None
+        self._making, self._last = threading.RLock(), threading.local()
         self.generation_config = neuron_config.on_device_generation
 
     @classmethod
@@ -229,17 +232,27 @@ class NeuronAutoModelForCausalLM(Answering):
         With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles those that
         no `load` brought. Raises CompilerError where that cannot be.
         """
-        if self._engine is None:
-            jobs, on, of = self.neuron_config.compilation_worker_count, self.backend, self.settings
-            runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
-            self._engine = Engine(runtime, of.buckets, of.batch_sizes, of.prompt_batch, of.vocab_size)
+        with self._making:
+            if self._engine is None:
+                jobs, on, of = self.neuron_config.compilation_worker_count, self.backend, self.settings
+                runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
+                self._engine = Engine(
+                    runtime,
+                    of.buckets,
+                    of.batch_sizes,
+                    of.prompt_batch,
+                    of.vocab_size,
+                    None if of.rotations is None else Rotations(*of.rotations),
+                    self._first_not_finite,
+                )
         return self
 
     def lowered(self) -> Deployment:
         """The programs as they go to neuronx-cc, made when first asked for."""
-        if self._deployment is None:
-            self._deployment = deploy.lower(self._decoder, self.settings)
-        return self._deployment
+        with self._making:
+            if self._deployment is None:
+                self._deployment = deploy.lower(self._decoder, self.settings)
+            return self._deployment
 
     def cpu_compile(self, target: str | None = None) -> Self:
         """Lowers, checks and compiles for Neuron without a device, so that `save` can follow.
@@ -300,6 +313,33 @@ class NeuronAutoModelForCausalLM(Answering):
         if self._saved is not None and self._saved.weights is not None:
             return self._saved.weights
         return self._weights().ranks(self.settings.tp_degree).__getitem__
+
+    def _first_not_finite(self) -> str | None:
+        """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
+        from jx_neuron.weights import first_not_finite
+
+        if self._saved is not None:
+            ranks = map(self._ranks, range(self.settings.tp_degree))
+            return next((name for rank in ranks if (name := first_not_finite(rank)) is not None), None)
+        source = self._weights()
+        (whole,) = source.ranks(1)
+        path = first_not_finite(whole)
+        return None if path is None else source.name(path)
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        path = self._checkpoint.path if self._checkpoint else self._saved.artifact.directory if self._saved else None
+        fields: dict[str, Any] = {"path": str(path)} if path else {}
+        fields |= {"model_type": settings.model_type, "batch_size": self.batch_size}
+        fields |= {"n_positions": self.buckets.capacity, "tp_degree": settings.tp_degree}
+        fields |= {"amp": settings.amp, "backend": self.backend}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: it holds compiled programs and memory of devices. "
+            "Threads may share it; another process makes its own with from_pretrained"
+        )
 
     def _weights(self) -> "Source":
         if self._source is None:
@@ -394,6 +434,7 @@ def _settings(
         neuron_config.output_all_logits,
         vocab_size,
         prompt_batch=prompt_batch_size,
+        rotations=decoder.config.rotations,
     )
 
 

@@ -101,6 +101,12 @@ class RopeScaling:
         self.factor = float(p.get("factor", self.max_positions / self.original))
         self.parameters = p
 
+    @property
+    def rotations(self) -> tuple[int, bool] | None:
+        """The length beyond which a prompt's frequencies change, and whether each longer one has its own."""
+        limits = {"dynamic": (self.max_positions, True), "longrope": (self.original, False)}
+        return limits.get(self.kind)
+
     def _check(self, p: Mapping[str, Any]) -> None:
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec
 
 from jx_neuron.sharding import AXIS
 
+NOT_FINITE = -1  # the token of a row whose logits hold a NaN or an infinity
+
 
 class Sampling(NamedTuple):
     """Parameters of each row.
@@ -42,21 +44,30 @@ def candidates(logits_bv: Array, count: int, shards: int = 1) -> tuple[Array, Ar
     """The `count` largest logits of each row and their tokens, both [b, count], largest first, ties by token.
 
     Each of `shards` vocabulary shards (over the mesh in scope, axis "tp") gives its own first, so that only
-    shards · count candidates are gathered.
+    shards · count candidates are gathered. Every token of a row whose logits are not all finite is NOT_FINITE.
     """
     if shards == 1:
-        return _largest(logits_bv, count)
+        return _largest_if_finite(logits_bv, count)
     each = min(count, logits_bv.shape[-1] // shards)
 
     def of_shard(logits_bv: Array) -> tuple[Array, Array]:
-        value_bk, token_bk = _largest(logits_bv, each)
-        return value_bk, token_bk + jax.lax.axis_index(AXIS) * logits_bv.shape[-1]
+        value_bk, token_bk = _largest_if_finite(logits_bv, each)
+        first = jax.lax.axis_index(AXIS) * logits_bv.shape[-1]
+        return value_bk, jnp.where(token_bk == NOT_FINITE, NOT_FINITE, token_bk + first)
 
     split = PartitionSpec(None, AXIS)
     gathered = jax.shard_map(of_shard, in_specs=split, out_specs=(split, split))(logits_bv)
     value_bk, token_bk = jax.lax.with_sharding_constraint(gathered, PartitionSpec())
+    finite_b1 = token_bk.min(-1, keepdims=True) != NOT_FINITE
     value_bk, at_bk = _largest(value_bk, count)
-    return value_bk, jnp.take_along_axis(token_bk, at_bk, axis=-1, mode="clip")
+    return value_bk, jnp.where(finite_b1, jnp.take_along_axis(token_bk, at_bk, axis=-1, mode="clip"), NOT_FINITE)
+
+
+def _largest_if_finite(logits_bv: Array, count: int) -> tuple[Array, Array]:
+    value_bk, token_bk = _largest(logits_bv, count)
+    # comparisons, since backends differ in what a maximum makes of NaN
+    finite_bv = (jnp.abs(logits_bv) <= jnp.finfo(logits_bv.dtype).max).astype(jnp.float32)
+    return value_bk, jnp.where(finite_bv.min(-1, keepdims=True) > 0, token_bk, NOT_FINITE)
 
 
 def _largest(x_bv: Array, count: int) -> tuple[Array, Array]:
@@ -67,12 +78,12 @@ def _largest(x_bv: Array, count: int) -> tuple[Array, Array]:
 
 
 def greedy(logits_bv: Array, shards: int = 1) -> Array:
-    """The most likely token of each row, int32 [b]."""
+    """The most likely token of each row, int32 [b], or NOT_FINITE."""
     return candidates(logits_bv, 1, shards)[1][:, 0]
 
 
 def sample(logits_bv: Array, by: Sampling, count: int, shards: int = 1) -> Array:
-    """Draws a token of each row, int32 [b], from its `count` most likely ones.
+    """Draws a token of each row, int32 [b], from its `count` most likely ones, or gives NOT_FINITE.
 
     Temperature, then top-k, then top-p (Holtzman et al., arXiv:1904.09751), as HF's logits processors apply them; the
     token is the first whose cumulative probability exceeds the uniform number.

@@ -182,11 +182,13 @@ class Source:
     paths: the parameters, in the order in which they are best read.
     read:  gives one whole, in whatever order of memory is at hand.
     split: gives its partition.
+    name:  gives its name in the checkpoint.
     """
 
     paths: Sequence[str]
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
+    name: Callable[[str], str] = str
 
     def place(
         self,
@@ -254,7 +256,7 @@ def from_checkpoint(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype
         row = by_path[path]
         return row.lay_out(tensors.read(row.source), padding).astype(dtype, copy=False)
 
-    return Source(list(by_path), read, lambda path: by_path[path].partition)
+    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].source)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:
@@ -273,6 +275,11 @@ def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, 
         return (by_path[path].pad(array, padding) if path in by_path else array).astype(dtype, copy=False)
 
     return Source(list(params), read, lambda path: by_path[path].partition if path in by_path else REPLICATED)
+
+
+def first_not_finite(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The name of the first array that holds a NaN or an infinity, None where none does."""
+    return next((name for name in arrays if not np.isfinite(arrays[name]).all()), None)
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -12,6 +12,7 @@ from jx_neuron.generation.options import Request
 from jx_neuron.generation.processors import log_softmax
 from jx_neuron.generation.session import Session
 from jx_neuron.generation.stopping import Criteria, Detokenizer, StopStrings
+from jx_neuron.sampling import NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def answer(
     stopped_b = np.zeros(len(prompts), bool)
     drawn = _on_host(session, asked, prompt_lists) if asked.on_host else _in_program(session, asked)
     for number, (drawn_b, logits_bv) in enumerate(drawn, start=1):
+        session.require_finite(stopped_b | (drawn_b != NOT_FINITE))
         before_b, token_b = stopped_b, np.where(stopped_b, asked.pad, drawn_b)
         stopped_b = stopped_b | np.isin(token_b, asked.eos)
         for found in (strings.found(token_b) if strings else False, criteria.met(token_b) if criteria else False):
@@ -94,7 +96,9 @@ def _in_program(session: Session, asked: Request) -> Drawn:
     if session.copies == 1:
         token_b1 = session.prefill(asked.draw, goes_on=asked.steps > 1).token_b1
     else:
-        token_b1 = asked.draw.choose(session.first(session.prefill(goes_on=asked.steps > 1)))
+        with session.lock:
+            logits_nv = session.first(session.prefill(goes_on=asked.steps > 1))
+        token_b1, _ = _choose(asked, logits_nv)
     for _ in range(1, asked.steps):
         following = session.decode(token_b1, asked.draw)
         yield np.asarray(token_b1).reshape(-1)[: session.count], None
@@ -107,15 +111,29 @@ def _on_host(session: Session, asked: Request, prompts: Sequence[list[int]]) -> 
     answers: list[list[int]] = [[] for _ in prompts]
     token_b: np.ndarray | None = None
     for _ in range(asked.steps):
-        if token_b is None:
-            logits_bv = session.first(session.prefill(goes_on=asked.steps > 1))
-        else:
-            logits_bv = session.last(session.decode(token_b))
-        bent_bv = asked.processors(logits_bv, prompts, answers) if asked.processors.active else logits_bv
-        token_b = asked.draw.choose(bent_bv)
+        with session.lock:
+            if token_b is None:
+                logits_bv = session.first(session.prefill(goes_on=asked.steps > 1))
+            else:
+                logits_bv = session.last(session.decode(token_b))
+        token_b, logits_bv = _choose(asked, logits_bv, prompts, answers)
         yield token_b, logits_bv
         for row, token in zip(answers, token_b.tolist(), strict=True):
             row.append(token)
+
+
+def _choose(
+    asked: Request,
+    logits_bv: np.ndarray,
+    prompts: Sequence[Sequence[int]] = (),
+    answers: Sequence[Sequence[int]] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n], NOT_FINITE where a row's logits are not, and logits with zeros in such rows."""
+    finite_b = np.isfinite(logits_bv).all(-1)
+    if not finite_b.all():
+        logits_bv = np.where(finite_b[:, None], logits_bv, np.float32(0))
+    bent_bv = asked.processors(logits_bv, prompts, answers) if asked.processors.active else logits_bv
+    return np.where(finite_b, asked.draw.choose(bent_bv), np.int32(NOT_FINITE)), logits_bv
 
 
 def _log_probabilities(

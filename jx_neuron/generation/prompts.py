@@ -86,6 +86,15 @@ def starts(cache_ids: Any, start_ids: Any, rows: int) -> np.ndarray:
     return start_b
 
 
+def check_end(end: int, capacity: int) -> None:
+    """Raises InputError where a sequence of `end` positions does not fit."""
+    if end > capacity:
+        raise InputError(
+            f"{end} positions were asked for, and the model was made for n_positions={capacity}; "
+            "ask for fewer, or make the model with a larger n_positions"
+        )
+
+
 def check_ids(ids_bt: np.ndarray, vocab_size: int) -> None:
     """Raises InputError where an id is none of the vocabulary."""
     if (wrong := (ids_bt < 0) | (ids_bt >= vocab_size)).any():

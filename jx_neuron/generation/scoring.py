@@ -89,6 +89,7 @@ def _score(engine: Engine, windows: Sequence[_Window], found: Sequence[Parts]) -
     for call, result in session.prefill_chunks(all_logits=True):
         logits = np.asarray(result.logits_bv)[..., : engine.vocab_size]
         valid_b = np.minimum(call.length_b, call.tokens_bt.shape[1])
+        session.require_finite(_finite(logits[: len(windows)], valid_b))
         for window, row, start, valid in zip(windows, logits, call.start_b, valid_b, strict=False):
             logits_tv = row[:valid] if row.ndim == 2 else row[None]
             first = start if row.ndim == 2 else start + valid - 1
@@ -100,3 +101,9 @@ def _score(engine: Engine, windows: Sequence[_Window], found: Sequence[Parts]) -
             parts = found[window.row]
             parts.logprobs[at_t[chosen]] = logprobs_t[chosen]
             parts.likeliest[at_t[chosen]] = (logits_tv.argmax(-1) == target_t)[chosen]
+
+
+def _finite(logits: np.ndarray, valid_b: np.ndarray) -> np.ndarray:
+    """Whether all logits of each row's valid tokens are finite, bool [n]; logits [n, t, v] or [n, v]."""
+    rows = (row[:valid] if row.ndim == 2 else row for row, valid in zip(logits, valid_b, strict=False))
+    return np.array([np.isfinite(row).all() for row in rows])

@@ -1,18 +1,23 @@
 """Rows of tokens in a model's cache: put there, continued, reordered, and padded to a compiled batch within."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import numpy as np
 
-from jx_neuron.errors import InputError
+from jx_neuron.errors import InputError, NonFiniteError
+from jx_neuron.generation import prompts
 from jx_neuron.generation.chunks import Call, Rows, continued_calls, prefill_calls
 from jx_neuron.generation.draw import Draw, idle
+from jx_neuron.generation.rotations import Rotations
 from jx_neuron.lowering.buckets import Buckets, fit
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.runtime import Result, Runtime
+
+LOST = object()  # in place of a cache that cannot be restored
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,25 @@ class Prefix:
     tokens: np.ndarray
     cache: Any
 
-    def begins(self, rows: Rows) -> bool:
-        """Whether every row starts with it."""
-        return all(np.array_equal(row[: len(self.tokens)], self.tokens) for row in rows)
+    def begins(self, rows: Rows, rotations: Rotations | None) -> bool:
+        """Whether every row starts with it, keys rotated alike."""
+        length = len(self.tokens)
+        return all(
+            np.array_equal(row[:length], self.tokens) and (rotations is None or rotations.same(length, len(row)))
+            for row in rows
+        )
 
 
 @dataclass
 class Engine:
     """A model's runtime and what its programs take. Its cache is that of one session at a time, the `holder`.
 
-    batch_sizes:   rows that programs were made for, ascending; fewer are padded.
-    prompt_batch:  rows of programs that take prompts, where they are others.
+    Threads share it: who uses the runtime holds `lock`.
+
+    batch_sizes:      rows that programs were made for, ascending; fewer are padded.
+    prompt_batch:     rows of programs that take prompts, where they are others.
+    rotations:        how RoPE depends on a prompt's length, None where it does not.
+    first_not_finite: names the first tensor that holds a NaN or an infinity, None where none does.
     """
 
     runtime: Runtime
@@ -40,8 +53,11 @@ class Engine:
     batch_sizes: Sequence[int]
     prompt_batch: int | None
     vocab_size: int
+    rotations: Rotations | None = None
+    first_not_finite: Callable[[], str | None] = lambda: None
     prefix: Prefix | None = None
     holder: "weakref.ref[Session] | None" = None
+    lock: RLock = field(default_factory=RLock)
 
     @property
     def copies(self) -> int:
@@ -66,9 +82,10 @@ class Engine:
 
     def keep_prefix(self, tokens: np.ndarray) -> None:
         """Computes `tokens` and keeps them for the prompts that start with them."""
-        self.prefix = None
-        Session(self, [tokens]).prefill()
-        self.prefix, self.holder = Prefix(tokens, self.runtime.keep()), None
+        with self.lock:
+            self.prefix = None
+            Session(self, [tokens]).logits()
+            self.prefix, self.holder = Prefix(tokens, self.runtime.keep()), None
 
 
 class Session:
@@ -76,19 +93,14 @@ class Session:
 
     start_b [batch] is where each row's next token will stand; its first `count` rows are those asked for.
 
-    Sessions may take turns: the cache of one is set aside when another goes on. InputError is raised where one would go
-    on whose cache is lost, as it was interrupted, or another began from it.
+    Sessions may take turns, in one thread or in several: the cache of one is set aside when another goes on. InputError
+    is raised where one would go on whose cache is lost, as it was interrupted.
     """
 
-    def __init__(self, engine: Engine, rows: Rows, copies: int = 1, start_b: np.ndarray | None = None):
-        """`start_b` [count], where given, says how much each row holds of what the last session left."""
+    def __init__(self, engine: Engine, rows: Rows, copies: int = 1):
         self._engine, self._rows, self.copies, self.count = engine, rows, copies, len(rows) * copies
-        self._kept: Any = None
-        if start_b is None:
-            start_b = np.zeros(self.count, np.int32)
-        else:
-            engine.holder = weakref.ref(self)
-        self.start_b = np.pad(start_b, (0, self._batch(self.count) - self.count))
+        self._kept: Any = LOST
+        self.start_b = np.zeros(self._batch(self.count), np.int32)
 
     def prefill(self, draw: Draw | None = None, *, goes_on: bool = False) -> Result:
         """Fills the cache; the next token, as `draw` says, and the last logits of each prompt and of padding.
@@ -103,21 +115,25 @@ class Session:
         self, draw: Draw | None = None, *, all_logits: bool = False, goes_on: bool = False
     ) -> Iterator[tuple[Call, Result]]:
         """The same call by call, with the logits of every token where asked."""
-        self._enter(fresh=True)
         engine = self._engine
         batch = engine.prompt_batch or self._batch(len(self._rows))
         rows = [*self._rows, *[self._rows[0][:1]] * (batch - len(self._rows))]
-        held, sizes = self._held(batch), None
-        if held:
-            sizes = [size for size in engine.chunk_sizes if size in engine.buckets.context]
         inputs = idle(batch, engine.greedy_candidates) if draw is None else draw.inputs(batch)
         count = engine.greedy_candidates if draw is None else draw.candidates
-        calls = list(prefill_calls(rows, engine.buckets, held, sizes))
-        if not held:
-            shapes = [call.shape(count, all_logits) for call in calls]
-            following = Shape(self._batch(self.count), 1, engine.buckets.slots(max(map(len, rows)) + 1), count)
-            engine.runtime.compile([*shapes, following] if goes_on else shapes)
-        yield from self._run(calls, inputs, count, all_logits)
+        with engine.lock:
+            self._enter(fresh=True)
+            held, sizes = self._held(batch), None
+            if held:
+                sizes = [size for size in engine.chunk_sizes if size in engine.buckets.context]
+            calls = list(prefill_calls(rows, engine.buckets, held, sizes))
+            if not held:
+                shapes = [call.shape(count, all_logits) for call in calls]
+                following = Shape(self._batch(self.count), 1, engine.buckets.slots(max(map(len, rows)) + 1), count)
+                engine.runtime.compile([*shapes, following] if goes_on else shapes)
+            ran = self._run(calls, inputs, count, all_logits, read=all_logits)
+            first = next(ran)
+        yield first
+        yield from ran
         self.start_b = np.array([len(row) for row in rows], np.int32)
         if engine.prompt_batch:
             self._take(np.minimum(np.arange(self._batch(self.count)) // self.copies, len(rows) - 1))
@@ -143,24 +159,29 @@ class Session:
         Raises InputError where they exceed the capacity.
         """
         engine, (_, length) = self._engine, tokens_nt.shape
-        if (end := int(self.start_b.max()) + length) > engine.buckets.capacity:
-            raise InputError(
-                f"{end} positions were asked for, and the model was made for n_positions={engine.buckets.capacity}; "
-                "ask for fewer, or make the model with a larger n_positions"
-            )
+        prompts.check_end(int(self.start_b[: self.count].max()) + length, engine.buckets.capacity)
         tokens_bt = np.pad(tokens_nt, ((0, len(self.start_b) - self.count), (0, 0)))
         calls = continued_calls(tokens_bt, self.start_b, engine.buckets, engine.chunk_sizes)
         inputs = idle(len(self.start_b), engine.greedy_candidates)
-        every = self._gather(self._run(calls, inputs, engine.greedy_candidates, all_logits), self.start_b, length)
+        ran = self._run(calls, inputs, engine.greedy_candidates, all_logits, read=True)
+        every = self._gather(ran, self.start_b, length)
         self.start_b = self.start_b + np.int32(length)
         return every if all_logits else every[:, -1:]
 
     def logits(self, all_logits: bool = False) -> np.ndarray:
         """Fills the cache; logits float32 [count, v] of each row's last token, or of all, [count, t, v]."""
         if not all_logits:
-            return self.first(self.prefill())
+            with self.lock:
+                logits_nv = self.first(self.prefill())
+            self.require_finite(np.isfinite(logits_nv).all(axis=-1))
+            return logits_nv
         first_b = np.zeros_like(self.start_b)
         return self._gather(self.prefill_chunks(all_logits=True), first_b, max(map(len, self._rows)))
+
+    @property
+    def lock(self) -> RLock:
+        """To be held from a call of `prefill` or `decode` until its logits are read, where other threads go on."""
+        return self._engine.lock
 
     def last(self, result: Result) -> np.ndarray:
         """What `decode` gave as logits, without padding: float32 [count, v]."""
@@ -181,7 +202,30 @@ class Session:
                     into[start : start + valid] = row[:valid]
                 else:
                     into[start + valid - 1] = row
+        self.require_finite(np.isfinite(every).all(axis=(1, 2)))
         return every
+
+    def require_finite(self, finite_n: Any) -> None:
+        """Raises NonFiniteError that names the first row that is not, and why; its cache, as bad, is dropped."""
+        if finite_n.all():
+            return
+        engine = self._engine
+        with engine.lock:
+            if engine.holder is not None and engine.holder() is self:
+                engine.runtime.clear()
+                engine.holder = None
+        self._kept = LOST
+        tensor = engine.first_not_finite()
+        why = (
+            f"tensor {tensor}: load a sound checkpoint"
+            if tensor
+            else "no tensor of the model, so that a sum grew beyond what the dtype holds: "
+            "make the model with amp='bf16' or 'f32'"
+        )
+        raise NonFiniteError(
+            f"the logits of row {int(np.argmin(finite_n))} hold a number that is not finite (NaN or infinity), and so "
+            f"does {why}"
+        )
 
     def reorder(self, index_n: np.ndarray) -> None:
         """Row i goes on from what row `index_n[i]` held."""
@@ -192,14 +236,24 @@ class Session:
         """Forgets each row's last `tokens` tokens."""
         self.start_b = np.maximum(self.start_b - tokens, 0)
 
+    def seek(self, start_n: np.ndarray) -> None:
+        """Has each row's next token stand at `start_n` [count]. Raises InputError where that leaves a gap."""
+        if len(start_n) != self.count or (start_n > self.start_b[: self.count]).any():
+            raise InputError(
+                f"{len(start_n)} rows cannot go on at positions {start_n.tolist()}: the last call left {self.count} "
+                f"rows of {self.start_b[: self.count].tolist()} tokens; go on with as many, at most at those positions"
+            )
+        self.start_b = np.pad(start_n, (0, len(self.start_b) - self.count)).astype(np.int32)
+
     def _take(self, index_b: np.ndarray) -> None:
-        self._enter()
-        self._engine.runtime.reorder(index_b.astype(np.int32))
+        with self.lock:
+            self._enter()
+            self._engine.runtime.reorder(index_b.astype(np.int32))
         self.start_b = self.start_b[index_b]
 
     def _held(self, batch: int) -> int:
         prefix = self._engine.prefix
-        if prefix is None or not prefix.begins(self._rows):
+        if prefix is None or not prefix.begins(self._rows, self._engine.rotations):
             longest = max(map(len, self._rows))
             self._engine.runtime.reset(self._engine.buckets.slots(min(longest + 1, self._engine.buckets.capacity)))
             return 0
@@ -207,34 +261,37 @@ class Session:
         return min(len(prefix.tokens), max(map(len, self._rows)) - 1)
 
     def _run(
-        self, calls: Any, inputs: Mapping[str, Any], count: int, all_logits: bool = False
+        self, calls: Any, inputs: Mapping[str, Any], count: int, all_logits: bool = False, *, read: bool = False
     ) -> Iterator[tuple[Call, Result]]:
+        """Each call's result; with `read`, its logits are on the host."""
+        engine = self._engine
         for call in calls:
-            self._enter()
-            try:
-                result = self._engine.runtime.run(call.shape(count, all_logits), call.inputs() | inputs)
-            except BaseException:
-                self._engine.holder = None
-                raise
+            with engine.lock:
+                self._enter()
+                try:
+                    result = engine.runtime.run(call.shape(count, all_logits), call.inputs() | inputs)
+                    if read:
+                        result = Result(result.token_b1, np.asarray(result.logits_bv))
+                except BaseException:
+                    engine.holder = None
+                    raise
             yield call, result
 
     def _batch(self, rows: int) -> int:
         return fit(self._engine.batch_sizes, rows)
 
     def _enter(self, *, fresh: bool = False) -> None:
+        """Makes the runtime's cache this session's own; `fresh`, whatever it holds. The lock is held."""
         engine = self._engine
         holder = engine.holder() if engine.holder is not None else None
         if holder is self:
             return
+        if not fresh and self._kept is LOST:
+            raise InputError(
+                "the keys and values of this answer are lost, as it was interrupted; begin again with the whole prompt"
+            )
         if holder is not None:
             holder._kept = engine.runtime.keep()
-        engine.holder = weakref.ref(self)
-        if fresh:
-            return
-        if self._kept is None:
-            raise InputError(
-                "the keys and values of this answer are lost, as it was interrupted or another call went on from "
-                "them; begin again with the whole prompt"
-            )
-        engine.runtime.reorder(np.arange(len(self.start_b), dtype=np.int32), self._kept)
-        self._kept = None
+        if not fresh:
+            engine.runtime.restore(self._kept)
+        engine.holder, self._kept = weakref.ref(self), LOST

@@ -87,6 +87,10 @@ class Config(HFConfig):
     def max_positions(self) -> None:
         return None
 
+    @property
+    def rotations(self) -> tuple[int, bool] | None:
+        return self.rope.rotations
+
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):

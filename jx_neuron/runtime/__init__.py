@@ -39,6 +39,14 @@ class Runtime(Protocol):
         """Sets the cache aside for `reorder`, and goes on with another."""
         ...
 
+    def restore(self, kept: Any) -> None:
+        """Goes on with a cache that `keep` set aside, which must not be used again."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets the cache's numbers, some of which are not finite: 0 · NaN is NaN, also where attention is masked."""
+        ...
+
     def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
         """Makes row b of the cache what row `index_b[b]` is of it, or of a `kept` one, which stays as it is.
 

@@ -49,11 +49,17 @@ class HostRuntime:
         return Result(token[1][0], Joined(logits[1], logits[0].partition.index(AXIS)))
 
     def reset(self, slots: int = 0) -> None:
-        """The cache keeps its memory; positions yet to be written are masked."""
+        self._cache = []
 
     def keep(self) -> Any:
         kept, self._cache = self._cache, []
         return kept
+
+    def restore(self, kept: Any) -> None:
+        self._cache = kept
+
+    def clear(self) -> None:
+        self._cache = []
 
     def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
         """Each rank's rows on its own device."""

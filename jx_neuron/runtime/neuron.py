@@ -79,6 +79,20 @@ class NeuronRuntime:
         """The cache as each rank's arrays on the host, by name."""
         return {tensor.name: self._read(self._cache(tensor, self._rows)) for tensor in self._bundle.of_kind("cache")}
 
+    def restore(self, kept: Any) -> None:
+        for tensor in self._bundle.of_kind("cache"):
+            self._torch.ops.neuron._parallel_write_neuron(
+                self._cache(tensor, len(kept[tensor.name][0])), kept[tensor.name]
+            )
+        self._rows = len(next(iter(kept.values()))[0])
+
+    def clear(self) -> None:
+        caches = {tensor.name for tensor in self._bundle.of_kind("cache")}
+        for (name, shape, dtype), buffer in self._buffers.items():
+            if name in caches:
+                zeros = [self._host_tensor(np.zeros(shape, dtype)) for _ in range(self._bundle.tp_degree)]
+                self._torch.ops.neuron._parallel_write_neuron(buffer, zeros)
+
     def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
         """Through the host, as transformers-neuronx broadcasts its cache."""
         if kept is None and np.array_equal(index_b, np.arange(self._rows)):

@@ -56,6 +56,12 @@ class XlaRuntime:
         kept, self._cache = self._cache, None
         return kept
 
+    def restore(self, kept: Any) -> None:
+        self._cache = kept
+
+    def clear(self) -> None:
+        self._cache = None
+
     def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
         with jax.set_mesh(self.mesh):
             self._cache = _take(self._cache if kept is None else kept, index_b)
