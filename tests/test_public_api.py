@@ -24,6 +24,7 @@ PUBLIC = {
     "jx_neuron.config": "AMP GQA GenerationConfig NeuronConfig PerRow dtype_of",
     "jx_neuron.errors": """
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
+        NonFiniteError
     """,
     "jx_neuron.hf_config": "HFConfig INERT ONLY divisible one_of",
     "jx_neuron.lowering": """
