@@ -12,7 +12,7 @@ import numpy as np
 
 from jx_neuron import deploy
 from jx_neuron.answering import Answering
-from jx_neuron.checkpoint import Checkpoint, open_checkpoint
+from jx_neuron.checkpoint import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.deploy import Deployment, Saved, Settings
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
@@ -124,8 +124,9 @@ class NeuronAutoModelForCausalLM(Answering):
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
         _check_plan(decoder, settings, backend, neuron_config)
-        told = {**checkpoint.config, **{k: v for k, v in (checkpoint.generation_config or {}).items() if v is not None}}
-        settings = dataclasses.replace(settings, generation={key: told.get(key) for key in GENERATION_FIELDS})
+        settings = dataclasses.replace(
+            settings, generation=_generation(checkpoint.config, checkpoint.generation_config or {})
+        )
         rows = weights.match(
             decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, checkpoint
         )
@@ -200,7 +201,7 @@ class NeuronAutoModelForCausalLM(Answering):
         settings = _settings(
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
-        settings = dataclasses.replace(settings, generation={key: config.get(key) for key in GENERATION_FIELDS})
+        settings = dataclasses.replace(settings, generation=_generation(config))
         return cls(settings, config, backend="host", neuron_config=neuron_config, decoder=decoder)
 
     @classmethod
@@ -362,6 +363,12 @@ def _positive(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={value!r} is not legal; it takes a positive integer")
     return value
+
+
+def _generation(*configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the end and padding tokens: of a config.json, and of a generation_config.json that comes before it."""
+    ids = [token_ids(config, "the config") for config in configs]
+    return {key: next((of[key] for of in reversed(ids) if of.get(key) is not None), None) for key in GENERATION_FIELDS}
 
 
 def _settings(
