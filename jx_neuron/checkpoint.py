@@ -104,7 +104,9 @@ class Checkpoint:
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
         with uncollected(), boundary(self.path):
-            return self.load_tokenizer()
+            tokenizer = self.load_tokenizer()
+            tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage shows at the first text only
+            return tokenizer
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is none."""

@@ -182,7 +182,8 @@ while True:
 
 
 @pytest.mark.slow
-def test_first_command_in_fresh_caches_that_another_process_watches(tmp_path, rounds=3):
+@pytest.mark.parametrize("rounds", [3])
+def test_first_command_in_fresh_caches_that_another_process_watches(tmp_path, rounds):
     watcher = subprocess.Popen([sys.executable, "-c", WATCH, str(tmp_path)])
     try:
         for i in range(rounds):
