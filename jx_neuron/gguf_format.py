@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -35,20 +36,20 @@ PLAIN: Mapping[int, npt.DTypeLike] = {
     GGMLQuantizationType.I32: np.int32,
     GGMLQuantizationType.I64: np.int64,
 }
-SCALARS: Mapping[int, str] = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.FLOAT64: "<f8",
-    GGUFValueType.BOOL: "?",
+SCALARS: Mapping[int, str] = {  # to struct and numpy alike
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.FLOAT64: "<d",
+    GGUFValueType.BOOL: "<?",
 }
-MOST_HEADER = 32 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
+MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
 BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries stay in the processor's cache
@@ -104,12 +105,12 @@ class _Cursor:
         return list(np.frombuffer(self.buffer, dtype, count, start).tolist())
 
     def scalar(self, dtype: str) -> Any:
-        (value,) = self.scalars(dtype, 1)
+        (value,) = struct.unpack_from(dtype, self.buffer, self.take(struct.calcsize(dtype)))
         # the shortest decimal that gives the same float32: 1e-05, not 9.999999747378752e-06
-        return float(str(np.float32(value))) if dtype == "<f4" else value
+        return float(str(np.float32(value))) if dtype == "<f" else value
 
     def string(self) -> str:
-        start = self.take(self.scalar("<u8"))
+        start = self.take(self.scalar("<Q"))
         return self.buffer[start : self.at].decode()
 
     def value(self, kind: int) -> Any:
@@ -117,7 +118,7 @@ class _Cursor:
             return self.string()
         if kind != GGUFValueType.ARRAY:
             return self.scalar(_known(kind))
-        kind, count = self.scalar("<u4"), self.scalar("<u8")
+        kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind == GGUFValueType.STRING:
             return [self.string() for _ in self.times(count, 8)]
         return self.scalars(_known(kind), count)
@@ -151,18 +152,20 @@ def _header(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, Entr
     if cursor.buffer[:4] != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
     cursor.at = 4
-    version, tensors, keys = cursor.scalar("<u4"), cursor.scalar("<u8"), cursor.scalar("<u8")
+    version, tensors, keys = cursor.scalar("<I"), cursor.scalar("<Q"), cursor.scalar("<Q")
     if version not in (2, 3):
         raise CheckpointError(
             f"{path} is GGUF version {version}, or big-endian; legal are versions 2 and 3, little-endian. "
             "Convert the model again with a current llama.cpp."
         )
+    check_count(path, keys, "keys")
+    check_count(path, tensors)
     metadata: dict[str, Any] = {}
     for _ in cursor.times(keys, 13):  # a key's length, a type and a byte
         key = cursor.string()
         if key in metadata:
             raise CheckpointError(f"{path}: the key {key!r} is there twice; {AGAIN}.")
-        metadata[key] = cursor.value(cursor.scalar("<u4"))
+        metadata[key] = cursor.value(cursor.scalar("<I"))
     layout = typed(_Layout, metadata, str(path))
     if layout.parts > 1:
         raise CheckpointError(
@@ -171,14 +174,13 @@ def _header(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, Entr
         )
     if layout.alignment.bit_count() != 1:
         raise CheckpointError(f"{path}: general.alignment is {layout.alignment}; legal are powers of two; {AGAIN}.")
-    check_count(path, tensors)
     infos = []
     for _ in cursor.times(tensors, 32):
-        name, axes = cursor.string(), cursor.scalar("<u4")
+        name, axes = cursor.string(), cursor.scalar("<I")
         if not 1 <= axes <= MOST_AXES:
             raise CheckpointError(f"{path}: tensor {name!r} has {axes} axes; legal are 1 to {MOST_AXES}; {AGAIN}.")
-        shape = tuple(cursor.scalars("<u8", axes))[::-1]
-        infos.append((name, shape, cursor.scalar("<u4"), cursor.scalar("<u8")))
+        shape = tuple(cursor.scalars("<Q", axes))[::-1]
+        infos.append((name, shape, cursor.scalar("<I"), cursor.scalar("<Q")))
     start = end = _aligned(cursor.at, layout)
     entries: dict[str, Entry] = {}
     for name, shape, kind, offset in infos:

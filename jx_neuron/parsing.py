@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from jx_neuron.errors import CheckpointError, JxNeuronError
+from jx_neuron.pages import uncollected
 
 AGAIN = "copy or download it again"
 MOST_DIGITS = 100  # tokenizer_config.json has a model_max_length of 31
@@ -48,7 +49,8 @@ def parse_json(data: bytes, name: str, error: type[JxNeuronError] = CheckpointEr
     """The object in `data`, UTF-8 text; `name` says in errors what it is."""
     with boundary(name, error):
         try:
-            value = json.loads(data.decode("utf-8"), parse_int=_integer)
+            with uncollected():
+                value = json.loads(data.decode("utf-8"), parse_int=_integer)
         except json.JSONDecodeError as raised:
             raise error(
                 f"{name}, line {raised.lineno}, column {raised.colno}: not JSON ({raised.msg}); mend it, or {AGAIN}."

@@ -94,10 +94,10 @@ def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
     return data
 
 
-def check_count(path: Path, tensors: int) -> None:
-    """Raises CheckpointError where a file says that it has more tensors than any model."""
-    if tensors > MOST_TENSORS:
-        raise CheckpointError(f"{path} claims {tensors:,} tensors; legal are {MOST_TENSORS:,}; {AGAIN}.")
+def check_count(path: Path, count: int, what: str = "tensors") -> None:
+    """Raises CheckpointError where a file says that it has more tensors than any model, or more of `what`."""
+    if count > MOST_TENSORS:
+        raise CheckpointError(f"{path} claims {count:,} {what}; legal are {MOST_TENSORS:,}; {AGAIN}.")
 
 
 def safetensors_file(path: Path) -> dict[str, Tensor]:
