@@ -79,7 +79,7 @@ class NeuronAutoModelForCausalLM(Answering):
         local_files_only: bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Opens a checkpoint: a folder, a .gguf file, or a Hugging Face hub id; or a folder that `save` wrote.
+        """Opens a checkpoint: a folder, a file of weights, or a Hugging Face hub id; or a folder that `save` wrote.
 
         batch_size:              most rows of a call, or a list of batch buckets; a call of fewer is padded.
         prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:

@@ -411,6 +411,14 @@ def test_hub(tmp_path, hub):
     assert "no repository of that name" in nothing
     assert "no revision 'v2'" in revision
 
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (hub.root / file).unlink()
+    (hub.root / "m.gguf").write_bytes(b"GGUF")
+    (stub,) = opened((model, {"config": True}))
+    assert "holds its configuration in m.gguf" in stub
+    assert "hf download org/model m.gguf" in stub
+    assert "m.gguf" not in hub.served
+
     hub.shutdown()
     hub.server_close()
     *found, unreachable = opened((model, {}), (model, {"local_files_only": True}), (other, {}))

@@ -86,7 +86,9 @@ def gguf_subject(folder):
         assert [(name, list(entry.shape)[::-1], entry.type, entry.offset) for name, entry in ours.entries.items()] == [
             (tensor.name, tensor.shape.tolist(), tensor.tensor_type, tensor.data_offset) for tensor in theirs.tensors
         ]
-        assert set(checkpoint.config) >= {"hidden_size", "num_hidden_layers"}
+        assert (checkpoint.config["hidden_size"], checkpoint.config["num_hidden_layers"]) == (64, 2)
+        tokenizer = checkpoint.tokenizer()
+        assert isinstance(tokenizer.decode(tokenizer(TEXT).input_ids), str)
 
     folder.mkdir()
     return Subject(folder, write_gguf(folder / "m.gguf"), damage, check)
