@@ -2,19 +2,21 @@
 
 import difflib
 import fnmatch
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from jx_neuron.errors import CheckpointError
 from jx_neuron.hub import local_path
 from jx_neuron.pages import uncollected
-from jx_neuron.tensor_files import AGAIN, Array, Tensor, check_file, safetensors_file, torch_file
+from jx_neuron.parsing import AGAIN, MOST_INT, boundary, read_json_file, typed
+from jx_neuron.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -29,14 +31,25 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# in order of preference: the file that is there, the shards that go with it, how a file is read
-LAYOUTS: tuple[tuple[str, str, Callable[[Path], dict[str, Tensor]]], ...] = (
-    ("model.safetensors", "", safetensors_file),
-    ("model.safetensors.index.json", "model-*.safetensors", safetensors_file),
-    ("pytorch_model.bin", "", torch_file),
-    ("pytorch_model.bin.index.json", "pytorch_model-*.bin", torch_file),
-)
-LEGAL = "legal are " + ", ".join(name for name, *_ in LAYOUTS) + ", or one .gguf file"
+READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
+INDEX = ".index.json"
+LAYOUTS: Mapping[str, str] = {  # in order of preference: the file that is there, and the shards that go with it
+    "model.safetensors": "",
+    "model.safetensors.index.json": "model-*.safetensors",
+    "pytorch_model.bin": "",
+    "pytorch_model.bin.index.json": "pytorch_model-*.bin",
+}
+LEGAL = "legal are " + ", ".join(LAYOUTS) + ", or one .gguf file"
+TokenId = Annotated[int, Field(le=MOST_INT)]
+
+
+class _TokenIds(BaseModel):
+    """The fields of a config.json or generation_config.json that name tokens, as transformers types them."""
+
+    model_config = ConfigDict(strict=True)
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
 
 
 @dataclass(frozen=True)
@@ -82,15 +95,18 @@ class Checkpoint:
         Raises CheckpointError for a name that is not there and a file that cannot be read. Several threads
         may read at once.
         """
-        return self._tensor(name).load()
+        with boundary(self.path):
+            return self._tensor(name).load()
 
     def tokenizer(self) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.
 
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
-        with uncollected():
-            return self.load_tokenizer()
+        with uncollected(), boundary(self.path):
+            tokenizer = self.load_tokenizer()
+            tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage shows at the first text only
+            return tokenizer
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is none."""
@@ -116,10 +132,12 @@ def open_checkpoint(
     local_files_only: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Opens a checkpoint: a folder, a `.gguf` file, or where no such path exists, the id of a Hub repository.
+    """Opens a checkpoint: a folder, a file of weights, or where no such path exists, the id of a Hub repository.
 
-    A folder's safetensors come before its `.bin` files, and a single file before an index. `revision`,
-    `token`, `local_files_only` and `cache_dir` are huggingface-hub's, as are HF_HUB_OFFLINE and HF_TOKEN.
+    A folder's safetensors come before its `.bin` files, a single file before an index, and all before a `.gguf` file,
+    which needs no config.json. A file of weights is read alone, with the other files of its folder; a shard, with the
+    others of its index. `revision`, `token`, `local_files_only` and `cache_dir` are huggingface-hub's, as are
+    HF_HUB_OFFLINE and HF_TOKEN.
 
     Raises CheckpointError for what is missing, cut short, malformed or not supported.
     """
@@ -131,30 +149,26 @@ def open_checkpoint(
         local_files_only=local_files_only,
         cache_dir=cache_dir,
     )
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file; legal are a folder, a .gguf file, and a Hub id. Give its folder.")
-        return _open_gguf(path)
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path} holds a PEFT adapter (adapter_config.json); legal is a whole model. Merge the adapter "
-            "into its base model with peft's `merge_and_unload()` and save that; if it is merged already, "
-            "remove adapter_config.json."
+    with boundary(path):
+        weights = _weights(path)
+        if weights is None:
+            present = sorted(file.name for file in path.iterdir() if file.suffix != ".json")
+            raise CheckpointError(
+                f"{path} holds no weights that can be read: {LEGAL}; there is {_listed(present) or 'nothing else'}. "
+                "Download the checkpoint again, or save it with `save_pretrained`."
+            )
+        if weights.suffix == ".gguf":
+            return _open_gguf(weights)
+        folder = weights.parent
+        generation = folder / GENERATION_CONFIG
+        return Checkpoint(
+            path=folder,
+            config=_read_config(folder / CONFIG),
+            generation_config=_read_config(generation) if generation.is_file() else None,
+            tensors=_indexed(weights) if weights.name.endswith(INDEX) else READERS[weights.suffix](weights),
+            tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
+            load_tokenizer=lambda: _auto_tokenizer(folder),
         )
-    layout = next((layout for layout in LAYOUTS if (path / layout[0]).is_file()), None)
-    if layout is None:
-        return _open_gguf(_only_gguf(path))
-    first, _, read = layout
-    tensors = _indexed(path / first, read) if first.endswith(".json") else read(path / first)
-    generation = path / GENERATION_CONFIG
-    return Checkpoint(
-        path=path,
-        config=read_json(path / CONFIG),
-        generation_config=read_json(generation) if generation.is_file() else None,
-        tensors=tensors,
-        tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := path / name).is_file()),
-        load_tokenizer=lambda: _auto_tokenizer(path),
-    )
 
 
 def load_config(
@@ -165,49 +179,90 @@ def load_config(
     local_files_only: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """The configuration alone, in HF's fields: of a `config.json`, a folder, a `.gguf` file or a Hub id.
+    """The configuration alone, in HF's fields: of a `config.json`, or of what open_checkpoint opens.
 
     No weights are read or downloaded. The other arguments and the errors are those of open_checkpoint.
     """
     path = local_path(
         model,
-        lambda repo, files: [CONFIG],
+        _wanted_config,
         revision=revision,
         token=token,
         local_files_only=local_files_only,
         cache_dir=cache_dir,
     )
-    if path.is_dir() and not (path / CONFIG).is_file() and any(path.glob("*.gguf")):
-        path = _only_gguf(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _open_gguf(path).config
-    return read_json(path / CONFIG if path.is_dir() else path)
+    with boundary(path):
+        if path.is_file() and path.suffix not in (*READERS, ".gguf"):
+            return _read_config(path)
+        weights = _weights(path)
+        if weights is not None and weights.suffix == ".gguf":
+            return _open_gguf(weights).config
+        return _read_config((weights.parent if weights else path) / CONFIG)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises CheckpointError for a missing file, and with the line for a malformed one.
-    """
-    check_file(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+def _weights(path: Path) -> Path | None:
+    """The file from which the weights are read of what a user names: the index, where they are in several."""
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds a PEFT adapter (adapter_config.json); legal is a whole model. Merge the adapter "
+                "into its base model with peft's `merge_and_unload()` and save that; if it is merged already, "
+                "remove adapter_config.json."
+            )
+        chosen = _choose([file.name for file in path.iterdir() if file.is_file()], str(path), "give the path of one")
+        return path / chosen if chosen else None
+    if path.suffix not in (*READERS, ".gguf"):
         raise CheckpointError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}); mend it, or {AGAIN}."
-        ) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text ({error}); {AGAIN}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; legal is a JSON object; {AGAIN}.")
-    return value
+            f"{path} is not a file of weights; legal are a folder, a {', '.join(READERS)} or .gguf file, and a Hub id. "
+            "Give its folder."
+        )
+    indexes = (path.with_name(name) for name in LAYOUTS if name.endswith(path.suffix + INDEX))
+    return next((index for index in indexes if index.is_file() and path.name in _places(index).values()), path)
 
 
-def _indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, each where the index says."""
-    places = read_json(index).get("weight_map")
+def _choose(files: Collection[str], where: str, advice: str) -> str | None:
+    """Of the names of a checkpoint's files, the one from which the weights are read; None where there is none.
+
+    Raises CheckpointError, with `advice`, where there are several GGUF files and nothing else.
+    """
+    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    chosen = next((name for name in LAYOUTS if name in files), None)
+    if chosen is None and len(ggufs) > 1:
+        raise CheckpointError(f"{where} holds {len(ggufs)} GGUF files; {advice}: {_listed(ggufs)}.")
+    return chosen or next(iter(ggufs), None)
+
+
+def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int] | None]:
+    """The `bos_token_id`, `eos_token_id` and `pad_token_id` that `fields` hold; negative ones mean none.
+
+    Raises CheckpointError that says what is wrong, and `name` in it, for anything but integers and lists of them.
+    """
+    ids: dict[str, int | list[int] | None] = {}
+    for field, value in typed(_TokenIds, fields, name).model_dump(exclude_unset=True).items():
+        several = [token for token in dict.fromkeys(value) if token >= 0] if isinstance(value, list) else None
+        ids[field] = several or None if several is not None else None if value is None or value < 0 else value
+    return ids
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    check_file(path)
+    fields = read_json_file(path)
+    return {**fields, **token_ids(fields, str(path))}
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor by name, as an index says."""
+    check_file(index)
+    places = read_json_file(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{index}: weight_map must give the file of each tensor by name; {AGAIN}.")
+    check_count(index, len(places))
+    return places
+
+
+def _indexed(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each where the index says."""
+    places, read = _places(index), READERS[Path(index.name.removesuffix(INDEX)).suffix]
     tensors: dict[str, Tensor] = {}
     homes: dict[str, str] = {}
     for file in sorted(set(places.values())):
@@ -227,22 +282,8 @@ def _indexed(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str
     return tensors
 
 
-def _only_gguf(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise CheckpointError(f"{folder} holds {len(files)} GGUF files; give the path of one: {_listed(files)}.")
-    found = sorted(file for file in folder.iterdir() if file.suffix != ".json")
-    raise CheckpointError(
-        f"{folder} holds no weights that can be read: {LEGAL}; there is {_listed(found) or 'nothing else'}. "
-        "Download the checkpoint again, or save it with `save_pretrained`."
-    )
-
-
-def _listed(files: Iterable[Path], most: int = 8) -> str:
-    names = [file.name for file in files]
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _listed(names: Collection[str], most: int = 8) -> str:
+    return ", ".join(list(names)[:most]) + (", …" if len(names) > most else "")
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -250,10 +291,11 @@ def _open_gguf(path: Path) -> Checkpoint:
 
     file = gguf_format.read_gguf(path)
     config = gguf_llama.llama_config(file)
+    generation = gguf_llama.generation_config(file.metadata)
     return Checkpoint(
         path=path,
-        config=config,
-        generation_config=gguf_llama.generation_config(file.metadata),
+        config={**config, **token_ids(config, str(path))},
+        generation_config=generation and {**generation, **token_ids(generation, str(path))},
         tensors=gguf_llama.llama_tensors(file, config),
         tokenizer_files=(),
         load_tokenizer=lambda: gguf_tokenizer.build_tokenizer(file.metadata, path),
@@ -277,20 +319,29 @@ def _auto_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _wanted(repo: str, files: list[str]) -> list[str]:
+def _wanted(repo: str, files: Collection[str]) -> list[str]:
     """Of the files of a Hub repository, those to download."""
+    chosen = _chosen_on_the_hub(repo, files)
     small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES]
-    for first, shards, _ in LAYOUTS:
-        if first in files:
-            return [*small, first, *fnmatch.filter(files, shards)]
-    ggufs = [file for file in files if file.endswith(".gguf")]
-    if len(ggufs) == 1:
-        return ggufs
-    if ggufs:
+    if chosen is None and "adapter_config.json" not in files:
         raise CheckpointError(
-            f"{repo} holds {len(ggufs)} GGUF files, {', '.join(ggufs[:8])}: download one with "
-            f"`hf download {repo} {ggufs[0]}`, and give the path that it prints."
+            f"{repo} on the Hub holds no weights that can be read: {LEGAL}. Choose another repository."
         )
-    if "adapter_config.json" in files:
+    if chosen is None:
         return small
-    raise CheckpointError(f"{repo} on the Hub holds no weights that can be read: {LEGAL}. Choose another repository.")
+    return [*small, chosen, *fnmatch.filter(files, LAYOUTS[chosen])] if chosen in LAYOUTS else [chosen]
+
+
+def _wanted_config(repo: str, files: Collection[str]) -> list[str]:
+    """Of the files of a Hub repository, the one that holds the configuration, where it holds no weights."""
+    chosen = _chosen_on_the_hub(repo, files)
+    if chosen is not None and chosen not in LAYOUTS:
+        raise CheckpointError(
+            f"{repo} holds its configuration in {chosen}, with the weights: download it with "
+            f"`hf download {repo} {chosen}`, and give the path that it prints."
+        )
+    return [CONFIG]
+
+
+def _chosen_on_the_hub(repo: str, files: Collection[str]) -> str | None:
+    return _choose(files, repo, f"download one with `hf download {repo} FILE`, and give the path that it prints")

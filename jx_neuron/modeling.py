@@ -13,7 +13,7 @@ import numpy as np
 
 from jx_neuron import deploy
 from jx_neuron.answering import Answering
-from jx_neuron.checkpoint import Checkpoint, open_checkpoint
+from jx_neuron.checkpoint import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.deploy import Deployment, Saved, Settings
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
@@ -82,7 +82,7 @@ class NeuronAutoModelForCausalLM(Answering):
         local_files_only: bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Opens a checkpoint: a folder, a .gguf file, or a Hugging Face hub id; or a folder that `save` wrote.
+        """Opens a checkpoint: a folder, a file of weights, or a Hugging Face hub id; or a folder that `save` wrote.
 
         batch_size:              most rows of a call, or a list of batch buckets; a call of fewer is padded.
         prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:
@@ -127,8 +127,9 @@ class NeuronAutoModelForCausalLM(Answering):
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
         _check_plan(decoder, settings, backend, neuron_config)
-        told = {**checkpoint.config, **{k: v for k, v in (checkpoint.generation_config or {}).items() if v is not None}}
-        settings = dataclasses.replace(settings, generation={key: told.get(key) for key in GENERATION_FIELDS})
+        settings = dataclasses.replace(
+            settings, generation=_generation(checkpoint.config, checkpoint.generation_config or {})
+        )
         rows = weights.match(
             decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, checkpoint
         )
@@ -203,7 +204,7 @@ class NeuronAutoModelForCausalLM(Answering):
         settings = _settings(
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
-        settings = dataclasses.replace(settings, generation={key: config.get(key) for key in GENERATION_FIELDS})
+        settings = dataclasses.replace(settings, generation=_generation(config))
         return cls(settings, config, backend="host", neuron_config=neuron_config, decoder=decoder)
 
     @classmethod
@@ -402,6 +403,12 @@ def _positive(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={value!r} is not legal; it takes a positive integer")
     return value
+
+
+def _generation(*configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the end and padding tokens: of a config.json, and of a generation_config.json that comes before it."""
+    ids = [token_ids(config, "the config") for config in configs]
+    return {key: next((of[key] for of in reversed(ids) if of.get(key) is not None), None) for key in GENERATION_FIELDS}
 
 
 def _settings(

@@ -1,16 +1,22 @@
-"""Reading files that others wrote: JSON within limits, and one boundary for whatever a parser raises."""
+"""Reading files that others wrote: JSON within limits, typed fields, and one boundary for whatever a parser raises."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from jx_neuron.errors import CheckpointError, JxNeuronError
+from jx_neuron.pages import uncollected
 
 AGAIN = "copy or download it again"
 MOST_DIGITS = 100  # tokenizer_config.json has a model_max_length of 31
-MOST_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json and index on the Hub have some 40 MB
+MOST_JSON_BYTES = 32 * 2**20  # Python takes 24 times the bytes of the worst text; an index of 723 tensors has 64 kB
+MOST_INT = 2**31 - 1
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @contextmanager
@@ -24,6 +30,8 @@ def boundary(path: Path | str, error: type[JxNeuronError] = CheckpointError) -> 
         yield
     except (JxNeuronError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    except OSError as raised:
+        raise error(f"{path} cannot be read: {raised}.") from raised
     except BaseException as raised:
         what = f"{type(raised).__name__}: {raised}" if str(raised) else type(raised).__name__
         raise error(f"{path} is damaged, or is not what its name says ({what[:300]}); {AGAIN}.") from raised
@@ -41,7 +49,8 @@ def parse_json(data: bytes, name: str, error: type[JxNeuronError] = CheckpointEr
     """The object in `data`, UTF-8 text; `name` says in errors what it is."""
     with boundary(name, error):
         try:
-            value = json.loads(data.decode("utf-8"), parse_int=_integer)
+            with uncollected():
+                value = json.loads(data.decode("utf-8"), parse_int=_integer)
         except json.JSONDecodeError as raised:
             raise error(
                 f"{name}, line {raised.lineno}, column {raised.colno}: not JSON ({raised.msg}); mend it, or {AGAIN}."
@@ -59,3 +68,27 @@ def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def typed(
+    model: type[M], fields: Mapping[str, Any], name: str, error: type[JxNeuronError] = CheckpointError, prefix: str = ""
+) -> M:
+    """The fields of a file as a pydantic `model`; `name` says in errors what they are of.
+
+    Raises `error` that names the first field of the wrong type or range, with `prefix` before it, and what is legal.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as raised:
+        first = next((e for e in raised.errors() if e["type"] != "missing"), raised.errors()[0])
+        field = f"{prefix}{first['loc'][0]}"
+        if first["type"] == "missing":
+            raise error(f"{name} lacks {field}; {AGAIN}.") from raised
+        says = (e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1])
+        value, legal = _short(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(says))
+        raise error(f"{name}: {field} is {value}; legal is {legal}; mend it, or {AGAIN}.") from raised
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = repr(value[:most] if isinstance(value, str | list) else value)
+    return text if len(text) <= most else f"{text[:most]}…"

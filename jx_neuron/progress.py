@@ -1,9 +1,11 @@
 """Long work: progress bars on standard error, shown only where somebody watches, and work done ahead in threads."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,9 +14,31 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class _Courtesy:
+    """A stream, or None, on which what cannot be written is left out: a terminal may be gone, or lack the signs."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):  # None has no write
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+
 def bar() -> Progress:
-    """A bar on standard error that disappears when done; silent where standard error is no terminal, or a dumb one."""
-    console = Console(stderr=True)
+    """A bar on standard error that disappears when done; silent where standard error is no terminal, or a dumb one.
+
+    It never fails the work that it shows.
+    """
+    console = Console(file=cast(TextIO, _Courtesy(sys.stderr)))
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

