@@ -176,7 +176,7 @@ def test_a_checkpoint_is_not_overwritten(checkpoint: Path) -> None:
     [
         ({"buckets": {"context": [24]}}, "settings are not those of a model"),
         ({"rope": 1}, "settings are not those of a model"),
-        ({"batch_sizes": [2]}, "lacks the program"),
+        ({"batch_sizes": [2]}, "it lacks the program context24-b2-s24-k64"),
     ],
 )
 def test_a_manifest_with_other_settings_is_refused(change: dict, said: str, programs: Path, tmp_path: Path) -> None:
