@@ -59,8 +59,8 @@ def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointE
             raise
         raise error(
             f"{home}: {AUTO_MAP} in its tokenizer_config.json or config.json names Python code of the checkpoint's "
-            "own, which is never run here. Use token ids, or copy there the tokenizer.json and tokenizer_config.json that "
-            "`save_pretrained` writes, once you have read that code and run it yourself."
+            "own, which is never run here. Use token ids, or read that code, run it yourself, and copy there what its "
+            "`save_pretrained` writes: a tokenizer.json, and a tokenizer_config.json without that field."
         ) from raised
 
 

@@ -14,7 +14,8 @@ SECONDS, BYTES = 5.0, 1.5 * 2**30
 INTERPRETER = 0.5 * 2**30  # of BYTES: what Python takes for itself and what it imports
 NUMBERS = (0, 1, 2, 7, 8, 127, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
 VALUES = (  # JSON texts, some of which json.dumps does not write
-    ["null", "true", "false", "0", "1", "2", "-1", "1.0", "0.5", "1e-5", "1e400", "-1e400", "NaN", "Infinity", "-Infinity"]
+    ["null", "true", "false", "0", "1", "2", "-1", "1.0", "0.5", "1e-5", "1e400", "-1e400", "NaN", "Infinity"]
+    + ["-Infinity"]
     + [str(number) for number in NUMBERS]
     + ["9" * 5000, "1" + "0" * 20, '""', '"x"', '"0"', '"\\u0000"', '"\\ud800"', '"' + "x" * 100_000 + '"', "[]", "{}"]
     + ["[null]", "[1, 2]", "[-1]", '["x"]', "[[1]]", '{"x": 1}', "[" * 100_000 + "]" * 100_000, "[" * 100_000]

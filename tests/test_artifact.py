@@ -431,6 +431,7 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace as Object
 import numpy as np
+from jx_neuron import deploy
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering import artifact
 assert not any(name.startswith("jx_neuron.models") for name in sys.modules)
@@ -449,6 +450,7 @@ def save(content):
 
 def state():
     try:
+        assert deploy.is_artifact(folder)
         found = artifact.read(folder)
         content = found.manifest.model_type
         assert found.hlo("step") == content.encode() * 1000

@@ -97,10 +97,12 @@ class Artifact:
             raise self._refusal(f"there is no rank {rank} at tp degree {self.manifest.tp_degree}")
         name = self.manifest.weights[rank]
         path, record = self._locate(name)
-        with boundary(path, ArtifactError):
-            if _digest(path) != record.sha256:
+        with boundary(path, ArtifactError), open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 raise self._refusal(_ALTERED.format(name))
             tensors = _Tensors(path)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise self._refusal(f"{name} was replaced while it was read", "Open it again")
             _check_tensors(self.manifest.parameters, {key: tensors.layout(key) for key in tensors}, name)
         return tensors
 
@@ -190,8 +192,8 @@ def write(
         raise ArtifactError(f"neuron['tp_degree'] is {tp_degree!r}, which is not the degree of every program")
     if unknown := sorted(set(neffs) - {program.name for program in programs}):
         raise ArtifactError(f"there is a NEFF of {unknown[0]!r}, but no such program")
+    check_replaceable(directory, overwrite)
     with _writing(directory), replacing(directory) as folder:
-        check_replaceable(directory, overwrite)
         stage = _Stage(folder)
         try:
             records = tuple(stage.program(program, neffs.get(program.name)) for program in programs)

@@ -12,6 +12,7 @@ from jx_neuron.lowering.manifest import ProgramRecord, TensorRecord
 from jx_neuron.lowering.rules_ops import CUSTOM_CALLS
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.parsing import boundary
+from jx_neuron.sharding import padded
 
 KINDS = ("param", "cache", "input", "rank")  # in the order of a program's inputs
 
@@ -30,7 +31,7 @@ def check_fit(
 
     slots:      of the whole cache.
     dtype:      of the cache.
-    vocab_size: tokens that the logits of all `tp_degree` cores together have room for.
+    vocab_size: tokens that the logits of all `tp_degree` cores together are of, padded to a multiple of it.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):
@@ -62,8 +63,8 @@ def _check_outputs(
         raise _misfit(program, f"its next token is {_listed([token])}")
     if (logits.shape[:-1], logits.dtype, logits.partition) != (rows, "float32", (*[None] * len(rows), "tp")):
         raise _misfit(program, f"its logits are {_listed([logits])}")
-    if logits.shape[-1] * tp_degree < vocab_size:
-        raise _misfit(program, f"its logits, {_listed([logits])} on each core, are fewer than {vocab_size} tokens")
+    if logits.shape[-1] * tp_degree != padded(vocab_size, tp_degree):
+        raise _misfit(program, f"its logits, {_listed([logits])} on each core, are not of {vocab_size} tokens")
     if [program.inputs[tensor.alias] if tensor.alias is not None else None for tensor in caches] != list(cache):
         raise _misfit(program, "the cache that it gives is not in the place of the one that it takes")
 

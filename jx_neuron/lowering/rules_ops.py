@@ -20,7 +20,7 @@ CUSTOM_CALLS = frozenset(
     AwsNeuronLNCShardingConstraint AwsNeuronTransferWithStaticRing AwsNeuronModuleMarkerStart-Forward
     AwsNeuronModuleMarkerStart-Backward AwsNeuronModuleMarkerEnd-Forward AwsNeuronModuleMarkerEnd-Backward
     NeuronBoundaryMarker-Start NeuronBoundaryMarker-End
-    """.split()  # noqa: SIM905 (a list of one a line is long)
+    """.split()
 )
 UNSUPPORTED = (
     "cholesky", "domain", "dynamic-reshape", "fft", "ragged-all-to-all", "ragged-dot", "set-dimension-size",
