@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import pairwise
@@ -149,13 +150,11 @@ class Settings:
             settings: Settings = _settings_reader().validate_json(json.dumps(content), strict=True)
         except (ValidationError, TypeError) as error:
             reason = reason_of(error) if isinstance(error, ValidationError) else error
-            raise ArtifactError(f"the settings are not those of a model ({reason}); save it again") from error
+            raise ArtifactError(f"the settings are not those of a model ({reason})") from error
         if settings.candidates > settings.vocab_size:
-            raise ArtifactError(f"{settings.candidates} candidates of {settings.vocab_size} tokens; save it again")
+            raise ArtifactError(f"{settings.candidates} candidates of {settings.vocab_size} tokens")
         if settings.prompt_batch and (len(settings.batch_sizes) > 1 or settings.batch_sizes[0] % settings.prompt_batch):
-            raise ArtifactError(
-                f"prompts of {settings.prompt_batch} rows do not divide batches {settings.batch_sizes}; save it again"
-            )
+            raise ArtifactError(f"prompts of {settings.prompt_batch} rows do not divide batches {settings.batch_sizes}")
         return settings
 
 
@@ -283,7 +282,8 @@ class Saved:
     def settings(self) -> Settings:
         """Raises ArtifactError where they are no model's, or another's than the manifest's."""
         manifest = self.artifact.manifest
-        settings = Settings.from_dict(manifest.neuron)
+        with self._named():
+            settings = Settings.from_dict(manifest.neuron)
         if (settings.model_type, settings.tp_degree) != (manifest.model_type, manifest.tp_degree):
             raise self._refusal(f"its settings are for {settings.model_type} on {settings.tp_degree} cores")
         return settings
@@ -301,19 +301,29 @@ class Saved:
             if shape.name not in records:
                 raise self._refusal(f"it lacks the program {shape.name}")
             programs[shape] = record = records[shape.name]
-            check_fit(
-                record,
-                self.artifact.hlo(record.name),
-                shape,
-                slots=buckets.capacity,
-                dtype=settings.dtype,
-                vocab_size=settings.vocab_size,
-                tp_degree=settings.tp_degree,
-            )
+            hlo = self.artifact.hlo(record.name)
+            with self._named():
+                check_fit(
+                    record,
+                    hlo,
+                    shape,
+                    slots=buckets.capacity,
+                    dtype=settings.dtype,
+                    vocab_size=settings.vocab_size,
+                    tp_degree=settings.tp_degree,
+                )
         neffs = {
             name: (lambda name=name: self.artifact.neff(name) or b"") for name, record in records.items() if record.neff
         }
         return Deployment(settings, programs, self.artifact.hlo, neffs)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Has errors name the folder."""
+        try:
+            yield
+        except ArtifactError as error:
+            raise self._refusal(str(error)) from error
 
     def _refusal(self, reason: str) -> ArtifactError:
         return ArtifactError(f"artifact {self.artifact.directory}: {reason}; save it again")

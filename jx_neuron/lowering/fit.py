@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.errors import ArtifactError
+from jx_neuron.errors import ArtifactError, LoweringError
 from jx_neuron.lowering import proto
 from jx_neuron.lowering.manifest import ProgramRecord, TensorRecord
 from jx_neuron.lowering.rules_ops import CUSTOM_CALLS
@@ -71,7 +71,10 @@ def _check_outputs(
 
 def _check_hlo(program: ProgramRecord, hlo: bytes) -> None:
     with boundary(program.hlo, ArtifactError):
-        module = proto.parse(hlo)
+        try:
+            module = proto.parse(hlo)
+        except LoweringError as error:
+            raise _misfit(program, f"{program.hlo} is {error}") from error
         entry = proto.entry(module)
         calls = {i.custom_call_target for i in proto.instructions(module) if i.opcode == "custom-call"}
         takes = [(tuple(i.shape.dimensions), proto.dtype(i.shape)) for i in proto.parameters(entry)]
@@ -96,4 +99,4 @@ def _listed(tensors: Sequence[TensorRecord]) -> str:
 
 
 def _misfit(program: ProgramRecord, reason: str) -> ArtifactError:
-    return ArtifactError(f"the program {program.name} is not what its name says: {reason}. Save the model again")
+    return ArtifactError(f"the program {program.name} is not what its name says: {reason}")
