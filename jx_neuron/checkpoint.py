@@ -303,20 +303,16 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _auto_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from jx_neuron.hf_tokenizer import load_tokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    files = [file for name in TOKENIZER_FILES if (file := folder / name).is_file()]
+    if not files:
         raise CheckpointError(
             f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}. "
             "Use token ids, or copy the tokenizer's files there."
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever comes up
-        raise CheckpointError(
-            f"{folder}: transformers cannot make a tokenizer of its files: {error} "
-            "Use token ids, or copy a tokenizer.json there."
-        ) from error
+    config = read_json_file(folder / CONFIG)
+    return load_tokenizer(folder, config, lambda into: [shutil.copy(file, into) for file in files])
 
 
 def _wanted(repo: str, files: Collection[str]) -> list[str]:

@@ -5,20 +5,24 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from jx_neuron.checkpoint import CONFIG
+from jx_neuron.checkpoint import CONFIG, TOKENIZER_FILES
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
 from jx_neuron.lowering import artifact, neuronx_cc
 from jx_neuron.lowering.artifact import Artifact
 from jx_neuron.lowering.buckets import Buckets
-from jx_neuron.lowering.manifest import MANIFEST
+from jx_neuron.lowering.fit import check_fit
+from jx_neuron.lowering.manifest import Degree, reason_of
 from jx_neuron.lowering.neuronx_cc import CompilerOptions
 from jx_neuron.lowering.rules import target_of
 from jx_neuron.lowering.shape import Shape
@@ -50,6 +54,38 @@ def target_for(asked: str | None) -> str:
     return target_of(neuronx_cc.target(CompilerOptions(target=asked or machine))).name
 
 
+MOST = 2**31 - 1  # the greatest int32
+
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+
+
+def _ascending(sizes: tuple[int, ...]) -> None:
+    if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
+        raise ValueError(f"{sizes} does not ascend from 1 or more")
+
+
+def _legal(check: Callable[[Any], Any]) -> AfterValidator:
+    """Takes what `check` does not refuse, as it is."""
+    return AfterValidator(lambda value: (check(value), value)[1])
+
+
+def _generation(content: Mapping[str, Any]) -> None:
+    def is_id(value: Any) -> bool:
+        return type(value) is int and -1 <= value <= MOST  # -1 in configs that mean none
+
+    for name, value in content.items():
+        several = name == "eos_token_id" and isinstance(value, list) and all(map(is_id, value))
+        if name not in ("eos_token_id", "pad_token_id") or not (value is None or is_id(value) or several):
+            raise ValueError(f"{name}={value!r} is no token id")
+
+
+def _buckets(buckets: Buckets) -> None:
+    _ascending(buckets.context)
+    _ascending(buckets.tokens)
+    if buckets.context[-1] > buckets.capacity or buckets.capacity > MOST:
+        raise ValueError(f"{buckets} has prompts longer than its sequences, or positions beyond {MOST}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a model was, or is to be, lowered for.
@@ -62,17 +98,19 @@ class Settings:
     """
 
     model_type: str
-    tp_degree: int
-    amp: str
-    batch_sizes: tuple[int, ...]
-    buckets: Buckets
-    candidates: int
+    tp_degree: Degree
+    amp: Annotated[str, _legal(dtype_of)]
+    batch_sizes: Annotated[tuple[Positive, ...], _legal(_ascending)]
+    buckets: Annotated[Buckets, _legal(_buckets)]
+    candidates: Positive
     all_logits: bool
-    vocab_size: int
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    target: str | None = None
-    prompt_batch: int | None = None
-    rotations: tuple[int, bool] | None = None
+    vocab_size: Positive
+    generation: Annotated[Mapping[str, Any], _legal(_generation)] = field(default_factory=dict)
+    target: Annotated[str, _legal(target_of)] | None = None
+    prompt_batch: Positive | None = None
+    rotations: tuple[Positive, bool] | None = None
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -108,15 +146,23 @@ class Settings:
                 raise ArtifactError(f"it was saved for {name}={mine} and not {asked}; leave that out, or save anew")
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> "Settings":
-        """Raises ArtifactError for a form that `as_dict` does not give."""
+    def from_dict(cls, content: Mapping[str, Any]) -> "Settings":
+        """Raises ArtifactError, with the reason, for a form that `as_dict` does not give."""
         try:
-            buckets = Buckets(*(tuple(told["buckets"][key]) for key in ("context", "tokens")))
-            rotations = None if told.get("rotations") is None else tuple(told["rotations"])
-            lists = {"buckets": buckets, "batch_sizes": tuple(told["batch_sizes"]), "rotations": rotations}
-            return cls(**{**told, **lists})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"the manifest's settings are not those of a model ({error}); save it again") from error
+            settings: Settings = _settings_reader().validate_json(json.dumps(content), strict=True)
+        except (ValidationError, TypeError) as error:
+            reason = reason_of(error) if isinstance(error, ValidationError) else error
+            raise ArtifactError(f"the settings are not those of a model ({reason})") from error
+        if settings.candidates > settings.vocab_size:
+            raise ArtifactError(f"{settings.candidates} candidates of {settings.vocab_size} tokens")
+        if settings.prompt_batch and (len(settings.batch_sizes) > 1 or settings.batch_sizes[0] % settings.prompt_batch):
+            raise ArtifactError(f"prompts of {settings.prompt_batch} rows do not divide batches {settings.batch_sizes}")
+        return settings
+
+
+@cache
+def _settings_reader() -> TypeAdapter[Settings]:
+    return TypeAdapter(Settings)
 
 
 @dataclass
@@ -209,11 +255,13 @@ def save(
     with tempfile.TemporaryDirectory() as folder:
         extra = {path.name: path.read_bytes() for path in (save_tokenizer(Path(folder)) if save_tokenizer else ())}
     extra[CONFIG] = json.dumps(dict(config), indent=1).encode()
+    settings = deployment.settings.as_dict()
+    Settings.from_dict(settings)
     return artifact.write(
         directory,
         model_type=deployment.settings.model_type,
         config=config,
-        neuron=deployment.settings.as_dict(),
+        neuron=settings,
         programs=[_with_hlo(program, deployment) for program in deployment.programs.values()],  # type: ignore[misc]
         weights=weights,
         neffs={name: neff() for name, neff in deployment.neffs.items()},
@@ -234,19 +282,53 @@ class Saved:
 
     @cached_property
     def settings(self) -> Settings:
-        return Settings.from_dict(self.artifact.manifest.neuron)
+        """Raises ArtifactError where they are no model's, or another's than the manifest's."""
+        manifest = self.artifact.manifest
+        with self._named():
+            settings = Settings.from_dict(manifest.neuron)
+        if (settings.model_type, settings.tp_degree) != (manifest.model_type, manifest.tp_degree):
+            raise self._refusal(f"its settings are for {settings.model_type} on {settings.tp_degree} cores")
+        return settings
 
     @cached_property
     def deployment(self) -> Deployment:
-        records = {record.name: record for record in self.artifact.manifest.programs}
-        shapes = {shape: shape.name for shape in self.settings.shapes}
-        if absent := sorted(set(shapes.values()) - set(records)):
-            raise ArtifactError(f"artifact {self.artifact.directory} lacks the program {absent[0]}; save it again")
+        """Raises ArtifactError unless each program that the settings call for is there, and is what its name says."""
+        settings, manifest = self.settings, self.artifact.manifest
+        records = {record.name: record for record in manifest.programs}
+        buckets = settings.buckets
+        if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(records):
+            raise self._refusal(f"it has {len(records)} programs, which is fewer than its buckets")
+        programs: dict[Shape, Any] = {}
+        for shape in settings.shapes:
+            if shape.name not in records:
+                raise self._refusal(f"it lacks the program {shape.name}")
+            programs[shape] = record = records[shape.name]
+            hlo = self.artifact.hlo(record.name)
+            with self._named():
+                check_fit(
+                    record,
+                    hlo,
+                    shape,
+                    slots=buckets.capacity,
+                    dtype=settings.dtype,
+                    vocab_size=settings.vocab_size,
+                    tp_degree=settings.tp_degree,
+                )
         neffs = {
             name: (lambda name=name: self.artifact.neff(name) or b"") for name, record in records.items() if record.neff
         }
-        programs = {shape: records[name] for shape, name in shapes.items()}
-        return Deployment(self.settings, programs, self.artifact.hlo, neffs)
+        return Deployment(settings, programs, self.artifact.hlo, neffs)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Has errors name the folder."""
+        try:
+            yield
+        except ArtifactError as error:
+            raise self._refusal(str(error)) from error
+
+    def _refusal(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"artifact {self.artifact.directory}: {reason}; save it again")
 
     @property
     def weights(self) -> Callable[[int], Mapping[str, np.ndarray]] | None:
@@ -254,27 +336,34 @@ class Saved:
         return self.artifact.weights if self.artifact.manifest.weights else None
 
     def tokenizer(self) -> Any:
-        """The tokenizer that was saved, its files checked. Raises ArtifactError where there is none."""
-        from transformers import AutoTokenizer
+        """The tokenizer of the listed files, checked. Raises ArtifactError where there is none."""
+        from jx_neuron.hf_tokenizer import load_tokenizer
 
-        if not self._tokenizer_files():
-            raise ArtifactError(f"artifact {self.artifact.directory} was saved without a tokenizer; use token ids")
-        return AutoTokenizer.from_pretrained(self.artifact.directory, local_files_only=True)
+        directory, manifest = self.artifact.directory, self.artifact.manifest
+        if not set(TOKENIZER_FILES) & set(manifest.files):
+            raise ArtifactError(f"artifact {directory} was saved without a tokenizer; use token ids")
+        return load_tokenizer(directory, manifest.config, self.save_tokenizer, ArtifactError)
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the files of the tokenizer, checked, into `folder`."""
-        for name, content in (files := self._tokenizer_files()).items():
-            (folder / name).write_bytes(content)
-        return [folder / name for name in files]
+        """Writes the listed files of the tokenizer, checked, into `folder`."""
+        paths = [folder / name for name in TOKENIZER_FILES if name in self.artifact.manifest.files]
+        for path in paths:
+            path.write_bytes(self.artifact.file(path.name))
+        return paths
 
-    def _tokenizer_files(self) -> dict[str, bytes]:
-        names = (name for name in self.artifact.manifest.files if "/" not in name and name != CONFIG)
-        return {name: self.artifact.file(name) for name in names}
+
+def config_of(model: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """The config of a saved model, as its manifest has it; of anything else what `models.known.config_of` gives."""
+    from jx_neuron.models import known
+
+    if is_artifact(model):
+        return dict(artifact.read(os.fspath(model)).manifest.config)
+    return known.config_of(model, **options)
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a saved model rather than a checkpoint."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    return artifact.is_artifact(os.fspath(path))
 
 
 @dataclass(frozen=True)

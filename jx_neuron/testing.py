@@ -17,6 +17,7 @@ import numpy as np
 from jx_neuron import sharding, weights
 from jx_neuron.checkpoint import open_checkpoint
 from jx_neuron.errors import InputError
+from jx_neuron.hf_tokenizer import refusing_own_code
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.runtime.xla import XlaRuntime
@@ -89,7 +90,8 @@ def parity(
         from transformers import AutoModelForCausalLM
 
         tensors: weights.Tensors = open_checkpoint(original)
-        original = AutoModelForCausalLM.from_pretrained(original, dtype="float32")
+        with refusing_own_code(original):
+            original = AutoModelForCausalLM.from_pretrained(original, dtype="float32", trust_remote_code=False)
     else:
         tensors = ModelTensors(original)
     raw = json.loads(original.config.to_json_string(use_diff=False))

@@ -1,8 +1,11 @@
 """save() and load(): what comes back, and what is refused."""
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +13,14 @@ import tiny
 import tokenizers
 import transformers
 from flax import nnx
+from mutations import limits
 
 from jx_neuron import LlamaForSampling, NeuronAutoModelForCausalLM, NeuronConfig, OPTForSampling, request_devices
 from jx_neuron.checkpoint import load_config
-from jx_neuron.deploy import Saved, choose_backend
+from jx_neuron.deploy import choose_backend, config_of
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
-from jx_neuron.lowering.manifest import read_manifest, sealed
+from jx_neuron.lowering import proto
+from jx_neuron.lowering.manifest import UNSEALED
 from jx_neuron.models import gpt2
 
 IDS = tiny.prompts(1, 9)
@@ -171,21 +176,124 @@ def test_a_checkpoint_is_not_overwritten(checkpoint: Path) -> None:
     assert files(checkpoint) == before
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"buckets": {"context": [24]}}, "settings are not those of a model"),
-        ({"rope": 1}, "settings are not those of a model"),
-        ({"batch_sizes": [2]}, "lacks the program"),
-    ],
-)
-def test_a_manifest_with_other_settings_is_refused(change: dict, said: str, programs: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(programs, tmp_path / "copy")
-    manifest = read_manifest(folder)
-    changed = manifest.model_copy(update={"neuron": {**manifest.neuron, **change}})
-    (folder / "manifest.json").write_bytes(sealed(changed))
-    with pytest.raises(ArtifactError, match=said):
-        _ = Saved.open(folder).deployment
+def test_what_is_laid_into_the_folder_is_not_believed(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "added_tokens.json").write_text('{"a c": 77}')
+    (folder / "special_tokens_map.json").write_text('{"extra_special_tokens": ["a"]}')
+    (folder / "chat_template.jinja").write_text("laid in")
+    size = (folder / "config.json").stat().st_size
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 1}'.ljust(size))
+    model = OPTForSampling.from_pretrained(folder)
+    assert model.tokenizer("a c")["input_ids"] == [1, 3]
+    assert len(model.tokenizer) == 4
+    assert model.tokenizer.chat_template is None
+    assert model.tokenizer.name_or_path == str(folder)
+    assert config_of(folder) == load_config(saved) == model.config
+
+
+def test_a_save_killed_between_its_two_renames_is_found(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / ".opt.0123.old")
+    folder.with_suffix(".lock").touch()
+    model = OPTForSampling.from_pretrained(tmp_path / "opt")
+    assert model.tokenizer("a c")["input_ids"] == [1, 3]
+    assert list(tmp_path.iterdir()) == [tmp_path / "opt"]
+
+
+def altered(source: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy whose manifest is changed, and has the hash that it should have."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "manifest.json").read_bytes())
+    change(content)
+    text = json.dumps({**content, "sha256": UNSEALED}, indent=1) + "\n"
+    (folder / "manifest.json").write_text(text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1))
+    return folder
+
+
+def setting(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest["neuron"].update(fields)
+
+
+def decode(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: change(next(p for p in manifest["programs"] if p["name"] == "decode-b1-s24-k64"))
+
+
+def with_callback(folder: Path) -> None:
+    """A program of the folder that calls to an address, its hash with it."""
+    path = folder / "hlo/decode-b1-s24-k64.pb"
+    module = proto.parse(path.read_bytes())
+    call = next(i for i in proto.instructions(module) if i.opcode == "custom-call")
+    call.custom_call_target, call.backend_config = "xla_python_cpu_callback", b"140000000000000"
+    path.write_bytes(proto.serialize(module))
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no buckets": (setting(buckets={"context": [24]}), "buckets.tokens: Field required"),
+    "empty buckets": (setting(buckets={"context": [], "tokens": []}), "does not ascend from 1 or more"),
+    "descending buckets": (setting(buckets={"context": [24], "tokens": [24, 12]}), "does not ascend"),
+    "prompts beyond the capacity": (setting(buckets={"context": [48], "tokens": [24]}), "longer than its sequences"),
+    "buckets as text": (setting(buckets={"context": ["24"], "tokens": [24]}), "should be a valid integer"),
+    "absurd buckets": (setting(buckets={"context": [24], "tokens": [24, 10**12]}), "beyond 2147483647"),
+    "many buckets": (setting(buckets={"context": [1], "tokens": list(range(1, 10**5))}), "fewer than its buckets"),
+    "a field too many": (setting(rope=1), "rope: Unexpected keyword argument"),
+    "another batch": (setting(batch_sizes=[2]), "it lacks the program context24-b2-s24-k64"),
+    "no batch": (setting(batch_sizes=[]), "does not ascend"),
+    "a batch as text": (setting(batch_sizes=["1"]), "batch_sizes.0"),
+    "a fraction of candidates": (setting(candidates=64.0), "candidates"),
+    "more candidates than tokens": (setting(candidates=200), "200 candidates of 101 tokens"),
+    "ids as text": (setting(generation={"eos_token_id": "7"}), "eos_token_id='7' is no token id"),
+    "ids as fractions": (setting(generation={"eos_token_id": [7.0]}), r"eos_token_id=\[7.0\] is no token id"),
+    "ids beyond int32": (setting(generation={"pad_token_id": 2**31}), "pad_token_id=2147483648 is no token id"),
+    "several paddings": (setting(generation={"pad_token_id": [1]}), "is no token id"),
+    "an unknown id": (setting(generation={"bos": 1}), "bos=1 is no token id"),
+    "another dtype": (setting(amp="f64"), "amp='f64' is not supported"),
+    "another cache": (setting(amp="bf16"), "its cache has cache.0.k float32.*, not 1 rows of 24 bfloat16"),
+    "no such target": (setting(target="trn9"), "unknown target 'trn9'"),
+    "another vocabulary": (setting(vocab_size=99), "are not of 99 tokens"),
+    "an absurd vocabulary": (setting(vocab_size=10**10), "vocab_size: .*less than or equal to 2147483647"),
+    "another family": (setting(model_type="gpt2"), "its settings are for gpt2 on 2 cores"),
+    "another degree": (setting(tp_degree=1), "its settings are for opt on 1 cores"),
+    "an absurd degree": (lambda m: m.update(tp_degree=10**9), "tp_degree: .*less than or equal to 4096"),
+    "prompts that do not divide": (setting(prompt_batch=3), "3 rows do not divide"),
+    "all logits as text": (setting(all_logits="no"), "all_logits"),
+    "nothing": (lambda m: m.update(neuron={}), "model_type: Field required"),
+    "an output fewer": (decode(lambda p: p["outputs"].pop()), "not a token, logits and its cache"),
+    "no outputs": (decode(lambda p: p.update(outputs=[])), "not a token, logits and its cache"),
+    "token as float": (decode(lambda p: p["outputs"][0].update(dtype="float32")), "its next token is"),
+    "logits of other rows": (decode(lambda p: p["outputs"][1].update(shape=[2, 51])), "its logits are"),
+    "an input fewer": (decode(lambda p: p["inputs"].pop()), "takes other arrays than the manifest lists"),
+    "an input renamed": (decode(lambda p: p["inputs"][-2].update(name="x")), "it takes tokens_bt int32.*, not"),
+    "kinds out of order": (decode(lambda p: p["inputs"].reverse()), "cannot be an alias"),
+    "a cache as parameter": (decode(lambda p: p["inputs"][-9].update(kind="param")), "not of the kinds param, cache"),
+    "absurd caches": (
+        lambda m: [t.update(shape=[1, 2**20, 24, 2**20]) for p in m["programs"] for t in p["inputs"] + p["outputs"]
+                   if t["kind"] == "cache"], "more numbers a position than the model has parameters",
+    ),
+    "absurd parameters": (
+        lambda m: [p["inputs"][0].update(shape=[2**40, 2**40]) for p in m["programs"]],
+        "has .* bytes, and the programs' parameters|takes other arrays",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_manifest_of_another_model_is_refused_though_its_hash_is_right(
+    kind: str, saved: Path, tmp_path: Path
+) -> None:
+    change, said = CHANGES[kind]
+    with limits(), pytest.raises(ArtifactError, match=said):
+        OPTForSampling.from_pretrained(altered(saved, tmp_path / "copy", change))
+
+
+def test_a_program_that_calls_to_an_address_is_refused(saved: Path, tmp_path: Path) -> None:
+    name = "hlo/decode-b1-s24-k64.pb"
+    folder = shutil.copytree(saved, tmp_path / "other")
+    with_callback(folder)
+    data = (folder / name).read_bytes()
+    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    altered(saved, tmp_path / "copy", lambda manifest: manifest["files"].update({name: record}))
+    shutil.copy(folder / name, tmp_path / "copy" / name)
+    with pytest.raises(ArtifactError, match="calls 'xla_python_cpu_callback', which no step does"):
+        OPTForSampling.from_pretrained(tmp_path / "copy")
 
 
 def test_a_module_with_parameters_in_hand_is_saved_too(tmp_path: Path) -> None:

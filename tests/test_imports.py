@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 LEVELS = [
     {"errors", "progress", "arguments", "parsing", "pages"},
     {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
-    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hub", "products", "tensor_files"},
+    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hf_tokenizer", "hub", "products", "tensor_files"},
     {"models"},
     {"lowering"},
     {"runtime"},

@@ -117,8 +117,8 @@ def _from_checkpoint(model: str, revision: str | None, asked: dict[str, Any]) ->
 
 
 def _from_config(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+    from jx_neuron.deploy import config_of
     from jx_neuron.modeling import NeuronAutoModelForCausalLM
-    from jx_neuron.models.known import config_of
 
     return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **asked)
 

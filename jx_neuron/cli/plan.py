@@ -72,7 +72,7 @@ def command(
         jx-neuron plan ./my-llama --instance trn1.32xlarge --tp 8 --batch-size 4 --plot plan.png
     """
     gc.disable()  # importing jax allocates much and frees next to nothing
-    from jx_neuron.models.known import config_of
+    from jx_neuron.deploy import config_of
     from jx_neuron.planning import plan
 
     gc.enable()

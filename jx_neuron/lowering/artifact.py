@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering.durable import recover, replacing, sync
+from jx_neuron.lowering.durable import replacing, settle, sync
 from jx_neuron.lowering.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -36,14 +37,18 @@ from jx_neuron.lowering.manifest import (
     ProgramRecord,
     TensorRecord,
     is_inside,
+    parameters_of,
     read_manifest,
     reason_of,
     sealed,
 )
+from jx_neuron.parsing import boundary
+from jx_neuron.tensor_files import SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:  # what runs an artifact has no need of what makes programs
     from jx_neuron.lowering.program import Program
 
+T = TypeVar("T")
 TOOLS = ("jx-neuron", "jax", "jaxlib")
 _ALTERED = "{} was altered: its sha256 is not the manifest's"
 
@@ -75,7 +80,8 @@ class Artifact:
     def file(self, name: str) -> bytes:
         """The content of a file, such as tokenizer.json. Raises ArtifactError if missing or altered."""
         path, record = self._locate(name)
-        data = path.read_bytes()
+        with boundary(path, ArtifactError):
+            data = path.read_bytes()
         if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
             raise self._refusal(_ALTERED.format(name))
         return data
@@ -91,13 +97,13 @@ class Artifact:
             raise self._refusal(f"there is no rank {rank} at tp degree {self.manifest.tp_degree}")
         name = self.manifest.weights[rank]
         path, record = self._locate(name)
-        if _digest(path) != record.sha256:
-            raise self._refusal(_ALTERED.format(name))
-        try:
+        with boundary(path, ArtifactError), open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                raise self._refusal(_ALTERED.format(name))
             tensors = _Tensors(path)
-        except SafetensorError as error:
-            raise self._refusal(f"{name} is no safetensors file: {error}") from error
-        _check_names(self.manifest.programs, tensors, name)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise self._refusal(f"{name} was replaced while it was read", "Open it again")
+            _check_tensors(self.manifest.parameters, {key: tensors.layout(key) for key in tensors}, name)
         return tensors
 
     def check(self) -> None:
@@ -112,12 +118,13 @@ class Artifact:
         if record is None:
             raise self._refusal(f"the manifest lists no file {name}")
         path = self.directory / name
-        if not path.is_file():
-            raise self._refusal(f"{name} is missing")
-        if path.resolve() != self.directory.resolve() / name:
-            raise self._refusal(f"{name} is a link to elsewhere")
-        if (size := path.stat().st_size) != record.size:
-            raise self._refusal(f"{name} has {size} bytes, not the manifest's {record.size}")
+        with boundary(path, ArtifactError):
+            if not path.is_file():
+                raise self._refusal(f"{name} is missing")
+            if path.resolve() != self.directory.resolve() / name:
+                raise self._refusal(f"{name} is a link to elsewhere")
+            if (size := path.stat().st_size) != record.size:
+                raise self._refusal(f"{name} has {size} bytes, not the manifest's {record.size}")
         return path, record
 
     def _refusal(self, reason: str, way_out: str = "Save it again, or fetch a whole copy") -> ArtifactError:
@@ -131,13 +138,25 @@ def read(directory: Path | str) -> Artifact:
     there in full size, and every program has its hash. NEFFs, weights and other files are checked when they
     are read.
     """
-    directory = Path(directory).expanduser().absolute()
-    if not directory.exists():
-        with suppress(OSError):
-            recover(directory)
-    artifact = Artifact(directory, read_manifest(directory))
-    artifact.check()
-    return artifact
+    directory = _folder(directory)
+
+    def whole() -> Artifact:
+        artifact = Artifact(directory, read_manifest(directory))
+        artifact.check()
+        return artifact
+
+    with boundary(directory, ArtifactError):
+        return _once_settled(directory, whole)
+
+
+def is_artifact(directory: Path | str) -> bool:
+    """Whether there is an artifact, sound or not."""
+    try:
+        directory = _folder(directory)
+        settle(directory)
+        return (directory / MANIFEST).is_file()
+    except (ArtifactError, OSError):
+        return False
 
 
 def write(
@@ -163,21 +182,22 @@ def write(
       extra_files: content by path inside the artifact.
       tools: versions to note beside those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
 
-    Raises ArtifactError where the parts do not fit together, or the folder holds anything but an artifact.
-    What was there before is intact then.
+    Raises ArtifactError where the parts do not fit together, the folder holds anything but an artifact, or the disk
+    refuses it. What was there before is intact then.
     """
-    directory = Path(directory).expanduser().resolve()
+    directory = _folder(directory)
     neffs = neffs or {}
     tp_degree = neuron.get("tp_degree")
     if not isinstance(tp_degree, int) or any(program.tp_degree != tp_degree for program in programs):
         raise ArtifactError(f"neuron['tp_degree'] is {tp_degree!r}, which is not the degree of every program")
     if unknown := sorted(set(neffs) - {program.name for program in programs}):
         raise ArtifactError(f"there is a NEFF of {unknown[0]!r}, but no such program")
-    with replacing(directory) as folder:
-        check_replaceable(directory, overwrite)
+    check_replaceable(directory, overwrite)
+    with _writing(directory), replacing(directory) as folder:
         stage = _Stage(folder)
         try:
             records = tuple(stage.program(program, neffs.get(program.name)) for program in programs)
+            parameters = parameters_of(records)
             for path, data in (extra_files or {}).items():
                 stage.put(path, data)
             manifest = Manifest(
@@ -188,7 +208,7 @@ def write(
                 config=_json(config),
                 neuron=_json(neuron),
                 programs=records,
-                weights=tuple(stage.weights(rank, weights(rank), records) for rank in range(tp_degree))
+                weights=tuple(stage.weights(rank, weights(rank), parameters) for rank in range(tp_degree))
                 if weights
                 else (),
                 tools={name: _version(name) for name in TOOLS} | dict(tools or {}),
@@ -229,14 +249,10 @@ class _Stage:
             outputs=tuple(map(TensorRecord.model_validate, program.outputs)),
         )
 
-    def weights(self, rank: int, tensors: Mapping[str, np.ndarray], programs: Iterable[ProgramRecord]) -> str:
+    def weights(self, rank: int, tensors: Mapping[str, np.ndarray], parameters: Mapping[str, TensorRecord]) -> str:
         arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         path = f"weights/rank-{rank:02d}.safetensors"
-        _check_names(programs, arrays, path)
-        for name, wanted in _parameters(programs).items():
-            if (arrays[name].shape, arrays[name].dtype.name) != (wanted.shape, wanted.dtype):
-                found = f"{arrays[name].dtype.name}{list(arrays[name].shape)}"
-                raise ArtifactError(f"{path}: {name} is {found}, not {wanted.dtype}{list(wanted.shape)}")
+        _check_tensors(parameters, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}, path)
         return self.put(path, lambda target: save_file(arrays, target))
 
 
@@ -252,6 +268,11 @@ class _Tensors(Mapping[str, np.ndarray]):
             raise KeyError(name)
         return np.asarray(self._file.get_tensor(name))
 
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape, as the file's header says."""
+        part = self._file.get_slice(name)
+        return np.dtype(SAFETENSORS_DTYPES[part.get_dtype()]).name, tuple(part.get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
 
@@ -259,34 +280,85 @@ class _Tensors(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def _parameters(programs: Iterable[ProgramRecord]) -> dict[str, TensorRecord]:
-    return {t.name: t for program in programs for t in program.inputs if t.kind == "param"}
+def _check_tensors(
+    parameters: Mapping[str, TensorRecord], layouts: Mapping[str, tuple[str, tuple[int, ...]]], where: str
+) -> None:
+    """Refuses weights, each a (dtype, shape) by name, that are not the programs' parameters."""
+    for name in sorted(set(parameters) ^ set(layouts)):
+        raise ArtifactError(f"{where}: {name} is {'missing' if name in parameters else 'no parameter of the programs'}")
+    for name, tensor in parameters.items():
+        dtype, shape = layouts[name]
+        if (dtype, shape) != (tensor.dtype, tensor.shape):
+            raise ArtifactError(f"{where}: {name} is {dtype}{list(shape)}, not {tensor.dtype}{list(tensor.shape)}")
 
 
-def _check_names(programs: Iterable[ProgramRecord], found: Iterable[str], where: str) -> None:
-    """Refuses weights that are not named as the programs' parameters."""
-    wanted = _parameters(programs)
-    for name in sorted(set(wanted) ^ set(found)):
-        raise ArtifactError(f"{where}: {name} is {'missing' if name in wanted else 'no parameter of the programs'}")
+def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
+    """Raises ArtifactError where `write` would: where anything but an artifact would be lost, or no folder can be."""
+    directory = _folder(directory)
+
+    def check() -> None:
+        parent = next(path for path in directory.parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ArtifactError(f"{directory} cannot be written: {parent} is no folder that can. Choose another")
+        if not directory.exists():
+            return
+        if not directory.is_dir():
+            raise ArtifactError(f"{directory} is a file. Choose a folder")
+        present = {
+            Path(folder, name).relative_to(directory).as_posix()
+            for folder, _, names in os.walk(directory)
+            for name in names
+        }
+        if present and not overwrite:
+            raise ArtifactError(f"{directory} is not empty. Choose another folder, or allow overwriting")
+        try:
+            foreign = sorted(present - set(read_manifest(directory).files) - {MANIFEST}) if present else ()
+        except ArtifactError as error:
+            raise ArtifactError(f"{directory} holds no artifact to replace. Choose another folder ({error})") from error
+        if foreign:
+            raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
+
+    with _writing(directory):
+        _once_settled(directory, check)
 
 
-def check_replaceable(directory: Path, overwrite: bool = True) -> None:
-    """Raises ArtifactError where `write` would: where anything but an artifact would be lost."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ArtifactError(f"{directory} is a file. Choose a folder")
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
-    if not present:
-        return
-    if not overwrite:
-        raise ArtifactError(f"{directory} is not empty. Choose another folder, or allow overwriting")
+def _folder(directory: Path | str) -> Path:
     try:
-        foreign = sorted(present - set(read_manifest(directory).files) - {MANIFEST})
-    except ArtifactError as error:
-        raise ArtifactError(f"{directory} holds no artifact to replace. Choose another folder ({error})") from error
-    if foreign:
-        raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
+        return Path(directory).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{str(directory)!r} is no path of a folder ({error}). Choose another") from error
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Has what the disk refuses become an ArtifactError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(
+            f"{directory} cannot be written ({reason}), and is as it was. Make room there, or choose another folder"
+        ) from error
+
+
+def _once_settled(directory: Path, look: Callable[[], T]) -> T:
+    """What `look` gives, again where another process put a folder in the place of `directory` while it looked."""
+    while True:
+        settle(directory)
+        before = _identity(directory)
+        try:
+            return look()
+        except ArtifactError:
+            if _identity(directory) == before:
+                raise
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        status = directory.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _digest(path: Path) -> str:
@@ -294,9 +366,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _json(value: Mapping[str, Any]) -> dict[str, JsonValue]:
+def _json(value: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        plain: dict[str, JsonValue] = json.loads(json.dumps(value, allow_nan=False))
+        plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"a configuration cannot be kept as JSON: {error}") from error
     return plain

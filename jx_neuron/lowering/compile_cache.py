@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -78,25 +78,30 @@ def store(folder: Path, key: str, neff: bytes) -> None:
 @contextmanager
 def lock(folder: Path, key: str, cancelled: Callable[[], bool]) -> Iterator[None]:
     """Holds `key` against other processes; raises CancelledError once `cancelled()` says so while waiting."""
-    try:
+    path = folder / f"{key}.lock"
+    lock = FileLock(path)
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / f"{key}.lock")
-        while True:
+        path.touch()  # raises where a FileLock would wait, as below /proc
+        while not lock.is_locked:
             if cancelled():
                 raise CancelledError
-            try:
-                held.acquire(timeout=0.2)
-                break
-            except Timeout:
-                continue
+            with suppress(Timeout):
+                lock.acquire(timeout=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CompilerError(
             f"the compile cache {folder} cannot be written ({error.strerror}). Set {URL_VARIABLE} to a folder that can"
         ) from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def _entry(key: str, neff: bytes) -> str:

@@ -1,14 +1,19 @@
 """Files and folders that are there whole or not at all, whenever the process or the machine dies."""
 
+import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
+
+PATIENCE = 5.0  # seconds for what takes another process microseconds
+NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def sync(path: Path) -> None:
@@ -38,50 +43,85 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of `folder` when the block ends well.
 
     Two renames do it: `folder` is set aside, and the new one takes its name. A process killed in between
-    leaves the old folder to `recover`. Files put into the new folder are for the caller to `sync`.
+    leaves the old folder to `settle`. Of several processes that replace one folder, the last to end has it.
+    Files put into the new folder are for the caller to `sync`. Raises OSError where the disk does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    recover(folder)
     lock = folder.with_name(f".{folder.name}.{uuid4().hex}.lock")
-    fresh, former = lock.with_suffix(".tmp"), lock.with_suffix(".old")
-    with FileLock(lock):
+    lock.touch()  # raises where a FileLock would wait, as below /proc
+    fresh = lock.with_suffix(".tmp")
+    with FileLock(lock, timeout=PATIENCE):
         try:
+            recover(folder)
             fresh.mkdir()
             yield fresh
             for inner in (*filter(Path.is_dir, fresh.rglob("*")), fresh):
                 sync(inner)
-            if folder.exists():
-                folder.rename(former)
-            fresh.rename(folder)
+            _put_in_place(fresh, folder, lock)
             sync(folder.parent)
         finally:
-            _clear(folder, fresh, former)
+            _clear(folder, lock)
             lock.unlink(missing_ok=True)
 
 
-def recover(folder: Path) -> None:
-    """Puts right what processes that died while `replacing` have left beside `folder`.
+def settle(folder: Path) -> None:
+    """Sees that `folder` is there if it is being replaced, or was by a process that died in the middle.
 
-    The former folder takes its place again if none has, and all else goes. What a living process writes
-    stays.
+    Raises OSError where the path is none that the system can look up.
     """
-    for path in folder.parent.glob(f".{escape(folder.name)}.*.lock"):
+    deadline = time.monotonic() + PATIENCE
+    while not folder.exists() and any(_beside(folder, ".old")) and time.monotonic() < deadline:
+        recover(folder)
+        time.sleep(0.01)
+
+
+def _put_in_place(fresh: Path, folder: Path, lock: Path) -> None:
+    while True:
+        try:
+            fresh.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in NOT_EMPTY:
+                raise
+        _discard(lock.with_suffix(".old"), lock)
+        with suppress(FileNotFoundError):  # another process has just set it aside
+            folder.rename(lock.with_suffix(".old"))
+
+
+def recover(folder: Path) -> None:
+    """Puts right what processes that died while `replacing` have left beside `folder`; leaves the living alone."""
+    for path in _beside(folder, ".lock"):
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except OSError:  # its process is alive, or of another user
             continue
         try:
-            _clear(folder, path.with_suffix(".tmp"), path.with_suffix(".old"))
+            _clear(folder, path)
             path.unlink(missing_ok=True)
         finally:
             lock.release()
 
 
-def _clear(folder: Path, fresh: Path, former: Path) -> None:
-    shutil.rmtree(fresh, ignore_errors=True)
+def _clear(folder: Path, lock: Path) -> None:
+    """Takes away what the process of `lock` has put beside `folder`. What it set aside returns if nothing is there."""
+    for suffix in (".tmp", ".gone"):
+        shutil.rmtree(lock.with_suffix(suffix), ignore_errors=True)
+    former = lock.with_suffix(".old")
     if former.exists() and not folder.exists():
-        former.rename(folder)
-    elif former.exists():
-        former.rename(fresh)  # so that what is half deleted never looks like a folder to restore
-        shutil.rmtree(fresh, ignore_errors=True)
+        with suppress(OSError):  # another process has just put one there
+            former.rename(folder)
+    if folder.exists():
+        _discard(former, lock)
+
+
+def _discard(former: Path, lock: Path) -> None:
+    """Removes a folder under another name, so that what is half removed never looks like one to restore."""
+    gone = lock.with_suffix(".gone")
+    with suppress(FileNotFoundError):
+        former.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _beside(folder: Path, suffix: str) -> Iterator[Path]:
+    return folder.parent.glob(f".{escape(folder.name)}.*{suffix}")

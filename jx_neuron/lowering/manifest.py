@@ -2,29 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 import ml_dtypes  # noqa: F401 (gives numpy the name bfloat16)
 import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
-    JsonValue,
-    NonNegativeInt,
-    PositiveInt,
+    Strict,
     ValidationError,
     model_validator,
 )
 
 from jx_neuron.errors import ArtifactError
+from jx_neuron.parsing import boundary, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNSEALED = "0" * 64
+MOST_BYTES = 32 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
+MOST_ENTRIES = 100_000  # of anything that there are several of
 
 
 def is_inside(path: str) -> bool:
@@ -49,19 +56,38 @@ def _dtype(name: str) -> str:
     return name
 
 
-RelativePath = Annotated[str, AfterValidator(_inside)]
+def _finite(content: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(content, allow_nan=False)
+    return content
+
+
+def _few(content: Any) -> Any:
+    """Refuses at once what pydantic would collect a complaint about each entry of."""
+    if isinstance(content, dict) and len(content) > MOST_ENTRIES:
+        raise ValueError(f"it has {len(content):,} entries, and may have {MOST_ENTRIES:,}")
+    return content
+
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Strict(False), FailFast(), Field(max_length=MOST_ENTRIES)]  # a list in JSON
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Named = Annotated[dict[str, T], BeforeValidator(_few)]
+JsonObject = Annotated[Named[Any], AfterValidator(_finite)]
+RelativePath = Annotated[str, Field(max_length=4096), AfterValidator(_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ProgramName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+ProgramName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+Degree = Annotated[int, Field(ge=1, le=4096)]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, from_attributes=True)
+    _check_size = model_validator(mode="before")(_few)
 
 
 class FileRecord(_Record):
     """Size in bytes and sha256 of a file."""
 
-    size: NonNegativeInt
+    size: Count
     sha256: Sha256
 
 
@@ -70,10 +96,15 @@ class TensorRecord(_Record):
 
     kind: Literal["param", "cache", "input", "rank", "output"]
     name: str
-    shape: tuple[NonNegativeInt, ...]
+    shape: Several[Count]
     dtype: Annotated[str, AfterValidator(_dtype)]
-    partition: tuple[Literal["tp"] | None, ...]
-    alias: NonNegativeInt | None
+    partition: Several[Literal["tp"] | None]
+    alias: Count | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it on one core."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -88,8 +119,8 @@ class ProgramRecord(_Record):
     name: ProgramName
     hlo: RelativePath
     neff: RelativePath | None
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
+    inputs: Several[TensorRecord]
+    outputs: Several[TensorRecord]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -110,15 +141,15 @@ class Manifest(_Record):
     """What manifest.json says. `weights` names one file a rank, or none; `neuron` is the NeuronConfig."""
 
     sha256: Sha256
-    format_version: PositiveInt
+    format_version: Annotated[int, Field(ge=1)]
     model_type: str
-    tp_degree: PositiveInt
-    config: dict[str, JsonValue]
-    neuron: dict[str, JsonValue]
-    programs: tuple[ProgramRecord, ...] = Field(min_length=1)
-    weights: tuple[RelativePath, ...]
-    tools: dict[str, str]
-    files: dict[RelativePath, FileRecord]
+    tp_degree: Degree
+    config: JsonObject
+    neuron: JsonObject
+    programs: Annotated[Several[ProgramRecord], Field(min_length=1)]
+    weights: Several[RelativePath]
+    tools: Named[str]
+    files: Annotated[dict[RelativePath, FileRecord], BeforeValidator(_few)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,7 +163,26 @@ class Manifest(_Record):
             raise ValueError(f"{unlisted[0]} is named but not listed with its hash")
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} cannot list itself")
+        needed = sum(tensor.nbytes for tensor in self.parameters.values())
+        for name in self.weights:
+            if (size := self.files[name].size) < needed:
+                raise ValueError(f"{name} has {size:,} bytes, and the programs' parameters {needed:,}")
         return self
+
+    @property
+    def parameters(self) -> dict[str, TensorRecord]:
+        """The programs' parameters by name."""
+        return parameters_of(self.programs)
+
+
+def parameters_of(programs: Iterable[ProgramRecord]) -> dict[str, TensorRecord]:
+    """The parameters of all `programs` by name. Raises ArtifactError where two differ in one."""
+    parameters: dict[str, TensorRecord] = {}
+    for program in programs:
+        for tensor in program.inputs:
+            if tensor.kind == "param" and parameters.setdefault(tensor.name, tensor) != tensor:
+                raise ArtifactError(f"{program.name} takes another {tensor.name} than the programs before it")
+    return parameters
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -144,55 +194,48 @@ def read_manifest(directory: Path) -> Manifest:
 
     if not path.is_file():
         refuse(f"there is no {MANIFEST}", "Give the folder that was saved to")
-    raw = path.read_bytes()
-    try:
-        told = json.loads(raw, parse_constant=_not_json, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        refuse(f"{MANIFEST} is no JSON, or cut short ({error})")
-    if not isinstance(told, dict):
-        refuse(f"{MANIFEST} is no JSON object")
-    known = told.get("format_version")
-    if isinstance(known, int) and known > FORMAT_VERSION:
-        refuse(
-            f"its format version {known} is newer than the {FORMAT_VERSION} known here",
-            "Upgrade: pip install -U jx-neuron",
-        )
-    try:
-        manifest = Manifest.model_validate_json(raw)
-        whole = sealed(manifest) == raw
-    except ValidationError as error:
-        refuse(f"{MANIFEST} is not sound: {reason_of(error)}")
-    except ValueError as error:
-        refuse(f"{MANIFEST} holds a number that is not JSON ({error})")
-    if not whole:
-        refuse(f"{MANIFEST} was altered: its sha256 is not its own")
-    return manifest
+    with boundary(path, ArtifactError):
+        if (size := path.stat().st_size) > MOST_BYTES:
+            refuse(f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
+        raw = path.read_bytes()
+        content = parse_json(raw, str(path), ArtifactError)
+        version = content.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            refuse(
+                f"its format version {version} is newer than the {FORMAT_VERSION} known here",
+                "Upgrade: pip install -U jx-neuron",
+            )
+        if not _is_sealed(raw):
+            refuse(f"{MANIFEST} was altered: its sha256 is not its own")
+        try:
+            return Manifest.model_validate(content)
+        except ValidationError as error:
+            refuse(f"{MANIFEST} is not sound: {reason_of(error)}")
 
 
 def sealed(manifest: Manifest) -> bytes:
     """The manifest as bytes, with the sha256 of those bytes (taken with zeros in its place) in front."""
-    told = manifest.model_copy(update={"sha256": UNSEALED}).model_dump(mode="json")
-    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    content = manifest.model_copy(update={"sha256": UNSEALED}).model_dump(mode="json")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1).encode()
 
 
+def _is_sealed(raw: bytes) -> bool:
+    head = re.match(rb'\{\n "sha256": "([0-9a-f]{64})"', raw)
+    if head is None:
+        return False
+    start, end = head.span(1)
+    return hashlib.sha256(raw[:start] + UNSEALED.encode() + raw[end:]).hexdigest().encode() == head[1]
+
+
 def _unique(what: str, names: Sequence[object]) -> None:
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice among the {what}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _unique("keys of an object", [key for key, _ in pairs])
-    return dict(pairs)
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    name, times = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
+    if times > 1:
+        raise ValueError(f"{name!r} is there twice among the {what}")
 
 
 def reason_of(error: ValidationError) -> str:
     """The first complaint of pydantic in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]

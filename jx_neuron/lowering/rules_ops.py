@@ -10,7 +10,8 @@ MAX_K = 16384
 TOP_K = ("topk", "custom-call")
 
 # The targets that neuronx-cc recognizes, from the page of EVRF015.
-CUSTOM_CALLS = """
+CUSTOM_CALLS = frozenset(
+    """
     AwsNeuronErf AwsNeuronGelu AwsNeuronGeluApprxTanh AwsNeuronGeluBackward
     AwsNeuronSilu AwsNeuronSiluBackward
     AwsNeuronRmsNorm AwsNeuronSoftmax AwsNeuronSoftmaxBackward AwsNeuronCollectiveMatmul AwsNeuronIntMatmult
@@ -19,8 +20,8 @@ CUSTOM_CALLS = """
     AwsNeuronLNCShardingConstraint AwsNeuronTransferWithStaticRing AwsNeuronModuleMarkerStart-Forward
     AwsNeuronModuleMarkerStart-Backward AwsNeuronModuleMarkerEnd-Forward AwsNeuronModuleMarkerEnd-Backward
     NeuronBoundaryMarker-Start NeuronBoundaryMarker-End
-"""
-_KNOWN = frozenset(CUSTOM_CALLS.split())
+    """.split()
+)
 UNSUPPORTED = (
     "cholesky", "domain", "dynamic-reshape", "fft", "ragged-all-to-all", "ragged-dot", "set-dimension-size",
     "stochastic-convert", "topk", "triangular-solve",
@@ -183,7 +184,7 @@ def custom_call(i: Instruction, target: Target) -> str | None:
     """Targets outside the documented list (`CUSTOM_CALLS`) are refused. Host callbacks have a rule of their
     own."""
     called = i.proto.custom_call_target
-    return None if called in _KNOWN or "callback" in called else f"calls {called!r}"
+    return None if called in CUSTOM_CALLS or "callback" in called else f"calls {called!r}"
 
 
 @rule(

@@ -1,0 +1,68 @@
+"""Tokenizers of Hugging Face's transformers, made without running code that came with a checkpoint.
+
+https://huggingface.co/docs/transformers/custom_models
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jx_neuron.errors import CheckpointError, JxNeuronError
+
+AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
+
+
+def load_tokenizer(
+    home: Path,
+    config: Mapping[str, Any],
+    save_files: Callable[[Path], object],
+    error: type[JxNeuronError] = CheckpointError,
+) -> Any:
+    """The transformers tokenizer of the files that `save_files` writes into a folder, and of no others.
+
+    home:   where the files come from, for errors and as the tokenizer's name_or_path.
+    config: what config.json says; its model_type chooses the class where tokenizer_config.json names none.
+
+    Raises `error` that names `home` where transformers makes none of them, or only with code of the checkpoint's own.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="jx-neuron-") as folder, refusing_own_code(home, error):
+        try:
+            save_files(Path(folder))
+            plain = {name: value for name, value in config.items() if name != AUTO_MAP}
+            Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (JxNeuronError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as raised:  # a panic of the tokenizers library is no Exception
+            if _is_refusal(raised):
+                raise
+            raise error(
+                f"{home}: transformers cannot make a tokenizer of its files: {str(raised).replace(folder, str(home))} "
+                "Use token ids, or copy a tokenizer.json there."
+            ) from raised
+    tokenizer.name_or_path = str(home)
+    return tokenizer
+
+
+@contextmanager
+def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
+    """Has transformers' refusal to run code of a checkpoint's own, under trust_remote_code=False, become an `error`."""
+    try:
+        yield
+    except ValueError as raised:
+        if not _is_refusal(raised):
+            raise
+        raise error(
+            f"{home}: {AUTO_MAP} in its tokenizer_config.json or config.json names Python code of the checkpoint's "
+            "own, which is never run here. Use token ids, or read that code, run it yourself, and copy there what its "
+            "`save_pretrained` writes: a tokenizer.json, and a tokenizer_config.json without that field."
+        ) from raised
+
+
+def _is_refusal(raised: BaseException) -> bool:
+    return isinstance(raised, ValueError) and "trust_remote_code=True" in str(raised)
