@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jx_neuron.errors import ConfigError
+from jx_neuron.hf_config import in_range, shown
 from jx_neuron.nn import Span
 from jx_neuron.products import once
 
@@ -70,6 +71,8 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
 }
+_LISTS = {"short_factor", "long_factor"}
+_NUMBERS = 1e-9, 1e15  # within these, no product of two overflows float32
 # what HF writes for any type, and reads where it is needed if at all
 _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
 
@@ -97,14 +100,20 @@ class RopeScaling:
         self._check(p)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
-        self.theta = float(p.get("rope_theta", rope_theta))
+        self.theta = p.get("rope_theta", rope_theta)
+        in_range("rope_theta", self.theta, *_NUMBERS)
+        if self.kind == "yarn" and self.theta == 1:
+            raise ConfigError("rope_type 'yarn' needs a rope_theta other than 1")
+        if self.kind == "longrope" and self.original <= 1:
+            raise ConfigError("rope_type 'longrope' needs original_max_position_embeddings above 1")
         self.factor = float(p.get("factor", self.max_positions / self.original))
+        self.truncate = bool(parameters.get("truncate", True))  # in HF null is false
         self.parameters = p
 
     def _check(self, p: Mapping[str, Any]) -> None:
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
-            raise ConfigError(f"rope_type {kind!r} is not supported; it may be one of {', '.join(_KEYS)}")
+            raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
         needed, optional = _KEYS[kind]
         if missing := needed - set(p):
             raise ConfigError(f"rope_type {kind!r} needs {', '.join(sorted(missing))} in rope_parameters")
@@ -113,13 +122,14 @@ class RopeScaling:
                 f"rope_type {kind!r} has no {', '.join(sorted(foreign))}; "
                 f"rope_parameters may hold {', '.join(sorted(needed | optional)) or 'rope_theta alone'}"
             )
-        for key in set(p) - {"rope_type", "type", "finetuned", "truncate"}:
-            listed = key in ("short_factor", "long_factor")
-            values = p[key] if listed and isinstance(p[key], list) else [p[key]]
-            if listed and len(values) != r // 2:
+        for key in _LISTS & set(p):
+            if not isinstance(p[key], list) or len(p[key]) != r // 2:
                 raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
-            if not all(type(v) in (int, float) and v > 0 for v in values):
-                raise ConfigError(f"rope_parameters: {key}={p[key]!r} should be a number above 0")
+        for key in set(p) - {"rope_type", "type", "finetuned", "truncate"}:
+            for value in p[key] if key in _LISTS else [p[key]]:
+                in_range(f"rope_parameters: {key}", value, *_NUMBERS)
+        if not isinstance(p.get("truncate", True), bool):
+            raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
         if p.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
         if kind == "dynamic" and r < 4:
@@ -128,7 +138,7 @@ class RopeScaling:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
 
     def __call__(self, at: Span) -> Rotation:
-        base = inverse_frequencies(self.r, self.theta)
+        base = inverse_frequencies(self.r, float(self.theta))
         match self.kind:
             case "linear":
                 return rotation(at, base / np.float32(self.factor))
@@ -143,9 +153,9 @@ class RopeScaling:
         return rotation(at, base)
 
     def _dynamic(self, extent_b: Array) -> Array:
-        # theta · (factor · max(extent, M) / M - (factor - 1))^(r / (r - 2))
+        # theta · (factor · max(extent, M) / M - (factor - 1))^(r / (r - 2)); so written, no great factor cancels
         ratio_b = jnp.maximum(extent_b, self.max_positions).astype(jnp.float32) / self.max_positions
-        theta_b = self.theta * (self.factor * ratio_b - (self.factor - 1)) ** (self.r / (self.r - 2))
+        theta_b = self.theta * (1 + self.factor * (ratio_b - 1)) ** (self.r / (self.r - 2))
         exponent_r = np.arange(0, self.r, 2, dtype=np.float32) / self.r
         return 1.0 / theta_b[:, None] ** exponent_r
 
@@ -165,7 +175,7 @@ class RopeScaling:
             return self.r * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
-        if p.get("truncate", True):
+        if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.r - 1)
         ramp_r = np.clip((np.arange(self.r // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
