@@ -112,8 +112,8 @@ class HFConfig:
         for key, value in raw.items():
             name = cls.ALIASES.get(key, key)
             if field := fields.get(name):
-                _check(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
-                if values.setdefault(field.name, value) != value:
+                read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
+                if values.setdefault(field.name, read) != read:
                     names = (f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
                     raise ConfigError(
                         f"{cls.MODEL_TYPE}: {' and '.join(names)} are one field; keep the one that is meant"
@@ -149,7 +149,7 @@ class HFConfig:
         return config
 
 
-def _check(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]") -> None:
+def _read(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]") -> object:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     types = [get_origin(option) or option for option in options]
     if type(value) not in types and not (float in types and type(value) is int):
@@ -158,6 +158,7 @@ def _check(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]")
     if type(value) in (int, float):
         least, most = _FLOATS if float in types else _INTEGERS
         in_range(name, value, field.metadata.get("least", 0 if field.default == 0 else least), most)
+    return float(value) if type(value) is int and int not in types else value
 
 
 def in_range(name: str, value: Any, least: float, most: float) -> None:

@@ -73,6 +73,7 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 _LISTS = {"short_factor", "long_factor"}
 _NUMBERS = 1e-9, 1e15  # within these, no product of two overflows float32
+_POSITIONS = 1, 2**31 - 1
 # what HF writes for any type, and reads where it is needed if at all
 _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
 
@@ -97,20 +98,21 @@ class RopeScaling:
     ):
         p = {key: value for key, value in parameters.items() if value is not None}
         self.kind, self.r, self.max_positions = p.get("rope_type", p.get("type", "default")), r, max_position_embeddings
-        self._check(p)
+        p |= self._checked(p)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
-        self.theta = p.get("rope_theta", rope_theta)
-        in_range("rope_theta", self.theta, *_NUMBERS)
+        in_range("rope_theta", rope_theta, *_NUMBERS)
+        self.theta = p.get("rope_theta", float(rope_theta))
         if self.kind == "yarn" and self.theta == 1:
             raise ConfigError("rope_type 'yarn' needs a rope_theta other than 1")
         if self.kind == "longrope" and self.original <= 1:
             raise ConfigError("rope_type 'longrope' needs original_max_position_embeddings above 1")
-        self.factor = float(p.get("factor", self.max_positions / self.original))
+        self.factor = p.get("factor", self.max_positions / self.original)
         self.truncate = bool(parameters.get("truncate", True))  # in HF null is false
         self.parameters = p
 
-    def _check(self, p: Mapping[str, Any]) -> None:
+    def _checked(self, p: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of `p` as floats, but for lists."""
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
             raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
@@ -125,9 +127,11 @@ class RopeScaling:
         for key in _LISTS & set(p):
             if not isinstance(p[key], list) or len(p[key]) != r // 2:
                 raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
-        for key in set(p) - {"rope_type", "type", "finetuned", "truncate"}:
+        numbers = set(p) - {"rope_type", "type", "finetuned", "truncate"}
+        for key in numbers:
+            limits = _POSITIONS if key == "original_max_position_embeddings" else _NUMBERS
             for value in p[key] if key in _LISTS else [p[key]]:
-                in_range(f"rope_parameters: {key}", value, *_NUMBERS)
+                in_range(f"rope_parameters: {key}", value, *limits)
         if not isinstance(p.get("truncate", True), bool):
             raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
         if p.get("partial_rotary_factor", 1.0) != 1.0:
@@ -136,9 +140,10 @@ class RopeScaling:
             raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
         if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
+        return {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
 
     def __call__(self, at: Span) -> Rotation:
-        base = inverse_frequencies(self.r, float(self.theta))
+        base = inverse_frequencies(self.r, self.theta)
         match self.kind:
             case "linear":
                 return rotation(at, base / np.float32(self.factor))

@@ -226,6 +226,7 @@ def test_a_config_of_ones_own() -> None:
     raw = {"width": 3, "skipped": 0, "_hidden": 2, "colour": "red", "shape": "round", "shift": -1, "sliding_window": 4}
     assert Config.from_hf(raw) == Config(width=3, hidden=2, shift=-1)
     assert Config.from_hf({"width": 3, "window": None}) == Config(width=3)
+    assert type(Config.from_hf({"width": 3, "shift": 2**31}).shift) is float  # an int of this size is none of JAX's
     for raw, message in (
         ({"width": 1, "shift": -1.5}, "shift=-1.5 should be a number from -1 to"),
         ({"width": 1, "window": 1.0}, "window=1.0 is of the wrong type; it should be int or null"),
