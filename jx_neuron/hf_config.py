@@ -114,14 +114,13 @@ class HFConfig:
             if field := fields.get(name):
                 read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
                 if values.setdefault(field.name, read) != read:
-                    names = (f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
-                    raise ConfigError(
-                        f"{cls.MODEL_TYPE}: {' and '.join(names)} are one field; keep the one that is meant"
-                    )
+                    twins = " and ".join(f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
+                    raise ConfigError(f"{cls.MODEL_TYPE}: {twins} are one field; keep the one that is meant")
             elif key in inert:
                 continue
             elif key in only:
-                if not all(one in only[key] for one in (value if value and isinstance(value, list) else [value])):
+                items = value if value and isinstance(value, list) else [value]
+                if not all(item in only[key] for item in items):
                     legal = " or ".join(repr(v) for v in only[key])
                     raise ConfigError(
                         f"{cls.MODEL_TYPE}: {key}={shown(value)} is not supported, only {legal}; "
@@ -144,8 +143,9 @@ class HFConfig:
                 f"{cls.MODEL_TYPE}: {config.layers} layers are too many; at most {_MOST_LAYERS} are built"
             )
         if ignored:
-            what = f"{cls.MODEL_TYPE}: ignored, as HF ignores them: {', '.join(map(shown, sorted(ignored)))}"
-            warnings.warn(f"{what} in the checkpoint's config.json", UserWarning, stacklevel=2)
+            names = ", ".join(map(shown, sorted(ignored)))
+            message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}"
+            warnings.warn(message, UserWarning, stacklevel=2)
         return config
 
 

@@ -20,6 +20,7 @@ from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import INERT, ONLY
 from jx_neuron.models import family
+from jx_neuron.planning.outline import Outline
 
 IDS = prompts(1, 5)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -190,11 +191,11 @@ def test_refused(name: str, field: str, folders: dict[str, Path]) -> None:
 def test_ignored_in_one_warning_and_hf_gives_the_same(name: str, folders: dict[str, Path]) -> None:
     plain = hfs(folders[name])
     with changed(folders[name], IGNORED[name]) as folder:
-        with pytest.warns(UserWarning, match="as HF ignores them") as caught:
+        with pytest.warns(UserWarning, match="that HF does not read are ignored") as caught:
             logits = ours(folder)
         theirs = hfs(folder)
     (warning,) = (str(one.message) for one in caught if "ignore" in str(one.message))
-    assert f": {', '.join(repr(field) for field in sorted(IGNORED[name]))} in the checkpoint's config.json" in warning
+    assert warning.endswith(f" ignored: {', '.join(repr(field) for field in sorted(IGNORED[name]))}")
     np.testing.assert_array_equal(theirs, plain)
     np.testing.assert_allclose(logits, plain, atol=1e-4)
 
@@ -206,6 +207,12 @@ def test_what_is_usual_is_not_worth_a_word(name: str, folders: dict[str, Path]) 
         warnings.simplefilter("error", UserWarning)
         np.testing.assert_allclose(ours(folder), plain, atol=1e-4)
         np.testing.assert_array_equal(hfs(folder), plain)
+
+
+def test_planning_warns_once() -> None:
+    with pytest.warns(UserWarning, match="ignored: 'unsloth_fixed'$") as caught:
+        assert Outline.of({"model_type": "gpt2", "num_hidden_layers": 7, "unsloth_fixed": True}).layers == 7
+    assert len(caught) == 1
 
 
 # what HF's code looks for in a config that has none of it, and that changes nothing

@@ -15,7 +15,7 @@ from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.errors import JxNeuronError
 
 IDS = prompts(1, 5)
-pytestmark = pytest.mark.filterwarnings("ignore:.*as HF ignores them:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*that HF does not read are ignored:UserWarning")
 EXTRA = {  # what older files have beside what HF writes
     "gpt2": {"n_inner": None, "n_ctx": 96, "unknown": True},
     "gptj": {"rotary": True, "scale_attn_weights": True, "hidden_size": 48},

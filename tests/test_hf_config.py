@@ -136,6 +136,7 @@ def test_every_field_of_hf_is_read_inert_or_refused(model_type: str) -> None:
     assert not read & (INERT | set(ONLY) | config.INERT | set(config.ONLY))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:
     for use_diff in (True, False):
