@@ -1,9 +1,11 @@
-"""Reading an HF config.json strictly: each field is consumed, known not to bear on the logits, or refused."""
+"""Reading an HF config.json: each field is honoured, known not to bear on the logits, or refused; or, where HF does not
+read it either, ignored with a warning."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from jx_neuron.errors import ConfigError
 
@@ -28,28 +30,53 @@ INERT = frozenset(
     return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
     """.split()
 )
-# fields that any HF config may carry, and the only values under which a decoder here means the same
+# fields that any HF config may carry and that HF's code reads, and the only values under which a decoder here means the
+# same; of a list, each element. tests/test_config_fields.py says where HF reads those that its classes do not declare
 ONLY: Mapping[str, tuple[Any, ...]] = {
+    "_heterogeneity_spec": (None,),
     "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
+    "attention_chunk_size": (None,),
+    "attribute_map": ({},),
+    "decoder": (None,),
+    "fusion_config": (None,),
+    "generator": (None,),
+    "is_causal": (True,),
     "is_encoder_decoder": (False,),
-    "pruned_heads": ({}, None),
+    "kv_sharing_modes": (None,),
+    "layer_types": (None, "full_attention"),
+    "per_layer_config": (None, {}),
     "quantization_config": (None,),
+    "sliding_window": (None,),
+    "text_config": (None,),
+    "text_encoder": (None,),
+    "transformers_weights": (None,),
 }
+_MOST_LAYERS = 1000  # the deepest public decoders have some 130; building this many takes seconds
+_INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
+_FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
 
 
 class HFConfig:
     """Base of a family's frozen `Config` dataclass, whose fields are named and defaulted as HF's.
 
     `MODEL_TYPE` is the HF model_type; `INERT` names further fields that HF itself reads nowhere when it infers;
-    `ONLY` gives the legal values of fields that are supported in part. `sizes` gives the size of each axis
-    letter that the family's weight table uses, among them n, k, h and v. Values are held to the type hints of
-    their fields, and integers to 1 or more, or 0 or more where that is the default.
+    `ONLY` gives the legal values of fields that are supported in part; `ALIASES` is HF's attribute_map, other names of
+    fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them n, k, h and v.
+
+    Values are held to the type hints of their fields. Integers are positive and below 2³¹, floats are positive numbers
+    of float32; both may be 0 where that is the default, and are at least what the metadata of a field says as "least".
+
+    Other fields are refused. Where `COMPLETE`, the fields, `INERT` and `ONLY` name all that HF's class declares and its
+    code reads, so that others change nothing: they are ignored, and named in one warning. null and {} are not
+    worth a word, nor are the values that `USUAL` gives.
     """
 
     MODEL_TYPE: ClassVar[str]
     INERT: ClassVar[frozenset[str]] = frozenset()
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    COMPLETE: ClassVar[bool] = False
+    USUAL: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -78,49 +105,86 @@ class HFConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> Self:
-        """The config of a parsed config.json. Raises ConfigError that names any field it cannot honour."""
+        """The config of a parsed config.json.
+
+        Raises ConfigError that names any field it cannot honour, and warns of those that HF does not read.
+        """
         fields = {f.metadata.get("hf", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         hints = get_type_hints(cls)
-        only = {**ONLY, **cls.ONLY}
-        values = {}
+        inert, only = INERT | cls.INERT, {**ONLY, **cls.ONLY}
+        values: dict[str, Any] = {}
+        ignored = []
         for key, value in raw.items():
-            if key in fields:
-                field = fields[key]
-                _check(cls.MODEL_TYPE, key, value, hints[field.name], least=0 if field.default == 0 else 1)
-                values[field.name] = value
+            name = cls.ALIASES.get(key, key)
+            if field := fields.get(name):
+                read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
+                if values.setdefault(field.name, read) != read:
+                    twins = " and ".join(f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
+                    raise ConfigError(f"{cls.MODEL_TYPE}: {twins} are one field; keep the one that is meant")
+            elif key in inert:
+                continue
             elif key in only:
-                if value not in only[key]:
+                items = value if value and isinstance(value, list) else [value]
+                if not all(item in only[key] for item in items):
                     legal = " or ".join(repr(v) for v in only[key])
                     raise ConfigError(
-                        f"{cls.MODEL_TYPE}: {key}={value!r} is not supported, only {legal}; "
+                        f"{cls.MODEL_TYPE}: {key}={shown(value)} is not supported, only {legal}; "
                         "change the checkpoint's config.json, or register a decoder of your own that honours it"
                     )
-            elif key not in INERT and key not in cls.INERT:
+            elif not cls.COMPLETE:
                 raise ConfigError(
-                    f"{cls.MODEL_TYPE}: config field {key!r} is not known here, so {key}={value!r} cannot be "
+                    f"{cls.MODEL_TYPE}: config field {key!r} is not known here, so {key}={shown(value)} cannot be "
                     f"honoured; known are {', '.join(sorted(fields))}. Remove it from config.json if it does not "
                     "change the model"
                 )
+            elif value not in (None, {}, cls.USUAL.get(key)):
+                ignored.append(key)
         try:
-            return cls(**values)
+            config = cls(**values)
         except TypeError as error:
             raise ConfigError(f"{cls.MODEL_TYPE}: {error}") from error
+        if config.layers > _MOST_LAYERS:
+            raise ConfigError(
+                f"{cls.MODEL_TYPE}: {config.layers} layers are too many; at most {_MOST_LAYERS} are built"
+            )
+        if ignored:
+            names = ", ".join(map(shown, sorted(ignored)))
+            message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return config
 
 
-def _check(model_type: str, field: str, value: object, hint: Any, least: int) -> None:
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+def _read(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]") -> object:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     types = [get_origin(option) or option for option in options]
     if type(value) not in types and not (float in types and type(value) is int):
         names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-        raise ConfigError(f"{model_type}: {field}={value!r} is of the wrong type; it should be {names}")
-    if type(value) is int and value < least:
-        raise ConfigError(f"{model_type}: {field}={value!r} should be at least {least}")
+        raise ConfigError(f"{name}={shown(value)} is of the wrong type; it should be {names}")
+    if type(value) in (int, float):
+        least, most = _FLOATS if float in types else _INTEGERS
+        in_range(name, value, field.metadata.get("least", 0 if field.default == 0 else least), most)
+    return float(value) if type(value) is int and int not in types else value
+
+
+def in_range(name: str, value: Any, least: float, most: float) -> None:
+    """Raises ConfigError unless `value` is an integer or a float from `least` to `most`, which NaN is not."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)} should be a number from {least:.10g} to {most:.10g}")
+
+
+def shown(value: object, most: int = 200) -> str:
+    """`value` as an error message has it, cut short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or deep nesting
+        return f"({type(value).__name__})"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def one_of(model_type: str, field: str, value: object, legal: Mapping[str, object]) -> None:
     """Raises ConfigError unless `value` is a key of `legal`."""
     if value not in legal:
-        raise ConfigError(f"{model_type}: {field}={value!r} is not supported; it may be one of {', '.join(legal)}")
+        raise ConfigError(f"{model_type}: {field}={shown(value)} is not supported; it may be one of {', '.join(legal)}")
 
 
 def divisible(model_type: str, field: str, value: int, by: str, divisor: int) -> None:

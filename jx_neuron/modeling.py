@@ -122,7 +122,7 @@ class NeuronAutoModelForCausalLM(Answering):
             cache_dir=cache_dir,
         )
         cls._check_family(checkpoint.config.get("model_type"))
-        decoder = Decoder.from_config(checkpoint.config, _positive("tp_degree", tp_degree))
+        decoder = Decoder.from_config(checkpoint.config, _positive("tp_degree", tp_degree), checkpoint)
         settings = _settings(
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )

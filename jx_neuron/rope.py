@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jx_neuron.errors import ConfigError
+from jx_neuron.hf_config import in_range, shown
 from jx_neuron.nn import Span
 from jx_neuron.products import once
 
@@ -70,6 +71,9 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
 }
+_LISTS = {"short_factor", "long_factor"}
+_NUMBERS = 1e-9, 1e15  # within these, no product of two overflows float32
+_POSITIONS = 1, 2**31 - 1
 # what HF writes for any type, and reads where it is needed if at all
 _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
 
@@ -94,11 +98,17 @@ class RopeScaling:
     ):
         p = {key: value for key, value in parameters.items() if value is not None}
         self.kind, self.r, self.max_positions = p.get("rope_type", p.get("type", "default")), r, max_position_embeddings
-        self._check(p)
+        p |= self._checked(p)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
-        self.theta = float(p.get("rope_theta", rope_theta))
-        self.factor = float(p.get("factor", self.max_positions / self.original))
+        in_range("rope_theta", rope_theta, *_NUMBERS)
+        self.theta = p.get("rope_theta", float(rope_theta))
+        if self.kind == "yarn" and self.theta == 1:
+            raise ConfigError("rope_type 'yarn' needs a rope_theta other than 1")
+        if self.kind == "longrope" and self.original <= 1:
+            raise ConfigError("rope_type 'longrope' needs original_max_position_embeddings above 1")
+        self.factor = p.get("factor", self.max_positions / self.original)
+        self.truncate = bool(parameters.get("truncate", True))  # in HF null is false
         self.parameters = p
 
     @property
@@ -107,10 +117,11 @@ class RopeScaling:
         limits = {"dynamic": (self.max_positions, True), "longrope": (self.original, False)}
         return limits.get(self.kind)
 
-    def _check(self, p: Mapping[str, Any]) -> None:
+    def _checked(self, p: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of `p` as floats, but for lists."""
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
-            raise ConfigError(f"rope_type {kind!r} is not supported; it may be one of {', '.join(_KEYS)}")
+            raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
         needed, optional = _KEYS[kind]
         if missing := needed - set(p):
             raise ConfigError(f"rope_type {kind!r} needs {', '.join(sorted(missing))} in rope_parameters")
@@ -119,19 +130,23 @@ class RopeScaling:
                 f"rope_type {kind!r} has no {', '.join(sorted(foreign))}; "
                 f"rope_parameters may hold {', '.join(sorted(needed | optional)) or 'rope_theta alone'}"
             )
-        for key in set(p) - {"rope_type", "type", "finetuned", "truncate"}:
-            listed = key in ("short_factor", "long_factor")
-            values = p[key] if listed and isinstance(p[key], list) else [p[key]]
-            if listed and len(values) != r // 2:
+        for key in _LISTS & set(p):
+            if not isinstance(p[key], list) or len(p[key]) != r // 2:
                 raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
-            if not all(type(v) in (int, float) and v > 0 for v in values):
-                raise ConfigError(f"rope_parameters: {key}={p[key]!r} should be a number above 0")
+        numbers = set(p) - {"rope_type", "type", "finetuned", "truncate"}
+        for key in numbers:
+            limits = _POSITIONS if key == "original_max_position_embeddings" else _NUMBERS
+            for value in p[key] if key in _LISTS else [p[key]]:
+                in_range(f"rope_parameters: {key}", value, *limits)
+        if not isinstance(p.get("truncate", True), bool):
+            raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
         if p.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
         if kind == "dynamic" and r < 4:
             raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
         if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
+        return {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
 
     def __call__(self, at: Span) -> Rotation:
         base = inverse_frequencies(self.r, self.theta)
@@ -149,9 +164,9 @@ class RopeScaling:
         return rotation(at, base)
 
     def _dynamic(self, extent_b: Array) -> Array:
-        # theta · (factor · max(extent, M) / M - (factor - 1))^(r / (r - 2))
+        # theta · (factor · max(extent, M) / M - (factor - 1))^(r / (r - 2)); so written, no great factor cancels
         ratio_b = jnp.maximum(extent_b, self.max_positions).astype(jnp.float32) / self.max_positions
-        theta_b = self.theta * (self.factor * ratio_b - (self.factor - 1)) ** (self.r / (self.r - 2))
+        theta_b = self.theta * (1 + self.factor * (ratio_b - 1)) ** (self.r / (self.r - 2))
         exponent_r = np.arange(0, self.r, 2, dtype=np.float32) / self.r
         return 1.0 / theta_b[:, None] ** exponent_r
 
@@ -171,7 +186,7 @@ class RopeScaling:
             return self.r * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
-        if p.get("truncate", True):
+        if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.r - 1)
         ramp_r = np.clip((np.arange(self.r // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)

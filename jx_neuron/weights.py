@@ -1,10 +1,12 @@
 """From a checkpoint's tensors to a model's parameters: one row a weight, strict both ways."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Any, Protocol
 
 import einops
@@ -49,7 +51,7 @@ class W:
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that HF's tensor must have."""
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
-        return tuple(int(np.prod([sizes[c] for c in (many or one).split()])) for many, one in groups)
+        return tuple(math.prod(sizes[c] for c in (many or one).split()) for many, one in groups)
 
     def target_shape(self, padding: Padding) -> tuple[int, ...]:
         """The shape of ours, padded where it is split."""
@@ -104,6 +106,36 @@ def rows_of(table: Sequence[W], layers: int) -> Iterator[W]:
         yield from (row.at(i) for i in range(layers)) if "{i}" in row.target else (row,)
 
 
+def present(table: Sequence[W], sizes: Mapping[str, int], layers: int, tensors: Tensors) -> dict[str, W]:
+    """The rows whose tensors a checkpoint has, by target, their `source` as the checkpoint spells it.
+
+    HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
+
+    Raises CheckpointError where the checkpoint has fewer layers than `layers`, or tensors of another shape than `sizes`
+    makes; so the sizes that a config claims are held against what is there before anything is built of them.
+    """
+    names = set(tensors.names())
+    absent = tuple(p for p in _prefixes(table) if not any(name.startswith(p) for name in names))
+
+    def spelled(row: W) -> W:
+        prefix = next((p for p in absent if row.source.startswith(p)), "")
+        return W(row.source.removeprefix(prefix), row.target, row.layout, row.partition)
+
+    rows = [spelled(row) for row in table]
+    of_layers = [row for row in rows if "{i}" in row.target]
+    deep = next(i for i in count() if not any(row.at(i).source in names for row in of_layers))
+    if 0 < deep < layers:
+        raise CheckpointError(f"the config calls for {layers} layers and the checkpoint has {deep}; {_OTHERS}")
+    found = {row.target: row for row in rows_of(rows, layers) if row.source in names}
+    for row in found.values():
+        expected, actual = row.source_shape(sizes), tuple(tensors.shape(row.source))
+        if actual != expected:
+            raise CheckpointError(
+                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}; {_OTHERS}"
+            )
+    return found
+
+
 def match(
     table: Sequence[W],
     ignore: Sequence[str | Copy],
@@ -114,48 +146,32 @@ def match(
 ) -> list[W]:
     """The row of each parameter, its `source` as the checkpoint spells it, in order of the checkpoint's names.
 
-    HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
-
     Raises CheckpointError that names each parameter without a tensor, tensor without a parameter (unless a regular
-    expression of `ignore` matches it, or it is the copy that a `Copy` there says), and tensor of the wrong shape.
+    expression of `ignore` matches it, or it is the copy that a `Copy` there says), and what `present` does.
     """
-    names = set(tensors.names())
     rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
     if unmapped := sorted(set(shapes) - set(rows)):
         raise ConfigError(f"no row of the weight table fills {', '.join(unmapped)}; add one")
-    prefixes = {row.source.split(".")[0] + "." for row in rows.values() if row.source.count(".") > 1}
-    absent = tuple(p for p in prefixes if not any(name.startswith(p) for name in names))
-
-    found, missing = [], []
-    for row in rows.values():
-        prefix = next((p for p in absent if row.source.startswith(p)), "")
-        source = row.source.removeprefix(prefix)
-        if source not in names:
-            missing.append(source)
-            continue
-        expected, actual = row.source_shape(padding.sizes), tuple(tensors.shape(source))
-        if actual != expected:
-            raise CheckpointError(
-                f"tensor {source} has shape {list(actual)} and the config calls for {list(expected)}; "
-                "config.json and weights are not of the same model"
-            )
-        found.append(W(source, row.target, row.layout, row.partition))
-    used = {row.source for row in found}
-    copies = [entry for entry in ignore if isinstance(entry, Copy) and entry.name in names - used]
-    for copy in copies:
-        _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
-    used |= {copy.name for copy in copies}
-    base = "|".join(map(re.escape, prefixes))
-    ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
-    extra = [name for name in sorted(names - used) if not any(p.fullmatch(name) for p in ignored)]
-    if missing:
+    found = {target: row for target, row in present(table, padding.sizes, layers, tensors).items() if target in rows}
+    if missing := [row.source for target, row in rows.items() if target not in found]:
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
-    if extra:
-        raise CheckpointError(
-            f"the checkpoint holds {_some(extra)}, which no parameter takes; "
-            "config.json and weights are not of the same model"
-        )
-    return sorted(found, key=lambda row: row.source)
+    used = {row.source for row in found.values()}
+    rest = set(tensors.names()) - used
+    for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in rest):
+        _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
+        rest.remove(copy.name)
+    base = "|".join(map(re.escape, _prefixes(table)))
+    ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
+    if extra := [name for name in sorted(rest) if not any(p.fullmatch(name) for p in ignored)]:
+        raise CheckpointError(f"the checkpoint holds {_some(extra)}, which no parameter takes; {_OTHERS}")
+    return sorted(found.values(), key=lambda row: row.source)
+
+
+_OTHERS = "config.json and weights are not of the same model"
+
+
+def _prefixes(table: Sequence[W]) -> set[str]:
+    return {row.source.split(".")[0] + "." for row in table if row.source.count(".") > 1}
 
 
 def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:

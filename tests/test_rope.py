@@ -1,5 +1,7 @@
 """Rotary embeddings against HF's, type by type, within and beyond the lengths they were made for."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ PARAMETERS = {
     "yarn-one-mscale": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7},
     "yarn-betas": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "beta_slow": 0.25},
     "yarn-untruncated": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "truncate": False},
+    "yarn-null-truncate": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8, "truncate": None},
     "yarn-shrinking": {"rope_type": "yarn", "factor": 0.5},
     "longrope": LONGROPE | {"original_max_position_embeddings": 32},
     "longrope-own-max": LONGROPE,
@@ -143,16 +146,55 @@ def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
         ({"rope_type": "llama3", "factor": 8.0}, "needs high_freq_factor, low_freq_factor"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor greater than its low_freq_factor"),
         (LONGROPE | {"short_factor": [1.0]}, "short_factor should be 8 numbers"),
-        ({"rope_type": "linear", "factor": 0.0}, "factor=0.0 should be a number above 0"),
+        ({"rope_type": "linear", "factor": 0.0}, "factor=0.0 should be a number from 1e-09 to"),
         ({"rope_type": "linear", "factor": "2"}, "factor='2' should be a number"),
         (LONGROPE | {"long_factor": 2.0}, "long_factor should be 8 numbers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_type": ["linear"]}, "is not supported"),
+        (PARAMETERS["yarn"] | {"truncate": 1}, "truncate=1 should be true, false or null"),
+        (PARAMETERS["yarn"] | {"rope_theta": 1}, "'yarn' needs a rope_theta other than 1"),
+        (LONGROPE | {"original_max_position_embeddings": 1}, "original_max_position_embeddings above 1"),
+        (LONGROPE | {"short_factor": {"0": 1.0}}, "short_factor should be 8 numbers"),
     ],
 )
 def test_refusals(parameters: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RopeScaling(parameters, HEAD, 64)
+
+
+NO_NUMBER = [math.nan, math.inf, -math.inf, -1.0, 0, True, "2", [2.0], {"x": 1}, 10**400, 10**5000]
+
+
+@pytest.mark.parametrize("value", NO_NUMBER, ids=lambda value: type(value).__name__)
+def test_what_is_no_number_of_use_is_refused_in_every_key(value: object) -> None:
+    tried = 0
+    for parameters in PARAMETERS.values():
+        for key in {"rope_theta", "original_max_position_embeddings", *parameters} - {"rope_type", "truncate"}:
+            wrong = [value] * (HEAD // 2) if isinstance(parameters.get(key), list) else value
+            with pytest.raises(ConfigError, match=rf"{key}=.* a number from (1e-09 to 1e\+15|1 to 2147483647)$"):
+                RopeScaling(parameters | {key: wrong}, HEAD, 64)
+            tried += 1
+    assert tried > 2 * len(PARAMETERS)
+    if not isinstance(value, str | list | dict | bool):
+        with pytest.raises(ConfigError, match=r"rope_theta=.* should be a number"):
+            RopeScaling({}, HEAD, 64, rope_theta=value)
+
+
+@pytest.mark.parametrize("value", [1e-9, 1e15, 10**15])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_at_the_least_and_the_greatest_numbers_nothing_overflows(name: str, value: float) -> None:
+    at = span(jnp.array([0, 2**31 - 8]), jnp.array([3, 3]), 3, 1)
+    for key in {"rope_theta", *PARAMETERS[name]} - {"rope_type", "truncate"}:
+        far = [value] * (HEAD // 2) if isinstance(PARAMETERS[name].get(key), list) else value
+        changed = PARAMETERS[name] | {key: far}
+        if key == "low_freq_factor" and value > 1:
+            changed |= {"high_freq_factor": value, "low_freq_factor": 1.0}
+        elif key == "high_freq_factor" and value < 1:
+            changed |= {"low_freq_factor": value, "high_freq_factor": 1.0}
+        elif key == "original_max_position_embeddings":
+            changed |= {key: 2 if value < 1 else 2**31 - 1}
+        for angle in RopeScaling(changed, HEAD, 64)(at):
+            assert np.isfinite(angle).all(), (key, value)
 
 
 def test_dynamic_needs_two_pairs() -> None:

@@ -103,13 +103,20 @@ class Decoder:
     tp_degree: int = 1
 
     @classmethod
-    def from_config(cls, raw: Mapping[str, Any], tp_degree: int = 1) -> "Decoder":
-        """The decoder that a parsed config.json describes; allocates nothing."""
+    def from_config(
+        cls, raw: Mapping[str, Any], tp_degree: int = 1, tensors: weights.Tensors | None = None
+    ) -> "Decoder":
+        """The decoder that a parsed config.json describes; allocates nothing.
+
+        Raises ConfigError, or CheckpointError where the config's sizes are not those of `tensors`, before it builds.
+        """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
             raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))
         of = family(model_type)
         config = of.Config.from_hf(raw)
+        if tensors is not None:
+            weights.present(of.WEIGHTS, config.sizes, config.layers, tensors)
         with uncollected():
             module = nnx.eval_shape(lambda: of.Model(config, _one_key()))
         return cls._of(model_type, config, of.WEIGHTS, of.IGNORE, module, tp_degree)

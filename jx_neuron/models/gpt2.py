@@ -4,6 +4,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gp
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,13 @@ class Config(HFConfig):
     tie_word_embeddings: bool = True
 
     MODEL_TYPE: ClassVar[str] = "gpt2"
+    COMPLETE: ClassVar[bool] = True
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
     # reorder_and_upcast_attn: scores and softmax are float32 here in any case
     INERT: ClassVar[frozenset[str]] = frozenset(
         """attn_pdrop embd_pdrop resid_pdrop n_ctx n_special predict_special_tokens output_past reorder_and_upcast_attn
@@ -122,4 +130,4 @@ WEIGHTS = (
 )
 
 # causal masks that older checkpoints carry, and the head where it is tied
-IGNORE = (r"h\.\d+\.attn\.(masked_)?bias", Copy("lm_head.weight", of="transformer.wte.weight"))
+IGNORE = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", Copy("lm_head.weight", of="transformer.wte.weight"))

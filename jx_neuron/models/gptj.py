@@ -36,12 +36,18 @@ class Config(HFConfig):
     tie_word_embeddings: bool = False
 
     MODEL_TYPE: ClassVar[str] = "gptj"
+    COMPLETE: ClassVar[bool] = True
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
     INERT: ClassVar[frozenset[str]] = frozenset(
         """attn_pdrop embd_pdrop resid_pdrop n_ctx summary_activation summary_first_dropout
         summary_proj_to_labels summary_type summary_use_proj""".split()
     )
-    # checkpoints carry both, HF reads neither
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rotary": (True,), "scale_attn_weights": (True,)}
+    USUAL: ClassVar[Mapping[str, Any]] = {"rotary": True, "scale_attn_weights": True}
 
     def __post_init__(self) -> None:
         one_of("gptj", "activation_function", self.activation_function, ACT)

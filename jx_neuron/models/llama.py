@@ -42,14 +42,13 @@ class Config(HFConfig):
     original_max_position_embeddings: int | None = None
 
     MODEL_TYPE: ClassVar[str] = "llama"
+    COMPLETE: ClassVar[bool] = True
     # pretraining_tp: the same sums, in as many parts
     INERT: ClassVar[frozenset[str]] = frozenset(
         "attention_dropout is_llama_config max_sequence_length pretraining_tp unsloth_version".split()
     )
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "partial_rotary_factor": (1.0, None),
-        "rope_interleaved": (False,),
-    }
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
+    USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
 
     def __post_init__(self) -> None:
         one_of("llama", "hidden_act", self.hidden_act, ACT)
@@ -153,4 +152,4 @@ WEIGHTS = (
 )
 
 # inverse frequencies that older checkpoints carry, and the head where it is tied
-IGNORE = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))
+IGNORE = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))

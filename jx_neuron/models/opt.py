@@ -38,6 +38,7 @@ class Config(HFConfig):
     tie_word_embeddings: bool = True
 
     MODEL_TYPE: ClassVar[str] = "opt"
+    COMPLETE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset(
         "activation_dropout attention_dropout dropout init_std layerdrop".split()
     )
@@ -138,5 +139,8 @@ WEIGHTS = (
     W("lm_head.weight", "lm_head.embedding", "v e -> v e", P("tp", None)),
 )
 
-# the head where it is tied
-IGNORE = (Copy("lm_head.weight", of="model.decoder.embed_tokens.weight"),)
+# the version that older checkpoints carry, and the head where it is tied
+IGNORE = (
+    r"decoder\.version",
+    Copy("lm_head.weight", of="model.decoder.embed_tokens.weight"),
+)

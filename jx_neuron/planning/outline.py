@@ -63,8 +63,9 @@ class Outline:
         field = _layers_field(model.get("model_type"))
         if field is None:
             return cls.of(Decoder.from_config(model))
-        of_one = Decoder.from_config({**model, field: 1})
-        return cls(of_one, type(of_one.config).from_hf(model).layers)
+        config = family(model["model_type"]).Config.from_hf(model)
+        of_one = {"model_type": config.MODEL_TYPE, **config.to_hf(), field: 1}
+        return cls(Decoder.from_config(of_one), config.layers)
 
     @property
     def config(self) -> HFConfig:
