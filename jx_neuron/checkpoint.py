@@ -150,7 +150,7 @@ def open_checkpoint(
         cache_dir=cache_dir,
     )
     with boundary(path):
-        weights = _weights(path)
+        weights = _weights_file(path)
         if weights is None:
             present = sorted(file.name for file in path.iterdir() if file.suffix != ".json")
             raise CheckpointError(
@@ -194,13 +194,13 @@ def load_config(
     with boundary(path):
         if path.is_file() and path.suffix not in (*READERS, ".gguf"):
             return _read_config(path)
-        weights = _weights(path)
+        weights = _weights_file(path)
         if weights is not None and weights.suffix == ".gguf":
             return _open_gguf(weights).config
         return _read_config((weights.parent if weights else path) / CONFIG)
 
 
-def _weights(path: Path) -> Path | None:
+def _weights_file(path: Path) -> Path | None:
     """The file from which the weights are read of what a user names: the index, where they are in several."""
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
@@ -237,11 +237,14 @@ def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int]
 
     Raises CheckpointError that says what is wrong, and `name` in it, for anything but integers and lists of them.
     """
-    ids: dict[str, int | list[int] | None] = {}
-    for field, value in typed(_TokenIds, fields, name).model_dump(exclude_unset=True).items():
-        several = [token for token in dict.fromkeys(value) if token >= 0] if isinstance(value, list) else None
-        ids[field] = several or None if several is not None else None if value is None or value < 0 else value
-    return ids
+
+    def meant(value: int | list[int] | None) -> int | list[int] | None:
+        if isinstance(value, list):
+            return [token for token in dict.fromkeys(value) if token >= 0] or None
+        return None if value is None or value < 0 else value
+
+    ids = typed(_TokenIds, fields, name).model_dump(exclude_unset=True)
+    return {field: meant(value) for field, value in ids.items()}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

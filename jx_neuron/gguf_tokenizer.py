@@ -41,7 +41,7 @@ class _Keys(BaseModel):
     tokens: Annotated[list[str], FailFast()] = []
     token_type: Annotated[list[int], FailFast()] = []
     merges: Annotated[list[str], FailFast()] = []
-    scores: Annotated[list[float], FailFast()] = []
+    scores: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], FailFast()] = []
     bos_token_id: TokenId = None
     eos_token_id: TokenId = None
     unknown_token_id: TokenId = None

@@ -26,8 +26,28 @@ from mutations import limits
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint import load_config, open_checkpoint
 from jx_neuron.errors import CheckpointError
+from jx_neuron.parsing import boundary
 
 torch = pytest.importorskip("torch")
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception either."""
+
+
+@pytest.mark.parametrize("raised", [Panic("at the disco"), RecursionError(), OverflowError("big"), MemoryError()])
+def test_whatever_a_parser_raises_names_the_file(raised):
+    with pytest.raises(CheckpointError, match=rf"^x\.bin is damaged.*{type(raised).__name__}"), boundary("x.bin"):
+        raise raised
+
+
+def test_what_passes_a_boundary():
+    for raised in (KeyboardInterrupt(), SystemExit(3), CheckpointError("as it is")):
+        with pytest.raises(type(raised)) as caught, boundary("x.bin"):
+            raise raised
+        assert caught.value is raised
+    with pytest.raises(CheckpointError, match=r"^x\.bin cannot be read: .*No space left"), boundary("x.bin"):
+        raise OSError(28, "No space left on device")
 
 
 # safetensors and indexes
@@ -188,6 +208,12 @@ def test_gguf_metadata_of_another_type(tmp_path, key, value, kind, words):
         ("tokenizer.ggml.pre", 7, V.UINT32, "tokenizer.ggml.pre is 7; legal is a valid string"),
         ("tokenizer.ggml.add_bos_token", 2, V.UINT32, "tokenizer.ggml.add_bos_token is 2; legal is a valid boolean"),
         ("tokenizer.chat_template", 7, V.UINT32, "tokenizer.chat_template is 7; legal is a valid string"),
+        (
+            "tokenizer.ggml.scores",
+            [0.5, float("nan")],
+            V.ARRAY,
+            "scores is [0.5, nan]; legal is a finite",
+        ),
         ("tokenizer.ggml.bos_token_id", 10**6, V.UINT32, "m.gguf is damaged"),
         ("tokenizer.ggml.token_type", [1, 2], V.ARRAY, "m.gguf is damaged"),
     ],
@@ -262,7 +288,8 @@ def test_gguf_merge_of_a_product_that_is_no_token(tmp_path, capfd):
 def test_a_negative_padding_token_is_none(tmp_path):
     folder = tiny.saved("llama", tmp_path)
     prompts = tiny.prompts(2, 4).tolist()
-    free = NeuronAutoModelForCausalLM.from_pretrained(folder, batch_size=2).sample(prompts, 9, top_k=1)
+    whole = NeuronAutoModelForCausalLM.from_pretrained(folder / "model.safetensors", batch_size=2)
+    free = whole.sample(prompts, 9, top_k=1)
     end = free[0][4]
     assert end not in free[1][4:8]
     config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": -1, "eos_token_id": end}
