@@ -17,7 +17,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jx_neuron.cli import main
+from jx_neuron.cli.app import run as run_here
 
 WORDS = ["<s>", "</s>", "the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
 
@@ -29,27 +29,22 @@ class Done:
     stderr: str
 
 
-def run(*arguments: object, stdin: str = "") -> Done:
+def run(*arguments: object, stdin: str | bytes = "") -> Done:
     """The command line in this process: each of its own would spend seconds importing."""
     out, err = io.StringIO(), io.StringIO()
-    status = 0
     with (
-        mock.patch.object(sys, "argv", ["jx-neuron", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin))),
         mock.patch.dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="80"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 0
+        status = run_here([str(argument) for argument in arguments])
     return Done(status, out.getvalue(), err.getvalue())
 
 
 def test_as_a_process_of_its_own(folder: Path) -> None:
     def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "jx_neuron.cli", *arguments]
+        command = [sys.executable, "-m", "jx_neuron", *arguments]
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
     good = process("sample", str(folder), "the cat", "--max-new-tokens", "6")

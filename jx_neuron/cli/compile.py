@@ -29,9 +29,15 @@ def command(
             "checkpoint known without network, such as facebook/opt-30b.",
             show_default=False,
             autocompletion=options.models,
+            callback=options.model,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write.", show_default=False, callback=options.path
+        ),
+    ],
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: Annotated[

@@ -1,5 +1,6 @@
 """What the command line looks like: help and messages that fit the terminal, however narrow."""
 
+import difflib
 import os
 import re
 import shutil
@@ -14,9 +15,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
 WHOLE: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
 NARROW = 60  # columns below which two of text do not go side by side
+LIKE = 0.7  # the similarity of a name to the one that was meant, as difflib measures it
 
 
 def columns(stream: IO[str]) -> int:
@@ -56,6 +57,38 @@ def _fold_command(command: str, width: int, indent: str) -> list[str]:
 def tell(text: str, *, err: bool = False) -> None:
     """Prints a message: folded in a terminal, and one line to a program that reads it."""
     typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """`text`, without its middle where it is longer than `most`.
+
+    >>> shortened("abcdefghij", 6)
+    'abc…hij'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
+def show_usage_error(error: Any) -> None:
+    """Prints click's error about an argument, folded as by `tell`; for an unknown option with those that may be meant."""
+    message = error.format_message()
+    if getattr(error, "possibilities", None) is not None and error.ctx is not None:
+        options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+        names = similar(error.option_name, [*options, "--help"])
+        message = error.message.rstrip(".") + (f". Did you mean {' or '.join(map(repr, names))}?" if names else "")
+    text = _fitted(f"Error: {message}", sys.stderr).removeprefix("Error: ")
+    error.format_message = lambda: text
+    error.show()
+
+
+def similar(typed: str, options: Sequence[str]) -> list[str]:
+    """The options that begin with what was typed, then those that are spelt much like it.
+
+    >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
+    ['--temperature']
+    """
+    begun = [option for option in options if option.startswith(typed)]
+    names = [option.lstrip("-") for option in options if option not in begun]
+    return begun + [f"--{name}" for name in difflib.get_close_matches(typed.lstrip("-"), names, cutoff=LIKE)]
 
 
 def _fitted(text: str, stream: IO[str]) -> str:
@@ -133,15 +166,6 @@ class Group(TyperGroup):
     """Commands with such help."""
 
     context_class = _Context
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command, and folds what it says of wrong arguments as `tell` would."""
-        try:
-            return super().invoke(ctx)
-        except _UsageError as error:
-            text = _fitted("Error: " + error.format_message(), sys.stderr).removeprefix("Error: ")
-            error.format_message = lambda: text
-            raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each command with the first paragraph of its help."""
