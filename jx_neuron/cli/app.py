@@ -4,13 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 import typer
 
 from jx_neuron.cli import bench, check, compile, interrupts, plan, sample
-from jx_neuron.cli.terminal import Command, Group, plain_warnings, shortened, show_usage_error, tell
+from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, shortened, show_usage_error, tell
 from jx_neuron.errors import InputError, JxNeuronError
 
 NAME = "jx-neuron"
@@ -49,8 +49,11 @@ def run(arguments: Sequence[str]) -> int:
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news here
     try:
-        with plain_warnings():
-            return _run(arguments)
+        _check_streams()
+        with plain_warnings(), redirect_stdout(Output(sys.stdout)):
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
     except Exception as error:
         if interrupts.received.is_set():
             raise KeyboardInterrupt from error
@@ -58,7 +61,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    _check_streams()
     if COMPLETING in os.environ:
         os.environ["COLUMNS"] = "1000"  # typer folds what it says of an option, and shells take each line for a choice
         with suppress(SystemExit):
@@ -69,21 +71,17 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         with command.make_context(NAME, list(arguments)) as context:
             command.invoke(context)
-        status = 0
     except typer.Exit as stop:
-        status = stop.exit_code
-    sys.stdout.flush()
-    return status
+        return stop.exit_code
+    return 0
 
 
 def _status(error: Exception) -> int:
     """Says what went wrong, and gives the status that it ends with."""
     try:
-        if isinstance(error, OSError) and _is_broken(sys.stdout):
-            if isinstance(error, BrokenPipeError):
-                return CLOSED_PIPE
-            tell(f"{NAME}: standard output cannot be written: {error.strerror or error}", err=True)
-        elif isinstance(error, OSError):
+        if isinstance(error, BrokenPipeError) and error.filename == Output.NAME:
+            return CLOSED_PIPE
+        if isinstance(error, OSError):
             where = f"{shortened(str(error.filename))}: " if error.filename else ""
             tell(f"{NAME}: {where}{error.strerror or error}", err=True)
         elif isinstance(error, JxNeuronError):
@@ -104,15 +102,6 @@ def _status(error: Exception) -> int:
     except OSError:  # nobody hears what is wrong
         pass
     return 2
-
-
-def _is_broken(stream: Any) -> bool:
-    """Whether what is left to be written cannot be."""
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _check_streams() -> None:

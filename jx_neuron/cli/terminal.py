@@ -28,9 +28,15 @@ def columns(stream: IO[str]) -> int:
         return shutil.get_terminal_size().columns
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Lets the error go on, where rich would end the process."""
+        raise
+
+
 def console() -> Console:
     """Of standard output, as wide as its terminal; rich alone takes every dumb one for 80 columns wide."""
-    return Console(width=columns(sys.stdout), height=25, highlight=False)
+    return _Console(width=columns(sys.stdout), height=25, highlight=False)
 
 
 def fold(text: str, width: int, indent: str = "") -> str:
@@ -109,6 +115,36 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+class Output:
+    """Standard output, whose errors bear its name."""
+
+    NAME = "standard output"
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        with self._named():
+            self._stream.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.NAME
+            raise
 
 
 class Help(typer.Context.formatter_class):  # type: ignore[valid-type, misc]
