@@ -1,4 +1,4 @@
-"""What the command line reads and writes: odd text, names and streams end in one message and status 2, never a traceback."""
+"""What the command line reads and writes: odd text, names and streams end in one message and status 2."""
 
 import json
 import os
@@ -37,7 +37,9 @@ def test_lines_end_as_on_any_system(checkpoint: Path, text: str) -> None:
     alone = run("sample", checkpoint, "ab", "cd", "--json", *FEW).stdout
     lines = run("sample", checkpoint, "--json", *FEW, stdin=text.encode()).stdout
     pick = ("prompt", "tokens", "text", "prompt_tokens")
-    answers = [[{key: answer[key] for key in pick} for answer in map(json.loads, of.splitlines())] for of in (alone, lines)]
+    answers = [
+        [{key: answer[key] for key in pick} for answer in map(json.loads, of.splitlines())] for of in (alone, lines)
+    ]
     assert answers[0] == answers[1]
     assert [answer["prompt"] for answer in answers[1]] == ["ab", "cd"]
 

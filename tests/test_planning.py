@@ -197,7 +197,10 @@ def test_the_degree_chosen_is_the_fastest_that_fits() -> None:
     ("ask", "words"),
     [
         (dict(model=LLAMA_70B, instance="inf2.xlarge"), ["has 16 GiB", "instance inf2.48xlarge, tp_degree=24"]),
-        (dict(model=LLAMA_70B, instance="trn1", tp_degree=7, amp="bf16"), ["1, 2, 8, 16, 32", "Nearest that works: tp_degree=16"]),
+        (
+            dict(model=LLAMA_70B, instance="trn1", tp_degree=7, amp="bf16"),
+            ["1, 2, 8, 16, 32", "Nearest that works: tp_degree=16"],
+        ),
         (dict(model=LLAMA_70B, tp_degree=7), ["not a degree of any instance, which are 1, 2, 4, 8, 16, 24, 32, 64"]),
         (dict(model=LLAMA_7B, instance="trn1", batch_size=512, n_positions=32768), ["tp_degree=32, batch_size="]),
         (

@@ -7,7 +7,7 @@ from jx_neuron.cli import interrupts
 
 
 def main() -> NoReturn:
-    """Runs the command line on the process's arguments, and ends the process. All else is imported once Ctrl-C works."""
+    """Runs the command line on the process's arguments and ends the process. All else is imported once Ctrl-C works."""
     interrupts.install()
     from jx_neuron.cli.app import run
 

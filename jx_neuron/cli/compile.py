@@ -46,7 +46,7 @@ def command(
             min=1,
             metavar="N",
             help="Longest prompt and answer together; more than once, the token buckets.",
-            show_default="2048, or the model's",
+            show_default="2048, or what it was trained on",
         ),
     ] = None,
     context_length_estimate: Annotated[

@@ -1,8 +1,8 @@
 """Ctrl-C ends the process with status 130 and no traceback, in about a second at most, whatever it is doing.
 
 KeyboardInterrupt is raised in the main thread, and in the others too: each ends its child processes and removes its
-temporary files on the way out. A callback of the garbage collector or a destructor swallows exceptions, which
-`sys.unraisablehook` hears of, and then it is raised again. What is in a library's own code for longer, as XLA is when it
+temporary files on the way out. A callback of the garbage collector, or a destructor, swallows exceptions:
+`sys.unraisablehook` hears of it, and it is raised again. What is in a library's own code for longer, as XLA is when it
 compiles, ends with the process.
 """
 

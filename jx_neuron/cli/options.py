@@ -69,7 +69,9 @@ Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degre
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")]
 NPositions = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or the model's"),
+    typer.Option(
+        min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or what it was trained on"
+    ),
 ]
 Target = Annotated[
     str | None,

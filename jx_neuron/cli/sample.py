@@ -69,8 +69,8 @@ def command(
 ) -> None:
     """Answer prompts with a model.
 
-    Greedy unless --temperature, --top-k or --top-p is given. Text goes to standard output as it is made, timings to
-    standard error.
+    The likeliest token is taken each time unless --temperature, --top-k or --top-p is given ("Defaults" in
+    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error.
 
         jx-neuron sample --demo "The capital of France is"
 

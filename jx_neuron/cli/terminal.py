@@ -1,6 +1,7 @@
 """What the command line looks like: help and messages that fit the terminal, however narrow."""
 
 import difflib
+import errno
 import os
 import re
 import shutil
@@ -30,8 +31,8 @@ def columns(stream: IO[str]) -> int:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Lets the error go on, where rich would end the process."""
-        raise
+        """Says so as an error; rich itself would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), Output.NAME)
 
 
 def console() -> Console:
@@ -75,7 +76,7 @@ def shortened(text: str, most: int = 100) -> str:
 
 
 def show_usage_error(error: Any) -> None:
-    """Prints click's error about an argument, folded as by `tell`; for an unknown option with those that may be meant."""
+    """Prints click's error about an argument, folded as by `tell`, and options like one that there is not."""
     message = error.format_message()
     if getattr(error, "possibilities", None) is not None and error.ctx is not None:
         options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
