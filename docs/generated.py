@@ -103,7 +103,7 @@ def rooms() -> str:
 
 def command_line() -> str:
     """Every command and option, as typer documents them."""
-    asked = [sys.executable, "-m", "typer", "jx_neuron.cli", "utils", "docs", "--name", "jx-neuron"]
+    asked = [sys.executable, "-m", "typer", "jx_neuron.cli.app", "utils", "docs", "--name", "jx-neuron"]
     done = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     made = html.unescape(done.stdout)
     return made.partition("\n")[2]  # the page has a title of its own

@@ -107,7 +107,8 @@ class Answering:
         start_ids:       [b], the first real position of each left-padded row.
         streamer:        an HF streamer; its put() gets the prompt, then the tokens of each step.
         options:         those of `jx_neuron.generation.options.Options`: top_k, top_p, temperature, seed and more. What
-                         is not given is the GenerationConfig's, or else top_k=50.
+                         is not given is the GenerationConfig's, or else top_k=50: see "Defaults" in
+                         docs/getting-started.md.
 
         Returns ids [b, up to sequence_length] in the kind that was given, prompt first; a row that has ended goes on in
         the padding token (the end token where the checkpoint has none). Raises InputError before anything runs where
@@ -150,15 +151,22 @@ class Answering:
         ids_bt, _ = prompts.as_array(input_ids)
         return self._steps(ids_bt, sequence_length, start_ids, options, logprobs=logprobs, text=True)
 
-    def score(self, texts: str | Sequence[str], *, stride: int | None = None) -> list[Score]:
-        """Log-likelihood and perplexity of each text, by the model's tokenizer.
+    def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
+        """Log-likelihood and perplexity of each text, or of each row of token ids.
 
+        texts:  a text or several, which take a tokenizer; or token ids: a row [t], or rows of any lengths, as lists,
+                numpy, jax or torch.
         stride: a text longer than n_positions is scored in windows that start so many tokens apart, each token with
                 what its first window holds before it (https://huggingface.co/docs/transformers/perplexity); by default
                 half of n_positions.
+
+        Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
-        given = [texts] if isinstance(texts, str) else list(texts)
-        rows = [np.array(self.tokenizer(text)["input_ids"], np.int32) for text in given]
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if several and not isinstance(several[0], str) and np.ndim(several[0]) == 0:
+            several = [texts]
+        ids = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in several]
+        rows = [prompts.as_array([row])[0][0] if len(row) else np.zeros(0, np.int64) for row in ids]
         return [scoring.summary(parts) for parts in self.log_likelihoods(rows, stride=stride)]
 
     def keep_prefix(self, input_ids: Any) -> None:

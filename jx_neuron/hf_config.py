@@ -98,6 +98,27 @@ class HFConfig:
         """Where RoPE depends on the length of the prompt: RopeScaling's `rotations`."""
         return None
 
+    @property
+    def trained_positions(self) -> int | None:
+        """The longest sequence that the model was trained on, as HF's field has it; None where no field says."""
+        fields = self.to_hf()
+        return fields.get("max_position_embeddings") or fields.get("n_positions") or self.max_positions
+
+    def beyond_training(self, n_positions: int) -> str | None:
+        """One line on positions that the model was not trained on; None where there are none.
+
+        >>> from jx_neuron.models.llama import Config
+        >>> Config(max_position_embeddings=256).beyond_training(300)
+        'n_positions=300 is beyond the 256 positions that the model was trained on: answers get worse past them'
+        """
+        trained = self.trained_positions
+        if trained is None or n_positions <= trained:
+            return None
+        return (
+            f"n_positions={n_positions} is beyond the {trained} positions that the model was trained on: "
+            "answers get worse past them"
+        )
+
     def to_hf(self) -> dict[str, Any]:
         """The fields as config.json has them."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ class NeuronAutoModelForCausalLM(Answering):
         prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:
                                  prompts go through once, and their keys and values are copied. It divides batch_size.
         n_positions:             longest sequence, prompt and answer together, or a list of token buckets; by default
-                                 2048, or what the model has positions for where that is less.
+                                 2048, or what the model was trained on where that is less.
         tp_degree:               how many cores share the model.
         amp:                     dtype of weights and cache: f32, f16 or bf16.
         context_length_estimate: longest prompt that goes through in one piece, or a list of context buckets.
@@ -420,7 +420,10 @@ def _settings(
     amp: str,
     neuron_config: NeuronConfig,
 ) -> Settings:
-    buckets = Buckets.within(decoder.config.max_positions, n_positions, context_length_estimate)
+    config = decoder.config
+    buckets = Buckets.within(config.max_positions, config.trained_positions, n_positions, context_length_estimate)
+    if note := config.beyond_training(buckets.capacity):
+        warnings.warn(note, UserWarning, stacklevel=3)
     given = [batch_size] if isinstance(batch_size, int) else batch_size
     batches = tuple(sorted({_positive("batch_size", size) for size in given}))
     if prompt_batch_size is not None and (

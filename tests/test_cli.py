@@ -17,7 +17,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jx_neuron.cli import main
+from jx_neuron.cli.app import run as run_here
 
 WORDS = ["<s>", "</s>", "the", "cat", "sat", "on", "a", "mat", "dog", "ran"]
 
@@ -29,27 +29,24 @@ class Done:
     stderr: str
 
 
-def run(*arguments: object, stdin: str = "") -> Done:
+def run(*arguments: object, stdin: str | bytes = "") -> Done:
     """The command line in this process: each of its own would spend seconds importing."""
     out, err = io.StringIO(), io.StringIO()
-    status = 0
     with (
-        mock.patch.object(sys, "argv", ["jx-neuron", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.object(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin))
+        ),
         mock.patch.dict(os.environ, HF_HUB_OFFLINE="1", COLUMNS="80"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 0
+        status = run_here([str(argument) for argument in arguments])
     return Done(status, out.getvalue(), err.getvalue())
 
 
 def test_as_a_process_of_its_own(folder: Path) -> None:
     def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "jx_neuron.cli", *arguments]
+        command = [sys.executable, "-m", "jx_neuron", *arguments]
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
     good = process("sample", str(folder), "the cat", "--max-new-tokens", "6")
@@ -149,7 +146,7 @@ def cut(path: Path) -> None:
         (lambda p: edit(p, model_type="mamba"), "'mamba' is not supported"),
         (lambda p: edit(p, activation_function="prelu"), "activation_function='prelu'"),
         (lambda p: edit(p, add_cross_attention=True), "add_cross_attention=True"),
-        (lambda p: edit(p, sliding_window=4), "'sliding_window'"),
+        (lambda p: edit(p, sliding_window=4), "sliding_window=4 is not supported"),
         (lambda p: edit(p, n_head=3), "n_head=3"),
         (lambda p: edit(p, quantization_config={"bits": 4}), "quantization_config"),
     ],
@@ -183,6 +180,79 @@ def test_bad_arguments_are_one_message_and_status_2(folder: Path, arguments: lis
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_token_ids_for_prompts(folder: Path, tmp_path: Path, tokenizer: bool) -> None:
+    path = copy(folder, tmp_path / "model")
+    how = ("--max-new-tokens", 4, "--json")
+    texts = [json.loads(line) for line in run("sample", path, "the cat", "a dog ran", *how).stdout.splitlines()]
+    if not tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (path / name).unlink()
+    done = run("sample", path, "--ids", "2,3", "--ids", "6 8, 9", *how)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["2,3", "6 8, 9"]
+    for answer, text in zip(answers, texts, strict=True):
+        assert (answer["tokens"], answer["prompt_tokens"]) == (text["tokens"], text["prompt_tokens"])
+        assert answer["text"] == (text["text"] if tokenizer else "")
+    first, second = (",".join(map(str, answer["tokens"])) for answer in answers)
+    shown = run("sample", path, "--ids", "2, 3", "--max-new-tokens", 4)
+    together = run("sample", path, "--ids", "2 3", "--ids", "6,8,9", "--max-new-tokens", 4, "--batch-size", 2)
+    if tokenizer:
+        assert shown.stdout == run("sample", path, "the cat", "--max-new-tokens", 4).stdout
+    else:
+        assert shown.stdout == f"2,3,{first}\n"
+        assert together.stdout == f"2,3,{first}\n\n6,8,9,{second}\n\n"
+        refused = run("sample", path, "the cat")
+        assert refused.returncode == 2
+        assert "--ids 1,2,3" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["", "--ids", "2"], "--ids '' is not legal"),
+        (["2,x"], "it takes token ids, such as 1,2,3"),
+        (["-1"], "--ids '-1' is not legal"),
+        (["2,10"], "ids of this vocabulary are 0 to 9"),
+        (["2", "--ids", "1" * 40], "integers"),
+        (["2", "--chat"], "--chat takes text"),
+    ],
+)
+def test_ids_that_are_none(folder: Path, ids: list[str], message: str) -> None:
+    done = run("sample", folder, "--ids", *ids, "--max-new-tokens", 4)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_all_is_checked_before_anything_is_printed(folder: Path) -> None:
+    for wrong in (("--top-p", 3), ("--top-p", 0), ("--max-new-tokens", 47)):
+        done = run("sample", folder, "the cat", "--max-new-tokens", 4, *wrong)
+        assert (done.returncode, done.stdout) == (2, ""), done
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("sample", "--temp"), "--temperature"),
+        (("sample", "--max"), "--max-new-tokens"),
+        (("sample", "--topk"), "--top-k"),
+        (("sample", "--n-position"), "--n-positions"),
+        (("compile", "--batchsize"), "--batch-size"),
+        (("plan", "--context"), "--context-length-estimate"),
+        (("plan", "--hepl"), "--help"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told_which_was_meant(typed: tuple[str, str], meant: str) -> None:
+    done = run(*typed)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"Error: No such option: {typed[1]}. Did you mean '{meant}'?\n")
+
+
+def test_an_option_like_no_other_is_only_named() -> None:
+    assert run("sample", "--frobnicate").stderr.endswith("Error: No such option: --frobnicate\n")
 
 
 def test_help_names_every_command_and_option() -> None:

@@ -26,7 +26,7 @@ import typer.main
 from markdown_it import MarkdownIt
 
 import jx_neuron
-from jx_neuron.cli import app
+from jx_neuron.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -142,7 +142,7 @@ def shell(block: Block, path: Path) -> None:
 def test_blocks_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = place.parent / "bin" / "jx-neuron"  # as installing makes it, for tests that run without installing
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m jx_neuron.cli "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m jx_neuron "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv(
         "PATH", os.pathsep.join([str(Path(sys.executable).parent), str(script.parent), os.environ["PATH"]])

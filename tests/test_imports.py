@@ -21,6 +21,7 @@ LEVELS = [
     {"answering"},
     {"modeling", "testing"},
     {"cli", "evaluation"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from jx_neuron import InputError, NeuronAutoModelForCausalLM
-from jx_neuron.cli import app
+from jx_neuron.cli.app import app
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.lowering import artifact
 from jx_neuron.lowering.buckets import Buckets
@@ -80,7 +80,7 @@ def test_weights_and_cache_are_what_the_artifact_holds_to_the_byte(tmp_path: Pat
         folder, tp_degree=tp, batch_size=3, n_positions=64, context_length_estimate=1, amp="bf16", backend="host"
     )
     held = artifact.read(model.save(tmp_path / "artifact", sharded_weights=True))
-    found = plan(model.config, "trn1.32xlarge", batch_size=3, n_positions=64)
+    found = plan(model.config, "trn1.32xlarge", batch_size=3, n_positions=64, amp="bf16")
     outline = Outline.of(model.config)
     for rank in range(tp):
         of_rank = held.weights(rank)
@@ -180,12 +180,13 @@ def test_without_an_instance_the_smallest_that_holds_it_is_taken() -> None:
     assert (opt.instance, opt.tp_degree) == ("trn1.2xlarge", 2)  # inf2.xlarge's host cannot load it
     on_inf2 = plan(config_of("facebook/opt-13b"), "inf2.xlarge", amp="f16")
     assert any("host memory" in note for note in on_inf2.notes)
-    assert (plan(LLAMA_70B).instance, plan(LLAMA_70B, tp_degree=64).instance) == ("inf2.48xlarge", "trn2.48xlarge")
-    assert plan(published.CONFIGS["Llama-3.1-405B"]).instance == "trn2.48xlarge"
+    assert plan(LLAMA_70B, amp="bf16").instance == "inf2.48xlarge"
+    assert plan(LLAMA_70B, tp_degree=64).instance == "trn2.48xlarge"
+    assert plan(published.CONFIGS["Llama-3.1-405B"], amp="bf16").instance == "trn2.48xlarge"
 
 
 def test_the_degree_chosen_is_the_fastest_that_fits() -> None:
-    found = plan(LLAMA_70B, "trn1.32xlarge")
+    found = plan(LLAMA_70B, "trn1.32xlarge", amp="bf16")
     fitting = {d.tp_degree: d.seconds_per_token for d in found.degrees if d.refusal is None}
     assert set(fitting) == {16, 32}
     assert found.tp_degree == min(fitting, key=fitting.get)
@@ -196,7 +197,10 @@ def test_the_degree_chosen_is_the_fastest_that_fits() -> None:
     ("ask", "words"),
     [
         (dict(model=LLAMA_70B, instance="inf2.xlarge"), ["has 16 GiB", "instance inf2.48xlarge, tp_degree=24"]),
-        (dict(model=LLAMA_70B, instance="trn1", tp_degree=7), ["1, 2, 8, 16, 32", "Nearest that works: tp_degree=16"]),
+        (
+            dict(model=LLAMA_70B, instance="trn1", tp_degree=7, amp="bf16"),
+            ["1, 2, 8, 16, 32", "Nearest that works: tp_degree=16"],
+        ),
         (dict(model=LLAMA_70B, tp_degree=7), ["not a degree of any instance, which are 1, 2, 4, 8, 16, 24, 32, 64"]),
         (dict(model=LLAMA_7B, instance="trn1", batch_size=512, n_positions=32768), ["tp_degree=32, batch_size="]),
         (
@@ -328,7 +332,7 @@ def test_a_config_that_is_not_supported_is_refused() -> None:
 
 
 def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jx_neuron.cli", "plan", *map(str, words)]
+    command = [sys.executable, "-m", "jx_neuron", "plan", *map(str, words)]
     root = str(Path(__file__).parent.parent)
     return subprocess.run(
         command, check=False, capture_output=True, text=True,

@@ -3,12 +3,14 @@
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 import torch
 
 from jx_neuron import InputError, NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron.errors import CheckpointError
 
 TEXTS = ["The capital of France is Paris.", "a", "To be, or not to be: that is the question.", "Mind the gap"]
 LONG = " ".join(TEXTS * 4)
@@ -76,6 +78,28 @@ def test_one_text_may_be_given_alone(folder: Path) -> None:
     (alone,), together = model.score(TEXTS[0]), model.score(TEXTS)[0]
     assert alone.tokens == together.tokens
     assert alone.log_likelihood == pytest.approx(together.log_likelihood, rel=1e-6)
+
+
+def test_token_ids_score_as_their_text_does(folder: Path, tmp_path: Path) -> None:
+    with_tokenizer = NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=64)
+    expected = with_tokenizer.score(TEXTS)
+    ids = [with_tokenizer.tokenizer(text)["input_ids"] for text in TEXTS]
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(folder / file)
+    model = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, n_positions=64)
+    kinds = (list, tuple, np.array, lambda row: np.array(row, np.uint8), torch.tensor, jnp.array)
+    for kind in kinds:
+        assert model.score([kind(row) for row in ids]) == expected
+        assert model.score(kind(ids[0])) == expected[:1]
+        assert model.score(kind([ids[0], ids[0]])) == [expected[0], expected[0]]
+    with pytest.raises(InputError, match="id 101 at 1; ids of this vocabulary are 0 to 100"):
+        model.score([[1, 101]])
+    with pytest.raises(InputError, match="must be integers"):
+        model.score([[1.5, 2.0]])
+    with pytest.raises(InputError, match=r"row 1 has no tokens"):
+        model.score([[1], []])
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        model.score("abc")
 
 
 def test_what_cannot_be_scored_is_refused(folder: Path) -> None:

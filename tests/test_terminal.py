@@ -131,6 +131,33 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved("gpt2", tmp_path_factory.mktemp("gpt2")) / "model.safetensors"
 
 
+def test_each_line_is_answered_as_it_is_typed(program: Path, tmp_path: Path) -> None:
+    folder = tiny.saved("gpt2", tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(folder)
+    ours, theirs = pty.openpty()
+    command = [str(program), "sample", str(folder), "--max-new-tokens", "4"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**PLAIN))
+    os.close(theirs)
+
+    def until(end: str) -> str:
+        written = ""
+        while not written.endswith(end):
+            written += os.read(ours, 1).decode()
+        return written.replace("\r\n", "\n")
+
+    assert until("> ") == "Type a prompt a line; end with Ctrl-D.\n> "
+    for text in ("ab", "cde"):
+        os.write(ours, f"{text}\n".encode())
+        answer = run("sample", folder, text, "--max-new-tokens", 4).stdout
+        assert until("> ") == f"{text}\n{answer}> "  # what was typed comes first
+    os.write(ours, b"x" * 93 + b"\n")
+    assert "jx-neuron: a prompt of 93 tokens and --max-new-tokens 4 make 97" in " ".join(until("> ").split())
+    os.write(ours, b"\x04")
+    assert "8 tokens, " in until("first token after")
+    assert process.wait(30) == 0
+    os.close(ours)
+
+
 def test_a_progress_bar_leaves_nothing(program: Path, artifact: Path, tmp_path: Path) -> None:
     how = ("--n-positions", 16, "--hlo-only", "--no-weights", "-o", tmp_path / "out")
     status, written = in_terminal(program, 80, COLOURED, "compile", artifact.parent / "config.json", *how)

@@ -20,6 +20,7 @@ def command(
             help="A checkpoint folder, .gguf file or hub id; none with --demo.",
             show_default=False,
             autocompletion=options.models,
+            callback=options.model,
         ),
     ] = None,
     demo: options.Demo = False,

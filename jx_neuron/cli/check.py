@@ -22,6 +22,7 @@ def command(
             metavar="DIR-or-HLO",
             help="A folder that compile or save() wrote, or the file of a serialized HloModuleProto.",
             show_default=False,
+            callback=options.path,
         ),
     ],
     target: options.Target = None,

@@ -29,9 +29,15 @@ def command(
             "checkpoint known without network, such as facebook/opt-30b.",
             show_default=False,
             autocompletion=options.models,
+            callback=options.model,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write.", show_default=False, callback=options.path
+        ),
+    ],
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: Annotated[
@@ -40,7 +46,7 @@ def command(
             min=1,
             metavar="N",
             help="Longest prompt and answer together; more than once, the token buckets.",
-            show_default="2048, or the model's",
+            show_default="2048, or what it was trained on",
         ),
     ] = None,
     context_length_estimate: Annotated[

@@ -1,8 +1,39 @@
 """The arguments and options that commands share, and what a shell completes them with."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from jx_neuron.cli.terminal import shortened
+from jx_neuron.errors import InputError
+
+
+def path(value: Any) -> Any:
+    """`value`, once the system takes it for the path of something, or of nothing yet.
+
+    Raises InputError for the home folder of an unknown user, OSError for a name that is too long or a folder that may
+    not be entered.
+    """
+    try:
+        if value is not None:
+            Path(value).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except RuntimeError:
+        raise InputError(f"{shortened(str(value))}: there is no such user, and so no home folder") from None
+    return value
+
+
+def model(value: Any) -> Any:
+    """`value`, once it can name a checkpoint: the `path` of a folder, of a file, or of nothing, as a Hub id is.
+
+    Raises InputError for devices and pipes, and for an empty name.
+    """
+    where = Path(path(value) or "").expanduser()
+    if value == "" or (where.exists() and not (where.is_dir() or where.is_file())):
+        raise InputError(f"{value!r} is no model; name a checkpoint folder, .gguf file or hub id")
+    return value
 
 
 def models() -> list[str]:
@@ -38,7 +69,9 @@ Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degre
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")]
 NPositions = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or the model's"),
+    typer.Option(
+        min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or what it was trained on"
+    ),
 ]
 Target = Annotated[
     str | None,

@@ -24,6 +24,7 @@ def command(
             "facebook/opt-13b, are known by name.",
             show_default=False,
             autocompletion=options.models,
+            callback=options.model,
         ),
     ],
     instance: Annotated[
@@ -50,7 +51,7 @@ def command(
             show_default="half of --n-positions",
         ),
     ] = None,
-    amp: options.Amp = "bf16",
+    amp: options.Amp = "f32",
     strict: Annotated[
         bool, typer.Option("--strict", help="Pad no head: the three rules of transformers-neuronx's first release.")
     ] = False,
@@ -59,7 +60,8 @@ def command(
     ] = False,
     revision: options.Revision = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the plan into this .png, .pdf or .svg.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the plan into this .png, .pdf or .svg.", callback=options.path),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object; bytes and seconds.")] = False,
 ) -> None:

@@ -1,8 +1,7 @@
 """jx-neuron sample: prompts in, text out."""
 
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import typer
 
 from jx_neuron.cli import options
+from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, typed
 from jx_neuron.cli.terminal import tell
-from jx_neuron.errors import InputError
+from jx_neuron.errors import InputError, JxNeuronError
 
 
 @dataclass
 class Answer:
-    """One prompt's answer, as --json prints it; times are seconds."""
+    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty."""
 
     prompt: str
     text: str = ""
@@ -33,12 +33,21 @@ def command(
         typer.Argument(
             metavar="[MODEL] [PROMPT]...",
             help="A checkpoint folder, .gguf file or hub id, then prompts. Without prompts, each line of "
-            "standard input is one. With --demo, prompts alone.",
+            "standard input is one, answered as it is typed in a terminal. With --demo, prompts alone.",
             show_default=False,
             autocompletion=options.models,
         ),
     ] = None,
     demo: options.Demo = False,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IDS",
+            help="A prompt as token ids, such as 1,2,3; more than once for several. A model without a tokenizer "
+            "answers in ids.",
+            show_default=False,
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt through the tokenizer's chat template.")
     ] = False,
@@ -60,8 +69,8 @@ def command(
 ) -> None:
     """Answer prompts with a model.
 
-    Greedy unless --temperature, --top-k or --top-p is given. Text goes to standard output as it is made, timings to
-    standard error.
+    The likeliest token is taken each time unless --temperature, --top-k or --top-p is given ("Defaults" in
+    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error.
 
         jx-neuron sample --demo "The capital of France is"
 
@@ -70,97 +79,89 @@ def command(
     from jx_neuron.demo import demo_model
     from jx_neuron.modeling import NeuronAutoModelForCausalLM
 
-    given = list(arguments or [])
-    if not demo and not given:
+    texts = list(arguments or [])
+    if not demo and not texts:
         raise InputError("no model: name a checkpoint folder, .gguf file or hub id, or use --demo")
-    path = demo_model() if demo else given.pop(0)
+    if chat and ids:
+        raise InputError("--chat takes text; leave it out with --ids, or give the prompt as text")
     model = NeuronAutoModelForCausalLM.from_pretrained(
-        path, batch_size=batch_size, n_positions=n_positions, tp_degree=tp, amp=amp, revision=revision
+        demo_model() if demo else options.model(texts.pop(0)),
+        batch_size=batch_size,
+        n_positions=n_positions,
+        tp_degree=tp,
+        amp=amp,
+        revision=revision,
     )
-    texts = given or _standard_input()
-    encoded = [_encode(model.tokenizer, text, chat) for text in texts]
-    longest = max(map(len, encoded)) + max_new_tokens
-    if longest > model.buckets.capacity:
-        raise InputError(
-            f"a prompt of {longest - max_new_tokens} tokens and --max-new-tokens {max_new_tokens} make {longest}, "
-            f"beyond the {model.buckets.capacity} positions; shorten either, or raise --n-positions"
-        )
     greedy = temperature is None and top_k is None and top_p is None
     how = dict(top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
-    model.to_neuron()
-    answers: list[Answer] = []
-    for first in range(0, len(texts), model.batch_size):
-        batch = slice(first, first + model.batch_size)
-        for answer in _answer(
-            model, texts[batch], encoded[batch], max_new_tokens, how, live=not as_json, echo=not chat
-        ):
-            if as_json:
-                typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
-            answers.append(answer)
-    if not as_json:
+
+    def answered(prompts: Sequence[Prompt]) -> list[Answer]:
+        for prompt in prompts:
+            _check_length(prompt, max_new_tokens, model.buckets.capacity)
+        batches = [prompts[first : first + model.batch_size] for first in range(0, len(prompts), model.batch_size)]
+        return [answer for batch in batches for answer in _answer(model, batch, max_new_tokens, how, as_json)]
+
+    if texts or ids or not typed():
+        prompts = [from_ids(model, row) for row in ids or []]
+        prompts += [from_text(model, text, chat) for text in texts or ([] if ids else lines())]
+        if not prompts:
+            raise InputError("no prompt: give one after MODEL, or one a line on standard input")
+        answers = answered(prompts)
+    else:
+        model.to_neuron()
+        tell("Type a prompt a line; end with Ctrl-D.", err=True)
+        answers = []
+        for line in lines():
+            try:
+                answers += answered([from_text(model, line, chat)])
+            except JxNeuronError as error:
+                tell(f"jx-neuron: {error}", err=True)
+    if answers and not as_json:
         _report(answers)
 
 
-def _standard_input() -> list[str]:
-    if sys.stdin.isatty():
-        tell("Type prompts, one a line; end with Ctrl-D.", err=True)
-    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not texts:
-        raise InputError("no prompt: give one after MODEL, or one a line on standard input")
-    return texts
-
-
-def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if chat:
-        if not tokenizer.chat_template:
-            raise InputError("this tokenizer has no chat template; leave --chat out")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
+    if (length := len(prompt.ids) + new) > capacity:
+        raise InputError(
+            f"a prompt of {len(prompt.ids)} tokens and --max-new-tokens {new} make {length}, "
+            f"beyond the {capacity} positions; shorten either, or raise --n-positions"
         )
-    ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    if not ids:
-        raise InputError(f"the prompt {text!r} has no tokens; give it some text")
-    return ids
 
 
-def _answer(
-    model: Any,
-    texts: Sequence[str],
-    encoded: Sequence[list[int]],
-    new: int,
-    how: dict[str, Any],
-    *,
-    live: bool,
-    echo: bool,
-) -> Iterator[Answer]:
-    answers = [Answer(text, prompt_tokens=len(ids)) for text, ids in zip(texts, encoded, strict=True)]
-    width = max(map(len, encoded))
-    ids_bt = np.array([[0] * (width - len(row)) + row for row in encoded])
-    start_ids = [width - len(row) for row in encoded]
-    write = live and len(texts) == 1
-    if write and echo:
-        typer.echo(texts[0], nl=False)
-    ended_b, first, last = np.zeros(len(encoded), bool), None, 0.0
-    for step in model.stream(ids_bt, width + new, start_ids, **how):
+def _answer(model: Any, prompts: Sequence[Prompt], new: int, how: dict[str, Any], as_json: bool) -> list[Answer]:
+    """The answers to a batch, printed: one by itself as it is made."""
+    answers = [Answer(prompt.given, prompt_tokens=len(prompt.ids)) for prompt in prompts]
+    printed = [prompt.printed for prompt in prompts]
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids_bt = np.array([[0] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts])
+    steps = model.stream(ids_bt, width + new, [width - len(prompt.ids) for prompt in prompts], **how)
+    live = len(prompts) == 1 and not as_json
+    if live:
+        typer.echo(printed[0], nl=False)
+    ended_b, first, last = np.zeros(len(prompts), bool), None, 0.0
+    for step in steps:
         first, last = step.seconds if first is None else first, step.seconds
-        rows = zip(answers, step.tokens.tolist(), step.text, step.finish_reasons, ended_b, strict=True)
-        for answer, token, text, reason, over in rows:
-            if not over:
-                answer.tokens.append(token)
-                answer.text += text
-                answer.finish_reason = reason or "length"
-                if write:
-                    typer.echo(text, nl=False)
+        for row in np.flatnonzero(~ended_b):
+            answer, token = answers[row], int(step.tokens[row])
+            answer.tokens.append(token)
+            answer.text += step.text[row] if step.text else ""
+            answer.finish_reason = step.finish_reasons[row] or "length"
+            shown = step.text[row] if step.text else f",{token}"
+            printed[row] += shown
+            if live:
+                typer.echo(shown, nl=False)
         ended_b = step.ended
-    if write:
+    if live:
         typer.echo()
-    for answer in answers:
+    for answer, text in zip(answers, printed, strict=True):
         answer.time_to_first_token = first or 0.0
         further = len(answer.tokens) - 1
         answer.tokens_per_second = further / (last - answer.time_to_first_token) if further else None
-        if live and not write:
-            typer.echo((answer.prompt if echo else "") + answer.text + "\n")
-        yield answer
+        if as_json:
+            typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
+        elif not live:
+            typer.echo(text + "\n")
+    return answers
 
 
 def _report(answers: Sequence[Answer]) -> None:

@@ -1,5 +1,7 @@
 """What the command line looks like: help and messages that fit the terminal, however narrow."""
 
+import difflib
+import errno
 import os
 import re
 import shutil
@@ -14,9 +16,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
 WHOLE: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
 NARROW = 60  # columns below which two of text do not go side by side
+LIKE = 0.7  # the similarity of a name to the one that was meant, as difflib measures it
 
 
 def columns(stream: IO[str]) -> int:
@@ -27,9 +29,15 @@ def columns(stream: IO[str]) -> int:
         return shutil.get_terminal_size().columns
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Says so as an error; rich itself would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), Output.NAME)
+
+
 def console() -> Console:
     """Of standard output, as wide as its terminal; rich alone takes every dumb one for 80 columns wide."""
-    return Console(width=columns(sys.stdout), height=25, highlight=False)
+    return _Console(width=columns(sys.stdout), height=25, highlight=False)
 
 
 def fold(text: str, width: int, indent: str = "") -> str:
@@ -58,6 +66,38 @@ def tell(text: str, *, err: bool = False) -> None:
     typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """`text`, without its middle where it is longer than `most`.
+
+    >>> shortened("abcdefghij", 6)
+    'abc…hij'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
+def show_usage_error(error: Any) -> None:
+    """Prints click's error about an argument, folded as by `tell`, and options like one that there is not."""
+    message = error.format_message()
+    if getattr(error, "possibilities", None) is not None and error.ctx is not None:
+        options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+        names = similar(error.option_name, [*options, "--help"])
+        message = error.message.rstrip(".") + (f". Did you mean {' or '.join(map(repr, names))}?" if names else "")
+    text = _fitted(f"Error: {message}", sys.stderr).removeprefix("Error: ")
+    error.format_message = lambda: text
+    error.show()
+
+
+def similar(typed: str, options: Sequence[str]) -> list[str]:
+    """The options that begin with what was typed, then those that are spelt much like it.
+
+    >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
+    ['--temperature']
+    """
+    begun = [option for option in options if option.startswith(typed)]
+    names = [option.lstrip("-") for option in options if option not in begun]
+    return begun + [f"--{name}" for name in difflib.get_close_matches(typed.lstrip("-"), names, cutoff=LIKE)]
+
+
 def _fitted(text: str, stream: IO[str]) -> str:
     return fold(text, columns(stream)) if stream.isatty() else text
 
@@ -76,6 +116,36 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+class Output:
+    """Standard output, whose errors bear its name."""
+
+    NAME = "standard output"
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        with self._named():
+            self._stream.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.NAME
+            raise
 
 
 class Help(typer.Context.formatter_class):  # type: ignore[valid-type, misc]
@@ -133,15 +203,6 @@ class Group(TyperGroup):
     """Commands with such help."""
 
     context_class = _Context
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command, and folds what it says of wrong arguments as `tell` would."""
-        try:
-            return super().invoke(ctx)
-        except _UsageError as error:
-            text = _fitted("Error: " + error.format_message(), sys.stderr).removeprefix("Error: ")
-            error.format_message = lambda: text
-            raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each command with the first paragraph of its help."""

@@ -55,15 +55,17 @@ class Buckets:
     def within(
         cls,
         most: int | None,
+        trained: int | None,
         n_positions: int | Sequence[int] | None,
         context_length_estimate: int | Sequence[int] | None,
     ) -> "Buckets":
-        """`of`, for a model that has `most` positions (None for any number): by default 2048, or all it has.
+        """`of`, for a model that has `most` positions (None for any number), and was `trained` on so many (None where
+        nothing says): by default 2048, or the positions it was trained on where they are fewer.
 
         Raises InputError also where n_positions exceeds them.
         """
         if n_positions is None:
-            n_positions = min(DEFAULT_POSITIONS, most or DEFAULT_POSITIONS)
+            n_positions = min(size for size in (DEFAULT_POSITIONS, most, trained) if size is not None)
         buckets = cls.of(n_positions, context_length_estimate)
         if most is not None and buckets.capacity > most:
             raise InputError(

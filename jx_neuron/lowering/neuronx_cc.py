@@ -35,7 +35,7 @@ WORKERS_VARIABLE = "NEURON_COMPILATION_WORKER_COUNT"
 HLO_FILE, NEFF_FILE = "model.hlo.pb", "model.neff"
 LOG_FILE, OUTPUT_FILE, COMMAND_FILE = "log-neuron-cc.txt", "output.txt", "command.txt"
 TAIL_LINES = 20
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 0.5
 
 _ALIASES = {"-O": "--optlevel", "-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config"}
 _TAKING_A_VALUE = {

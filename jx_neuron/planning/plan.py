@@ -80,7 +80,7 @@ def plan(
     batch_size: int = 1,
     n_positions: Lengths | None = None,
     context_length_estimate: Lengths | None = None,
-    amp: str = "bf16",
+    amp: str = "f32",
     strict: bool = False,
     lower: bool = False,
 ) -> Plan:
@@ -95,7 +95,7 @@ def plan(
     instance:                an instance type, or a family ("trn1": its largest). By default the first that holds the
                              request, by number of devices and then host memory.
     tp_degree:               by default the fastest that fits.
-    n_positions:             by default 2048, or what the model has positions for where that is less.
+    n_positions:             by default 2048, or what the model was trained on where that is less.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
     lower:                   read the activations off the lowered program of the largest prompt, which takes seconds,
@@ -149,7 +149,7 @@ def check(
     batch_size: int = 1,
     n_positions: Lengths | None = None,
     context_length_estimate: Lengths | None = None,
-    amp: str = "bf16",
+    amp: str = "f32",
     strict: bool = False,
 ) -> None:
     """Raises InputError where `plan` would, and does no more; `instance` may be a target such as "trn1"."""
@@ -180,7 +180,8 @@ def _request(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is not legal; it takes a positive integer")
     outline = Outline.of(model)
-    buckets = Buckets.within(outline.config.max_positions, n_positions, context_length_estimate)
+    config = outline.config
+    buckets = Buckets.within(config.max_positions, config.trained_positions, n_positions, context_length_estimate)
     return Request(outline, batch_size, buckets, itemsize, strict)
 
 
@@ -237,9 +238,8 @@ def _notes(request: Request, instance: Instance, tp_degree: int, memory: Memory,
             f"loading the checkpoint takes up to {gib(host)} of host memory and {instance.name} has "
             f"{gib(instance.host_memory or 0)}: save an artifact with sharded weights on a larger host, and load that"
         )
-    longest = getattr(request.outline.config, "max_position_embeddings", None)
-    if longest and request.buckets.capacity > longest:
-        notes.append(f"n_positions={request.buckets.capacity} is beyond the {longest} positions it was trained on")
+    if beyond := request.outline.config.beyond_training(request.buckets.capacity):
+        notes.append(beyond)
     if inferred := (*instance.inferred, *instance.device.inferred):
         notes.append(f"of {instance.name}, these are inferred or unknown: {', '.join(inferred)}")
     return notes

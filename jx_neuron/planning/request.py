@@ -105,9 +105,7 @@ class Request:
 
     def largest_positions(self, instance: Instance, tp_degree: int) -> int:
         """The longest sequence that fits and that the model was made for, in steps of 128; 0 where none does."""
-        config = self.outline.config
-        made_for = config.max_positions or getattr(config, "max_position_embeddings", None)
-        limit = max(int(made_for or 0), self.buckets.capacity)
+        limit = max(self.outline.config.trained_positions or 0, self.buckets.capacity)
         steps = _most(lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree))
         whole = limit if steps == limit // GRAIN and self.with_positions(limit).fits(instance, tp_degree) else 0
         return max(steps * GRAIN, whole)

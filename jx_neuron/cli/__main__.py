@@ -1,3 +1,0 @@
-from jx_neuron.cli import main
-
-main()

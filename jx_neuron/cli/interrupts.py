@@ -1,0 +1,101 @@
+"""Ctrl-C ends the process with status 130 and no traceback, in about a second at most, whatever it is doing.
+
+KeyboardInterrupt is raised in the main thread, and in the others too: each ends its child processes and removes its
+temporary files on the way out. A callback of the garbage collector, or a destructor, swallows exceptions:
+`sys.unraisablehook` hears of it, and it is raised again. What is in a library's own code for longer, as XLA is when it
+compiles, ends with the process.
+"""
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+GRACE_SECONDS = 1.0
+STATUS = 128 + signal.SIGINT
+SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar hides
+
+received = threading.Event()
+"""Set once Ctrl-C was pressed."""
+_due = threading.Event()  # the handler is to raise
+_swallowed: queue.SimpleQueue[int] = queue.SimpleQueue()  # the threads whose KeyboardInterrupt was lost
+
+
+def install() -> None:
+    """Takes over SIGINT, unless the process was started with it ignored, as a background job of a shell script is."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    sys.unraisablehook, sys.excepthook = _unraisable, _uncaught
+    _due.set()
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process, with status 130 where Ctrl-C was pressed; its standard streams have been flushed.
+
+    The interpreter is not torn down: that takes long with JAX, and waits for threads.
+    """
+    if received.is_set():
+        with suppress(OSError):
+            if os.isatty(2):
+                os.write(2, SHOW_CURSOR)
+        status = STATUS
+    os._exit(status)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    received.set()
+    if _due.is_set():  # a second Ctrl-C does not break off the cleaning up after the first
+        _due.clear()
+        raise KeyboardInterrupt
+
+
+def _watch(reading: int) -> None:
+    """Is woken by the signal itself, when the main thread may still be in C."""
+    while signal.SIGINT not in os.read(reading, 64):
+        pass
+    deadline = time.monotonic() + GRACE_SECONDS
+    received.set()
+    threading.excepthook = lambda _: None
+    logging.disable()
+    for thread in threading.enumerate():
+        if thread not in (threading.main_thread(), threading.current_thread()) and thread.ident is not None:
+            _raise_in(thread.ident)
+    while (seconds := deadline - time.monotonic()) > 0:
+        with suppress(queue.Empty):
+            _raise_in(_swallowed.get(timeout=seconds))
+    leave(STATUS)
+
+
+def _raise_in(thread: int) -> None:
+    if thread == threading.main_thread().ident:
+        _due.set()
+        signal.pthread_kill(thread, signal.SIGINT)
+    else:
+        raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+
+
+def _unraisable(lost: Any) -> None:
+    if not received.is_set():
+        sys.__unraisablehook__(lost)
+    elif lost.exc_type is KeyboardInterrupt:
+        _swallowed.put(threading.get_ident())
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not received.is_set():
+        sys.__excepthook__(kind, error, traceback)
+        leave(1)
+    leave(STATUS)

@@ -1,0 +1,95 @@
+"""Prompts of the command line: text or token ids, from its arguments or from standard input."""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from jx_neuron.errors import InputError, JxNeuronError
+
+SIGN = "> "
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """As it was given, as it is printed before its answer, and as tokens."""
+
+    given: str
+    printed: str
+    ids: list[int]
+
+
+def from_text(model: Any, text: str, chat: bool) -> Prompt:
+    """A text as the model's tokenizer has it, with `chat` through its chat template. Raises InputError."""
+    try:
+        tokenizer = model.tokenizer
+    except JxNeuronError as error:
+        raise InputError(f"{error}\nA prompt may be given as token ids: --ids 1,2,3") from error
+    asked = _through_template(tokenizer, text) if chat else text
+    ids: list[int] = tokenizer(asked, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise InputError(f"the prompt {text!r} has no tokens; give it some text")
+    return Prompt(text, "" if chat else text, ids)
+
+
+def from_ids(model: Any, text: str) -> Prompt:
+    """Token ids parted by commas or spaces; printed as text where the model has a tokenizer. Raises InputError."""
+    from jx_neuron.generation.prompts import as_array, check_ids
+
+    words = re.split(r"[\s,]+", text.strip())
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"--ids {text!r} is not legal; it takes token ids, such as 1,2,3")
+    ids = [int(word) for word in words]
+    check_ids(as_array([ids], "--ids")[0], model.settings.vocab_size)
+    try:
+        printed = model.tokenizer.decode(ids)
+    except JxNeuronError:
+        printed = ",".join(words)
+    return Prompt(text, printed, ids)
+
+
+def typed() -> bool:
+    """Whether standard input is a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def lines() -> Iterator[str]:
+    """Each line of standard input that is not blank, as it comes; a terminal is shown a sign that it is waited for.
+
+    Raises InputError where standard input is closed, and for a line that is not UTF-8.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give a prompt after MODEL")
+    for number, line in enumerate(iter(_line, b""), 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"line {number} of standard input is not UTF-8 text: {error}; convert it first") from error
+        text = text.removesuffix("\n").removesuffix("\r")
+        if text.strip():
+            yield text
+
+
+def _line() -> bytes:
+    if not typed():
+        return sys.stdin.buffer.readline()
+    typer.echo(SIGN, nl=False, err=True)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        typer.echo(err=True)
+    return line
+
+
+def _through_template(tokenizer: Any, text: str) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("this tokenizer has no chat template; leave --chat out")
+    message = {"role": "user", "content": text}
+    try:
+        asked: str = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program of its own, in jinja
+        what = str(error) or type(error).__name__
+        raise InputError(f"the tokenizer's chat template fails: {what}\nLeave --chat out, or mend it") from error
+    return asked
