@@ -30,7 +30,7 @@ from jx_neuron.parsing import boundary, parse_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNSEALED = "0" * 64
-MOST_BYTES = 32 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
+MOST_BYTES = 24 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
 MOST_ENTRIES = 100_000  # of anything that there are several of
 
 
