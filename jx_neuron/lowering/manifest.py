@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from jx_neuron.errors import ArtifactError
+from jx_neuron.pages import uncollected
 from jx_neuron.parsing import boundary, parse_json
 
 FORMAT_VERSION = 1
@@ -194,7 +195,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     if not path.is_file():
         refuse(f"there is no {MANIFEST}", "Give the folder that was saved to")
-    with boundary(path, ArtifactError):
+    with boundary(path, ArtifactError), uncollected():
         if (size := path.stat().st_size) > MOST_BYTES:
             refuse(f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
         raw = path.read_bytes()
