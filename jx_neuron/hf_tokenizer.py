@@ -36,6 +36,7 @@ def load_tokenizer(
             plain = {name: value for name, value in config.items() if name != AUTO_MAP}
             Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type are noticed only in use
         except (JxNeuronError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as raised:  # a panic of the tokenizers library is no Exception

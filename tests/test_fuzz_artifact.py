@@ -15,7 +15,7 @@ from mutations import damaged_bytes, damaged_json, limits
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.deploy import Saved
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering.manifest import UNSEALED
+from jx_neuron.lowering.manifest import MOST_BYTES, UNSEALED, read_manifest
 
 FEW, MANY = 200, 1500  # mutations of each kind
 IDS = tiny.prompts(1, 9)
@@ -130,6 +130,32 @@ def test_damaged_files_of_a_right_hash(
         (folder / "manifest.json").write_bytes(seal(json.dumps(content).encode()))
         passed += read(folder) is not None
     assert passed < count // 3
+
+
+LARGE = MOST_BYTES - 2**20
+HOSTILE = {
+    "config": b'{"x": [' + b"[]," * (LARGE // 3) + b"[]]}",
+    "programs": b"[" + b"0," * (LARGE // 2) + b"0]",
+    "files": b"{" + b",".join(b'"%x": 0' % i for i in range(LARGE // 13)) + b"}",
+    "unknown": b"0," + b",".join(b'"%x": 0' % i for i in range(LARGE // 13)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", HOSTILE)
+def test_the_largest_manifest_that_is_read_is_refused_in_time(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(seal(b'{"%s": %s}' % (field.encode(), HOSTILE[field])))
+    assert path.stat().st_size < MOST_BYTES
+    with limits(), pytest.raises(ArtifactError, match=r"manifest\.json is not sound"):
+        read_manifest(tmp_path)
+
+
+def test_a_larger_manifest_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(2**40)
+    with limits(seconds=1), pytest.raises(ArtifactError, match="has 1,099,511,627,776 bytes; it may have 25,165,824"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ class Artifact:
             tensors = _Tensors(path)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise self._refusal(f"{name} was replaced while it was read", "Open it again")
-            _check_tensors(self.manifest.parameters, {key: tensors.layout(key) for key in tensors}, name)
+            _check_tensors(self.manifest.parameters, {key: tensors.layout(key) for key in tensors}, str(path))
         return tensors
 
     def check(self) -> None:

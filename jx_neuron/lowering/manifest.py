@@ -25,12 +25,13 @@ from pydantic import (
 )
 
 from jx_neuron.errors import ArtifactError
+from jx_neuron.pages import uncollected
 from jx_neuron.parsing import boundary, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNSEALED = "0" * 64
-MOST_BYTES = 32 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
+MOST_BYTES = 24 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
 MOST_ENTRIES = 100_000  # of anything that there are several of
 
 
@@ -194,7 +195,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     if not path.is_file():
         refuse(f"there is no {MANIFEST}", "Give the folder that was saved to")
-    with boundary(path, ArtifactError):
+    with boundary(path, ArtifactError), uncollected():
         if (size := path.stat().st_size) > MOST_BYTES:
             refuse(f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
         raw = path.read_bytes()
