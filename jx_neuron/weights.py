@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import einops
 import jax
 import numpy as np
+from einops import EinopsError
+from einops.parsing import ParsedExpression
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,6 +22,7 @@ from jx_neuron.progress import ahead, track
 from jx_neuron.sharding import AXIS, Padding
 
 REPLICATED = PartitionSpec()
+LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
 
 Params = dict[str, Array]
 """A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel"."""
@@ -37,6 +40,42 @@ class W:
     target: str
     layout: str
     partition: PartitionSpec = REPLICATED
+
+    def __str__(self) -> str:
+        return f"W({self.source!r}, {self.target!r}, {self.layout!r}, {self.partition})"
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""
+        for name in (self.source, self.target):
+            if re.search("[{}]", name.replace("{i}", "")):
+                raise self._refusal(f"{name!r} has braces; legal is {{i}} alone, which stands for the layer")
+        if "{i}" in self.source and "{i}" not in self.target:
+            raise self._refusal(f"the layer {{i}} of {self.source!r} is missing from {self.target!r}; write it in both")
+        ours, theirs = self.layout.split("->")[::-1] if self.layout.count("->") == 1 else ("", "")
+        try:
+            before, after = ParsedExpression(theirs.strip()), ParsedExpression(ours.strip())
+        except EinopsError as error:
+            raise self._refusal(f"the layout {self.layout!r} is no einops pattern ({error}); {LAYOUT}") from error
+        letters = [axis for group in after.composition for axis in group]
+        if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis:
+            raise self._refusal(
+                f"the layout {self.layout!r} should have the same letters before and after the arrow, and no "
+                f"parentheses after it; {LAYOUT}"
+            )
+        if unknown := sorted(set(letters) - set(sizes)):
+            raise self._refusal(
+                f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
+                "Write one of these, or add the letter to Config.sizes"
+            )
+        split = [axis for axis in self.partition if axis is not None]
+        if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
+            raise self._refusal(
+                f"the partition {self.partition} is not legal; each of the {len(letters)} axes {' '.join(letters)} is "
+                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits {letters[0]!r}"
+            )
+
+    def _refusal(self, why: str) -> ConfigError:
+        return ConfigError(f"row {self} of the weight table: {why}")
 
     @property
     def letters(self) -> list[str]:
@@ -121,8 +160,6 @@ def match(
     """
     names = set(tensors.names())
     rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
-    if unmapped := sorted(set(shapes) - set(rows)):
-        raise ConfigError(f"no row of the weight table fills {', '.join(unmapped)}; add one")
     prefixes = {row.source.split(".")[0] + "." for row in rows.values() if row.source.count(".") > 1}
     absent = tuple(p for p in prefixes if not any(name.startswith(p) for name in names))
 
@@ -136,8 +173,8 @@ def match(
         expected, actual = row.source_shape(padding.sizes), tuple(tensors.shape(source))
         if actual != expected:
             raise CheckpointError(
-                f"tensor {source} has shape {list(actual)} and the config calls for {list(expected)}; "
-                "config.json and weights are not of the same model"
+                f"tensor {source} has shape {list(actual)} and the config calls for {list(expected)}, by the layout "
+                f"{row.layout!r}; config.json and weights are not of the same model, or the layout is wrong"
             )
         found.append(W(source, row.target, row.layout, row.partition))
     used = {row.source for row in found}
@@ -152,10 +189,23 @@ def match(
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
     if extra:
         raise CheckpointError(
-            f"the checkpoint holds {_some(extra)}, which no parameter takes; "
-            "config.json and weights are not of the same model"
+            f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, layers)}"
         )
     return sorted(found, key=lambda row: row.source)
+
+
+def _unclaimed(name: str, table: Sequence[W], layers: int) -> str:
+    """Why no parameter takes the tensor `name`, and what to do."""
+    row = next((row for row in rows_of(table, layers) if row.source == name or row.source.endswith("." + name)), None)
+    if row is None:
+        return (
+            "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in Model "
+            "and a row in WEIGHTS, or a pattern in IGNORE"
+        )
+    return (
+        f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, or "
+        "Model does (a Linear with bias=False has no bias, a tied head no kernel of its own)"
+    )
 
 
 def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
