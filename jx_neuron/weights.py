@@ -199,12 +199,12 @@ def _unclaimed(name: str, table: Sequence[W], layers: int) -> str:
     row = next((row for row in rows_of(table, layers) if row.source == name or row.source.endswith("." + name)), None)
     if row is None:
         return (
-            "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in Model "
-            "and a row in WEIGHTS, or a pattern in IGNORE"
+            "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
+            "Model and a row in WEIGHTS, or a pattern in IGNORE"
         )
     return (
-        f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, or "
-        "Model does (a Linear with bias=False has no bias, a tied head no kernel of its own)"
+        f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, "
+        "or Model does (a Linear with bias=False has no bias, a tied head no table of its own)"
     )
 
 

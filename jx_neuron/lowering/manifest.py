@@ -155,7 +155,7 @@ def read_manifest(directory: Path) -> Manifest:
     if isinstance(known, int) and known > FORMAT_VERSION:
         refuse(
             f"its format version {known} is newer than the {FORMAT_VERSION} known here",
-            "Upgrade: pip install -U jx-neuron",
+            "Upgrade jx_neuron: `git pull` in its clone, then `pip install .` there",
         )
     try:
         manifest = Manifest.model_validate_json(raw)

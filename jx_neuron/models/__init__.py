@@ -18,9 +18,9 @@ from jx_neuron import cache, nn, weights
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
+from jx_neuron.models import checks
 from jx_neuron.pages import uncollected
 from jx_neuron.sharding import Padding
-from jx_neuron.models import checks
 from jx_neuron.weights import Copy, Params, W
 
 __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]

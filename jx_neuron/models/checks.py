@@ -25,10 +25,11 @@ def parts(model_type: str, family: Any) -> None:
     decoder = f"the decoder registered as {model_type!r}"
     if absent := [name for name in PARTS if not hasattr(family, name)]:
         raise ConfigError(f"{decoder} lacks {', '.join(absent)}{_misspelt(absent, dir(family))}")
-    config, model = family.Config, family.Model
+    config: Any = family.Config
+    model: Any = family.Model
     if not (inspect.isclass(config) and issubclass(config, HFConfig) and dataclasses.is_dataclass(config)):
         raise ConfigError(f"{decoder}: Config should be a dataclass: @dataclass(frozen=True) class Config(HFConfig)")
-    if not hasattr(config, "MODEL_TYPE"):
+    if not getattr(family.Config, "MODEL_TYPE", ""):
         raise ConfigError(f"{decoder}: Config should say MODEL_TYPE = {model_type!r}")
     for field in dataclasses.fields(config):
         if isinstance(field.default, property):
