@@ -19,7 +19,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise InputError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'jx-neuron[eval]'") from None
+    raise InputError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval[hf]'") from None
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

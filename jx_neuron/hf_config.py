@@ -3,7 +3,7 @@ read it either, ignored with a warning."""
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -54,6 +54,9 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 _MOST_LAYERS = 1000  # the deepest public decoders have some 130; building this many takes seconds
 _INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
 _FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
+# what HF's configs and their attribute_map call the number of layers, and the longest sequence
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class HFConfig:
@@ -61,7 +64,7 @@ class HFConfig:
 
     `MODEL_TYPE` is the HF model_type; `INERT` names further fields that HF itself reads nowhere when it infers;
     `ONLY` gives the legal values of fields that are supported in part; `ALIASES` is HF's attribute_map, other names of
-    fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them n, k, h and v.
+    fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
 
     Values are held to the type hints of their fields. Integers are positive and below 2³¹, floats are positive numbers
     of float32; both may be 0 where that is the default, and are at least what the metadata of a field says as "least".
@@ -80,18 +83,38 @@ class HFConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis letter of the weight table."""
-        raise NotImplementedError
+        """The size of each axis letter of the weight table; each family has its own. Raises ConfigError otherwise."""
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config has no property `sizes`; give it one that returns the size of each axis letter "
+            "of WEIGHTS, such as dict(d=self.hidden_size, n=…, k=…, h=…, f=…, v=self.vocab_size)"
+        )
 
     @property
     def layers(self) -> int:
-        """How many decoder layers, each with a cache of its own."""
-        raise NotImplementedError
+        """How many decoder layers, each with a cache of its own: by default HF's field, one of LAYERS.
+
+        Raises ConfigError where there is no such field.
+        """
+        for value in self._values(LAYERS):
+            return int(value)
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(LAYERS)}; add the one of HF's config, or a "
+            "property `layers` that returns how many decoder layers there are"
+        )
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence, prompt and answer together, that the model has positions for; None if any."""
-        raise NotImplementedError
+        """The longest sequence, prompt and answer together, that the model has positions for; None if any.
+
+        By default HF's field, one of POSITIONS, or None where there is none. A family whose positions are computed
+        (RoPE, ALiBi) and so have no end returns None.
+        """
+        return next(self._values(POSITIONS), None)
+
+    def _values(self, names: Sequence[str]) -> Iterator[Any]:
+        """The values of the fields that HF calls one of `names`."""
+        fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return (getattr(self, fields[name]) for name in names if name in fields)
 
     @property
     def rotations(self) -> tuple[int, bool] | None:

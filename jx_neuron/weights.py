@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import einops
 import jax
 import numpy as np
+from einops import EinopsError
+from einops.parsing import ParsedExpression
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,6 +24,7 @@ from jx_neuron.progress import ahead, track
 from jx_neuron.sharding import AXIS, Padding
 
 REPLICATED = PartitionSpec()
+LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
 
 Params = dict[str, Array]
 """A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel"."""
@@ -39,6 +42,42 @@ class W:
     target: str
     layout: str
     partition: PartitionSpec = REPLICATED
+
+    def __str__(self) -> str:
+        return f"W({self.source!r}, {self.target!r}, {self.layout!r}, {self.partition})"
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""
+        for name in (self.source, self.target):
+            if re.search("[{}]", name.replace("{i}", "")):
+                raise self._refusal(f"{name!r} has braces; legal is {{i}} alone, which stands for the layer")
+        if "{i}" in self.source and "{i}" not in self.target:
+            raise self._refusal(f"the layer {{i}} of {self.source!r} is missing from {self.target!r}; write it in both")
+        ours, theirs = self.layout.split("->")[::-1] if self.layout.count("->") == 1 else ("", "")
+        try:
+            before, after = ParsedExpression(theirs.strip()), ParsedExpression(ours.strip())
+        except EinopsError as error:
+            raise self._refusal(f"the layout {self.layout!r} is no einops pattern ({error}); {LAYOUT}") from error
+        letters = [axis for group in after.composition for axis in group]
+        if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis:
+            raise self._refusal(
+                f"the layout {self.layout!r} should have the same letters before and after the arrow, and no "
+                f"parentheses after it; {LAYOUT}"
+            )
+        if unknown := sorted(set(letters) - set(sizes)):
+            raise self._refusal(
+                f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
+                "Write one of these, or add the letter to Config.sizes"
+            )
+        split = [axis for axis in self.partition if axis is not None]
+        if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
+            raise self._refusal(
+                f"the partition {self.partition} is not legal; each of the {len(letters)} axes {' '.join(letters)} is "
+                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits {letters[0]!r}"
+            )
+
+    def _refusal(self, why: str) -> ConfigError:
+        return ConfigError(f"row {self} of the weight table: {why}")
 
     @property
     def letters(self) -> list[str]:
@@ -131,7 +170,8 @@ def present(table: Sequence[W], sizes: Mapping[str, int], layers: int, tensors: 
         expected, actual = row.source_shape(sizes), tuple(tensors.shape(row.source))
         if actual != expected:
             raise CheckpointError(
-                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}; {_OTHERS}"
+                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}, by the layout "
+                f"{row.layout!r}; {_OTHERS}, or the layout is wrong"
             )
     return found
 
@@ -150,8 +190,6 @@ def match(
     expression of `ignore` matches it, or it is the copy that a `Copy` there says), and what `present` does.
     """
     rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
-    if unmapped := sorted(set(shapes) - set(rows)):
-        raise ConfigError(f"no row of the weight table fills {', '.join(unmapped)}; add one")
     found = {target: row for target, row in present(table, padding.sizes, layers, tensors).items() if target in rows}
     if missing := [row.source for target, row in rows.items() if target not in found]:
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
@@ -163,7 +201,9 @@ def match(
     base = "|".join(map(re.escape, _prefixes(table)))
     ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
     if extra := [name for name in sorted(rest) if not any(p.fullmatch(name) for p in ignored)]:
-        raise CheckpointError(f"the checkpoint holds {_some(extra)}, which no parameter takes; {_OTHERS}")
+        raise CheckpointError(
+            f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, layers)}"
+        )
     return sorted(found.values(), key=lambda row: row.source)
 
 
@@ -172,6 +212,20 @@ _OTHERS = "config.json and weights are not of the same model"
 
 def _prefixes(table: Sequence[W]) -> set[str]:
     return {row.source.split(".")[0] + "." for row in table if row.source.count(".") > 1}
+
+
+def _unclaimed(name: str, table: Sequence[W], layers: int) -> str:
+    """Why no parameter takes the tensor `name`, and what to do."""
+    row = next((row for row in rows_of(table, layers) if row.source == name or row.source.endswith("." + name)), None)
+    if row is None:
+        return (
+            "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
+            "Model and a row in WEIGHTS, or a pattern in IGNORE"
+        )
+    return (
+        f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, "
+        "or Model does (a Linear with bias=False has no bias, a tied head no table of its own)"
+    )
 
 
 def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:

@@ -266,7 +266,7 @@ def test_an_artifact_behind_a_link_is_read(saved: Path, tmp_path: Path) -> None:
 
 def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
     reseal(saved, lambda told: told.update(format_version=2, something_new={}))
-    with pytest.raises(ArtifactError, match=r"format version 2 is newer.*pip install -U jx-neuron"):
+    with pytest.raises(ArtifactError, match=r"format version 2 is newer.*Upgrade jx_neuron: `git pull` in its clone"):
         artifact.read(saved)
 
 

@@ -221,7 +221,7 @@ def test_neffs_of_another_generation_are_refused(lowered: Path, neuron: Neuron, 
 
 
 def test_without_torch_neuronx_it_says_what_to_install(lowered: Path, log: Path) -> None:
-    with pytest.raises(CompilerError, match=r"pip install 'jx-neuron\[neuron\]' --extra-index-url"):
+    with pytest.raises(CompilerError, match="pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos"):
         opened(lowered).to_neuron()
 
 

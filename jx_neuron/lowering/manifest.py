@@ -204,7 +204,7 @@ def read_manifest(directory: Path) -> Manifest:
         if isinstance(version, int) and version > FORMAT_VERSION:
             refuse(
                 f"its format version {version} is newer than the {FORMAT_VERSION} known here",
-                "Upgrade: pip install -U jx-neuron",
+                "Upgrade jx_neuron: `git pull` in its clone, then `pip install .` there",
             )
         if not _is_sealed(raw):
             refuse(f"{MANIFEST} was altered: its sha256 is not its own")

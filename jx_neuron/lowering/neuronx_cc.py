@@ -25,7 +25,7 @@ from jx_neuron.lowering.compiler_errors import explain
 from jx_neuron.lowering.durable import write_file
 from jx_neuron.lowering.rules import target_of
 
-INSTALL = "pip install 'jx-neuron[neuron]' --extra-index-url https://pip.repos.neuron.amazonaws.com"
+INSTALL = "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com"
 
 FLAGS_VARIABLE = "NEURON_CC_FLAGS"
 LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"

@@ -1,7 +1,9 @@
 """The decoder families: one file each, named by the HF model_type, and the registry that finds them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -16,6 +18,7 @@ from jx_neuron import cache, nn, weights
 from jx_neuron.cache import Cache, LayerKV
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
+from jx_neuron.models import checks
 from jx_neuron.pages import uncollected
 from jx_neuron.sharding import Padding
 from jx_neuron.weights import Copy, Params, W
@@ -60,10 +63,29 @@ def model_types() -> list[str]:
 def register(model_type: str, family: Any) -> None:
     """Makes a decoder of one's own known: a module, or any object, with `Config`, `Model`, `WEIGHTS` and `IGNORE`.
 
-    Raises ConfigError where one of them is absent.
+    The weight table is checked against the model of Config's defaults, of which nothing is allocated, and later against
+    that of each checkpoint's config. Rows that fill no parameter, whichever switch of Config is flipped, are named in a
+    warning.
+
+    Raises ConfigError that names the part that is absent or of the wrong kind, or the row that does not fit.
     """
-    if absent := [name for name in ("Config", "Model", "WEIGHTS", "IGNORE") if not hasattr(family, name)]:
-        raise ConfigError(f"the decoder registered as {model_type!r} lacks {', '.join(absent)}")
+    checks.parts(model_type, family)
+    try:
+        config = family.Config()
+    except (TypeError, ConfigError):  # not every field has a default: the first checkpoint's config is the first check
+        pass
+    else:
+        unused = checks.unused(family.WEIGHTS, Decoder._made(model_type, family, config, 1).shapes)
+        for other in _switched(config) if unused else ():
+            unused = checks.unused(unused, _shapes(_outline(family, other)))
+        if unused:
+            warnings.warn(
+                f"the decoder registered as {model_type!r} has rows that fill no parameter of Model with Config's "
+                f"defaults, nor with one of its switches the other way: {'; '.join(map(str, unused))}. Remove them, "
+                "unless a checkpoint's config makes such parameters",
+                UserWarning,
+                stacklevel=2,
+            )
     _FAMILIES[model_type] = family
 
 
@@ -90,6 +112,24 @@ def _one_key() -> nnx.Rngs:
     return cast(nnx.Rngs, rngs)
 
 
+def _outline(family: Family, config: HFConfig) -> Any:
+    """The model of `config`, with shapes for parameters."""
+    with uncollected():
+        return nnx.eval_shape(lambda: family.Model(config, _one_key()))
+
+
+def _switched(config: HFConfig) -> Iterator[HFConfig]:
+    """`config` with each of its true-or-false fields the other way, where that is legal."""
+    for switch in fields(cast(Any, config)):
+        if isinstance(value := getattr(config, switch.name), bool):
+            with suppress(ConfigError):
+                yield replace(cast(Any, config), **{switch.name: not value})
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in weights.flatten(nnx.state(module)).items()}
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A model at one tensor-parallel degree, without its parameters: a pure function of them."""
@@ -108,7 +148,8 @@ class Decoder:
     ) -> "Decoder":
         """The decoder that a parsed config.json describes; allocates nothing.
 
-        Raises ConfigError, or CheckpointError where the config's sizes are not those of `tensors`, before it builds.
+        Raises ConfigError that names the field that is not supported, or the row of the weight table that does not fit,
+        and CheckpointError where the config's sizes are not those of `tensors`, before it builds.
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
@@ -117,30 +158,23 @@ class Decoder:
         config = of.Config.from_hf(raw)
         if tensors is not None:
             weights.present(of.WEIGHTS, config.sizes, config.layers, tensors)
-        with uncollected():
-            module = nnx.eval_shape(lambda: of.Model(config, _one_key()))
-        return cls._of(model_type, config, of.WEIGHTS, of.IGNORE, module, tp_degree)
+        return cls._made(model_type, of, config, tp_degree)
+
+    @classmethod
+    def _made(cls, model_type: str, family: Family, config: HFConfig, tp_degree: int) -> "Decoder":
+        module = _outline(family, config)
+        shapes = _shapes(module)
+        checks.table(family.WEIGHTS, config, shapes, complete=True)
+        return cls(model_type, config, family.WEIGHTS, family.IGNORE, nnx.graphdef(module), shapes, tp_degree)
 
     @classmethod
     def from_module(
         cls, module: nnx.Module, config: HFConfig, table: Sequence[W] = (), tp_degree: int = 1
     ) -> "Decoder":
         """The decoder of a module in hand; `table` is needed above a tensor-parallel degree of 1."""
-        return cls._of(config.MODEL_TYPE, config, table, (), module, tp_degree)
-
-    @classmethod
-    def _of(
-        cls,
-        model_type: str,
-        config: HFConfig,
-        table: Sequence[W],
-        ignore: Sequence[str | Copy],
-        module: Any,
-        tp_degree: int,
-    ) -> "Decoder":
-        graph, state = nnx.split(module)
-        shapes = {path: tuple(leaf.shape) for path, leaf in weights.flatten(state).items()}
-        return cls(model_type, config, table, ignore, graph, shapes, tp_degree)
+        shapes = _shapes(module)
+        checks.table(table, config, shapes, complete=False)
+        return cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)
 
     @cached_property
     def padding(self) -> Padding:

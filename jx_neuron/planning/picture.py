@@ -35,7 +35,7 @@ def draw(plan: Plan, model: str, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
     except ImportError:
-        raise InputError("a picture needs matplotlib, which is not installed: pip install 'jx-neuron[plot]'") from None
+        raise InputError("a picture needs matplotlib, which is not installed: pip install matplotlib") from None
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"
     figure.suptitle(f"{model} ({size} parameters, {plan.amp}) on {plan.instance}", fontsize=13)

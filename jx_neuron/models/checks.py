@@ -1,0 +1,125 @@
+"""Whether the parts of a decoder fit together; each refusal names the part or the row, and what would be legal."""
+
+import dataclasses
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from flax import nnx
+
+from jx_neuron.arguments import integer
+from jx_neuron.errors import ConfigError
+from jx_neuron.hf_config import HFConfig
+from jx_neuron.weights import Copy, W, rows_of
+
+PARTS = ("Config", "Model", "WEIGHTS", "IGNORE")
+METHODS = {"__call__": 3, "logits": 1}  # of Model, and how many arguments each takes: DecoderModule
+LETTERS = "dnkhv"  # those that the cache, padding and plan read
+
+
+def parts(model_type: str, family: Any) -> None:
+    """Raises ConfigError unless `family` has what a decoder is made of, each of the right kind."""
+    decoder = f"the decoder registered as {model_type!r}"
+    if absent := [name for name in PARTS if not hasattr(family, name)]:
+        raise ConfigError(f"{decoder} lacks {', '.join(absent)}{_misspelt(absent, dir(family))}")
+    config: Any = family.Config
+    model: Any = family.Model
+    if not (inspect.isclass(config) and issubclass(config, HFConfig) and dataclasses.is_dataclass(config)):
+        raise ConfigError(f"{decoder}: Config should be a dataclass: @dataclass(frozen=True) class Config(HFConfig)")
+    if not getattr(family.Config, "MODEL_TYPE", ""):
+        raise ConfigError(f"{decoder}: Config should say MODEL_TYPE = {model_type!r}")
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, property):
+            raise ConfigError(f"{decoder}: the field {field.name!r} of Config needs a default, as HF's config has one")
+    if not (inspect.isclass(model) and issubclass(model, nnx.Module)):
+        raise ConfigError(f"{decoder}: Model should be a class: class Model(nnx.Module)")
+    for name, count in METHODS.items():
+        method = next((vars(base)[name] for base in model.__mro__ if name in vars(base)), None)
+        if method is None:
+            raise ConfigError(
+                f"{decoder}: Model has no method {name}; it needs __call__(self, tokens_bt, cache, at), which returns "
+                f"hidden states and cache, and logits(self, x_btd){_misspelt([name], dir(model))}"
+            )
+        try:
+            inspect.signature(method).bind(*range(1 + count))
+        except TypeError as error:
+            raise ConfigError(
+                f"{decoder}: Model.{name} should take {count} arguments after self, as do "
+                f"__call__(self, tokens_bt, cache, at) and logits(self, x_btd): {error}"
+            ) from error
+    if isinstance(family.WEIGHTS, str) or not all(isinstance(row, W) for row in family.WEIGHTS):
+        raise ConfigError(f"{decoder}: WEIGHTS should be a sequence of W, a row for each weight")
+    if isinstance(family.IGNORE, str) or not all(isinstance(entry, str | Copy) for entry in family.IGNORE):
+        raise ConfigError(
+            f"{decoder}: IGNORE should be a sequence of regular expressions and Copy; one in parentheses needs a comma "
+            "after it"
+        )
+    for pattern in family.IGNORE:
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            raise ConfigError(f"{decoder}: {pattern!r} in IGNORE is no regular expression ({error})") from error
+
+
+def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]], *, complete: bool) -> None:
+    """Raises ConfigError unless the rows of a weight table fit the sizes of `config` and the parameters of the model.
+
+    shapes:   of each parameter, by path, unpadded.
+    complete: whether every parameter needs a row, as it does where a checkpoint is to fill it.
+    """
+    sizes, layers = config.sizes, config.layers
+    if absent := [letter for letter in LETTERS if letter not in sizes]:
+        raise ConfigError(
+            f"{config.MODEL_TYPE}: Config.sizes lacks {', '.join(absent)}; it needs d (model width), n (query heads), "
+            "k (key/value heads), h (head size) and v (vocabulary)"
+        )
+    for letter, size in sizes.items():
+        integer(f"{config.MODEL_TYPE}: Config.sizes[{letter!r}]", size, error=ConfigError)
+    for row in rows:
+        row.check(sizes)
+    expanded = list(rows_of(rows, layers))
+    counts = Counter(row.target for row in expanded)
+    for row in expanded:
+        if counts[row.target] > 1:
+            raise ConfigError(f"row {row}: {counts[row.target]} rows fill {row.target!r}; keep one of them")
+        axes = tuple(sizes[letter] for letter in row.letters)
+        if row.target in shapes and axes != tuple(shapes[row.target]):
+            raise ConfigError(
+                f"row {row}: the layout ends in {' '.join(row.letters)}, so {list(axes)}, and the parameter has shape "
+                f"{list(shapes[row.target])}; mend the layout, Model or Config.sizes"
+            )
+    if complete and (unfilled := _by_layer(path for path in shapes if path not in counts)):
+        raise ConfigError(
+            f"no row of the weight table fills {', '.join(unfilled)}{_misspelt_row(unfilled, rows, shapes)}; "
+            "every parameter of Model needs a row W(HF's name, ours, layout, partition)"
+        )
+
+
+def unused(rows: Sequence[W], paths: Iterable[str]) -> list[W]:
+    """The rows that fill none of the parameters `paths`."""
+    targets = set(paths) | set(_by_layer(paths))
+    return [row for row in rows if row.target not in targets]
+
+
+def _misspelt_row(unfilled: Sequence[str], rows: Sequence[W], paths: Iterable[str]) -> str:
+    """The first unused row whose target is close to a parameter that no row fills."""
+    for row in unused(rows, paths):
+        if close := get_close_matches(row.target, unfilled, 1):
+            return f". Row {row} fills {row.target!r}, which Model has not: did you mean {close[0]!r}?"
+    return ""
+
+
+def _misspelt(absent: Sequence[str], names: Sequence[str]) -> str:
+    """Suggests the first of `absent` for a name that is close to it."""
+    for name in absent:
+        if close := get_close_matches(name, [other for other in names if not other.startswith("_")], 1):
+            return f"; did you mean {name} by {close[0]}?"
+    return ""
+
+
+def _by_layer(paths: Iterable[str]) -> list[str]:
+    """Paths of parameters, {i} for the number of their layer."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".{i}.", path, count=1) for path in paths))
