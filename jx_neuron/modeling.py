@@ -287,13 +287,10 @@ class NeuronAutoModelForCausalLM(Answering):
         return type(self._decoder.config).from_hf(config) == self._decoder.config
 
     def _xla(self) -> Runtime:
-        from jx_neuron import sharding
-        from jx_neuron.runtime.xla import XlaRuntime
+        from jx_neuron.runtime import xla
 
         assert self._decoder is not None
-        sharding.request_devices(self.settings.tp_degree)
-        mesh = sharding.mesh(self.settings.tp_degree)
-        return XlaRuntime(self._decoder, self._weights(), mesh, self.settings.dtype)
+        return xla.XlaRuntime(self._decoder, self._weights(), xla.mesh(self.settings.tp_degree), self.settings.dtype)
 
     @cached_property
     def _ranks(self) -> Callable[[int], Mapping[str, np.ndarray]]:

@@ -16,7 +16,10 @@ AXIS = "tp"
 
 
 def request_devices(count: int) -> None:
-    """Arranges for JAX to have `count` CPU devices. Has no effect once anything has used JAX."""
+    """Arranges for JAX to have `count` CPU devices, for code of your own; models need none of it.
+
+    Has no effect once anything has used JAX.
+    """
     try:
         if jax.config.jax_num_cpu_devices < count:
             jax.config.update("jax_num_cpu_devices", count)
@@ -32,9 +35,8 @@ def mesh(tp_degree: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if len(devices) < tp_degree:
         raise InputError(
-            f"tp_degree={tp_degree} needs {tp_degree} devices and JAX has {len(devices)} "
-            f"({devices[0].platform}). On a CPU, "
-            f"call jx_neuron.request_devices({tp_degree}) before anything else uses JAX, or lower tp_degree"
+            f"tp_degree={tp_degree} needs {tp_degree} devices and JAX has {len(devices)} ({devices[0].platform}); "
+            "lower tp_degree, or set JAX_PLATFORMS=cpu, where any degree works"
         )
     return Mesh(np.asarray(devices[:tp_degree]), (AXIS,))
 

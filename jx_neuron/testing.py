@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jx_neuron import sharding, weights
+from jx_neuron import weights
 from jx_neuron.checkpoint import open_checkpoint
 from jx_neuron.errors import InputError
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
-from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.runtime import xla
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,7 @@ def parity(
     Args:
         original: an HF causal language model in float32, or a checkpoint folder, which HF and we each read.
         model_type: the registered decoder; by default the one that the config names.
-        tp_degree: cores; as many JAX devices are needed.
+        tp_degree: cores; beyond a CPU, as many JAX devices are needed.
         chunk: query tokens of a prefill call; by default the longest prompt, in one.
 
     Raises:
@@ -139,10 +139,10 @@ def _step_logits(
     decoder: Decoder, tensors: weights.Tensors, sequences: Sequence[np.ndarray], steps: int, chunk: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits of the padded prompts [b, t, v], and of each decode step [b, v]."""
-    mesh, vocabulary = sharding.mesh(decoder.tp_degree), decoder.config.sizes["v"]
+    vocabulary = decoder.config.sizes["v"]
     rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, tensors)
     source = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32))
-    runtime = XlaRuntime(decoder, source, mesh, np.float32)
+    runtime = xla.XlaRuntime(decoder, source, xla.mesh(decoder.tp_degree), np.float32)
     batch, lengths = len(sequences), np.array([len(s) - steps for s in sequences], np.int32)
     one_b = np.ones(batch, np.int32)
     padded = -(-int(lengths.max()) // chunk) * chunk

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import transformers
 from tp_answers import LENGTH, answers, prompts
 
 from jx_neuron import InputError
-from jx_neuron.sharding import Padding
+from jx_neuron.sharding import Padding, mesh
 
 VOCAB = 101
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -81,6 +82,19 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_degree_changes_no_answer(case: Case, tp_degree: int) -> None:
     found = case.one() if tp_degree == 1 else answers(case.folder, tp_degree, case.vocab)
     case.holds(found, case.one())
+
+
+def test_any_degree_runs_where_jax_has_begun_with_one_device(tmp_path: Path) -> None:
+    case = Case(CONFIGS["llama-3-kv-heads"](), tmp_path)
+    found = case.in_child(tmp_path, 1, [1, 2, 4])
+    for of_degree in found.values():
+        case.holds(of_degree, found[1])
+
+
+def test_a_degree_beyond_the_gpus_names_the_cpu() -> None:
+    gpu = SimpleNamespace(platform="gpu")
+    with pytest.raises(InputError, match=r"tp_degree=2 needs 2 devices and JAX has 1 \(gpu\).* JAX_PLATFORMS=cpu"):
+        mesh(2, [gpu])
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron import cache as kv
-from jx_neuron import products
+from jx_neuron import products, sharding
 from jx_neuron.cache import Cache
+from jx_neuron.lowering import _jaxlib
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
@@ -21,6 +22,17 @@ from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
 from jx_neuron.runtime.one_cpu import OneCPU
 from jx_neuron.weights import Params, Source
+
+
+def mesh(tp_degree: int) -> Mesh:
+    """A mesh over JAX's devices; where these are CPU devices and too few, over CPU devices of this package's own.
+
+    Raises InputError where JAX has too few devices of another kind.
+    """
+    devices = jax.devices()
+    if len(devices) < tp_degree and devices[0].platform == "cpu":
+        devices = _jaxlib.client(tp_degree).devices()
+    return sharding.mesh(tp_degree, devices)
 
 
 class XlaRuntime:
