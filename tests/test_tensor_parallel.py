@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tp_answers import LENGTH, answers, prompts
 
 from jx_neuron import InputError
@@ -114,6 +116,12 @@ def test_gpt2_of_full_size(tmp_path: Path) -> None:
 
 def sizes(n: int, k: int) -> dict[str, int]:
     return dict(d=64, n=n, k=k, h=4, f=90, v=101)
+
+
+@given(k=st.integers(1, 12), group=st.integers(1, 12), tp=st.integers(1, 100))
+def test_the_sizes_of_padded_heads_are_those_of_their_slots(k: int, group: int, tp: int) -> None:
+    padding = Padding(sizes(k * group, k), tp)
+    assert (padding.size("n"), padding.size("k")) == (len(padding.query), len(padding.key_value))
 
 
 def test_padding_says_what_it_does_and_what_it_costs() -> None:
