@@ -306,11 +306,11 @@ class NeuronAutoModelForCausalLM(Answering):
 
     def _check_host(self, slots: int) -> None:
         """Raises InputError where this machine cannot hold the weights and the smallest cache, of so many positions."""
-        from jx_neuron import planning
+        from jx_neuron.planning import limits
 
         if self._decoder is not None:
             of = self.settings
-            planning.check_host(self._decoder, of.tp_degree, of.batch_sizes[0], slots, of.dtype.itemsize)
+            limits.check_host(self._decoder, of.tp_degree, of.batch_sizes[0], slots, of.dtype.itemsize)
 
     @cached_property
     def _ranks(self) -> Callable[[int], Mapping[str, np.ndarray]]:
@@ -410,10 +410,11 @@ def _settings(
 def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_config: NeuronConfig) -> None:
     """Says what the degree pads and what it costs. Raises InputError for what cannot be had: on the device, on any."""
     from jx_neuron import planning
+    from jx_neuron.planning import limits
 
     if neuron_config.compilation_worker_count is not None:
         integer("compilation_worker_count", neuron_config.compilation_worker_count)
-    planning.check_degree(decoder, settings.tp_degree)
+    limits.check_degree(decoder, settings.tp_degree)
     if neuron_config.strict_sharding:
         decoder.padding.demand_exact()
     if note := planning.padding_note(decoder, settings.tp_degree):
@@ -429,7 +430,7 @@ def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_con
             amp=settings.amp,
         )
     elif backend == "host":
-        planning.check_devices(
+        limits.check_devices(
             decoder,
             settings.tp_degree,
             settings.batch_sizes[-1],

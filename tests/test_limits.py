@@ -15,7 +15,7 @@ from jx_neuron.checkpoint import load_config
 from jx_neuron.cli import app
 from jx_neuron.models import gpt2
 from jx_neuron.pages import gib, room_here
-from jx_neuron.planning import check_host
+from jx_neuron.planning.limits import check_host
 from jx_neuron.runtime.xla import XlaRuntime
 
 IDS = tiny.prompts(2, 5)

@@ -74,15 +74,14 @@ def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(confi
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_many_rows_are_written_in_place_by_a_program_as_long_as_for_a_few_more(dtype) -> None:
-    slots, lengths = 64, []
+def test_many_rows_are_written_in_place_by_as_many_instructions_as_a_few(dtype) -> None:
+    slots = 64
     for batch in (cache.MOST_UNROLLED + 1, 40):
         parts = computations(runtime(Decoder.from_config(LLAMA), dtype), Shape(batch, 1, slots), slots)
         of_cache = 3 * batch * 4 * slots * 64
         written = [line for body in parts.values() for size, line in made(body) if size >= of_cache]
         assert all("dynamic-update-slice" in line for line in written), written
-        lengths.append(len(written))
-    assert 2 <= lengths[0] == lengths[1] <= 6  # keys and values, of each layer where XLA has no loop over these
+        assert len(written) in (2, 6)  # keys and values, of each layer where there is no loop over these
 
 
 def test_a_loop_is_as_long_for_any_number_of_layers() -> None:

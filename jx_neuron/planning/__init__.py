@@ -1,20 +1,7 @@
 """What fits where, and how fast: before an instance is paid for and before anything is compiled."""
 
 from jx_neuron.planning.instances import INSTANCES, Instance, find
-from jx_neuron.planning.limits import check_degree, check_devices, check_host
 from jx_neuron.planning.memory import Memory
 from jx_neuron.planning.plan import Plan, check, padding_note, plan
 
-__all__ = [
-    "INSTANCES",
-    "Instance",
-    "Memory",
-    "Plan",
-    "check",
-    "check_degree",
-    "check_devices",
-    "check_host",
-    "find",
-    "padding_note",
-    "plan",
-]
+__all__ = ["INSTANCES", "Instance", "Memory", "Plan", "check", "find", "padding_note", "plan"]
