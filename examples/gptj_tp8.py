@@ -11,7 +11,7 @@ replica a core; "neuron" what neuronx-cc makes of them. One seed gives the same 
 import argparse
 from collections import Counter
 
-from jx_neuron import GPTJForSampling, request_devices
+from jx_neuron import GPTJForSampling
 from jx_neuron.lowering import cost
 
 
@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("--backend", choices=["xla", "host", "neuron"], help="by default neuron where there is one")
     asked = parser.parse_args()
 
-    request_devices(asked.tp)  # before anything else uses JAX
     model = GPTJForSampling.from_pretrained(
         asked.model, tp_degree=asked.tp, n_positions=asked.n_positions, amp=asked.amp, backend=asked.backend
     )

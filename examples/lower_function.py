@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron import request_devices
 from jx_neuron.lowering import lower
 
 
@@ -29,7 +28,6 @@ def main() -> None:
     parser.add_argument("--target", default="trn1", help="inf2, trn1, trn1n, trn2 or trn3 (%(default)s)")
     parser.add_argument("--output", type=Path, help="file for the serialized HloModuleProto")
     asked = parser.parse_args()
-    request_devices(asked.tp)  # to run it below; lowering takes none
 
     # Shapes are those of the whole arrays. The MLP's width is split over "tp": columns of the first matrix, rows of the
     # second, so that each core has a partial sum of every output and one all-reduce adds them up.

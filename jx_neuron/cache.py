@@ -50,6 +50,9 @@ Cache = tuple[LayerKV, ...] | Stack
 
 KV = TypeVar("KV", LayerKV, Part)
 
+MOST_UNROLLED = 16
+"""Rows that are written by an instruction each; more by a loop, since XLA takes half a second for each of them."""
+
 PARTITION = P(None, "tp", None, None)
 
 
@@ -99,10 +102,16 @@ def _written(kv: Part, k_btkh: Array, v_btkh: Array, start_b: Array) -> Stack:
         new = bits(new.astype(kv.stack.dtype))
         # one row of the buffer's memory a head, or XLA would keep the order of what makes it, and copy it twice
         new = barrier(new.reshape(*new.shape[:2], -1)).reshape(1, *new.shape)
-        for row, start in enumerate(start_b):
-            at = [jnp.asarray(kv.layer, start.dtype), jnp.full_like(start, row), *[jnp.zeros_like(start)] * 3]
-            at[axis] = start
-            buffer = jax.lax.dynamic_update_slice(buffer, new[:, row : row + 1], at)
+
+        def put_row(row: Array | int, buffer: Array) -> Array:
+            at = [jnp.asarray(of, start_b.dtype) for of in (kv.layer, row, 0, 0, 0)]
+            at[axis] = start_b[row]
+            return jax.lax.dynamic_update_slice(buffer, jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1), at)
+
+        if len(start_b) > MOST_UNROLLED:
+            return barrier(jax.lax.fori_loop(0, len(start_b), put_row, buffer))
+        for row in range(len(start_b)):
+            buffer = put_row(row, buffer)
         return barrier(buffer)
 
     k_lbksh = put(kv.stack.k_lbksh, k_btkh.swapaxes(1, 2), 3)

@@ -13,13 +13,14 @@ import numpy as np
 
 from jx_neuron import deploy
 from jx_neuron.answering import Answering
+from jx_neuron.arguments import integer
 from jx_neuron.checkpoint import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.deploy import Deployment, Saved, Settings
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from jx_neuron.generation.rotations import Rotations
 from jx_neuron.generation.session import Engine
-from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.lowering.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.runtime import Runtime
 
 if TYPE_CHECKING:  # running a saved model needs no model code
@@ -122,7 +123,7 @@ class NeuronAutoModelForCausalLM(Answering):
             cache_dir=cache_dir,
         )
         cls._check_family(checkpoint.config.get("model_type"))
-        decoder = Decoder.from_config(checkpoint.config, _positive("tp_degree", tp_degree), checkpoint)
+        decoder = Decoder.from_config(checkpoint.config, integer("tp_degree", tp_degree), checkpoint)
         settings = _settings(
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
@@ -168,12 +169,17 @@ class NeuronAutoModelForCausalLM(Answering):
         from jx_neuron.models import Decoder
 
         neuron_config = neuron_config or NeuronConfig()
-        decoder = Decoder.from_module(module, config, weights, _positive("tp_degree", tp_degree))
+        decoder = Decoder.from_module(module, config, weights, integer("tp_degree", tp_degree))
+        settings = _settings(
+            decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
+        )
+        backend = deploy.choose_backend(backend)
+        _check_plan(decoder, settings, backend, neuron_config)
         source = loading.from_params(loading.flatten(module), decoder.rows, decoder.padding, dtype_of(amp))
         return cls(
-            _settings(decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config),
+            settings,
             {"model_type": config.MODEL_TYPE, **config.to_hf()},
-            backend=deploy.choose_backend(backend),
+            backend=backend,
             neuron_config=neuron_config,
             decoder=decoder,
             source=source,
@@ -200,10 +206,11 @@ class NeuronAutoModelForCausalLM(Answering):
 
         neuron_config = neuron_config or NeuronConfig()
         cls._check_family(config.get("model_type"))
-        decoder = Decoder.from_config(config, _positive("tp_degree", tp_degree))
+        decoder = Decoder.from_config(config, integer("tp_degree", tp_degree))
         settings = _settings(
             decoder, batch_size, prompt_batch_size, n_positions, context_length_estimate, amp, neuron_config
         )
+        _check_plan(decoder, settings, "host", neuron_config)
         settings = dataclasses.replace(settings, generation=_generation(config))
         return cls(settings, config, backend="host", neuron_config=neuron_config, decoder=decoder)
 
@@ -236,6 +243,8 @@ class NeuronAutoModelForCausalLM(Answering):
         with self._making:
             if self._engine is None:
                 jobs, on, of = self.neuron_config.compilation_worker_count, self.backend, self.settings
+                if on == "host":
+                    self._check_host(of.buckets.capacity)
                 runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
                 self._engine = Engine(
                     runtime,
@@ -301,13 +310,21 @@ class NeuronAutoModelForCausalLM(Answering):
         return type(self._decoder.config).from_hf(config) == self._decoder.config
 
     def _xla(self) -> Runtime:
-        from jx_neuron import sharding
-        from jx_neuron.runtime.xla import XlaRuntime
+        from jx_neuron.runtime import xla
 
         assert self._decoder is not None
-        sharding.request_devices(self.settings.tp_degree)
-        mesh = sharding.mesh(self.settings.tp_degree)
-        return XlaRuntime(self._decoder, self._weights(), mesh, self.settings.dtype)
+        mesh = xla.mesh(self.settings.tp_degree)
+        if mesh.devices.flat[0].platform == "cpu":
+            self._check_host(self.settings.buckets.tokens[0])
+        return xla.XlaRuntime(self._decoder, self._weights(), mesh, self.settings.dtype)
+
+    def _check_host(self, slots: int) -> None:
+        """Raises InputError where this machine cannot hold the weights and the smallest cache, of so many positions."""
+        from jx_neuron.planning import limits
+
+        if self._decoder is not None:
+            of = self.settings
+            limits.check_host(self._decoder, of.tp_degree, of.batch_sizes[0], slots, of.dtype.itemsize)
 
     @cached_property
     def _ranks(self) -> Callable[[int], Mapping[str, np.ndarray]]:
@@ -399,12 +416,6 @@ class OPTForSampling(NeuronAutoModelForCausalLM):
     MODEL_TYPE = "opt"
 
 
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}={value!r} is not legal; it takes a positive integer")
-    return value
-
-
 def _generation(*configs: Mapping[str, Any]) -> dict[str, Any]:
     """The ids of the end and padding tokens: of a config.json, and of a generation_config.json that comes before it."""
     ids = [token_ids(config, "the config") for config in configs]
@@ -424,14 +435,13 @@ def _settings(
     buckets = Buckets.within(config.max_positions, config.trained_positions, n_positions, context_length_estimate)
     if note := config.beyond_training(buckets.capacity):
         warnings.warn(note, UserWarning, stacklevel=3)
-    given = [batch_size] if isinstance(batch_size, int) else batch_size
-    batches = tuple(sorted({_positive("batch_size", size) for size in given}))
-    if prompt_batch_size is not None and (
-        len(batches) != 1 or batches[0] % _positive("prompt_batch_size", prompt_batch_size)
-    ):
-        raise InputError(
-            f"prompt_batch_size={prompt_batch_size} goes with one batch_size that it divides, and not {batch_size}"
-        )
+    batches = bucket_sizes("batch_size", batch_size, MOST_ROWS)
+    if prompt_batch_size is not None:
+        prompt_batch_size = integer("prompt_batch_size", prompt_batch_size)
+        if len(batches) != 1 or batches[0] % prompt_batch_size:
+            raise InputError(
+                f"prompt_batch_size={prompt_batch_size} goes with one batch_size that it divides, and not {batch_size}"
+            )
     vocab_size = decoder.config.sizes["v"]
     generation = neuron_config.on_device_generation or GenerationConfig()
     return Settings(
@@ -449,9 +459,13 @@ def _settings(
 
 
 def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_config: NeuronConfig) -> None:
-    """Says what the degree pads and what it costs, and for a device raises InputError where the model cannot fit it."""
+    """Says what the degree pads and what it costs. Raises InputError for what cannot be had: on the device, on any."""
     from jx_neuron import planning
+    from jx_neuron.planning import limits
 
+    if neuron_config.compilation_worker_count is not None:
+        integer("compilation_worker_count", neuron_config.compilation_worker_count)
+    limits.check_degree(decoder, settings.tp_degree)
     if neuron_config.strict_sharding:
         decoder.padding.demand_exact()
     if note := planning.padding_note(decoder, settings.tp_degree):
@@ -465,4 +479,12 @@ def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_con
             n_positions=list(settings.buckets.tokens),
             context_length_estimate=list(settings.buckets.context),
             amp=settings.amp,
+        )
+    elif backend == "host":
+        limits.check_devices(
+            decoder,
+            settings.tp_degree,
+            settings.batch_sizes[-1],
+            settings.buckets.capacity,
+            settings.dtype.itemsize,
         )

@@ -1,19 +1,24 @@
-"""Memory: in large pages, which a CPU reads a third faster; given back; and when it is looked through for garbage."""
+"""Memory: in large pages, which a CPU reads a third faster; given back; how much there is; and its garbage."""
 
 import ctypes
 import gc
 import math
 import mmap
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jx_neuron.errors import InputError
+
 CHUNK = 64 * 2**20  # bytes asked of the system at once
 KEPT = 4 * 2**20  # bytes; of what is freed, a thread keeps twice that for what it asks for next: mallopt(3)
+MEMORY, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 ALIGNMENT = 64  # at which XLA takes an array's memory as it is
 
 
@@ -105,6 +110,31 @@ def give_back() -> None:
     """Gives freed memory back to the system, where glibc would keep it: tens of megabytes of each program's making."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def room_here() -> int | None:
+    """Bytes that a process may have: memory and swap, or its container's limit; None where the system does not tell."""
+    try:
+        sizes = re.findall(r"^(?:MemTotal|SwapTotal): *(\d+) kB", MEMORY.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    total = 1024 * sum(map(int, sizes))
+    try:
+        return min(total, int(CONTAINER.read_text()))
+    except (OSError, ValueError):  # "max"
+        return total
+
+
+def check_room(size: int, what: str) -> None:
+    """Raises InputError where `what`, of `size` bytes, is more than a process may have."""
+    if (here := room_here()) is not None and size > here:
+        raise InputError(f"{what} {gib(size)} of memory and there is {gib(here)} here; ask for less of one of them")
+
+
+def gib(size: float) -> str:
+    """Bytes, for people."""
+    gibs = size / 2**30
+    return f"{gibs:.3g} GiB" if gibs < 999.5 else f"{gibs / 1024:.3g} TiB"
 
 
 @contextmanager

@@ -16,7 +16,10 @@ AXIS = "tp"
 
 
 def request_devices(count: int) -> None:
-    """Arranges for JAX to have `count` CPU devices. Has no effect once anything has used JAX."""
+    """Arranges for JAX to have `count` CPU devices, for code of your own; models need none of it.
+
+    Has no effect once anything has used JAX.
+    """
     try:
         if jax.config.jax_num_cpu_devices < count:
             jax.config.update("jax_num_cpu_devices", count)
@@ -32,9 +35,8 @@ def mesh(tp_degree: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if len(devices) < tp_degree:
         raise InputError(
-            f"tp_degree={tp_degree} needs {tp_degree} devices and JAX has {len(devices)} "
-            f"({devices[0].platform}). On a CPU, "
-            f"call jx_neuron.request_devices({tp_degree}) before anything else uses JAX, or lower tp_degree"
+            f"tp_degree={tp_degree} needs {tp_degree} devices and JAX has {len(devices)} ({devices[0].platform}); "
+            "lower tp_degree, or set JAX_PLATFORMS=cpu, where any degree works"
         )
     return Mesh(np.asarray(devices[:tp_degree]), (AXIS,))
 
@@ -73,8 +75,7 @@ class Padding:
 
     @cached_property
     def query(self) -> tuple[int, ...]:
-        group = self._group
-        per_slot = math.ceil(group / (self.tp_degree // self.sizes["k"])) if self._replicated else group
+        group, per_slot = self._group, self._per_slot
         placed = Counter[int]()
         slots: list[int] = []
         for head in self.key_value:
@@ -89,24 +90,28 @@ class Padding:
         return self.sizes["n"] // self.sizes["k"]
 
     @property
+    def _per_slot(self) -> int:
+        """Query heads of each key/value head slot."""
+        group = self._group
+        return math.ceil(group / (self.tp_degree // self.sizes["k"])) if self._replicated else group
+
+    @property
     def _replicated(self) -> bool:
         return self.sizes["k"] < self.tp_degree and self._group > 1
 
     def size(self, letter: str) -> int:
         """The padded size of an axis; that of a letter which is never partitioned is unchanged."""
         if letter == "n":
-            return len(self.query)
-        if letter == "k":
-            return len(self.key_value)
+            return self.size("k") * self._per_slot
         return padded(self.sizes[letter], self.tp_degree)
 
     @property
     def changes(self) -> tuple[str, ...]:
         """What is padded or replicated, one phrase each."""
         n, k = self.sizes["n"], self.sizes["k"]
-        heads = [] if len(self.query) == n else [f"{n} {'' if n == k else 'query '}heads as {len(self.query)}"]
-        if n != k != len(self.key_value):
-            heads.append(f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {len(self.key_value)}")
+        heads = [] if self.size("n") == n else [f"{n} {'' if n == k else 'query '}heads as {self.size('n')}"]
+        if n != k != self.size("k"):
+            heads.append(f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {self.size('k')}")
         names = {"f": "an MLP width of", "v": "a vocabulary of"}
         others = [
             f"{name} {self.sizes[letter]} as {self.size(letter)}"

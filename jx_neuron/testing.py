@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jx_neuron import sharding, weights
+from jx_neuron import weights
 from jx_neuron.cache import Cache
 from jx_neuron.checkpoint import open_checkpoint
 from jx_neuron.errors import InputError
@@ -28,7 +28,7 @@ from jx_neuron.hf_tokenizer import refusing_own_code
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.nn import span
-from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.runtime import xla
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def parity(
     Args:
         original: an HF causal language model in float32, or a checkpoint folder, which HF and we each read.
         model_type: the registered decoder; by default the one that the config names.
-        tp_degree: cores; as many JAX devices are needed.
+        tp_degree: cores; beyond a CPU, as many JAX devices are needed.
         chunk: query tokens of a prefill call; by default the longest prompt, in one.
 
     Raises:
@@ -124,10 +124,10 @@ def parity(
     vocabulary = decoder.config.sizes["v"]
     sequences = [rng.integers(0, vocabulary, length + steps, dtype=np.int32) for length in lengths]
     expected = [_original_logits(original, sequence, steps) for sequence in sequences]
-    mesh = sharding.mesh(decoder.tp_degree)
     rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, tensors)
     source = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32))
-    runtime = XlaRuntime(decoder, source, mesh, np.float32)
+    mesh = xla.mesh(decoder.tp_degree)
+    runtime = xla.XlaRuntime(decoder, source, mesh, np.float32)
     prompts, following = _step_logits(runtime, sequences, steps, chunk or max(lengths))
     prefill = [_difference(ours[:n], hf[:n]) for ours, hf, n in zip(prompts, expected, lengths, strict=True)]
     decode = [
@@ -221,7 +221,7 @@ def _original_logits(model: Any, sequence: np.ndarray, steps: int) -> np.ndarray
 
 
 def _step_logits(
-    runtime: XlaRuntime, sequences: Sequence[np.ndarray], steps: int, chunk: int
+    runtime: xla.XlaRuntime, sequences: Sequence[np.ndarray], steps: int, chunk: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits of the padded prompts [b, t, v], and of each decode step [b, v]."""
     vocabulary = runtime.decoder.config.sizes["v"]

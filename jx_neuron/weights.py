@@ -170,8 +170,8 @@ def present(table: Sequence[W], sizes: Mapping[str, int], layers: int, tensors: 
         expected, actual = row.source_shape(sizes), tuple(tensors.shape(row.source))
         if actual != expected:
             raise CheckpointError(
-                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}, by the layout "
-                f"{row.layout!r}; {_OTHERS}, or the layout is wrong"
+                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}, by the "
+                f"layout {row.layout!r}; {_OTHERS}, or the layout is wrong"
             )
     return found
 

@@ -73,6 +73,17 @@ def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(confi
     assert len(large) == 2 * batch  # a row of keys and of values each, in place
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_rows_are_written_in_place_by_as_many_instructions_as_a_few(dtype) -> None:
+    slots = 64
+    for batch in (cache.MOST_UNROLLED + 1, 40):
+        parts = computations(runtime(Decoder.from_config(LLAMA), dtype), Shape(batch, 1, slots), slots)
+        of_cache = 3 * batch * 4 * slots * 64
+        written = [line for body in parts.values() for size, line in made(body) if size >= of_cache]
+        assert all("dynamic-update-slice" in line for line in written), written
+        assert len(written) in (2, 6)  # keys and values, of each layer where there is no loop over these
+
+
 def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
     lengths = []
     for layers in (2, 5):
@@ -193,11 +204,13 @@ def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stack_holds_what_a_tuple_does(dtype) -> None:
+@pytest.mark.parametrize("unrolled", [3, 2], ids=["rows one by one", "rows in a loop"])
+def test_a_stack_holds_what_a_tuple_does(dtype, unrolled, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     plain = tuple(LayerKV(*(jnp.asarray(rng.normal(size=(3, 2, 8, 4)), dtype) for _ in "kv")) for _ in range(2))
     new = [jnp.asarray(rng.normal(size=(3, 5, 2, 4)), "float32") for _ in "kv"]
     start_b = jnp.asarray([0, 3, 1], jnp.int32)
+    monkeypatch.setattr(cache, "MOST_UNROLLED", unrolled)
     stack = Stack.of(plain)
     assert (cache.batch(stack), cache.slots(stack)) == (cache.batch(plain), cache.slots(plain)) == (3, 8)
     for other, same in (

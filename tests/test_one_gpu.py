@@ -11,6 +11,7 @@ import tiny
 from jx_neuron import NeuronAutoModelForCausalLM, sharding
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
+from jx_neuron.runtime import xla
 from jx_neuron.runtime.xla import _OneGPU, _Sharded
 from jx_neuron.testing import parity
 from jx_neuron.weights import from_params
@@ -81,10 +82,9 @@ def test_float32_on_a_gpu_is_hf_s(gpu, family, lengths) -> None:
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_gpu_and_a_cpu_draw_the_same_tokens(gpu, family, rows, tmp_path, monkeypatch) -> None:
-    folder, on = tiny.saved(family, tmp_path), sharding.mesh
-    found = []
+    folder, found = tiny.saved(family, tmp_path), []
     for device in (gpu, jax.devices("cpu")[0]):
-        monkeypatch.setattr(sharding, "mesh", partial(on, devices=[device]))
+        monkeypatch.setattr(xla, "mesh", partial(sharding.mesh, devices=[device]))
         model = NeuronAutoModelForCausalLM.from_pretrained(folder, batch_size=rows, n_positions=64)
         model.to_neuron()
         ids = tiny.prompts(rows, 9)

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tp_answers import LENGTH, answers, prompts
 
 from jx_neuron import InputError
-from jx_neuron.sharding import Padding
+from jx_neuron.sharding import Padding, mesh
 
 VOCAB = 101
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -83,6 +86,19 @@ def test_a_degree_changes_no_answer(case: Case, tp_degree: int) -> None:
     case.holds(found, case.one())
 
 
+def test_any_degree_runs_where_jax_has_begun_with_one_device(tmp_path: Path) -> None:
+    case = Case(CONFIGS["llama-3-kv-heads"](), tmp_path)
+    found = case.in_child(tmp_path, 1, [1, 2, 4])
+    for of_degree in found.values():
+        case.holds(of_degree, found[1])
+
+
+def test_a_degree_beyond_the_gpus_names_the_cpu() -> None:
+    gpu = SimpleNamespace(platform="gpu")
+    with pytest.raises(InputError, match=r"tp_degree=2 needs 2 devices and JAX has 1 \(gpu\).* JAX_PLATFORMS=cpu"):
+        mesh(2, [gpu])
+
+
 @pytest.mark.slow
 def test_degrees_beyond_the_heads_change_no_answer(case: Case, tmp_path: Path) -> None:
     found = case.in_child(tmp_path, 32, [16, 32])
@@ -100,6 +116,12 @@ def test_gpt2_of_full_size(tmp_path: Path) -> None:
 
 def sizes(n: int, k: int) -> dict[str, int]:
     return dict(d=64, n=n, k=k, h=4, f=90, v=101)
+
+
+@given(k=st.integers(1, 12), group=st.integers(1, 12), tp=st.integers(1, 100))
+def test_the_sizes_of_padded_heads_are_those_of_their_slots(k: int, group: int, tp: int) -> None:
+    padding = Padding(sizes(k * group, k), tp)
+    assert (padding.size("n"), padding.size("k")) == (len(padding.query), len(padding.key_value))
 
 
 def test_padding_says_what_it_does_and_what_it_costs() -> None:

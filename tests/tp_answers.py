@@ -31,8 +31,12 @@ if __name__ == "__main__":
 
     folder, out, devices, vocab, *degrees = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", int(devices))
+    mine, doubled = jax.numpy.arange(4), jax.jit(lambda x: 2 * x)
+    np.testing.assert_array_equal(doubled(mine), [0, 2, 4, 6])  # from here on JAX has these devices and no others
     found = {}
     for degree in degrees:
         for name, array in answers(Path(folder), int(degree), int(vocab)).items():
             found[f"{degree}.{name}"] = array
+    np.testing.assert_array_equal(doubled(mine) + mine, [0, 3, 6, 9])
+    assert len(jax.devices()) == int(devices)
     np.savez(out, **found)

@@ -105,7 +105,7 @@ def command(
 def _print(plan: "Plan", name: str) -> None:
     from rich.table import Table
 
-    from jx_neuron.planning.request import gib
+    from jx_neuron.pages import gib
 
     out = console()
 

@@ -1,13 +1,21 @@
 """Buckets: the few fixed lengths that programs are compiled for."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from jx_neuron.arguments import integers
 from jx_neuron.errors import InputError
 from jx_neuron.lowering.shape import Shape
 
 SMALLEST = 128
 DEFAULT_POSITIONS = 2048
+MOST_POSITIONS = 2**24  # the longest context of a published model is 10 M: Llama 4 Scout
+MOST_ROWS = 2**16
+MOST_BUCKETS = 64
 
 
 @dataclass(frozen=True)
@@ -30,26 +38,22 @@ class Buckets:
         >>> Buckets.of(600)
         Buckets(context=(64, 128, 256, 300), tokens=(128, 256, 512, 600))
 
-        Raises InputError for lengths that are not positive, or contexts beyond the capacity.
+        Raises InputError for what `bucket_sizes` refuses, and for contexts beyond the capacity.
         """
-        if isinstance(n_positions, int):
-            powers = (SMALLEST << i for i in range(n_positions.bit_length()))
-            tokens = [p for p in powers if p < n_positions] + [n_positions]
-        else:
-            tokens = sorted(set(n_positions))
+        tokens = bucket_sizes("n_positions", n_positions, MOST_POSITIONS)
+        if np.ndim(n_positions) == 0:
+            powers = (SMALLEST << i for i in range(tokens[0].bit_length()))
+            tokens = (*(p for p in powers if p < tokens[0]), *tokens)
         if context_length_estimate is None:
-            context = sorted({max(1, size // 2) for size in tokens})
+            context = tuple(sorted({max(1, size // 2) for size in tokens}))
         else:
-            context = sorted(set(_as_list(context_length_estimate)))
-        for name, sizes in (("n_positions", tokens), ("context_length_estimate", context)):
-            if not sizes or any(not isinstance(s, int) or s < 1 for s in sizes):
-                raise InputError(f"{name}={sizes} is not legal; it takes a positive integer, or a list of them")
+            context = bucket_sizes("context_length_estimate", context_length_estimate, MOST_POSITIONS)
         if context[-1] > tokens[-1]:
             raise InputError(
                 f"context_length_estimate={context[-1]} exceeds n_positions={tokens[-1]}; "
                 f"choose context lengths up to {tokens[-1]}, or a larger n_positions"
             )
-        return cls(tuple(context), tuple(tokens))
+        return cls(context, tokens)
 
     @classmethod
     def within(
@@ -107,5 +111,18 @@ def fit(buckets: Iterable[int], length: int) -> int:
     return found
 
 
-def _as_list(sizes: int | Sequence[int]) -> Sequence[int]:
-    return [sizes] if isinstance(sizes, int) else sizes
+def bucket_sizes(name: str, value: Any, most: int) -> tuple[int, ...]:
+    """One size or several, ascending. Raises InputError unless they are `MOST_BUCKETS` integers or fewer, up to `most`.
+
+    >>> bucket_sizes("batch_size", [4, 1, 4], most=8)
+    (1, 4)
+    """
+    try:
+        count: float = len(value)
+    except TypeError:
+        count = 1
+    except OverflowError:  # of a range
+        count = math.inf
+    if count > MOST_BUCKETS:
+        raise InputError(f"{name} has {count} sizes, and each takes programs of its own; give {MOST_BUCKETS} at most")
+    return tuple(sorted(set(integers(name, value, most=most))))

@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jx_neuron.arguments import integer
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.lowering.buckets import MOST_ROWS, Buckets
 from jx_neuron.models import Decoder
+from jx_neuron.pages import gib
 from jx_neuron.planning.instances import INSTANCES, Instance, find
 from jx_neuron.planning.memory import Memory, host_bytes, lowered_activation_bytes
 from jx_neuron.planning.outline import Outline
-from jx_neuron.planning.request import Request, gib
+from jx_neuron.planning.request import Request
 
 Lengths = int | Sequence[int]
-MOST_ROWS = 256  # of the batches that speed is listed for
+LISTED_ROWS = 256  # of the batches that speed is listed for
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,19 @@ def plan(
     """
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
     found = find(instance) if instance else None
-    where, degree = _place(request, found, tp_degree)
+    where, degree = _place(request, found, None if tp_degree is None else integer("tp_degree", tp_degree))
     memory = request.memory(where, degree, _lowered(model, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
     predict = request.speed(where, degree)
     most = request.largest_batch(where, degree)
-    rows = sorted({batch_size, *(1 << i for i in range(MOST_ROWS.bit_length()) if 1 << i <= most)})
+    rows = sorted({request.batch_size, *(1 << i for i in range(LISTED_ROWS.bit_length()) if 1 << i <= most)})
     rates = [Rate(b, s, b / s) for b in rows for s in [predict.per_token(b, request.buckets.capacity)]]
     return Plan(
         model_type=request.outline.decoder.model_type,
         parameters=request.outline.parameter_count,
         instance=where.name,
         tp_degree=degree,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         n_positions=request.buckets.capacity,
         context_length=max(request.buckets.context),
         amp=amp,
@@ -133,7 +135,7 @@ def plan(
             for d in where.degrees
         ),
         seconds_per_token=request.seconds_per_token(where, degree),
-        seconds_to_first_token=predict.of_prompt(batch_size, max(request.buckets.context), request.buckets),
+        seconds_to_first_token=predict.of_prompt(request.batch_size, max(request.buckets.context), request.buckets),
         rates=tuple(rates),
         largest_batch=most,
         largest_n_positions=request.largest_positions(where, degree),
@@ -154,7 +156,7 @@ def check(
 ) -> None:
     """Raises InputError where `plan` would, and does no more; `instance` may be a target such as "trn1"."""
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
-    _place(request, find(instance), tp_degree)
+    _place(request, find(instance), integer("tp_degree", tp_degree))
 
 
 def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -> str | None:
@@ -176,13 +178,15 @@ def _request(
     amp: str,
     strict: bool,
 ) -> Request:
-    itemsize = dtype_of(amp).itemsize
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is not legal; it takes a positive integer")
     outline = Outline.of(model)
     config = outline.config
-    buckets = Buckets.within(config.max_positions, config.trained_positions, n_positions, context_length_estimate)
-    return Request(outline, batch_size, buckets, itemsize, strict)
+    return Request(
+        outline,
+        integer("batch_size", batch_size, most=MOST_ROWS),
+        Buckets.within(config.max_positions, config.trained_positions, n_positions, context_length_estimate),
+        dtype_of(amp).itemsize,
+        strict,
+    )
 
 
 def _place(request: Request, instance: Instance | None, tp_degree: int | None) -> tuple[Instance, int]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.buckets import Buckets
-from jx_neuron.planning.instances import GIB, INSTANCES, Instance
+from jx_neuron.lowering.buckets import MOST_POSITIONS, Buckets
+from jx_neuron.pages import gib
+from jx_neuron.planning.instances import INSTANCES, Instance
 from jx_neuron.planning.memory import Memory, host_bytes, of_core
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.speed import Speed, speed
@@ -101,12 +102,12 @@ class Request:
 
     def largest_batch(self, instance: Instance, tp_degree: int) -> int:
         """The most rows that fit; 0 where not even one does."""
-        return _most(lambda batch: self.with_batch(batch).fits(instance, tp_degree))
+        return most(lambda batch: self.with_batch(batch).fits(instance, tp_degree))
 
     def largest_positions(self, instance: Instance, tp_degree: int) -> int:
         """The longest sequence that fits and that the model was made for, in steps of 128; 0 where none does."""
-        limit = max(self.outline.config.trained_positions or 0, self.buckets.capacity)
-        steps = _most(lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree))
+        limit = min(max(self.outline.config.trained_positions or 0, self.buckets.capacity), MOST_POSITIONS)
+        steps = most(lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree))
         whole = limit if steps == limit // GRAIN and self.with_positions(limit).fits(instance, tp_degree) else 0
         return max(steps * GRAIN, whole)
 
@@ -127,8 +128,8 @@ class Request:
         for degree in by_distance:
             if self.fits(instance, degree):
                 yield f"tp_degree={degree}"
-        most = [d for d in by_distance if d == tp_degree] + sorted(instance.degrees, reverse=True)
-        for degree in most:
+        largest_first = [d for d in by_distance if d == tp_degree] + sorted(instance.degrees, reverse=True)
+        for degree in largest_first:
             if context := _halved(max(self.buckets.context), lambda c: self.with_context(c).fits(instance, degree)):  # noqa: B023
                 yield f"tp_degree={degree}, context_length_estimate={context}"
             if batch := self.largest_batch(instance, degree):
@@ -139,12 +140,7 @@ class Request:
                 yield f"tp_degree={degree}, batch_size=1, n_positions={positions}"
 
 
-def gib(size: float) -> str:
-    """Bytes, for people."""
-    return f"{size / GIB:.3g} GiB" if size < 999.5 * GIB else f"{size / GIB / 1024:.3g} TiB"
-
-
-def _most(fits: Callable[[int], bool]) -> int:
+def most(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, where all up to some number do; 0 if none."""
     if not fits(1):
         return 0

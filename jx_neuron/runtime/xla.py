@@ -1,5 +1,6 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -11,20 +12,39 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron import cache as kv
-from jx_neuron import products
+from jx_neuron import products, sharding
 from jx_neuron.cache import Cache
+from jx_neuron.errors import InputError
+from jx_neuron.lowering import _jaxlib
 from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.pages import give_back, uncollected
+from jx_neuron.pages import check_room, give_back, uncollected
 from jx_neuron.progress import side_by_side
 from jx_neuron.runtime import Result, compiled
 from jx_neuron.runtime.one_cpu import OneCPU
 from jx_neuron.weights import Params, Source
 
+MOST_PROGRAMS = 128
+"""Programs that a model keeps. One takes 2 to 5 MB and 160 of the 65530 memory maps that Linux gives a process."""
+
+
+def mesh(tp_degree: int) -> Mesh:
+    """A mesh over JAX's devices; where these are CPU devices and too few, over CPU devices of this package's own.
+
+    Raises InputError where JAX has too few devices of another kind.
+    """
+    devices = jax.devices()
+    if len(devices) < tp_degree and devices[0].platform == "cpu":
+        devices = _jaxlib.client(tp_degree).devices()
+    return sharding.mesh(tp_degree, devices)
+
 
 class XlaRuntime:
-    """Programs are compiled when first needed; the cache is as long as `reset` said, and grows with larger buckets."""
+    """Programs are compiled when first needed, and the `MOST_PROGRAMS` that were used last are kept.
+
+    The cache is as long as `reset` said, and grows with larger buckets.
+    """
 
     candidates = None
 
@@ -36,7 +56,7 @@ class XlaRuntime:
         placed = alone.get(self._platform, _Sharded) if mesh.size == 1 else _Sharded
         self._placed: OneCPU | _Sharded = placed(decoder, source, mesh, self.dtype)
         give_back()
-        self._programs: dict[tuple[Shape, int], Any] = {}
+        self._programs: OrderedDict[tuple[Shape, int], Any] = OrderedDict()
         self._cache: Cache | None = None
         self._least_slots = 0
 
@@ -73,33 +93,51 @@ class XlaRuntime:
     def _program(self, shape: Shape, slots: int) -> Any:
         """The program of `shape` over a cache of `slots` slots."""
         key = shape, slots
-        if key not in self._programs:
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
-            cache = self._placed.cache(shape.batch, slots)
-            several = products.are_several(shape.batch * shape.tokens)
-            program = jax.jit(
-                self._placed.step(shape),
-                donate_argnums=1,
-                out_shardings=(everywhere, split, jax.tree.map(_sharding, cache)),
-                compiler_options=compiled.options(self._platform, self.mesh.size == 1, several),
-            )
-            inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
-            give_back()
-            with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
-                with uncollected():
-                    lowered = program.lower(self._placed.params(shape), cache, *inputs)
-                self._programs[key] = lowered.compile()
-            give_back()
-        return self._programs[key]
+        program = self._programs.get(key) or self._compiled(shape, slots)
+        self._programs[key] = program
+        self._programs.move_to_end(key)
+        while len(self._programs) > MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return program
+
+    def _compiled(self, shape: Shape, slots: int) -> Any:
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
+        cache = self._placed.cache(shape.batch, slots)
+        several = products.are_several(shape.batch * shape.tokens)
+        program = jax.jit(
+            self._placed.step(shape),
+            donate_argnums=1,
+            out_shardings=(everywhere, split, jax.tree.map(_sharding, cache)),
+            compiler_options=compiled.options(self._platform, self.mesh.size == 1, several),
+        )
+        inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
+        give_back()
+        with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
+            with uncollected():
+                lowered = program.lower(self._placed.params(shape), cache, *inputs)
+            executable = lowered.compile()
+        give_back()
+        return executable
 
     def _cache_for(self, shape: Shape) -> Cache:
         cache = self._cache
-        if cache is None or kv.batch(cache) != shape.batch:
-            empty = self._placed.cache(shape.batch, max(shape.slots, self._least_slots))
-            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-            return jax.device_put(zeros, jax.tree.map(_sharding, empty))
-        return cache if kv.slots(cache) >= shape.slots else _grow(cache, shape.slots)
+        if cache is not None and (rows := kv.batch(cache)) != shape.batch:
+            raise InputError(
+                f"the cache holds {rows} rows, padding counted, and this call goes on from it with {shape.batch}; "
+                "go on with as many rows as the call before had, or begin again with whole prompts"
+            )
+        if cache is not None and kv.slots(cache) >= shape.slots:
+            return cache
+        slots = max(shape.slots, self._least_slots) if cache is None else shape.slots
+        empty = self._placed.cache(shape.batch, slots)
+        if self._platform == "cpu":
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
+            check_room(size, f"the keys and values of {shape.batch} rows and {slots} positions take")
+        if cache is not None:
+            return _grow(cache, slots)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
+        return jax.device_put(zeros, jax.tree.map(_sharding, empty))
 
 
 class _Sharded:

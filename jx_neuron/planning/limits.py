@@ -1,0 +1,40 @@
+"""What cannot be had at all, refused before anything is built."""
+
+from jx_neuron.errors import InputError
+from jx_neuron.models import Decoder
+from jx_neuron.pages import check_room, gib
+from jx_neuron.planning.instances import INSTANCES
+from jx_neuron.planning.outline import Outline
+from jx_neuron.planning.request import most
+
+MOST_PADDING = 16  # times the weights: what 32 cores make of a model of 2 heads, were it attention alone
+
+
+def check_degree(model: Decoder, tp_degree: int) -> None:
+    """Raises InputError for a degree at which nearly all weights are padding, and names the largest that is legal."""
+    outline = Outline.of(model)
+    if (times := 1 + outline.overhead(tp_degree)) > MOST_PADDING:
+        legal = most(lambda degree: 1 + outline.overhead(degree) <= MOST_PADDING)
+        raise InputError(
+            f"tp_degree={tp_degree} pads this model to {times:,.0f} times its weights; choose a degree up to {legal}"
+        )
+
+
+def check_host(model: Decoder, tp_degree: int, batch: int, slots: int, itemsize: int) -> None:
+    """Raises InputError where weights and the cache of `batch` rows and `slots` positions exceed the memory here."""
+    outline = Outline.of(model)
+    weights = tp_degree * outline.weight_bytes(tp_degree, itemsize)
+    cache = tp_degree * outline.cache_bytes(tp_degree, batch, slots, itemsize)
+    check_room(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {slots} positions take")
+
+
+def check_devices(model: Decoder, tp_degree: int, batch: int, slots: int, itemsize: int) -> None:
+    """Raises InputError where these exceed the memory of all devices of any instance."""
+    outline = Outline.of(model)
+    weights, cache = outline.weight_bytes(tp_degree, itemsize), outline.cache_bytes(tp_degree, batch, slots, itemsize)
+    largest = max(INSTANCES, key=lambda instance: instance.cores * instance.hbm_per_core)
+    if (size := tp_degree * (weights + cache)) > (room := largest.cores * largest.hbm_per_core):
+        raise InputError(
+            f"tp_degree={tp_degree}, batch_size={batch} and n_positions={slots} take {gib(size)} and the "
+            f"largest instance, {largest.name}, has {gib(room)}; ask for less of one of them"
+        )
