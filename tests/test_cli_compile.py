@@ -130,7 +130,12 @@ def test_without_weights_at_hand_it_says_no_weights(checkpoint: Path, tmp_path: 
 def test_without_a_compiler_it_says_so_before_any_work(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("jx_neuron.deploy.lower", None)
     done = run("compile", checkpoint, "-o", tmp_path / "out")
-    refused(done, "neuronx-cc, AWS's compiler, is not installed", "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com", "--hlo-only")
+    refused(
+        done,
+        "neuronx-cc, AWS's compiler, is not installed",
+        "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com",
+        "--hlo-only",
+    )
     assert not (tmp_path / "out").exists()
 
 
