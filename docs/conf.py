@@ -19,6 +19,7 @@ release = version = jx_neuron.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+smartquotes = False  # they make a dash of the two hyphens of --flag, which then cannot be copied
 default_role = "py:obj"  # in docstrings: a link where there is something to link to, and else a literal
 
 autodoc_member_order = "bysource"

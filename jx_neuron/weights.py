@@ -53,10 +53,9 @@ class W:
                 raise self._refusal(f"{name!r} has braces; legal is {{i}} alone, which stands for the layer")
         if "{i}" in self.source and "{i}" not in self.target:
             raise self._refusal(f"the layer {{i}} of {self.source!r} is missing from {self.target!r}; write it in both")
-        ours, theirs = self.layout.split("->")[::-1] if self.layout.count("->") == 1 else ("", "")
         try:
-            before, after = ParsedExpression(theirs.strip()), ParsedExpression(ours.strip())
-        except EinopsError as error:
+            before, after = (ParsedExpression(side.strip()) for side in self.layout.split("->"))
+        except (EinopsError, ValueError) as error:
             raise self._refusal(f"the layout {self.layout!r} is no einops pattern ({error}); {LAYOUT}") from error
         letters = [axis for group in after.composition for axis in group]
         if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis:

@@ -6,6 +6,7 @@ after its language, `slow` (minutes: run with -m slow, in a fresh virtual enviro
 
 import ast
 import doctest
+import html
 import os
 import re
 import shutil
@@ -200,6 +201,21 @@ def test_the_readme_lists_the_registry() -> None:
     assert listed[1] == generated.models() + "\n", "python docs/generated.py models prints what belongs there"
 
 
+INSTALLED_FROM_AN_INDEX = re.compile(r"""pip3?\s+install(?:\s+[^\s&;|]+){0,6}?\s+['"]?jx[-_]neuron""")
+
+
+def test_nothing_of_ours_is_installed_by_a_name_that_is_on_no_index() -> None:
+    folders = ("jx_neuron", "docs", "examples", "benchmarks", "tests")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    files = [file for file in files if file.suffix in (".md", ".py", ".ipynb", ".toml")]
+    assert {"README.md", "pyproject.toml", "neuronx_cc.py", "gpt2_sampling.ipynb"} <= {file.name for file in files}
+    for file in files:
+        assert not INSTALLED_FROM_AN_INDEX.search(file.read_text()), file
+    for advice in ("-U jx-neuron", "\n'jx-neuron[bench]'", "--extra-index-url https://a.b jx_neuron"):
+        assert INSTALLED_FROM_AN_INDEX.search(f"pip install {advice}")
+    assert not INSTALLED_FROM_AN_INDEX.search("pip install . && jx-neuron sample")
+
+
 def strings(node: ast.AST) -> Iterator[str]:
     """Every text of a module, an ellipsis where a value is put in."""
     for found in ast.walk(node):
@@ -236,14 +252,35 @@ def test_examples_of_docstrings(name: str) -> None:
     assert not found.failed
 
 
-@pytest.mark.slow
-def test_the_site_is_built_and_its_reference_whole(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the HTML that Sphinx builds of the documents."""
     pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", folder]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_options_of_the_site_can_be_copied(site: Path) -> None:
+    texts = {page.stem: html.unescape(re.sub("<[^>]*>", "", page.read_text())) for page in site.glob("*.html")}
+    commands = typer.main.get_command(app).commands.values()
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
+    assert {option for option in options if option.startswith("--")} <= set(
+        re.findall(r"--\w[\w-]*", texts["command-line"])
+    )
+    for name, text in texts.items():
+        assert not re.search(r"(?<![\w\s])[–—]\w|(?<=\s)[–—][a-z]", text), name
+    for path in (ROOT / "docs").glob("*.md"):
+        assert set(re.findall(r"--\w[\w-]*", path.read_text())) <= set(re.findall(r"--\w[\w-]*", texts[path.stem]))
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_its_reference_whole(site: Path) -> None:
     from sphinx.util.inventory import InventoryFile
 
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", tmp_path]
-    subprocess.run(command, check=True)
-    with (tmp_path / "objects.inv").open("rb") as file:
+    with (site / "objects.inv").open("rb") as file:
         documented = {name for kind in InventoryFile.load(file, "", lambda *_: "").values() for name in kind}
     for module in (jx_neuron, *map(import_module, ("jx_neuron.lowering", "jx_neuron.planning"))):
         names = set(module.__all__) - {"__version__"}

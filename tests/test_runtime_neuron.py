@@ -220,8 +220,11 @@ def test_neffs_of_another_generation_are_refused(lowered: Path, neuron: Neuron, 
     opened(folder).to_neuron()
 
 
+ADVICE = "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com"
+
+
 def test_without_torch_neuronx_it_says_what_to_install(lowered: Path, log: Path) -> None:
-    with pytest.raises(CompilerError, match="pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos"):
+    with pytest.raises(CompilerError, match=re.escape(ADVICE)):
         opened(lowered).to_neuron()
 
 

@@ -162,6 +162,7 @@ class Decoder:
 
     @classmethod
     def _made(cls, model_type: str, family: Family, config: HFConfig, tp_degree: int) -> "Decoder":
+        checks.sizes(config)
         module = _outline(family, config)
         shapes = _shapes(module)
         checks.table(family.WEIGHTS, config, shapes, complete=True)
@@ -172,6 +173,7 @@ class Decoder:
         cls, module: nnx.Module, config: HFConfig, table: Sequence[W] = (), tp_degree: int = 1
     ) -> "Decoder":
         """The decoder of a module in hand; `table` is needed above a tensor-parallel degree of 1."""
+        checks.sizes(config)
         shapes = _shapes(module)
         checks.table(table, config, shapes, complete=False)
         return cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)

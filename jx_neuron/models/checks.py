@@ -25,11 +25,11 @@ def parts(model_type: str, family: Any) -> None:
     decoder = f"the decoder registered as {model_type!r}"
     if absent := [name for name in PARTS if not hasattr(family, name)]:
         raise ConfigError(f"{decoder} lacks {', '.join(absent)}{_misspelt(absent, dir(family))}")
-    config: Any = family.Config
-    model: Any = family.Model
-    if not (inspect.isclass(config) and issubclass(config, HFConfig) and dataclasses.is_dataclass(config)):
+    config, model = family.Config, family.Model
+    is_config = inspect.isclass(config) and issubclass(config, HFConfig) and dataclasses.is_dataclass(config)
+    if not is_config:
         raise ConfigError(f"{decoder}: Config should be a dataclass: @dataclass(frozen=True) class Config(HFConfig)")
-    if not getattr(family.Config, "MODEL_TYPE", ""):
+    if not getattr(config, "MODEL_TYPE", ""):
         raise ConfigError(f"{decoder}: Config should say MODEL_TYPE = {model_type!r}")
     for field in dataclasses.fields(config):
         if isinstance(field.default, property):
@@ -64,13 +64,9 @@ def parts(model_type: str, family: Any) -> None:
             raise ConfigError(f"{decoder}: {pattern!r} in IGNORE is no regular expression ({error})") from error
 
 
-def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]], *, complete: bool) -> None:
-    """Raises ConfigError unless the rows of a weight table fit the sizes of `config` and the parameters of the model.
-
-    shapes:   of each parameter, by path, unpadded.
-    complete: whether every parameter needs a row, as it does where a checkpoint is to fill it.
-    """
-    sizes, layers = config.sizes, config.layers
+def sizes(config: HFConfig) -> None:
+    """Raises ConfigError unless `config` gives a size of 1 or more for each letter, and has those that are needed."""
+    sizes = config.sizes
     if absent := [letter for letter in LETTERS if letter not in sizes]:
         raise ConfigError(
             f"{config.MODEL_TYPE}: Config.sizes lacks {', '.join(absent)}; it needs d (model width), n (query heads), "
@@ -78,9 +74,18 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
         )
     for letter, size in sizes.items():
         integer(f"{config.MODEL_TYPE}: Config.sizes[{letter!r}]", size, error=ConfigError)
+
+
+def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]], *, complete: bool) -> None:
+    """Raises ConfigError unless the rows of a weight table fit the sizes of `config` and the parameters of the model.
+
+    shapes:   of each parameter, by path, unpadded.
+    complete: whether every parameter needs a row, as it does where a checkpoint is to fill it.
+    """
+    sizes = config.sizes
     for row in rows:
         row.check(sizes)
-    expanded = list(rows_of(rows, layers))
+    expanded = list(rows_of(rows, config.layers))
     counts = Counter(row.target for row in expanded)
     for row in expanded:
         if counts[row.target] > 1:
