@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 GRACE_SECONDS = 1.0
+AGAIN_SECONDS = 0.03
 STATUS = 128 + signal.SIGINT
 SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar hides
 
@@ -56,9 +57,16 @@ def leave(status: int) -> NoReturn:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     received.set()
-    if _due.is_set():  # a second Ctrl-C does not break off the cleaning up after the first
+    if _due.is_set() and not _importing(frame):  # a second Ctrl-C does not break off the cleaning up after the first
         _due.clear()
         raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: jaxlib's C++ crashes where an exception comes up in the middle of that."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _watch(reading: int) -> None:
@@ -72,19 +80,26 @@ def _watch(reading: int) -> None:
     for thread in threading.enumerate():
         if thread not in (threading.main_thread(), threading.current_thread()) and thread.ident is not None:
             _raise_in(thread.ident)
-    while (seconds := deadline - time.monotonic()) > 0:
-        with suppress(queue.Empty):
-            _raise_in(_swallowed.get(timeout=seconds))
+    while time.monotonic() < deadline:
+        try:
+            _raise_in(_swallowed.get(timeout=AGAIN_SECONDS))
+        except queue.Empty:
+            if _due.is_set():  # it was importing, or another thread got the signal and it waits for something
+                _raise_in_main()
     leave(STATUS)
 
 
 def _raise_in(thread: int) -> None:
     if thread == threading.main_thread().ident:
         _due.set()
-        signal.pthread_kill(thread, signal.SIGINT)
-    else:
+        _raise_in_main()
+    elif not _importing(sys._current_frames().get(thread)):
         raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
         raise_in_thread(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+
+
+def _raise_in_main() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _unraisable(lost: Any) -> None:
