@@ -20,12 +20,14 @@ from jx_neuron.lowering import artifact
 # as the installed command does, but that a line says when it begins; a shell may have had SIGINT ignored
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 COMMAND = START + "from jx_neuron.cli import main; print('begun', flush=True); main()"
+OVER_SECONDS, PROMPT_SECONDS = 0.5, 4  # about one second, and what a busy machine adds
 INSTALLED = START + "from jx_neuron.cli import interrupts; interrupts.install()\n"
 
 
 @dataclass
 class Ended:
     status: int
+    signalled: bool
     seconds: float
     printed: str
     errors: str
@@ -49,13 +51,15 @@ class Running:
 
     def interrupted(self, after: float = 0.0) -> Ended:
         """How it ended: of itself where it takes less than `after` seconds, else interrupted then."""
+        signalled = False
         try:
             self.process.wait(after)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGINT)
+            signalled = True
         began = time.monotonic()
         printed, errors = self.process.communicate(timeout=60)
-        return Ended(self.process.returncode, time.monotonic() - began, printed, errors)
+        return Ended(self.process.returncode, signalled, time.monotonic() - began, printed, errors)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +90,12 @@ def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:
     while len(ends) < times:
         shutil.rmtree(out, ignore_errors=True)
         ended = running().interrupted(after=draw.uniform(0, whole))
-        if ended.status == 0:  # it was over before
+        if ended.status == 0:  # it was over before, or on its last instructions
+            assert not ended.signalled or ended.seconds < OVER_SECONDS
             continue
         ends.append(ended)
         assert (ended.status, ended.errors) == (130, "")
-        assert ended.seconds < 2
+        assert ended.seconds < PROMPT_SECONDS
         assert list(temporary.iterdir()) == []
         if out.parent.is_dir():
             assert {path.name for path in out.parent.iterdir()} <= {out.name}
@@ -160,19 +165,19 @@ with ThreadPoolExecutor() as pool:
 
 
 @pytest.mark.parametrize(
-    ("code", "printed", "seconds"),
+    ("code", "printed"),
     [
-        pytest.param(SWALLOWED, "", 1, id="lost in a callback of the garbage collector"),
-        pytest.param(CAUGHT, "", 2, id="caught"),
-        pytest.param(IN_C, "", 2, id="while in C"),
-        pytest.param(TURNED, "", 1, id="turned into another error"),
-        pytest.param(POOL, "cleaned\n", 1, id="waiting for a pool of threads"),
+        pytest.param(SWALLOWED, "", id="lost in a callback of the garbage collector"),
+        pytest.param(CAUGHT, "", id="caught"),
+        pytest.param(IN_C, "", id="while in C"),
+        pytest.param(TURNED, "", id="turned into another error"),
+        pytest.param(POOL, "cleaned\n", id="waiting for a pool of threads"),
     ],
 )
-def test_nothing_outlives_an_interrupt(code: str, printed: str, seconds: float) -> None:
+def test_nothing_outlives_an_interrupt(code: str, printed: str) -> None:
     ended = Running(INSTALLED + code + "interrupts.leave(0)").interrupted(after=0.1)
     assert (ended.status, ended.printed, ended.errors) == (130, printed, "")
-    assert ended.seconds < seconds
+    assert ended.seconds < PROMPT_SECONDS
 
 
 def test_a_second_interrupt_does_not_break_off_the_cleaning_up() -> None:
@@ -218,6 +223,6 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(checkpoint: Path, tmp_
     eventually(lambda: any(path.read_text() for path in log.glob("hanging-*")))
     ended = running.interrupted()
     assert (ended.status, ended.errors) == (130, "")
-    assert ended.seconds < 2
+    assert ended.seconds < PROMPT_SECONDS
     assert not (tmp_path / "out").exists()
     eventually(lambda: not any(alive(pid) for pid in compilers(log)))
