@@ -320,9 +320,9 @@ class NeuronAutoModelForCausalLM(Answering):
 
     def _check_host(self, slots: int) -> None:
         """Raises InputError where this machine cannot hold the weights and the smallest cache, of so many positions."""
-        from jx_neuron.planning import limits
+        if self._decoder is not None:  # running a saved model needs no model code
+            from jx_neuron.planning import limits
 
-        if self._decoder is not None:
             of = self.settings
             limits.check_host(self._decoder, of.tp_degree, of.batch_sizes[0], slots, of.dtype.itemsize)
 
