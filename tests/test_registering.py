@@ -159,7 +159,7 @@ class Required(HFConfig):
 
 
 class WithoutHeads(Config):
-    sizes = dict(d=32, f=128, v=61, h=8, c=3, s=32)
+    sizes = dict(d=32, f=128, v=61, h=8, c=3, s=32)  # noqa: RUF012
 
 
 class Halves(Config):
