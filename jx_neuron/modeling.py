@@ -1,5 +1,6 @@
 """What a user holds: a decoder with its weights, made from a checkpoint, and asked for tokens or logits."""
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -57,7 +58,7 @@ class NeuronAutoModelForCausalLM(Answering):
         self._decoder, self._source, self._checkpoint, self._saved = decoder, source, checkpoint, saved
         self._deployment: Deployment | None = saved.deployment if saved else None
         self._engine: Engine | None = None
-        self.generation_config = neuron_config.on_device_generation
+        self.generation_config = copy.copy(neuron_config.on_device_generation)
 
     @classmethod
     def from_pretrained(

@@ -60,7 +60,7 @@ def test_a_name_without_an_underscore_is_listed(module: str) -> None:
         assert {name for name in of.__all__ if not hasattr(of, name)} == set()
 
 
-INTERNAL = {"jx_neuron.lowering.verify": {"RULE_MODULES"}}  # of this package's own use
+INTERNAL = {"jx_neuron.config": {"READ"}, "jx_neuron.lowering.verify": {"RULE_MODULES"}}  # of this package's own use
 
 
 def defined_in(module: ModuleType) -> Iterator[str]:
