@@ -1,5 +1,6 @@
 """What a model can be asked for: tokens, logits and scores."""
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -7,6 +8,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from jx_neuron.arguments import shown
 from jx_neuron.checkpoint import Checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.deploy import Settings
@@ -67,20 +69,18 @@ class Answering:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
-        cache_ids: None for prompts, which empty the cache first; or the position of the first token, to go on from what
-                   this thread's last call left.
-        start_ids: [b], the first real position of each left-padded row.
+        cache_ids: None for prompts, which empty the cache first; or the position of the first token, or of each, to go
+                   on from what this thread's last call left.
+        start_ids: [b], the first real position of each left-padded row; where `cache_ids` go on, that of its prompt.
 
         Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
         """
-        ids_bt, _ = prompts.as_array(input_ids)
-        rows = self._check(ids_bt, start_ids, None, ids_bt.shape[1])
+        ids_bt = prompts.batch_of(input_ids, self.limits)
         all_logits = self.neuron_config.output_all_logits
         if cache_ids is None:
-            self._last.session = Session(self.engine, rows)
+            self._last.session = Session(self.engine, self._rows(ids_bt, start_ids))
             return self._last.session.logits(all_logits)
-        start_b = prompts.starts(cache_ids, start_ids, len(rows))
-        prompts.check_end(int(start_b.max()) + ids_bt.shape[1], self.buckets.capacity)
+        start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
         session: Session | None = getattr(self._last, "session", None)
         if session is None:
             raise InputError(
@@ -110,13 +110,15 @@ class Answering:
                          is not given is the GenerationConfig's, or else top_k=50: see "Defaults" in
                          docs/getting-started.md.
 
-        Returns ids [b, up to sequence_length] in the kind that was given, prompt first; a row that has ended goes on in
-        the padding token (the end token where the checkpoint has none). Raises InputError before anything runs where
-        the compiled model cannot take the call, and NonFiniteError where the logits hold a NaN or an infinity.
+        Returns ids [b, up to sequence_length] in the kind that was given, prompt first, in its dtype or, where that
+        does not hold the vocabulary, int32 (torch's int64); a row that has ended goes on in the padding token (the end
+        token where the checkpoint has none of the vocabulary). Raises InputError before anything runs where the
+        compiled model cannot take the call, and NonFiniteError where the logits hold a NaN or an infinity.
 
         Threads may call at once; they take turns.
         """
-        ids_bt, restore = prompts.as_array(input_ids)
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        restore = prompts.restore_as(input_ids, self.limits.vocab_size)
         steps = self._steps(ids_bt, sequence_length, start_ids, options)
         tokens = [np.repeat(ids_bt, self.copies, axis=0)]
         shown = np.asarray if isinstance(input_ids, list | tuple) else restore
@@ -148,7 +150,7 @@ class Answering:
         logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
                   ones; 0 for the token's alone.
         """
-        ids_bt, _ = prompts.as_array(input_ids)
+        ids_bt = prompts.batch_of(input_ids, self.limits)
         return self._steps(ids_bt, sequence_length, start_ids, options, logprobs=logprobs, text=True)
 
     def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
@@ -165,8 +167,7 @@ class Answering:
         several = [texts] if isinstance(texts, str) else list(texts)
         if several and not isinstance(several[0], str) and np.ndim(several[0]) == 0:
             several = [texts]
-        ids = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in several]
-        rows = [prompts.as_array([row])[0][0] if len(row) else np.zeros(0, np.int64) for row in ids]
+        rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in several]
         return [scoring.summary(parts) for parts in self.log_likelihoods(rows, stride=stride)]
 
     def keep_prefix(self, input_ids: Any) -> None:
@@ -177,28 +178,35 @@ class Answering:
         if input_ids is None:
             self.engine.prefix = None
             return
-        ids_bt, _ = prompts.as_array([input_ids] if np.ndim(input_ids) == 1 else input_ids)
-        if len(ids_bt) != 1:
-            raise InputError(f"a prefix is one row of tokens; these are {len(ids_bt)}")
-        (row,) = self._check(ids_bt, None, None, ids_bt.shape[1])
+        row = prompts.row_of(input_ids, self.limits)
+        prompts.batch_of(row[None], self.limits)
         self.engine.keep_prefix(row)
 
     def update_generation_config(self, generation_config: GenerationConfig) -> None:
         """Has `sample` choose tokens so where it is not told otherwise, from now on. Nothing is compiled.
 
+        The model takes a copy: what is assigned to `generation_config` later takes another call.
+
         Raises ConfigError where the model was made with one that is not dynamic.
         """
+        if not isinstance(generation_config, GenerationConfig):
+            raise ConfigError(f"it takes a jx_neuron.GenerationConfig, and this is {shown(generation_config)}")
         if self.generation_config is not None and not self.generation_config.dynamic:
             raise ConfigError(
                 "the model was made with a GenerationConfig that is not dynamic; "
                 "make it with on_device_generation=GenerationConfig(dynamic=True, …) to change it later"
             )
-        self.generation_config = generation_config
+        self.generation_config = copy.copy(generation_config)
 
     @property
     def most_prompts(self) -> int:
         """How many prompts a call takes."""
         return self.settings.prompt_batch or self.batch_size
+
+    @property
+    def limits(self) -> prompts.Limits:
+        """What a call may hold."""
+        return prompts.Limits(self.most_prompts, self.settings.vocab_size, self.buckets.capacity)
 
     @property
     def copies(self) -> int:
@@ -219,12 +227,13 @@ class Answering:
         if sequence_length is None:
             told = self.generation_config.max_length if self.generation_config else None
             sequence_length = self.buckets.capacity if told is None else told
-        rows = self._check(ids_bt, start_ids, options.get("attention_mask"), sequence_length)
+        length = prompts.length_of(sequence_length, ids_bt.shape[1], self.limits)
+        rows = self._rows(ids_bt, start_ids, options.get("attention_mask"))
         asked = request(
             options,
             self.generation_config,
             len(rows) * self.copies,
-            sequence_length - ids_bt.shape[1],
+            length - ids_bt.shape[1],
             vocab_size=self.settings.vocab_size,
             compiled=None if self.backend == "xla" else self.settings.candidates,
             eos=self.eos_token_ids,
@@ -243,7 +252,7 @@ class Answering:
             text=text and tokenizer is not None,
         )
 
-    def log_likelihoods(self, rows: Sequence[np.ndarray], *, stride: int | None = None) -> list[scoring.Parts]:
+    def log_likelihoods(self, rows: Sequence[Any], *, stride: int | None = None) -> list[scoring.Parts]:
         """What each row's tokens are worth one by one, given those before them: log-probability, and whether likeliest.
 
         rows: token ids [t] each. The `stride` is that of `score`.
@@ -255,10 +264,10 @@ class Answering:
                 "scores take the logits of every token, and the programs give the last one's; "
                 "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
             )
-        for row in rows:
-            prompts.check_ids(row[None], self.settings.vocab_size)
+        tokens = [prompts.row_of(row, self.limits, f"row {number}") for number, row in enumerate(rows)]
+        stride = scoring.stride_of(stride, self.buckets.capacity)
         self._last.session = None
-        return scoring.log_likelihoods(self.engine, rows, stride)
+        return scoring.log_likelihoods(self.engine, tokens, stride)
 
     def _tokenizer_if_any(self) -> Any:
         try:
@@ -266,12 +275,5 @@ class Answering:
         except JxNeuronError:
             return None
 
-    def _check(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any, length: int) -> list[np.ndarray]:
-        prompts.check(
-            ids_bt,
-            batch=self.most_prompts,
-            vocab_size=self.settings.vocab_size,
-            capacity=self.buckets.capacity,
-            length=length,
-        )
+    def _rows(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
         return prompts.rows_of(ids_bt, start_ids, attention_mask, padding_side=self.neuron_config.padding_side)

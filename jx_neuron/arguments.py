@@ -1,13 +1,25 @@
-"""One reading of the numbers that a user gives: Python's, numpy's, and arrays of one; never a bool or a text."""
+"""One reading of what a user gives: numbers of Python's, numpy's, jax's and torch's, alone or several, and flags."""
 
 import math
 import operator
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jx_neuron.errors import InputError, JxNeuronError
+
+FLOAT32 = np.finfo(np.float32)
+
+
+def plain(value: Any) -> Any:
+    """Arrays and scalars of numpy, jax and torch as lists and numbers of Python; anything else as it is.
+
+    >>> plain(np.arange(3, dtype=np.int16))
+    [0, 1, 2]
+    """
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def integer(
@@ -19,50 +31,92 @@ def integer(
     4
     """
     try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)
+        number = None if isinstance(one := plain(value), bool) else operator.index(one)
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise error(f"{name}={value!r} is not legal; it takes {_range('an integer', least, most)}")
+        raise error(f"{name}={shown(value)} is not legal; it takes {_range('an integer', least, most)}")
     return number
-
-
-def integers(
-    name: str, value: Any, *, least: int = 1, most: int | None = None, error: type[JxNeuronError] = InputError
-) -> list[int]:
-    """One integer or several, as a list of at least one."""
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes) and np.ndim(value) != 0:  # type: ignore[arg-type]
-        given = list(value)
-        if given:
-            return [integer(name, one, least=least, most=most, error=error) for one in given]
-        raise error(f"{name}={value!r} is not legal; it takes {_range('an integer', least, most)}, or a list of them")
-    return [integer(name, value, least=least, most=most, error=error)]
 
 
 def real(
     name: str,
     value: Any,
     *,
-    least: float = -math.inf,
-    most: float = math.inf,
+    least: float = float(FLOAT32.min),
+    most: float = float(FLOAT32.max),
+    above: float | None = None,
     error: type[JxNeuronError] = InputError,
 ) -> float:
-    """`value` as a finite float from `least` to `most`. Raises `error` that names it for anything else."""
+    """`value` as a float whose float32 is from `least`, or `above` a bound, to `most`; never NaN.
+
+    Raises `error` that names it for anything else. By default all that are finite in float32 are legal, of which
+    subnormal ones count as 0, since devices flush them.
+    """
     try:
-        if isinstance(value, bool | np.bool_ | str | bytes):
+        if isinstance(one := plain(value), bool | str | bytes):
             raise TypeError
-        number = float(value)
+        number = float(one)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or not least <= number <= most:
-        raise error(f"{name}={value!r} is not legal; it takes {_range('a finite number', least, most)}")
+    with np.errstate(over="ignore"):
+        single = float(np.float32(number))
+    single = 0.0 if abs(single) < FLOAT32.tiny else single
+    if not least <= single <= most or (above is not None and single <= above):
+        what = "a finite number, or -inf" if least == -math.inf else "a finite number"
+        raise error(f"{name}={shown(value)} is not legal; it takes {_range(what, least, most, above)}")
     return number
 
 
-def _range(what: str, least: float, most: float | None) -> str:
-    lowest, highest = least != -math.inf, most not in (None, math.inf)
-    if lowest and highest:
+def flag(name: str, value: Any, *, error: type[JxNeuronError] = InputError) -> bool:
+    """`value` as a bool. Raises `error` that names it for anything else."""
+    if not isinstance(one := plain(value), bool):
+        raise error(f"{name}={shown(value)} is not legal; it is True or False")
+    return one
+
+
+def each(name: str, value: Any, read: Callable[..., Any], **legal: Any) -> Any:
+    """What `read` makes of `value`; where that is a sequence or an array, a tuple of what it makes of each.
+
+    >>> each("eos_token_id", [5, 17], integer)
+    (5, 17)
+    """
+    several = plain(value)
+    if isinstance(several, Sequence) and not isinstance(several, str | bytes) and several:
+        return tuple(read(name, one, **legal) for one in several)
+    return read(name, several, **legal)
+
+
+def integers(
+    name: str, value: Any, *, least: int = 1, most: int | None = None, error: type[JxNeuronError] = InputError
+) -> list[int]:
+    """One integer or several, as a list of at least one."""
+    numbers = each(name, value, integer, least=least, most=most, error=error)
+    return list(numbers) if isinstance(numbers, tuple) else [numbers]
+
+
+def per_row(name: str, value: Any, rows: int, read: Callable[..., Any]) -> list[Any]:
+    """What `read` makes of `value`, one for all rows or one a row, as a list of `rows`."""
+    values = each(name, value, read)
+    if not isinstance(values, tuple):
+        return [values] * rows
+    if len(values) != rows:
+        raise InputError(f"{name}={shown(value)} is not legal; it takes one value for all rows, or {rows}, one a row")
+    return list(values)
+
+
+def shown(value: Any) -> str:
+    """A value in an error's words, cut where it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation
+        return "an integer of thousands of digits"
+
+
+def _range(what: str, least: float, most: float | None, above: float | None = None) -> str:
+    low, high = least > FLOAT32.min, most is not None and most < FLOAT32.max
+    if above is not None:
+        return f"{what} above {above} and at most {most}" if high else f"{what} above {above}"
+    if low and high:
         return f"{what} from {least} to {most}"
-    return f"{what} of {least} or more" if lowest else f"{what} of at most {most}" if highest else what
+    return f"{what} of {least} or more" if low else f"{what} of at most {most}" if high else what

@@ -2,14 +2,16 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jx_neuron.arguments import each, flag, integer, real, shown
 from jx_neuron.errors import ConfigError
 
 __all__ = ["AMP", "GQA", "GenerationConfig", "NeuronConfig", "PerRow", "dtype_of"]
@@ -41,8 +43,24 @@ class GQA(Enum):
 
 PerRow = float | Sequence[float]
 
+# what the fields of GenerationConfig, and sample's arguments of the same names, may be
+READ: dict[str, Callable[..., Any]] = dict(
+    max_length=integer,
+    do_sample=flag,
+    top_k=partial(integer, least=0),
+    top_p=partial(real, above=0, most=1),
+    temperature=partial(real, least=0),
+    global_top_k=integer,
+    eos_token_id=partial(integer, least=-1),
+    top_p_min_tokens=integer,
+    dynamic=flag,
+    deterministic=flag,
+    per_batch_line=flag,
+)
+_LINES = ("top_k", "top_p", "temperature", "top_p_min_tokens")
 
-@dataclass(frozen=True)
+
+@dataclass
 class GenerationConfig:
     """How tokens are chosen where `sample` is not told otherwise; the fields are `sample`'s arguments.
 
@@ -50,12 +68,15 @@ class GenerationConfig:
     do_sample:      without, the most likely token is taken.
     global_top_k:   how many candidates compiled programs keep (the static size of their top-k); `top_k` may be changed
                     up to it without compiling anything.
-    eos_token_id:   the token or tokens that end a row, instead of the checkpoint's.
+    eos_token_id:   the token or tokens that end a row, instead of the checkpoint's; -1 for none.
     dynamic:        lets `update_generation_config` change it, as in transformers-neuronx; either compiles nothing.
     deterministic:  every draw takes the middle of the distribution, the token at which a half is passed.
-    per_batch_line: top_k, top_p, temperature and top_p_min_tokens hold a list of one value a row.
+    per_batch_line: top_k, top_p, temperature and top_p_min_tokens hold one value a row.
 
-    Raises ConfigError for a value that is not legal.
+    Fields may be assigned. A model takes a copy when it is made and at `update_generation_config`, so that a later
+    assignment changes no model. Lists are kept as tuples. Equal by value, and not hashable.
+
+    Raises ConfigError for a value that is not legal, when made and when assigned to; the old value then stays.
     """
 
     max_length: int | None = None
@@ -68,14 +89,21 @@ class GenerationConfig:
     top_p_min_tokens: int | Sequence[int] = 1
     dynamic: bool = False
     deterministic: bool = False
-    per_batch_line: bool = False
+    per_batch_line: bool = False  # the last, as those before it are checked by it
 
-    def __post_init__(self) -> None:
-        if self.global_top_k < 1 or (self.global_top_k > 1 and self.global_top_k % 8):
-            raise ConfigError(f"global_top_k={self.global_top_k} is not legal; it is 1, or a multiple of 8")
-        for name in ("top_k", "top_p", "temperature", "top_p_min_tokens"):
-            if np.ndim(value := getattr(self, name)) and not self.per_batch_line:
-                raise ConfigError(f"{name}={value!r} is a list; with per_batch_line=True it holds one value a row")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in READ:
+            raise ConfigError(f"GenerationConfig has no {name!r}; it has {', '.join(READ)}")
+        if value is not None or name not in ("max_length", "eos_token_id"):
+            read = partial(each, read=READ[name]) if name in (*_LINES, "eos_token_id") else READ[name]
+            value = read(name, value, error=ConfigError)
+        if name == "global_top_k" and value > 1 and value % 8:
+            raise ConfigError(f"global_top_k={value} is not legal; it is 1, or a multiple of 8")
+        fields = vars(self) | {name: value}
+        for line in _LINES:
+            if isinstance(fields.get(line), tuple) and not fields.get("per_batch_line", True):
+                raise ConfigError(f"{line}={fields[line]} is a list; with per_batch_line=True it holds one value a row")
+        object.__setattr__(self, name, value)
 
 
 # steer transformers-neuronx's code generator and change no result; accepted, and said to have no effect
@@ -135,7 +163,7 @@ class NeuronConfig:
     """
 
     group_query_attention: GQA | None
-    on_device_generation: GenerationConfig | None
+    on_device_generation: GenerationConfig | None = field(hash=False)
     output_all_logits: bool
     padding_side: str
     compilation_worker_count: int | None
@@ -161,13 +189,19 @@ class NeuronConfig:
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
         if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
             warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
+        if on_device_generation is not None and not isinstance(on_device_generation, GenerationConfig):
+            raise ConfigError(
+                f"on_device_generation={shown(on_device_generation)} is not legal; it is a jx_neuron.GenerationConfig"
+            )
+        if (workers := compilation_worker_count) is not None:
+            workers = integer("compilation_worker_count", workers, error=ConfigError)
         for name, value in dict(
             group_query_attention=gqa,
             on_device_generation=on_device_generation,
-            output_all_logits=output_all_logits,
+            output_all_logits=flag("output_all_logits", output_all_logits, error=ConfigError),
             padding_side=padding_side,
-            compilation_worker_count=compilation_worker_count,
-            strict_sharding=strict_sharding,
+            compilation_worker_count=workers,
+            strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
         ).items():
             object.__setattr__(self, name, value)
         _check(others)

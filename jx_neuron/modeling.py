@@ -1,5 +1,6 @@
 """What a user holds: a decoder with its weights, made from a checkpoint, and asked for tokens or logits."""
 
+import copy
 import dataclasses
 import os
 import threading
@@ -61,7 +62,7 @@ class NeuronAutoModelForCausalLM(Answering):
         self._deployment: Deployment | None = saved.deployment if saved else None
         self._engine: Engine | None = None
         self._making, self._last = threading.RLock(), threading.local()
-        self.generation_config = neuron_config.on_device_generation
+        self.generation_config = copy.copy(neuron_config.on_device_generation)
 
     @classmethod
     def from_pretrained(

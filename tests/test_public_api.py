@@ -62,6 +62,7 @@ def test_a_name_without_an_underscore_is_listed(module: str) -> None:
 
 
 INTERNAL = {
+    "jx_neuron.config": {"READ"},
     "jx_neuron.hf_config": {"in_range", "shown"},
     "jx_neuron.lowering.verify": {"RULE_MODULES"},
 }  # of this package's own use

@@ -37,13 +37,12 @@ def from_text(model: Any, text: str, chat: bool) -> Prompt:
 
 def from_ids(model: Any, text: str) -> Prompt:
     """Token ids parted by commas or spaces; printed as text where the model has a tokenizer. Raises InputError."""
-    from jx_neuron.generation.prompts import as_array, check_ids
+    from jx_neuron.generation.prompts import row_of
 
     words = re.split(r"[\s,]+", text.strip())
     if not all(word.isdecimal() for word in words):
         raise InputError(f"--ids {text!r} is not legal; it takes token ids, such as 1,2,3")
-    ids = [int(word) for word in words]
-    check_ids(as_array([ids], "--ids")[0], model.settings.vocab_size)
+    ids = row_of([int(word) for word in words], model.limits, "--ids").tolist()
     try:
         printed = model.tokenizer.decode(ids)
     except JxNeuronError:

@@ -1,11 +1,13 @@
 """How a row's next token is drawn: parameters of each row, and a uniform number per row and step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from jx_neuron.arguments import integer, per_row, plain
 from jx_neuron.errors import InputError
 
 MIDDLE = 0.5  # the uniform number of every deterministic draw
@@ -68,28 +70,11 @@ def streams(seed: int | Sequence[int] | None, rows: int) -> list[np.random.Gener
 
     One seed a row keys each as the first row under that seed; None draws a seed. Raises InputError for what is none.
     """
-    keys: list[tuple[Any, int]]
-    if isinstance(seed, Sequence | np.ndarray):
-        keys = [(one, 0) for one in seed]
-    else:
-        entropy = np.random.SeedSequence().entropy if seed is None else seed
-        keys = [(entropy, row) for row in range(rows)]
-    if len(keys) != rows or any(not isinstance(key, int | np.integer) or key < 0 for key, _ in keys):
-        raise InputError(
-            f"seed={seed!r} is not legal; it takes an integer that is not negative, or {rows} of them, one a row"
-        )
-    return [np.random.Generator(np.random.Philox(np.random.SeedSequence([int(key), row]))) for key, row in keys]
-
-
-def per_row(name: str, value: Any, rows: int, dtype: Any, legal: Callable[[Any], Any], words: str) -> np.ndarray:
-    """`value`, one for all rows or one a row, as an array [rows]. Raises InputError where it is not `legal`."""
-    try:
-        array = np.asarray(value, dtype)
-    except (TypeError, ValueError, OverflowError):
-        array = np.asarray([], dtype)
-    if array.shape not in ((), (rows,)) or not np.all(legal(array)):
-        raise InputError(f"{name}={value!r} is not legal; it takes a number {words}, or {rows} of them, one a row")
-    return np.broadcast_to(array, (rows,))
+    entropy = np.random.SeedSequence().entropy if seed is None else seed
+    keys = per_row("seed", entropy, rows, partial(integer, least=0))
+    several = isinstance(plain(entropy), Sequence)
+    sequences = [np.random.SeedSequence([key, 0 if several else row]) for row, key in enumerate(keys)]
+    return [np.random.Generator(np.random.Philox(sequence)) for sequence in sequences]
 
 
 def candidates(top_k_b: np.ndarray, vocab_size: int, global_top_k: int, compiled: int | None) -> int:
@@ -128,7 +113,7 @@ def _choose(
         weight_k = np.exp((logits_v[token_k] - logits_v[token_k[0]]) / temperature)
     before_k = np.cumsum(weight_k) - weight_k
     kept_k = (before_k < top_p * weight_k.sum()) | (np.arange(len(weight_k)) < min_tokens)
-    kept_k &= weight_k >= min_p
+    kept_k &= (weight_k >= min_p) & (weight_k > 0)
     weight_k = np.where(kept_k, weight_k, np.float32(0))
     reached = int((np.cumsum(weight_k) <= uniform * weight_k.sum()).sum())
     return int(token_k[min(reached, int(kept_k.sum()) - 1)])

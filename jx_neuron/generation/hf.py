@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jx_neuron.arguments import integer, integers, plain, shown
 from jx_neuron.errors import InputError
 from jx_neuron.generation import prompts
 from jx_neuron.generation.session import Session
@@ -45,12 +46,17 @@ class DeviceCache(Cache):  # type: ignore[misc]
         return self.width
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on from what row `beam_idx[i]` held."""
-        self.held().reorder(beam_idx.cpu().numpy())
+        """Row i goes on from what row `beam_idx[i]` held. Raises InputError where there are not as many such rows."""
+        session = self.held()
+        index = integers("beam_idx", beam_idx, least=0, most=session.count - 1)
+        if len(index) != session.count:
+            raise InputError(f"beam_idx={shown(index)} must name {session.count} rows, one for each row of the cache")
+        session.reorder(np.array(index))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, as many as the negative number says; a positive one is the length to keep."""
-        forgotten = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.width - tokens_to_remove)
+        tokens = integer("tokens_to_remove", tokens_to_remove, least=-self.width)
+        forgotten = -tokens if tokens <= 0 else max(0, self.width - tokens)
         if forgotten:
             self.held().crop(forgotten)
         self.width -= forgotten
@@ -85,6 +91,15 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         """Of the logits."""
         return torch.float32
 
+    def generate(self, inputs: torch.Tensor | None = None, *others: Any, **options: Any) -> Any:
+        """HF's, of the same arguments. Raises InputError for a prompt that the model cannot take."""
+        if options.get("inputs_embeds") is not None:
+            raise InputError("inputs_embeds: this model takes token ids alone; give input_ids")
+        ids = options.get("input_ids") if inputs is None else inputs
+        if ids is not None:
+            self._ids(ids)
+        return super().generate(inputs, *others, **options)
+
     def can_generate(self) -> bool:
         """Yes."""
         return True
@@ -100,7 +115,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: DeviceCache | None = None,
         past_key_values: DeviceCache | None = None,
@@ -115,44 +130,60 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         cache:          what earlier calls left; `past_key_values` to older transformers.
         logits_to_keep: of how many last tokens; 0 for all.
 
-        Raises InputError for what this model does not give: attentions, hidden states, embeddings going in.
+        Raises InputError for what this model does not give (attentions, hidden states, embeddings going in), and for
+        ids, a mask or a cache that do not fit it, or each other.
         """
-        given = refused.pop("position_ids", None)
+        positions = refused.pop("position_ids", None)
         refused.pop("tokenizer", None)  # which generate() hands on with stop_strings
-        if asked := sorted(name for name, value in refused.items() if value is not None and value is not False):
-            raise InputError(f"{', '.join(asked)}: this model gives logits alone; call generate() without")
-        ids_bt, mask = input_ids.cpu().numpy(), None if attention_mask is None else attention_mask.cpu().numpy()
-        every = logits_to_keep != 1
-        held = past_key_values if cache is None else cache
-        cache = held if held is not None and use_cache else DeviceCache()
-        if given is not None:
-            _check_positions(given.cpu().numpy(), cache, mask, ids_bt.shape)
+        if names := sorted(name for name, value in refused.items() if value is not None and value is not False):
+            raise InputError(f"{', '.join(names)}: this model gives logits alone; call generate() without")
+        ids_bt = self._ids(input_ids)
+        kept = integer("logits_to_keep", logits_to_keep, least=0)
+        earlier = past_key_values if cache is None else cache
+        if not isinstance(earlier, DeviceCache | None):
+            raise InputError(f"a cache is what this adapter left, and this is a {type(earlier).__name__}")
+        cache = earlier if earlier is not None and use_cache else DeviceCache()
+        shape = (len(ids_bt), cache.width + ids_bt.shape[1])
+        mask = np.ones(shape, bool) if attention_mask is None else prompts.mask_of(attention_mask, shape)
+        if positions is not None:
+            _check_positions(positions, mask, ids_bt.shape)
         if cache.session is None:
-            cache.session = Session(self.model.engine, self._rows(ids_bt, mask))
-            logits = cache.session.logits(every)
-            logits_btv = _at_the_end(logits, cache.session.start_b, ids_bt.shape[1]) if every else logits[:, None]
+            cache.session = Session(self.model.engine, prompts.rows_of(ids_bt, attention_mask=mask))
+            logits = cache.session.logits(kept != 1)
+            logits_btv = logits[:, None] if kept == 1 else _at_the_end(logits, cache.session.start_b, ids_bt.shape[1])
         else:
-            logits_btv = cache.session.extend(ids_bt.astype(np.int32), every)
+            _check_goes_on(cache.session, mask, ids_bt.shape)
+            logits_btv = cache.session.extend(ids_bt.astype(np.int32), kept != 1)
         cache.width += ids_bt.shape[1]
-        kept = torch.from_numpy(logits_btv[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=kept, **{CACHE: cache if use_cache else None})
-
-    def _rows(self, ids_bt: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
-        prompts.check(
-            ids_bt,
-            batch=self.model.most_prompts,
-            vocab_size=self.model.settings.vocab_size,
-            capacity=self.model.buckets.capacity,
-            length=ids_bt.shape[1],
+        return CausalLMOutputWithPast(
+            logits=torch.from_numpy(logits_btv[:, -kept:]), **{CACHE: cache if use_cache else None}
         )
-        return prompts.rows_of(ids_bt, attention_mask=mask)
+
+    def _ids(self, ids: Any) -> np.ndarray:
+        if not isinstance(ids, torch.Tensor):
+            raise InputError(f"input_ids takes a torch tensor [batch, tokens], and this is a {type(ids).__name__}")
+        return prompts.batch_of(ids, self.model.limits)
 
 
-def _check_positions(given_bt: np.ndarray, cache: DeviceCache, mask: np.ndarray | None, shape: tuple[int, ...]) -> None:
+def _check_goes_on(session: Session, mask: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises InputError where new tokens, padding or not, do not fit the rows that went through."""
+    rows, new = shape
+    if rows != session.count:
+        raise InputError(f"input_ids has {rows} rows and the cache {session.count}; give one for each of its rows")
+    real_b, expected_b = mask.sum(-1), session.start_b[:rows] + new
+    if (wrong_b := real_b != expected_b).any():
+        row = wrong_b.argmax()
+        raise InputError(
+            f"attention_mask has {real_b[row]} real tokens in row {row}, and with the new ones the cache has "
+            f"{expected_b[row]}; it is 1 on all new tokens, and elsewhere what it was"
+        )
+
+
+def _check_positions(positions: Any, mask: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises InputError for position_ids other than each row's own count of its real tokens."""
-    mask = np.ones((shape[0], cache.width + shape[1]), int) if mask is None else mask
-    ours_bt = (mask.cumsum(-1) - 1)[:, -shape[1] :]
-    if (np.broadcast_to(given_bt, shape) != ours_bt)[mask[:, -shape[1] :] != 0].any():
+    ours_bt, real_bt = (mask.cumsum(-1) - 1)[:, -shape[1] :], mask[:, -shape[1] :]
+    given_bt = np.asarray(plain(positions))
+    if given_bt.shape not in (shape, (1, shape[1]), shape[1:]) or (given_bt != ours_bt)[real_bt].any():
         raise InputError("position_ids must count each row's real tokens from 0; leave them out to have that")
 
 

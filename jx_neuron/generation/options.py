@@ -1,15 +1,18 @@
 """What a user may ask of `sample` and `stream`, and what that comes to for one call."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
 
-from jx_neuron.config import GenerationConfig
+from jx_neuron.arguments import FLOAT32, integer, integers, per_row, real, shown
+from jx_neuron.config import READ, GenerationConfig
 from jx_neuron.errors import InputError
 from jx_neuron.generation import draw as drawing
-from jx_neuron.generation.draw import Draw, per_row
+from jx_neuron.generation.draw import Draw
 from jx_neuron.generation.processors import Processors
 
 PerRow = float | Sequence[float]
@@ -31,7 +34,7 @@ class Options(TypedDict, total=False):
     presence_penalty:       a row: subtracted from the logits of tokens that are in the answer.
     frequency_penalty:      a row: subtracted once for each time that a token is in the answer.
     no_repeat_ngram_size:   no so many tokens in a row come twice; 0 lets them.
-    logit_bias:             added to the logits of these token ids.
+    logit_bias:             added to the logits of these token ids; -inf bans one, and not every one may be.
     eos_token_override:     the token or tokens that end a row, instead of the checkpoint's; -1 for none.
     stop_strings:           a text or several that end a row whose answer comes to hold one; takes a tokenizer.
     stopping_criteria_list: HF stopping criteria: called with ids [b, tokens so far] as a torch tensor, and None.
@@ -106,65 +109,87 @@ def request(
     by = fallback or GenerationConfig(do_sample=True)
     processors = _processors(options, rows, vocab_size)
     if (override := options.get("eos_token_override")) is not None:
-        eos = [id for id in np.atleast_1d(override).tolist() if id >= 0]
-    if logprobs is not None and not 0 <= logprobs <= vocab_size:
-        raise InputError(f"logprobs={logprobs!r} is not legal; it takes 0 (the chosen token's alone) to {vocab_size}")
-    strings = [] if (given := options.get("stop_strings")) is None else given
-    found = Request(
+        eos = [id for id in integers("eos_token_override", override, least=-1) if id >= 0]
+    if logprobs is not None:
+        logprobs = integer("logprobs", logprobs, least=0, most=vocab_size)
+    return Request(
         _draw(options, by, rows, vocab_size, None if processors.active or logprobs is not None else compiled),
         processors,
         steps,
         eos,
-        (eos[0] if eos else 0) if pad is None else pad,
-        [strings] if isinstance(strings, str) else list(strings),
-        options.get("stopping_criteria_list"),
+        next((id for id in (pad, *eos) if id is not None and 0 <= id < vocab_size), 0),
+        _stop_strings(options.get("stop_strings")),
+        _criteria(options.get("stopping_criteria_list")),
         logprobs,
     )
-    if not all(isinstance(one, str) and one for one in found.stop_strings):
-        raise InputError(f"stop_strings={strings!r} is not legal; it takes a text, or several, none of them empty")
-    return found
+
+
+def _stop_strings(strings: Any) -> Sequence[str]:
+    several = [strings] if isinstance(strings, str) else [] if strings is None else strings
+    if not isinstance(several, Sequence) or not all(isinstance(one, str) and one for one in several):
+        raise InputError(
+            f"stop_strings={shown(strings)} is not legal; it takes a text, or a list of several, none of them empty"
+        )
+    return several
+
+
+def _criteria(criteria: Any) -> Any:
+    if criteria is None or callable(criteria) or (isinstance(criteria, Sequence) and all(map(callable, criteria))):
+        return criteria
+    raise InputError(
+        f"stopping_criteria_list={shown(criteria)} is not legal; it takes HF's StoppingCriteriaList, or a list of "
+        "what is called with ids and scores"
+    )
 
 
 def _draw(options: Options, by: GenerationConfig, rows: int, vocab_size: int, compiled: int | None) -> Draw:
     drawn = any(options.get(name) is not None for name in ("top_k", "top_p", "temperature", "min_p"))
-    asked = {name: options.get(name) for name in ("top_k", "top_p", "temperature", "top_p_min_tokens")}
-    given = {name: getattr(by, name) if value is None else value for name, value in asked.items()}
+
+    def row(name: str) -> list[Any]:
+        value = options.get(name)
+        return per_row(name, getattr(by, name) if value is None else value, rows, READ[name])
+
+    temperature_b = np.array(row("temperature"), np.float32)
+    greedy_b = temperature_b < FLOAT32.tiny
     if not by.do_sample and not drawn:
-        given["top_k"] = 1
-
-    def row(name: str, value: Any, dtype: Any, legal: Any, words: str) -> np.ndarray:
-        return per_row(name, value, rows, dtype, legal, words)
-
-    temperature_b = row("temperature", given["temperature"], np.float32, lambda x: x >= 0, "0 or more")
-    top_k_b = row("top_k", given["top_k"], np.int32, lambda x: x >= 0, "0 (all) or more")
-    top_p_b = row("top_p", given["top_p"], np.float32, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
-    min_tokens_b = row("top_p_min_tokens", given["top_p_min_tokens"], np.int32, lambda x: x >= 1, "1 or more")
-    min_p = options.get("min_p")
-    min_p_b = row("min_p", 0.0 if min_p is None else min_p, np.float32, lambda x: (x >= 0) & (x <= 1), "from 0 to 1")
-    top_k_b = np.where(temperature_b == 0, np.int32(1), top_k_b)
-    temperature_b = np.where(temperature_b == 0, np.float32(1), temperature_b)
+        greedy_b[:] = True
+    top_k_b = np.where(greedy_b, 1, np.minimum(row("top_k"), vocab_size)).astype(np.int32)
+    temperature_b = np.where(greedy_b, np.float32(1), temperature_b)
+    top_p_b = np.array(row("top_p"), np.float32)
+    min_tokens_b = np.minimum(row("top_p_min_tokens"), vocab_size).astype(np.int32)
+    min_p_b = _number(options, "min_p", 0.0, rows, least=0, most=1)
     streams = None if by.deterministic else drawing.streams(options.get("seed"), rows)
-    found = Draw(temperature_b, top_k_b, top_p_b, min_p_b, min_tokens_b, 1, streams)
-    count = drawing.candidates(top_k_b, vocab_size, by.global_top_k, compiled if found.fused else None)
-    return Draw(temperature_b, top_k_b, top_p_b, min_p_b, min_tokens_b, count, streams)
+    draw = Draw(temperature_b, top_k_b, top_p_b, min_p_b, min_tokens_b, 1, streams)
+    count = drawing.candidates(top_k_b, vocab_size, by.global_top_k, compiled if draw.fused else None)
+    return replace(draw, candidates=count)
 
 
 def _processors(options: Options, rows: int, vocab_size: int) -> Processors:
-    bias = dict(options.get("logit_bias") or {})
-    if not all(isinstance(token, int | np.integer) and 0 <= token < vocab_size for token in bias):
-        raise InputError(f"logit_bias={bias!r} is not legal; its keys are token ids from 0 to {vocab_size - 1}")
-    size = options.get("no_repeat_ngram_size") or 0
-    if not isinstance(size, int) or size < 0:
-        raise InputError(f"no_repeat_ngram_size={size!r} is not legal; it takes a positive integer, or 0 for none")
-
-    def penalty(name: str, neutral: float, legal: Any, words: str) -> np.ndarray:
-        value = options.get(name)
-        return per_row(name, neutral if value is None else value, rows, np.float32, legal, words)
-
+    size = options.get("no_repeat_ngram_size")
     return Processors(
-        bias,
-        penalty("repetition_penalty", 1.0, lambda x: (x > 0) & np.isfinite(x), "above 0"),
-        penalty("presence_penalty", 0.0, np.isfinite, "that is finite"),
-        penalty("frequency_penalty", 0.0, np.isfinite, "that is finite"),
-        size,
+        _logit_bias(options.get("logit_bias"), vocab_size),
+        _number(options, "repetition_penalty", 1.0, rows, above=0),
+        _number(options, "presence_penalty", 0.0, rows),
+        _number(options, "frequency_penalty", 0.0, rows),
+        0 if size is None else integer("no_repeat_ngram_size", size, least=0),
     )
+
+
+def _logit_bias(given: Any, vocab_size: int) -> dict[int, float]:
+    if not isinstance(given, Mapping | None):
+        raise InputError(f"logit_bias={shown(given)} is not legal; it takes a mapping of token ids to numbers")
+    bias = {
+        integer("a token id of logit_bias", id, least=0, most=vocab_size - 1): real(
+            f"logit_bias[{shown(id)}]", value, least=-math.inf
+        )
+        for id, value in (given or {}).items()
+    }
+    if sum(value == -math.inf for value in bias.values()) == vocab_size:
+        raise InputError(f"logit_bias bans each of the {vocab_size} tokens; leave one at least")
+    return bias
+
+
+def _number(options: Options, name: str, neutral: float, rows: int, **legal: Any) -> np.ndarray:
+    """A number of each row, float32 [rows]; `neutral` where it is not among the options."""
+    value = options.get(name)
+    return np.array(per_row(name, neutral if value is None else value, rows, partial(real, **legal)), np.float32)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST = np.finfo(np.float32).min
+from jx_neuron.arguments import FLOAT32
 
 
 @dataclass(frozen=True)
 class Processors:
     """Applied in this order, as HF's `generate` does; arrays are [n], one value a row.
 
-    logit_bias:           added to the logits of these tokens.
+    logit_bias:           added to the logits of these tokens; -inf bans one, whatever comes after.
     repetition_penalty_b: divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the
                           answer (Keskar et al., arXiv:1909.05858); 1 does nothing.
     presence_penalty_b:   subtracted from the logits of tokens that are in the answer; 0 does nothing.
@@ -42,19 +42,25 @@ class Processors:
     ) -> np.ndarray:
         """The bent logits, float32 [n, v], given the tokens of each row's prompt and of its answer so far."""
         bent_bv = logits_bv.copy()
-        if self.logit_bias:
-            bent_bv[:, list(self.logit_bias)] += np.array(list(self.logit_bias.values()), np.float32)
-        for row, (bent_v, prompt, answer) in enumerate(zip(bent_bv, prompts, answers, strict=True)):
-            whole = [*prompt, *answer]
-            if (penalty := self.repetition_penalty_b[row]) != 1:
-                seen = np.unique(whole)
-                bent_v[seen] = np.where(bent_v[seen] < 0, bent_v[seen] * penalty, bent_v[seen] / penalty)
-            if answer:
-                seen, count = np.unique(answer, return_counts=True)
-                bent_v[seen] -= self.presence_penalty_b[row] + self.frequency_penalty_b[row] * count
-            if self.no_repeat_ngram_size:
-                bent_v[_repeating(whole, self.no_repeat_ngram_size)] = LEAST
+        biased, bias = list(self.logit_bias), np.array(list(self.logit_bias.values()), np.float32)
+        with np.errstate(over="ignore"):
+            bent_bv[:, biased] += bias
+            for row, (bent_v, prompt, answer) in enumerate(zip(bent_bv, prompts, answers, strict=True)):
+                self._bend(bent_v, row, prompt, answer)
+        np.clip(bent_bv, FLOAT32.min, FLOAT32.max, out=bent_bv)
+        bent_bv[:, np.array(biased, int)[np.isneginf(bias)]] = -np.inf
         return bent_bv
+
+    def _bend(self, bent_v: np.ndarray, row: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        whole = [*prompt, *answer]
+        if (penalty := self.repetition_penalty_b[row]) != 1:
+            seen = np.unique(whole)
+            bent_v[seen] = np.where(bent_v[seen] < 0, bent_v[seen] * penalty, bent_v[seen] / penalty)
+        if answer:
+            seen, count = np.unique(answer, return_counts=True)
+            bent_v[seen] -= self.presence_penalty_b[row] + self.frequency_penalty_b[row] * count
+        if self.no_repeat_ngram_size:
+            bent_v[_repeating(whole, self.no_repeat_ngram_size)] = FLOAT32.min
 
 
 def _repeating(tokens: Sequence[int], size: int) -> list[int]:

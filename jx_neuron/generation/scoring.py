@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from jx_neuron.errors import InputError
+from jx_neuron.arguments import integer
 from jx_neuron.generation.processors import log_softmax
 from jx_neuron.generation.session import Engine, Session
 
@@ -53,17 +54,14 @@ def summary(parts: Parts) -> Score:
     return Score(float(parts.logprobs.sum(dtype=np.float64)), len(parts.logprobs))
 
 
-def log_likelihoods(engine: Engine, rows: Sequence[np.ndarray], stride: int | None = None) -> list[Parts]:
-    """What each row's tokens are worth, in batches of rows of like length; `stride` as in `score`.
+def stride_of(stride: Any, capacity: int) -> int:
+    """How far apart windows start. Raises InputError where they would leave tokens out."""
+    return max(1, capacity // 2) if stride is None else integer("stride", stride, most=capacity)
 
-    Raises InputError for a row without a token, and for a stride that leaves tokens out.
-    """
+
+def log_likelihoods(engine: Engine, rows: Sequence[np.ndarray], stride: int) -> list[Parts]:
+    """What the tokens of each row [t] are worth, in batches of rows of like length; `stride` as in `score`."""
     capacity = engine.buckets.capacity
-    stride = max(1, capacity // 2) if stride is None else stride
-    if not 1 <= stride <= capacity:
-        raise InputError(f"stride={stride} is not legal; it takes 1 to {capacity}, the n_positions of the model")
-    if not all(map(len, rows)):
-        raise InputError(f"row {[len(row) for row in rows].index(0)} has no tokens; each takes one at least")
     found = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
     windows = [window for number, row in enumerate(rows) for window in _windows(number, row, capacity, stride)]
     windows.sort(key=lambda window: -len(window.tokens))

@@ -1,6 +1,7 @@
 """When a row has ended, and the text that its tokens make."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,18 @@ from jx_neuron.errors import InputError
 
 CONTEXT = 6  # tokens of the prompt that the first ones of an answer are decoded with
 INCOMPLETE = "\ufffd"
+UNFINISHED = 3  # most tokens of a character that lacks its last, as UTF-8 has at most four bytes a character
 
 
 class Detokenizer:
     """The text of one row's answer as it grows, whole characters at a time.
+
+    Where a prompt ends inside a character, the answer's text begins with that character: all texts joined are what
+    decoding prompt and answer together adds, `decode(prompt + answer)[n:]`. Here n counts the characters that are the
+    prompt's: those of the prompt without its tokens (at most three) of an unfinished character, or, where that is more,
+    those in which `decode(prompt)` and `decode(prompt + answer)` begin alike. (Tokenizers that fall back to bytes
+    decode a run of byte tokens as one: where later bytes of an answer are no UTF-8, they would take back characters
+    that are out already, and only the later bytes are replaced here.)
 
     Tokens are decoded with those before them, as spaces depend on them, and the difference is what they add:
     https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
@@ -20,23 +29,57 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], *, skip_special_tokens: bool):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._tokens = list(prompt[-CONTEXT:])
-        self._first, self._read = 0, len(self._tokens)
+        first, end = self._whole(prompt)
+        self._tokens = list(prompt[first:])
+        self._context, self._out = end - first, len(self._decode(prompt[first:end]))
+        self._prompt = self._decode(self._tokens)
 
     def add(self, token: int | None = None, *, last: bool = False) -> str:
         """What a token adds to the text; nothing while a character is incomplete, except at the last."""
         if token is not None:
             self._tokens.append(token)
-        before = self._decode(self._tokens[self._first : self._read])
-        text = self._decode(self._tokens[self._first :])
-        if len(text) <= len(before) or (text.endswith(INCOMPLETE) and not last):
-            return ""
-        self._first, self._read = self._read, len(self._tokens)
-        return text[len(before) :]
+        text = self._decode(self._tokens)
+        begin = max(self._out, _alike(self._prompt, text))
+        if last or self._is_whole(self._tokens, text):
+            end = len(text)
+            # a token of no text is left out; others are what the next are decoded with
+            self._tokens = self._tokens[self._context :] if end > begin else self._tokens[: self._context]
+            self._context = len(self._tokens)
+            self._out = len(self._decode(self._tokens))
+            self._prompt = ""
+        elif len(self._tokens) - self._context > UNFINISHED and begin < len(text):  # not one unfinished character
+            rest = len(text) - begin
+            self._tokens, self._context, self._prompt = self._tokens[-UNFINISHED - 1 :], 0, ""
+            text = self._decode(self._tokens)
+            begin, end = max(0, len(text) - rest), len(text) - 1
+            self._out = max(begin, end)
+        else:
+            end = len(text.rstrip(INCOMPLETE))
+            self._out = max(self._out, end)
+        return text[begin:end]
+
+    def _whole(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The last tokens of a prompt that make whole characters: where they begin, and end."""
+        count = len(prompt)
+        for end in range(count, max(0, count - UNFINISHED) - 1, -1):
+            for first in (*range(count - CONTEXT, count - CONTEXT - UNFINISHED - 1, -1), 0):
+                text = self._decode(tokens := prompt[max(0, first) : end])
+                if self._is_whole(tokens, text) and (first <= 0 or (text and not text.startswith(INCOMPLETE))):
+                    return max(0, first), end
+        return 0, max(0, count - UNFINISHED)
+
+    def _is_whole(self, tokens: Sequence[int], text: str) -> bool:
+        """Whether no character is unfinished; the last may be U+FFFD itself, whose bytes have become one character."""
+        return not text.endswith(INCOMPLETE) or len(text) < len(self._decode(tokens[:-1]))
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         return text
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts have in common from their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class StopStrings:
