@@ -37,8 +37,8 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 # what HF's configs and their attribute_map call the number of layers, and the longest sequence
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-POSITIONS = ("max_position_embeddings", "n_positions")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class HFConfig:
@@ -64,14 +64,15 @@ class HFConfig:
 
     @property
     def layers(self) -> int:
-        """How many decoder layers, each with a cache of its own: by default HF's field, one of LAYERS.
+        """How many decoder layers, each with a cache of its own.
 
-        Raises ConfigError where there is no such field.
+        By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError where
+        there is none.
         """
-        for value in self._values(LAYERS):
+        for value in self._values(_LAYERS):
             return int(value)
         raise ConfigError(
-            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(LAYERS)}; add the one of HF's config, or a "
+            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(_LAYERS)}; add the one of HF's config, or a "
             "property `layers` that returns how many decoder layers there are"
         )
 
@@ -79,10 +80,10 @@ class HFConfig:
     def max_positions(self) -> int | None:
         """The longest sequence, prompt and answer together, that the model has positions for; None if any.
 
-        By default HF's field, one of POSITIONS, or None where there is none. A family whose positions are computed
-        (RoPE, ALiBi) and so have no end returns None.
+        By default HF's field, `max_position_embeddings` or `n_positions`, or None where there is none. A family whose
+        positions are computed (RoPE, ALiBi), and so have no end, returns None.
         """
-        return next(self._values(POSITIONS), None)
+        return next(self._values(_POSITIONS), None)
 
     def _values(self, names: Sequence[str]) -> Iterator[Any]:
         """The values of the fields that HF calls one of `names`."""

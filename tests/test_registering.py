@@ -266,6 +266,14 @@ def test_a_table_for_a_module_in_hand_is_checked() -> None:
         )
 
 
+def test_an_axis_split_in_one_row_alone_is_named_where_it_is_padded() -> None:
+    register(NAME, family(WEIGHTS=table(BIAS, partition=P())))
+    raw = {"model_type": NAME, **SIZES}
+    assert Decoder.from_config(raw, 4).padding.size("n") == 4  # four heads on four cores: nothing is padded
+    with pytest.raises(ConfigError, match=r"c_attn.bias'.* leaves the axis 'n' whole.*it has 4 entries .* and 6 in"):
+        Decoder.from_config(raw, 3)
+
+
 class Biasless(gpt2.Block):
     def __init__(self, cfg, layer, rngs):
         super().__init__(cfg, layer, rngs)
