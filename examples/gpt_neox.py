@@ -4,7 +4,7 @@ The command line, with this decoder among those it knows: python examples/gpt_ne
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -18,27 +18,28 @@ from jx_neuron.cli import main
 from jx_neuron.hf_config import HFConfig, one_of
 from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, through
 from jx_neuron.rope import RopeScaling, Rotation, rope_half
-from jx_neuron.weights import W
+from jx_neuron.weights import Copy, W
 
 
 @dataclass(frozen=True)
 class Config(HFConfig):
     vocab_size: int = 50432
     hidden_size: int = 6144
-    layers: int = field(default=44, metadata={"hf": "num_hidden_layers"})
+    num_hidden_layers: int = 44
     num_attention_heads: int = 64
     intermediate_size: int = 24576
     hidden_act: str = "gelu"
-    max_positions: int = field(default=2048, metadata={"hf": "max_position_embeddings"})
+    max_position_embeddings: int = 2048
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
+    tie_word_embeddings: bool = False
     rotary_pct: float = 0.25
     rotary_emb_base: float = 10000.0
     rope_parameters: dict[str, Any] | None = None  # where transformers 5 writes the two above
 
     MODEL_TYPE = "gpt_neox"
     INERT = frozenset("attention_dropout attention_probs_dropout_prob classifier_dropout hidden_dropout".split())
-    ONLY: ClassVar[dict[str, tuple[Any, ...]]] = {"attention_bias": (True,), "tie_word_embeddings": (False,)}
+    ONLY: ClassVar[dict[str, tuple[Any, ...]]] = {"attention_bias": (True,)}
 
     def __post_init__(self) -> None:
         one_of("gpt_neox", "hidden_act", self.hidden_act, ACT)
@@ -52,7 +53,7 @@ class Config(HFConfig):
     def rope(self) -> RopeScaling:
         rope = {"partial_rotary_factor": self.rotary_pct, **(self.rope_parameters or {})}
         r = int(self.sizes["h"] * rope.pop("partial_rotary_factor"))
-        return RopeScaling(rope, r, self.max_positions, self.rotary_emb_base)
+        return RopeScaling(rope, r, self.max_position_embeddings, self.rotary_emb_base)
 
 
 def rotate(x_btnh: Array, by: Rotation) -> Array:
@@ -81,7 +82,8 @@ class Block(nnx.Module):
 
 class Model(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.embed_in, self.embed_out = (Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs) for _ in range(2))
+        self.embed_in = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.embed_out = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.layers = nnx.List(Block(cfg, rngs) for _ in range(cfg.layers))
         self.final_layer_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.cfg = cfg
@@ -91,7 +93,7 @@ class Model(nnx.Module):
         return self.final_layer_norm(x_btd), cache
 
     def logits(self, x_btd: Array) -> Array:
-        return self.embed_out.attend(x_btd)
+        return (self.embed_in if self.embed_out is None else self.embed_out).attend(x_btd)
 
 
 L, O = "gpt_neox.layers.{i}.", "layers.{i}."  # noqa: E741
@@ -109,7 +111,8 @@ WEIGHTS = (
     W(L + "mlp.dense_4h_to_h.bias", O + "dense_4h_to_h.bias", "d -> d"),
     W("embed_out.weight", "embed_out.embedding", "v d -> v d", P("tp", None)),
 )  # fmt: skip
-IGNORE = (r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",)
+BUFFERS = r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)"
+IGNORE = (BUFFERS, Copy("embed_out.weight", of="gpt_neox.embed_in.weight"))
 register("gpt_neox", sys.modules[__name__])
 
 if __name__ == "__main__":

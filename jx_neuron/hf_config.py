@@ -55,8 +55,8 @@ _MOST_LAYERS = 1000  # the deepest public decoders have some 130; building this 
 _INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
 _FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
 # what HF's configs and their attribute_map call the number of layers, and the longest sequence
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-POSITIONS = ("max_position_embeddings", "n_positions")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class HFConfig:
@@ -91,14 +91,15 @@ class HFConfig:
 
     @property
     def layers(self) -> int:
-        """How many decoder layers, each with a cache of its own: by default HF's field, one of LAYERS.
+        """How many decoder layers, each with a cache of its own.
 
-        Raises ConfigError where there is no such field.
+        By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError where
+        there is none.
         """
-        for value in self._values(LAYERS):
+        for value in self._values(_LAYERS):
             return int(value)
         raise ConfigError(
-            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(LAYERS)}; add the one of HF's config, or a "
+            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(_LAYERS)}; add the one of HF's config, or a "
             "property `layers` that returns how many decoder layers there are"
         )
 
@@ -106,10 +107,10 @@ class HFConfig:
     def max_positions(self) -> int | None:
         """The longest sequence, prompt and answer together, that the model has positions for; None if any.
 
-        By default HF's field, one of POSITIONS, or None where there is none. A family whose positions are computed
-        (RoPE, ALiBi) and so have no end returns None.
+        By default HF's field, `max_position_embeddings` or `n_positions`, or None where there is none. A family whose
+        positions are computed (RoPE, ALiBi), and so have no end, returns None.
         """
-        return next(self._values(POSITIONS), None)
+        return next(self._values(_POSITIONS), None)
 
     def _values(self, names: Sequence[str]) -> Iterator[Any]:
         """The values of the fields that HF calls one of `names`."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelTensors", "Parity", "parity"]
 
-ROUNDING = 1e-4  # relative to the greatest magnitude; float32 in another order of summation stays well below
+_ROUNDING = 1e-4  # relative to the greatest magnitude; float32 in another order of summation stays well below
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def parity(
         for i, logits in enumerate(following)
     ]
     result = Parity(float(np.max(prefill)), tuple(decode))
-    if result.worst <= ROUNDING * max(float(np.abs(hf).max()) for hf in expected):
+    if result.worst <= _ROUNDING * max(float(np.abs(hf).max()) for hf in expected):
         return result
     longest = int(np.argmax(lengths))
     prompt = sequences[longest][: lengths[longest]]
@@ -153,7 +153,7 @@ def _first_difference(
         if ours.shape != hf.shape:
             return f"{stage}, of shape {list(ours.shape)} where HF's is {list(hf.shape)}"
         scale = np.abs(hf).max()
-        if not (difference := _difference(ours, hf)) <= ROUNDING * scale:
+        if not (difference := _difference(ours, hf)) <= _ROUNDING * scale:
             return f"{stage}, by {difference:.2g} where HF's are up to {scale:.2g}"
     return "no hidden state of the longest prompt: the logits of Model.logits, or the decode steps"
 

@@ -58,10 +58,11 @@ class W:
         except (EinopsError, ValueError) as error:
             raise self._refusal(f"the layout {self.layout!r} is no einops pattern ({error}); {LAYOUT}") from error
         letters = [axis for group in after.composition for axis in group]
-        if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis:
+        axes_of_one = not all(before.composition + after.composition)  # "1" or "()", which no letter of sizes has
+        if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis or axes_of_one:
             raise self._refusal(
-                f"the layout {self.layout!r} should have the same letters before and after the arrow, and no "
-                f"parentheses after it; {LAYOUT}"
+                f"the layout {self.layout!r} should have the same letters before and after the arrow, no other axes, "
+                f"and no parentheses after the arrow; {LAYOUT}"
             )
         if unknown := sorted(set(letters) - set(sizes)):
             raise self._refusal(
@@ -72,7 +73,7 @@ class W:
         if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
             raise self._refusal(
                 f"the partition {self.partition} is not legal; each of the {len(letters)} axes {' '.join(letters)} is "
-                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits {letters[0]!r}"
+                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits the first"
             )
 
     def _refusal(self, why: str) -> ConfigError:

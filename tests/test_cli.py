@@ -217,7 +217,7 @@ def test_token_ids_for_prompts(folder: Path, tmp_path: Path, tokenizer: bool) ->
         (["2,x"], "it takes token ids, such as 1,2,3"),
         (["-1"], "--ids '-1' is not legal"),
         (["2,10"], "ids of this vocabulary are 0 to 9"),
-        (["2", "--ids", "1" * 40], "integers"),
+        (["2", "--ids", "1" * 40], "ids of this vocabulary are 0 to 9"),
         (["2", "--chat"], "--chat takes text"),
     ],
 )

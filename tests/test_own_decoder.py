@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt_neox
 
 
-def original(parallel: bool = True) -> transformers.GPTNeoXForCausalLM:
+def original(parallel: bool = True, tied: bool = False) -> transformers.GPTNeoXForCausalLM:
     torch.manual_seed(0)
     config = transformers.GPTNeoXConfig(
         vocab_size=97,
@@ -29,6 +29,7 @@ def original(parallel: bool = True) -> transformers.GPTNeoXForCausalLM:
         intermediate_size=80,
         max_position_embeddings=64,
         use_parallel_residual=parallel,
+        tie_word_embeddings=tied,
     )
     model = transformers.GPTNeoXForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -41,6 +42,14 @@ def original(parallel: bool = True) -> transformers.GPTNeoXForCausalLM:
 def test_it_is_hf_s(tmp_path: Path, parallel: bool, tp_degree: int) -> None:
     original(parallel).save_pretrained(tmp_path)
     assert parity(tmp_path, tp_degree=tp_degree).worst < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_in_memory_is_hf_s_and_so_is_a_tied_head(tmp_path: Path, tied: bool) -> None:
+    hf = original(tied=tied)
+    assert parity(hf, steps=2).worst < 1e-5
+    hf.save_pretrained(tmp_path)
+    assert parity(tmp_path, steps=2).worst < 1e-5
 
 
 def test_it_is_short() -> None:

@@ -88,7 +88,9 @@ KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
         ),
         (KERNEL, dict(layout="d (c n h -> d c n h"), ("no einops pattern", "Imbalanced parentheses")),
         (KERNEL, dict(layout="d (c n h) => d c n h"), ("no einops pattern", "legal are letters from HF's axes")),
-        (KERNEL, dict(layout="d (c n h) -> d (c n h)"), ("no parentheses after it",)),
+        (KERNEL, dict(layout="d (c n h) -> d (c n h)"), ("no parentheses after the arrow",)),
+        ("ln_f.scale", dict(layout="d 1 -> d"), ("no other axes",)),
+        ("ln_f.scale", dict(layout="d ... -> d"), ("no other axes",)),
         (KERNEL, dict(layout="d (c n h) -> c d n h"), ("ends in c d n h, so [3, 32, 4, 8]", "has shape [32, 3, 4, 8]")),
         (
             KERNEL,
@@ -159,7 +161,7 @@ class Required(HFConfig):
 
 
 class WithoutHeads(Config):
-    sizes = dict(d=32, f=128, v=61, h=8, c=3, s=32)  # noqa: RUF012
+    sizes = {letter: size for letter, size in gpt2.Config(**SIZES).sizes.items() if letter not in "nk"}  # noqa: RUF012
 
 
 class Halves(Config):
@@ -262,6 +264,14 @@ def test_a_table_for_a_module_in_hand_is_checked() -> None:
         NeuronAutoModelForCausalLM.from_module(
             gpt2.Model(config, nnx.Rngs(0)), config, weights=table("wte.embedding", layout="v d -> d v")
         )
+
+
+def test_an_axis_split_in_one_row_alone_is_named_where_it_is_padded() -> None:
+    register(NAME, family(WEIGHTS=table(BIAS, partition=P())))
+    raw = {"model_type": NAME, **SIZES}
+    assert Decoder.from_config(raw, 4).padding.size("n") == 4  # four heads on four cores: nothing is padded
+    with pytest.raises(ConfigError, match=r"c_attn.bias'.* leaves the axis 'n' whole.*it has 4 entries .* and 6 in"):
+        Decoder.from_config(raw, 3)
 
 
 class Biasless(gpt2.Block):

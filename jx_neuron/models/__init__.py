@@ -166,6 +166,7 @@ class Decoder:
         module = _outline(family, config)
         shapes = _shapes(module)
         checks.table(family.WEIGHTS, config, shapes, complete=True)
+        checks.splits(family.WEIGHTS, Padding(config.sizes, tp_degree))
         return cls(model_type, config, family.WEIGHTS, family.IGNORE, nnx.graphdef(module), shapes, tp_degree)
 
     @classmethod
@@ -176,6 +177,7 @@ class Decoder:
         checks.sizes(config)
         shapes = _shapes(module)
         checks.table(table, config, shapes, complete=False)
+        checks.splits(table, Padding(config.sizes, tp_degree))
         return cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)
 
     @cached_property

@@ -13,6 +13,7 @@ from flax import nnx
 from jx_neuron.arguments import integer
 from jx_neuron.errors import ConfigError
 from jx_neuron.hf_config import HFConfig
+from jx_neuron.sharding import Padding
 from jx_neuron.weights import Copy, W, rows_of
 
 PARTS = ("Config", "Model", "WEIGHTS", "IGNORE")
@@ -101,6 +102,23 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
             f"no row of the weight table fills {', '.join(unfilled)}{_misspelt_row(unfilled, rows, shapes)}; "
             "every parameter of Model needs a row W(HF's name, ours, layout, partition)"
         )
+
+
+def splits(rows: Sequence[W], padding: Padding) -> None:
+    """Raises ConfigError where an axis that `padding` makes longer is split in one row and left whole in another.
+
+    The arrays of the two would not fit each other; but those of the vocabulary never meet.
+    """
+    first: dict[str, tuple[int, W]] = {}
+    for row in rows:
+        for letter, size in zip(row.letters, row.target_shape(padding), strict=True):
+            if letter != "v" and first.setdefault(letter, (size, row))[0] != size:
+                (whole, left), (padded, split) = sorted((first[letter], (size, row)), key=lambda entry: entry[0])
+                raise ConfigError(
+                    f"row {left} leaves the axis {letter!r} whole, and row {split} splits it: at "
+                    f"tp_degree={padding.tp_degree} it has {whole} entries in the one and {padded} in the other. "
+                    "Split it in both"
+                )
 
 
 def unused(rows: Sequence[W], paths: Iterable[str]) -> list[W]:

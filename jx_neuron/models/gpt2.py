@@ -58,14 +58,6 @@ class Config(HFConfig):
         h = self.n_embd // self.n_head
         return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size, s=self.n_positions, c=3)
 
-    @property
-    def layers(self) -> int:
-        return self.n_layer
-
-    @property
-    def max_positions(self) -> int:
-        return self.n_positions
-
     def scale(self, layer: int) -> float:
         """What attention scores are multiplied by."""
         scale = 1 / math.sqrt(self.sizes["h"]) if self.scale_attn_weights else 1.0

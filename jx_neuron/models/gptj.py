@@ -70,14 +70,6 @@ class Config(HFConfig):
         h = self.n_embd // self.n_head
         return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size)
 
-    @property
-    def layers(self) -> int:
-        return self.n_layer
-
-    @property
-    def max_positions(self) -> int:
-        return self.n_positions
-
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):

@@ -79,10 +79,6 @@ class Config(HFConfig):
         return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
 
     @property
-    def layers(self) -> int:
-        return self.num_hidden_layers
-
-    @property
     def max_positions(self) -> None:
         return None
 

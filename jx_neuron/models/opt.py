@@ -53,14 +53,6 @@ class Config(HFConfig):
         s = self.max_position_embeddings + OFFSET
         return dict(d=d, n=n, k=n, h=d // n, f=self.ffn_dim, v=self.vocab_size, s=s, e=e)
 
-    @property
-    def layers(self) -> int:
-        return self.num_hidden_layers
-
-    @property
-    def max_positions(self) -> int:
-        return self.max_position_embeddings
-
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
