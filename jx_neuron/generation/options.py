@@ -179,7 +179,7 @@ def _logit_bias(given: Any, vocab_size: int) -> dict[int, float]:
     if not isinstance(given, Mapping | None):
         raise InputError(f"logit_bias={shown(given)} is not legal; it takes a mapping of token ids to numbers")
     bias = {
-        integer("a token id of logit_bias", id, least=0, most=vocab_size - 1): real(
+        integer("an id of logit_bias", id, least=0, most=vocab_size - 1): real(
             f"logit_bias[{shown(id)}]", value, least=-math.inf
         )
         for id, value in (given or {}).items()

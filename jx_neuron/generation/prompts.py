@@ -106,7 +106,7 @@ def length_of(sequence_length: Any, width: int, limits: Limits) -> int:
     length = integer("sequence_length", sequence_length)
     if not width <= length <= limits.capacity:
         raise InputError(
-            f"sequence_length={length} must be from {width}, the width of the prompt, to {limits.capacity}, "
+            f"sequence_length={shown(length)} must be from {width}, the width of the prompt, to {limits.capacity}, "
             "the n_positions that the model was made for"
         )
     return length
@@ -170,7 +170,7 @@ def starts(cache_ids: Any, start_ids: Any, shape: tuple[int, int], limits: Limit
         )
     if first + t > limits.capacity:
         raise InputError(
-            f"{first + t} positions were asked for, and the model was made for n_positions={limits.capacity}; "
+            f"{shown(first + t)} positions were asked for, and the model was made for n_positions={limits.capacity}; "
             "ask for fewer, or make the model with a larger n_positions"
         )
     padding_b = np.zeros(b, int) if start_ids is None else _starts(start_ids, b, first)
