@@ -268,13 +268,13 @@ def test_positions_that_do_not_follow_each_other_are_refused(model: NeuronAutoMo
 def test_positions_beyond_the_model_are_refused_and_a_stream_goes_on(model: NeuronAutoModelForCausalLM) -> None:
     expected = [step.tokens.tolist() for step in model.stream(ROWS, 9, top_k=1)]
     steps = model.stream(ROWS, 9, top_k=1)
-    found = [next(steps).tokens.tolist()]
+    begun = [next(steps).tokens.tolist()]
     for position in (63, 64, 2**31, 2**64):
         with pytest.raises(InputError, match="n_positions=64"):
             model([[1, 2], [3, 4]], cache_ids=position)
     with pytest.raises(InputError, match="start_ids=4"):
         model([[1], [3]], cache_ids=3, start_ids=[4, 0])
-    assert found + [step.tokens.tolist() for step in steps] == expected
+    assert begun + [step.tokens.tolist() for step in steps] == expected
 
 
 def test_padded_rows_go_on_token_by_token(model: NeuronAutoModelForCausalLM) -> None:

@@ -126,8 +126,8 @@ def test_a_stop_string_may_begin_with_a_split_character(text) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         for split in range(1, len(ids)):
             strings = StopStrings([unfinished(tokenizer, text, ids[:split])], tokenizer, [ids[:split]])
-            found = [bool(strings.found(np.array([token]))[0]) for token in ids[split:]]
-            assert found == [False] * (len(found) - 1) + [True]
+            ends = [bool(strings.found(np.array([token]))[0]) for token in ids[split:]]
+            assert ends == [False] * (len(ends) - 1) + [True]
 
 
 @settings(max_examples=300, deadline=None)
