@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jx_neuron.arguments import integer
 from jx_neuron.config import NeuronConfig
 from jx_neuron.errors import InputError
 from jx_neuron.modeling import NeuronAutoModelForCausalLM
@@ -32,6 +33,8 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
     max_gen_toks: longest answer in tokens, where a task does not say.
 
     What is too long for the model loses its beginning. Tokens and one more must fit n_positions.
+
+    Raises InputError for what the model cannot score or answer.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
             )
         else:
             self.model = pretrained
-        self.tokenizer, self.max_gen_toks = self.model.tokenizer, max_gen_toks
+        self.tokenizer, self.max_gen_toks = self.model.tokenizer, integer("max_gen_toks", max_gen_toks)
 
     @property
     def max_length(self) -> int:
@@ -61,8 +64,11 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end token."""
-        return int(self.tokenizer.eos_token_id)
+        """The tokenizer's end token, or else the model's first."""
+        ends = (self.tokenizer.eos_token_id, *self.model.eos_token_ids)
+        if (end := next((id for id in ends if id is not None), None)) is None:
+            raise InputError("neither tokenizer nor model has an end token, which texts are scored behind; set one")
+        return int(end)
 
     @property
     def prefix_token_id(self) -> int:
@@ -96,7 +102,13 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         capacity = self.model.buckets.capacity
-        rows = [np.array([*context, *continuation], np.int32)[-capacity:] for _, context, continuation in requests]
+        for _, context, continuation in requests:
+            if not context or len(continuation) >= capacity:
+                raise InputError(
+                    f"{len(continuation)} tokens cannot be scored after {len(context)}: one at least must stand before "
+                    f"them, and they must be fewer than n_positions={capacity}; make the model with more"
+                )
+        rows = [[*context, *continuation][-capacity:] for _, context, continuation in requests]
         found = []
         for (key, _context, continuation), parts in zip(requests, self.model.log_likelihoods(rows), strict=True):
             scored = slice(len(parts.logprobs) - len(continuation), None)
@@ -137,7 +149,8 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     def _answers(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
         asked = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
-        until, new, drawn = asked.pop("until"), asked.pop("max_gen_toks"), asked.pop("do_sample")
+        until, new = asked.pop("until"), integer("max_gen_toks", asked.pop("max_gen_toks"))
+        drawn = asked.pop("do_sample")
         if unknown := sorted(set(asked) - set(SAMPLING)):
             raise InputError(f"{unknown[0]} is no option of answers here; there are {', '.join(SAMPLING)}")
         room = self.model.buckets.capacity - new
@@ -146,16 +159,16 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
                 f"answers of {new} tokens leave no room for a prompt in n_positions={self.model.buckets.capacity}; "
                 "make the model with a larger n_positions, or ask for a smaller max_gen_toks"
             )
-        rows = [self.tok_encode(prompt)[-room:] for prompt in prompts]
+        rows = [(self.tok_encode(prompt) or [self.prefix_token_id])[-room:] for prompt in prompts]
         width = max(map(len, rows))
         start_ids = [width - len(row) for row in rows]
         ids = [[0] * (width - len(row)) + row for row in rows]
         how: dict[str, Any] = asked if drawn else dict(top_k=1)
-        ends = sorted({*self.model.eos_token_ids, self.eot_token_id})
+        ends = [id for id in (self.tokenizer.eos_token_id, *self.model.eos_token_ids) if id is not None]
         texts = [""] * len(rows)
         ended_b = np.zeros(len(rows), bool)
         steps = self.model.stream(
-            ids, width + new, start_ids, eos_token_override=ends, stop_strings=until or None, **how
+            ids, width + new, start_ids, eos_token_override=ends or -1, stop_strings=until or None, **how
         )
         for step in steps:
             texts = [
@@ -172,7 +185,5 @@ def _before(text: str, ends: Sequence[str]) -> str:
 
 
 def _size(batch_size: int | str) -> int:
-    try:
-        return int(batch_size)
-    except ValueError:
-        raise InputError(f"batch_size={batch_size!r} is not legal; it takes a positive integer") from None
+    digits = isinstance(batch_size, str) and batch_size.isdecimal()
+    return integer("batch_size", int(batch_size) if digits else batch_size)

@@ -126,5 +126,49 @@ def test_what_the_model_cannot_do_is_refused(folder: Path) -> None:
         ours.generate_until(asked())
     with pytest.raises(InputError, match="typical_p"):
         ours.generate_until(asked(max_gen_toks=4, typical_p=0.5))
-    with pytest.raises(InputError, match="batch_size='auto'"):
-        JxNeuronLM(str(folder), batch_size="auto")
+    for size in ("auto", "2.0", 2.5, 0):
+        with pytest.raises(InputError, match=f"batch_size={size!r}"):
+            JxNeuronLM(str(folder), batch_size=size)
+    for new in (0, 2.5, "4"):
+        with pytest.raises(InputError, match=f"max_gen_toks={new!r}"):
+            JxNeuronLM(model, max_gen_toks=new)
+    with pytest.raises(InputError, match="max_gen_toks=0"):
+        ours.generate_until(asked(max_gen_toks=0))
+    with pytest.raises(InputError, match=r"64 tokens .* fewer than n_positions=64"):
+        ours._loglikelihood_tokens([(None, [1], [2] * CAPACITY)])
+    with pytest.raises(InputError, match="after 0"):
+        ours._loglikelihood_tokens([(None, [], [2, 3])])
+
+
+def test_an_empty_prompt_is_the_beginning_token(folder: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from jx_neuron.evaluation import JxNeuronLM
+
+    every = NeuronConfig(output_all_logits=True)
+    model = NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=CAPACITY, batch_size=2, neuron_config=every)
+    ours = JxNeuronLM(model, max_gen_toks=8)
+    prompts = ("Why?", "")
+    answers = ours.generate_until([Instance("generate_until", {}, (text, {"until": []}), 0) for text in prompts])
+    tokens = model.sample([[ours.prefix_token_id]], 9, top_k=1, eos_token_override=ours.eot_token_id)[0][1:]
+    assert answers[1] == ours.tokenizer.decode(tokens, skip_special_tokens=True)
+    (longest,) = ours._loglikelihood_tokens([(None, [1], [2] * (CAPACITY - 1))])
+    (parts,) = model.log_likelihoods([[1, *[2] * (CAPACITY - 1)]])
+    assert longest[0] == pytest.approx(parts.logprobs.sum())
+
+
+def test_a_tokenizer_without_an_end_token_answers(folder: Path, tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from jx_neuron.evaluation import JxNeuronLM
+
+    tiny.saved("llama", tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    every = NeuronConfig(output_all_logits=True)
+    model = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, n_positions=CAPACITY, neuron_config=every)
+    ours = JxNeuronLM(model, max_gen_toks=8)
+    (answer,) = ours.generate_until([Instance("generate_until", {}, ("Why?", {"until": []}), 0)])
+    tokens = model.sample([ours.tok_encode("Why?")], 12, top_k=1)[0][4:]
+    assert answer == ours.tokenizer.decode(tokens, skip_special_tokens=True)
+    with pytest.raises(InputError, match="end token"):
+        _ = ours.prefix_token_id

@@ -1,8 +1,10 @@
 """sample() and stream() in full: what each option does, and that the host chooses as the program does."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +22,7 @@ from jx_neuron import (
 from jx_neuron.errors import ConfigError
 
 WIDTH, LENGTH = 9, 30
+NAN = float("nan")
 SAMPLED = dict(top_k=20, top_p=0.9, temperature=1.3, seed=5)
 BUCKETS = dict(n_positions=[32, 64], context_length_estimate=[16, 32])
 
@@ -273,6 +276,8 @@ def test_generation_configs(folder, hf, ids) -> None:
         made().update_generation_config(lines)
     with pytest.raises(ConfigError, match="per_batch_line"):
         GenerationConfig(top_k=[1, 20])
+    with pytest.raises(ConfigError, match=r"takes a jx_neuron\.GenerationConfig"):
+        made(dynamic=True).update_generation_config(transformers.GenerationConfig())
     steady = made(do_sample=True, deterministic=True, top_k=20)
     first = steady.sample(ids, LENGTH)
     np.testing.assert_array_equal(first, steady.sample(ids, LENGTH, seed=1))
@@ -280,6 +285,41 @@ def test_generation_configs(folder, hf, ids) -> None:
     least = made(do_sample=True, top_p=0.01, top_p_min_tokens=3)
     np.testing.assert_array_equal(least.sample(ids, LENGTH, top_p_min_tokens=1), greedy)
     assert not np.array_equal(least.sample(ids, LENGTH, seed=1), greedy)
+
+
+def test_a_config_is_assigned_to_and_handed_over_anew(folder, ids) -> None:
+    """As code for transformers-neuronx does. Until then the model keeps what it was made with."""
+    config = GenerationConfig(do_sample=True, dynamic=True, deterministic=True, top_k=20)
+    neuron_config = NeuronConfig(on_device_generation=config)
+    models = [
+        GPT2ForSampling.from_pretrained(folder, batch_size=2, **BUCKETS, neuron_config=neuron_config) for _ in range(2)
+    ]
+    drawn = models[0].sample(ids, LENGTH)
+    config.top_k = np.int32(1)
+    for model in models:
+        np.testing.assert_array_equal(model.sample(ids, LENGTH), drawn)
+    models[0].update_generation_config(config)
+    greedy = models[0].sample(ids, LENGTH)
+    np.testing.assert_array_equal(greedy, models[1].sample(ids, LENGTH, top_k=1))
+    np.testing.assert_array_equal(models[1].sample(ids, LENGTH), drawn)
+    config.max_length = WIDTH + 1
+    np.testing.assert_array_equal(models[0].sample(ids, LENGTH), greedy)
+    assert not np.array_equal(greedy, drawn)
+
+
+def test_ended_rows_go_on_in_a_token_of_the_vocabulary(hf, ids, tmp_path) -> None:
+    """Conversions of LLaMA-1 have pad_token_id -1, and others an id that was never given a row."""
+    free = of_hf(hf, ids)[:, WIDTH:]
+    end = next(int(token) for token in free[0] if token not in free[1])
+    expected = of_hf(hf, ids, eos_token_id=end, pad_token_id=end)
+    hf.save_pretrained(tmp_path)
+    for pad in (-1, tiny.VOCAB):
+        settings = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": pad}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        model = GPT2ForSampling.from_pretrained(tmp_path, batch_size=2, **BUCKETS)
+        found = model.sample(ids.astype(np.uint8), LENGTH, top_k=1, eos_token_override=end)
+        np.testing.assert_array_equal(found, expected)
+    assert (expected == end).sum() > 2
 
 
 @pytest.mark.parametrize("backend", ["xla", "host"])
@@ -377,15 +417,94 @@ def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> 
         (dict(presence_penalty=float("inf")), "presence_penalty=inf"),
         (dict(frequency_penalty="a lot"), "frequency_penalty='a lot'"),
         (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size=-1"),
-        (dict(logit_bias={101: 1.0}), "0 to 100"),
+        (dict(no_repeat_ngram_size=2.0), r"no_repeat_ngram_size=2\.0"),
+        (dict(logit_bias={101: 1.0}), "an id of logit_bias=101 .* from 0 to 100"),
+        (dict(logit_bias={7.0: 1.0}), r"logit_bias=7\.0"),
+        (dict(logit_bias={True: 1.0}), "logit_bias=True"),
+        (dict(logit_bias={"7": 1.0}), "logit_bias='7'"),
+        (dict(logit_bias={7: NAN}), r"logit_bias\[7\]=nan is not legal; it takes a finite number, or -inf"),
+        (dict(logit_bias={7: None}), r"logit_bias\[7\]=None"),
+        (dict(logit_bias={7: float("inf")}), r"logit_bias\[7\]=inf"),
+        (dict(logit_bias={7: 1e39}), r"logit_bias\[7\]=1e\+39"),
+        (dict(logit_bias={7: "1"}), r"logit_bias\[7\]='1'"),
+        (dict(logit_bias=[7]), "logit_bias=.* mapping"),
+        (dict(logit_bias=dict.fromkeys(range(tiny.VOCAB), -float("inf"))), "logit_bias bans each of the 101 tokens"),
         (dict(stop_strings=""), "stop_strings"),
+        (dict(stop_strings=5), "stop_strings=5"),
+        (dict(stop_strings=["a", None]), "stop_strings"),
+        (dict(stopping_criteria_list=5), "stopping_criteria_list=5"),
+        (dict(stopping_criteria_list=["never"]), "stopping_criteria_list"),
         (dict(seed=[1, 2, 3]), "seed="),
-        (dict(seed=1.5), "seed=1.5"),
+        (dict(seed=1.5), r"seed=1\.5"),
+        (dict(seed=True), "seed=True"),
+        (dict(seed="1"), "seed='1'"),
+        (dict(eos_token_override=2.0), r"eos_token_override=2\.0"),
+        (dict(eos_token_override="2"), "eos_token_override='2'"),
+        (dict(eos_token_override=[1, NAN]), "eos_token_override=nan"),
+        (dict(top_k=2.5), r"top_k=2\.5"),
+        (dict(top_k=[1, 2.0]), r"top_k=2\.0"),
+        (dict(top_k=True), "top_k=True"),
+        (dict(top_k="5"), "top_k='5'"),
+        (dict(top_p=NAN), "top_p=nan"),
+        (dict(top_p=[0.5, NAN]), "top_p=nan"),
+        (dict(top_p=1e-50), "top_p=1e-50"),
+        (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(temperature=1e39), r"temperature=1e\+39"),
+        (dict(temperature="1"), "temperature='1'"),
+        (dict(temperature=[1.0, [2.0]]), "temperature="),
+        (dict(top_p_min_tokens=1.5), r"top_p_min_tokens=1\.5"),
+        (dict(min_p=NAN), "min_p=nan"),
+        (dict(repetition_penalty=NAN), "repetition_penalty=nan"),
+        (dict(presence_penalty=True), "presence_penalty=True"),
     ],
 )
 def test_illegal_values_are_refused(model, ids, options, message) -> None:
-    with pytest.raises(InputError, match=message):
-        model.sample(ids, LENGTH, **options)
+    for call in (model.sample, model.stream):
+        with pytest.raises(InputError, match=message):
+            call(ids, LENGTH, **options)
+
+
+@pytest.mark.parametrize(
+    "kind", [np.int64, np.uint8, np.array, jnp.array, torch.tensor], ids=lambda kind: kind.__name__
+)
+def test_integers_of_every_kind_are_taken(model, ids, kind) -> None:
+    plain = dict(top_k=20, seed=5, no_repeat_ngram_size=2, top_p_min_tokens=2, eos_token_override=7)
+    found = model.sample(ids, kind(LENGTH), **{name: kind(value) for name, value in plain.items()})
+    np.testing.assert_array_equal(found, model.sample(ids, LENGTH, **plain))
+    steps = zip(model.stream(ids, LENGTH, logprobs=kind(3)), model.stream(ids, LENGTH, logprobs=3), strict=True)
+    assert [step.top_tokens.shape for pair in steps for step in pair] == [(2, 3)] * 2 * (LENGTH - WIDTH)
+    if kind not in (np.int64, np.uint8):
+        lists = dict(top_k=[20, 3], seed=[5, 6], eos_token_override=[7, 9])
+        found = model.sample(ids, LENGTH, **{name: kind(value) for name, value in lists.items()})
+        np.testing.assert_array_equal(found, model.sample(ids, LENGTH, **lists))
+
+
+def test_numbers_beyond_the_vocabulary_or_32_bits_are_all_of_it(model, ids) -> None:
+    every = model.sample(ids, LENGTH, top_k=0, seed=5)
+    for top_k in (tiny.VOCAB, 2**31, 2**32 + 1, 2**70, [2**33, 2**70]):
+        np.testing.assert_array_equal(model.sample(ids, LENGTH, top_k=top_k, seed=5), every)
+    greedy = model.sample(ids, LENGTH, top_k=1)
+    for temperature in (0, 1e-40, 1e-50):
+        np.testing.assert_array_equal(model.sample(ids, LENGTH, temperature=temperature), greedy)
+    for extreme in (
+        dict(repetition_penalty=1e-37),
+        dict(presence_penalty=-3e38, frequency_penalty=-3e38),
+        dict(seed=2**200),
+    ):
+        tokens = model.sample(ids, LENGTH, top_k=20, **extreme)
+        assert ((tokens >= 0) & (tokens < tiny.VOCAB)).all()
+
+
+def test_tokens_may_be_banned(model, hf, ids) -> None:
+    """The others keep their distribution."""
+    banned = sorted({int(token) for token in of_hf(hf, ids)[:, WIDTH:].ravel()})
+    ban = dict.fromkeys(map(np.int64, banned), -np.inf)
+    found = model.sample(ids, LENGTH, top_k=1, logit_bias=ban)
+    np.testing.assert_array_equal(found, of_hf(hf, ids, suppress_tokens=banned))
+    spared = dict.fromkeys((token for token in range(tiny.VOCAB) if token not in (3, 4)), -np.inf)
+    for options in (dict(repetition_penalty=1e30, presence_penalty=1e30), dict(top_p=0.1, top_p_min_tokens=50), {}):
+        drawn = model.sample(ids, 60, top_k=0, temperature=100.0, seed=1, logit_bias=spared, **options)[:, WIDTH:]
+        assert set(drawn.ravel().tolist()) == {3, 4}
 
 
 def test_an_option_that_does_not_exist_is_named(model, ids) -> None:

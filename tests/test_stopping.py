@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import tiny
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.generation.stopping import Detokenizer, StopStrings
 
 TEXTS = [
@@ -124,8 +126,8 @@ def test_a_stop_string_may_begin_with_a_split_character(text) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         for split in range(1, len(ids)):
             strings = StopStrings([unfinished(tokenizer, text, ids[:split])], tokenizer, [ids[:split]])
-            found = [bool(strings.found(np.array([token]))[0]) for token in ids[split:]]
-            assert found == [False] * (len(found) - 1) + [True]
+            ends = [bool(strings.found(np.array([token]))[0]) for token in ids[split:]]
+            assert ends == [False] * (len(ends) - 1) + [True]
 
 
 @settings(max_examples=300, deadline=None)
@@ -155,6 +157,25 @@ def test_texts_with_special_tokens_in_between(text, split, ends) -> None:
             ids += [end] * (at in ends) + tokenizer.encode("a" + letter, add_special_tokens=False)[1:]
         prompt, answer = ids[:split], ids[split:]
         assert "".join(streamed(tokenizer, prompt, answer)) == added(tokenizer, prompt, answer)
+
+
+def test_a_model_streams_what_decoding_adds(tmp_path) -> None:
+    """Random bytes behind a prompt that ends inside a character; and a text of them ends the row."""
+    config = transformers.GPT2Config(**tiny.GPT2 | {"vocab_size": len(LEVEL)})
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    LEVEL.save_pretrained(tmp_path)
+    model = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, n_positions=64)
+    prompt = LEVEL.encode("世界😀")[:-1]
+    bias = {prompt[-1] + 1: 4.0}  # some bytes that go on in a character
+    options = dict(top_k=0, seed=3, logit_bias=bias)
+    steps = list(model.stream([prompt], 60, **options))
+    answer = [int(step.tokens[0]) for step in steps]
+    joined = "".join(step.text[0] for step in steps)
+    assert joined == added(LEVEL, prompt, answer)
+    stop = joined[:2]
+    ended = list(model.stream([prompt], 60, stop_strings=stop, **options))
+    assert "".join(step.text[0] for step in ended).startswith(stop)
+    assert len(ended) < len(steps)
 
 
 def test_an_answer_cut_inside_a_character_ends_in_what_stands_for_one() -> None:

@@ -182,8 +182,8 @@ def _check_goes_on(session: Session, mask: np.ndarray, shape: tuple[int, ...]) -
 def _check_positions(positions: Any, mask: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises InputError for position_ids other than each row's own count of its real tokens."""
     ours_bt, real_bt = (mask.cumsum(-1) - 1)[:, -shape[1] :], mask[:, -shape[1] :]
-    given_bt = np.asarray(plain(positions))
-    if given_bt.shape not in (shape, (1, shape[1]), shape[1:]) or (given_bt != ours_bt)[real_bt].any():
+    theirs_bt = np.asarray(plain(positions))
+    if theirs_bt.shape not in (shape, (1, shape[1]), shape[1:]) or (theirs_bt != ours_bt)[real_bt].any():
         raise InputError("position_ids must count each row's real tokens from 0; leave them out to have that")
 
 

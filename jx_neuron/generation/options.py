@@ -1,7 +1,7 @@
 """What a user may ask of `sample` and `stream`, and what that comes to for one call."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict
@@ -125,8 +125,8 @@ def request(
 
 
 def _stop_strings(strings: Any) -> Sequence[str]:
-    several = [strings] if isinstance(strings, str) else [] if strings is None else strings
-    if not isinstance(several, Sequence) or not all(isinstance(one, str) and one for one in several):
+    several = [strings] if isinstance(strings, str) or not isinstance(strings, Iterable | None) else list(strings or ())
+    if not all(isinstance(one, str) and one for one in several):
         raise InputError(
             f"stop_strings={shown(strings)} is not legal; it takes a text, or a list of several, none of them empty"
         )
@@ -175,14 +175,14 @@ def _processors(options: Options, rows: int, vocab_size: int) -> Processors:
     )
 
 
-def _logit_bias(given: Any, vocab_size: int) -> dict[int, float]:
-    if not isinstance(given, Mapping | None):
-        raise InputError(f"logit_bias={shown(given)} is not legal; it takes a mapping of token ids to numbers")
+def _logit_bias(mapping: Any, vocab_size: int) -> dict[int, float]:
+    if not isinstance(mapping, Mapping | None):
+        raise InputError(f"logit_bias={shown(mapping)} is not legal; it takes a mapping of token ids to numbers")
     bias = {
-        integer("a token id of logit_bias", id, least=0, most=vocab_size - 1): real(
+        integer("an id of logit_bias", id, least=0, most=vocab_size - 1): real(
             f"logit_bias[{shown(id)}]", value, least=-math.inf
         )
-        for id, value in (given or {}).items()
+        for id, value in (mapping or {}).items()
     }
     if sum(value == -math.inf for value in bias.values()) == vocab_size:
         raise InputError(f"logit_bias bans each of the {vocab_size} tokens; leave one at least")

@@ -106,7 +106,7 @@ def length_of(sequence_length: Any, width: int, limits: Limits) -> int:
     length = integer("sequence_length", sequence_length)
     if not width <= length <= limits.capacity:
         raise InputError(
-            f"sequence_length={length} must be from {width}, the width of the prompt, to {limits.capacity}, "
+            f"sequence_length={shown(length)} must be from {width}, the width of the prompt, to {limits.capacity}, "
             "the n_positions that the model was made for"
         )
     return length
@@ -160,7 +160,7 @@ def check_end(end: int, capacity: int) -> None:
     """Raises InputError where a sequence of `end` positions does not fit."""
     if end > capacity:
         raise InputError(
-            f"{end} positions were asked for, and the model was made for n_positions={capacity}; "
+            f"{shown(end)} positions were asked for, and the model was made for n_positions={capacity}; "
             "ask for fewer, or make the model with a larger n_positions"
         )
 
