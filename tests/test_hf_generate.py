@@ -222,6 +222,9 @@ def test_what_cannot_be_had_is_refused(pair: Pair, ids: torch.Tensor) -> None:
         pair.ours.generate(ids, num_beams=5, max_new_tokens=3, pad_token_id=0)
     with pytest.raises(InputError, match="n_positions=64"):
         pair.ours.generate(ids, max_new_tokens=70, do_sample=False, pad_token_id=0)
+    for mask in (torch.ones_like(ids)[:, 1:], torch.ones_like(ids)[:1], torch.full_like(ids, 2)):
+        with pytest.raises(InputError, match="attention_mask"):
+            pair.ours.generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0)
     with pytest.raises(InputError, match="output_attentions"):
         pair.ours.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True, pad_token_id=0)
 

@@ -92,12 +92,14 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         return torch.float32
 
     def generate(self, inputs: torch.Tensor | None = None, *others: Any, **options: Any) -> Any:
-        """HF's, of the same arguments. Raises InputError for a prompt that the model cannot take."""
+        """HF's, of the same arguments. Raises InputError for a prompt or a mask that the model cannot take."""
         if options.get("inputs_embeds") is not None:
             raise InputError("inputs_embeds: this model takes token ids alone; give input_ids")
         ids = options.get("input_ids") if inputs is None else inputs
         if ids is not None:
-            self._ids(ids)
+            shape = self._ids(ids).shape
+            if (mask := options.get("attention_mask")) is not None:
+                prompts.mask_of(mask, shape)
         return super().generate(inputs, *others, **options)
 
     def can_generate(self) -> bool:
