@@ -217,14 +217,13 @@ class Session:
         self._kept = LOST
         tensor = engine.first_not_finite()
         why = (
-            f"tensor {tensor}: load a sound checkpoint"
+            f"so does tensor {tensor}: load a sound checkpoint"
             if tensor
-            else "no tensor of the model, so that a sum grew beyond what the dtype holds: "
-            "make the model with amp='bf16' or 'f32'"
+            else "no tensor of the model does: a sum grew beyond what the dtype holds. "
+            "Make the model with amp='bf16' or 'f32'"
         )
         raise NonFiniteError(
-            f"the logits of row {int(np.argmin(finite_n))} hold a number that is not finite (NaN or infinity), and so "
-            f"does {why}"
+            f"the logits of row {int(np.argmin(finite_n))} hold a number that is not finite (NaN or infinity), and {why}"
         )
 
     def reorder(self, index_n: np.ndarray) -> None:
