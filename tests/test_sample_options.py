@@ -503,6 +503,7 @@ def test_numbers_beyond_the_vocabulary_or_32_bits_are_all_of_it(model, ids) -> N
         assert ((tokens >= 0) & (tokens < tiny.VOCAB)).all()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_tokens_may_be_banned(model, hf, ids) -> None:
     """The others keep their distribution."""
     banned = sorted({int(token) for token in of_hf(hf, ids)[:, WIDTH:].ravel()})
