@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from jx_neuron.arguments import shown
+from jx_neuron.arguments import integers, shown
 from jx_neuron.checkpoint import Checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.deploy import Settings
@@ -53,10 +53,14 @@ class Answering:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a row, by the GenerationConfig, else generation_config.json, else config.json."""
+        """The tokens that end a row, by the GenerationConfig, else generation_config.json, else config.json.
+
+        Ids that the vocabulary does not have, such as -1, are left out.
+        """
         of_config = self.generation_config.eos_token_id if self.generation_config else None
         given = self.settings.generation.get("eos_token_id") if of_config is None else of_config
-        return () if given is None else tuple(np.atleast_1d(given).tolist())
+        ids = () if given is None else np.atleast_1d(given).tolist()
+        return tuple(id for id in ids if 0 <= id < self.settings.vocab_size)
 
     @property
     def hf_generation_config(self) -> dict[str, Any] | None:
@@ -187,7 +191,8 @@ class Answering:
 
         The model takes a copy: what is assigned to `generation_config` later takes another call.
 
-        Raises ConfigError where the model was made with one that is not dynamic.
+        Raises ConfigError where the model was made with one that is not dynamic, and for an end token that the
+        vocabulary does not have.
         """
         if not isinstance(generation_config, GenerationConfig):
             raise ConfigError(f"it takes a jx_neuron.GenerationConfig, and this is {shown(generation_config)}")
@@ -196,7 +201,13 @@ class Answering:
                 "the model was made with a GenerationConfig that is not dynamic; "
                 "make it with on_device_generation=GenerationConfig(dynamic=True, …) to change it later"
             )
-        self.generation_config = copy.copy(generation_config)
+        self.generation_config = self._own(generation_config)
+
+    def _own(self, config: GenerationConfig) -> GenerationConfig:
+        if config.eos_token_id is not None:
+            most = self.settings.vocab_size - 1
+            integers("eos_token_id", config.eos_token_id, least=-1, most=most, error=ConfigError)
+        return copy.copy(config)
 
     @property
     def most_prompts(self) -> int:

@@ -164,7 +164,8 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         start_ids = [width - len(row) for row in rows]
         ids = [[0] * (width - len(row)) + row for row in rows]
         how: dict[str, Any] = asked if drawn else dict(top_k=1)
-        ends = [id for id in (self.tokenizer.eos_token_id, *self.model.eos_token_ids) if id is not None]
+        legal = range(self.model.settings.vocab_size)
+        ends = [id for id in (self.tokenizer.eos_token_id, *self.model.eos_token_ids) if id in legal]
         texts = [""] * len(rows)
         ended_b = np.zeros(len(rows), bool)
         steps = self.model.stream(

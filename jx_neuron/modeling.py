@@ -1,6 +1,5 @@
 """What a user holds: a decoder with its weights, made from a checkpoint, and asked for tokens or logits."""
 
-import copy
 import dataclasses
 import os
 import threading
@@ -62,7 +61,8 @@ class NeuronAutoModelForCausalLM(Answering):
         self._deployment: Deployment | None = saved.deployment if saved else None
         self._engine: Engine | None = None
         self._making, self._last = threading.RLock(), threading.local()
-        self.generation_config = copy.copy(neuron_config.on_device_generation)
+        generation_config = neuron_config.on_device_generation
+        self.generation_config = None if generation_config is None else self._own(generation_config)
 
     @classmethod
     def from_pretrained(

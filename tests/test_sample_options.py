@@ -278,6 +278,12 @@ def test_generation_configs(folder, hf, ids) -> None:
         GenerationConfig(top_k=[1, 20])
     with pytest.raises(ConfigError, match=r"takes a jx_neuron\.GenerationConfig"):
         made(dynamic=True).update_generation_config(transformers.GenerationConfig())
+    for ids_of_ends in (101, [7, 101]):
+        with pytest.raises(ConfigError, match=r"eos_token_id=101 .* from -1 to 100"):
+            made(eos_token_id=ids_of_ends)
+        with pytest.raises(ConfigError, match=r"eos_token_id=101 .* from -1 to 100"):
+            made(dynamic=True).update_generation_config(GenerationConfig(dynamic=True, eos_token_id=ids_of_ends))
+    assert made(eos_token_id=-1).eos_token_ids == ()
     steady = made(do_sample=True, deterministic=True, top_k=20)
     first = steady.sample(ids, LENGTH)
     np.testing.assert_array_equal(first, steady.sample(ids, LENGTH, seed=1))
@@ -441,6 +447,8 @@ def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> 
         (dict(eos_token_override=2.0), r"eos_token_override=2\.0"),
         (dict(eos_token_override="2"), "eos_token_override='2'"),
         (dict(eos_token_override=[1, NAN]), "eos_token_override=nan"),
+        (dict(eos_token_override=[1, 101]), "eos_token_override=101 .* from -1 to 100"),
+        (dict(eos_token_override=-2), "eos_token_override=-2"),
         (dict(top_k=2.5), r"top_k=2\.5"),
         (dict(top_k=[1, 2.0]), r"top_k=2\.0"),
         (dict(top_k=True), "top_k=True"),
@@ -495,6 +503,7 @@ def test_numbers_beyond_the_vocabulary_or_32_bits_are_all_of_it(model, ids) -> N
         assert ((tokens >= 0) & (tokens < tiny.VOCAB)).all()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_tokens_may_be_banned(model, hf, ids) -> None:
     """The others keep their distribution."""
     banned = sorted({int(token) for token in of_hf(hf, ids)[:, WIDTH:].ravel()})

@@ -109,7 +109,7 @@ def request(
     by = fallback or GenerationConfig(do_sample=True)
     processors = _processors(options, rows, vocab_size)
     if (override := options.get("eos_token_override")) is not None:
-        eos = [id for id in integers("eos_token_override", override, least=-1) if id >= 0]
+        eos = [id for id in integers("eos_token_override", override, least=-1, most=vocab_size - 1) if id >= 0]
     if logprobs is not None:
         logprobs = integer("logprobs", logprobs, least=0, most=vocab_size)
     return Request(
