@@ -223,7 +223,8 @@ class Session:
             "Make the model with amp='bf16' or 'f32'"
         )
         raise NonFiniteError(
-            f"the logits of row {int(np.argmin(finite_n))} hold a number that is not finite (NaN or infinity), and {why}"
+            f"the logits of row {int(np.argmin(finite_n))} hold a number that is not finite (NaN or infinity), "
+            f"and {why}"
         )
 
     def reorder(self, index_n: np.ndarray) -> None:
