@@ -179,7 +179,7 @@ def test_every_family_is_tested() -> None:
         ("llama", {"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 should be a number from 1.1754944e-38 to 3.4028234e[+]38"),
         ("llama", {"rms_norm_eps": 10**5000}, "rms_norm_eps=an integer of thousands of digits should be a number"),
         ("llama", {"vocab_size": 2**31}, "vocab_size=2147483648 should be a number from 1 to 2147483647"),
-        ("llama", {"hidden_act": "x" * 10**6}, "hidden_act='x+\.\.\.x+' is not supported"),
+        ("llama", {"hidden_act": "x" * 10**6}, r"hidden_act='x+\.\.\.x+' is not supported"),
         (
             "llama",
             {"layer_types": ["full_attention", "mamba"]},
