@@ -59,8 +59,6 @@ MAKERS = pytest.mark.parametrize("make", [from_pretrained, from_config, from_mod
         (dict(context_length_estimate=10**9), "context_length_estimate=1000000000 is not legal"),
         (dict(batch_size=4, prompt_batch_size=10**9), "prompt_batch_size=1000000000 goes with one batch_size that"),
         (dict(batch_size=True), "batch_size=True is not legal"),
-        (dict(neuron_config=NeuronConfig(compilation_worker_count=0)), "compilation_worker_count=0 is not legal"),
-        (dict(neuron_config=NeuronConfig(compilation_worker_count="two")), "compilation_worker_count='two' is not"),  # type: ignore[arg-type]
         (dict(tp_degree=3, neuron_config=NeuronConfig(strict_sharding=True)), "tp_degree=3 does not divide the 4"),
     ],
     ids=str,
