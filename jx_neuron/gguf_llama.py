@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from jx_neuron.arguments import shown
 from jx_neuron.errors import CheckpointError
 from jx_neuron.gguf_format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load
 from jx_neuron.parsing import AGAIN, MOST_INT, typed
@@ -114,7 +115,7 @@ def llama_config(file: GGUF) -> dict[str, Any]:
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
-            f"{file.path}: a GGUF file of architecture {architecture!r}; legal is 'llama'. "
+            f"{file.path}: a GGUF file of architecture {shown(architecture)}; legal is 'llama'. "
             "Use the model's Hugging Face checkpoint (safetensors)."
         )
     if "token_embd.weight" not in file.entries:
@@ -140,7 +141,7 @@ def llama_config(file: GGUF) -> dict[str, Any]:
         if value not in HARMLESS.get(key, ()):
             why = f"legal is {HARMLESS[key][0]!r}" if key in HARMLESS else "HF's Llama has nothing like it"
             raise CheckpointError(
-                f"{file.path}: llama.{key} = {value!r} is not supported: {why}. "
+                f"{file.path}: llama.{key} = {shown(value)} is not supported: {why}. "
                 "Use the model's Hugging Face checkpoint."
             )
     return {

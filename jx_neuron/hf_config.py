@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+from jx_neuron.arguments import shown
 from jx_neuron.errors import ConfigError
 
 __all__ = ["INERT", "ONLY", "HFConfig", "divisible", "one_of"]
@@ -52,6 +53,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "transformers_weights": (None,),
 }
 _MOST_LAYERS = 1000  # the deepest public decoders have some 130; building this many takes seconds
+_MOST_NAMES = 60  # in a warning, and their letters
 _INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
 _FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
 # what HF's configs and their attribute_map call the number of layers, and the longest sequence
@@ -116,6 +118,11 @@ class HFConfig:
         """The values of the fields that HF calls one of `names`."""
         fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return (getattr(self, fields[name]) for name in names if name in fields)
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """Names of entries within fields that HF does not read."""
+        return ()
 
     @property
     def rotations(self) -> tuple[int, bool] | None:
@@ -192,9 +199,10 @@ class HFConfig:
             raise ConfigError(
                 f"{cls.MODEL_TYPE}: {config.layers} layers are too many; at most {_MOST_LAYERS} are built"
             )
-        if ignored:
-            names = ", ".join(map(shown, sorted(ignored)))
-            message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}"
+        if ignored := [*ignored, *config.unread]:
+            names = ", ".join(repr(name[:_MOST_NAMES]) for name in sorted(ignored)[:_MOST_NAMES])
+            more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
+            message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}{more}"
             warnings.warn(message, UserWarning, stacklevel=2)
         return config
 
@@ -215,15 +223,6 @@ def in_range(name: str, value: Any, least: float, most: float) -> None:
     """Raises ConfigError unless `value` is an integer or a float from `least` to `most`, which NaN is not."""
     if type(value) not in (int, float) or not least <= value <= most:
         raise ConfigError(f"{name}={shown(value)} should be a number from {least:.10g} to {most:.10g}")
-
-
-def shown(value: object, most: int = 200) -> str:
-    """`value` as an error message has it, cut short."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or deep nesting
-        return f"({type(value).__name__})"
-    return text if len(text) <= most else text[:most] + "…"
 
 
 def one_of(model_type: str, field: str, value: object, legal: Mapping[str, object]) -> None:

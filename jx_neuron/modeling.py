@@ -464,8 +464,6 @@ def _check_plan(decoder: "Decoder", settings: Settings, backend: str, neuron_con
     from jx_neuron import planning
     from jx_neuron.planning import limits
 
-    if neuron_config.compilation_worker_count is not None:
-        integer("compilation_worker_count", neuron_config.compilation_worker_count)
     limits.check_degree(decoder, settings.tp_degree)
     if neuron_config.strict_sharding:
         decoder.padding.demand_exact()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from jx_neuron.arguments import shown
 from jx_neuron.errors import CheckpointError, JxNeuronError
 from jx_neuron.pages import uncollected
 
@@ -85,10 +86,5 @@ def typed(
         if first["type"] == "missing":
             raise error(f"{name} lacks {field}; {AGAIN}.") from raised
         says = (e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1])
-        value, legal = _short(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(says))
+        value, legal = shown(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(says))
         raise error(f"{name}: {field} is {value}; legal is {legal}; mend it, or {AGAIN}.") from raised
-
-
-def _short(value: Any, most: int = 60) -> str:
-    text = repr(value[:most] if isinstance(value, str | list) else value)
-    return text if len(text) <= most else f"{text[:most]}…"

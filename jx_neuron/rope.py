@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jx_neuron.arguments import shown
 from jx_neuron.errors import ConfigError
-from jx_neuron.hf_config import in_range, shown
+from jx_neuron.hf_config import in_range
 from jx_neuron.nn import Span
 from jx_neuron.products import once
 
@@ -84,8 +85,10 @@ class RopeScaling:
     `r` is the size of a head. `rope_theta` and `original_max_position_embeddings` are the config's own: the first
     stands in where `parameters` has none, the second goes before that of `parameters`, as in HF.
 
-    Raises ConfigError for a `rope_type` that HF does not have for Llama, for keys missing from it or foreign to
-    it, and for values that it cannot have.
+    `unread` names the keys of `parameters` that HF does not read for their `rope_type`.
+
+    Raises ConfigError for a `rope_type` that HF does not have for Llama, for keys missing from it, and for values that
+    it cannot have.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class RopeScaling:
     ):
         p = {key: value for key, value in parameters.items() if value is not None}
         self.kind, self.r, self.max_positions = p.get("rope_type", p.get("type", "default")), r, max_position_embeddings
-        p |= self._checked(p)
+        p = self._checked(p)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
         in_range("rope_theta", rope_theta, *_NUMBERS)
@@ -117,19 +120,18 @@ class RopeScaling:
         limits = {"dynamic": (self.max_positions, True), "longrope": (self.original, False)}
         return limits.get(self.kind)
 
-    def _checked(self, p: Mapping[str, Any]) -> dict[str, float]:
-        """The numbers of `p` as floats, but for lists."""
+    def _checked(self, p: dict[str, Any]) -> dict[str, Any]:
+        """The keys of `p` that `kind` has, with numbers as floats but for lists; the others' names go to `unread`."""
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
             raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
         needed, optional = _KEYS[kind]
         if missing := needed - set(p):
             raise ConfigError(f"rope_type {kind!r} needs {', '.join(sorted(missing))} in rope_parameters")
-        if foreign := set(p) - needed - optional - _ANY:
-            raise ConfigError(
-                f"rope_type {kind!r} has no {', '.join(sorted(foreign))}; "
-                f"rope_parameters may hold {', '.join(sorted(needed | optional)) or 'rope_theta alone'}"
-            )
+        self.unread = sorted(set(p) - needed - optional - _ANY)
+        if nested := next((key for key in self.unread if isinstance(p[key], dict)), None):
+            raise ConfigError(f"rope_parameters: {shown(nested)} is an object; legal is one for all layers, of numbers")
+        p = {key: p[key] for key in set(p).difference(self.unread)}
         for key in _LISTS & set(p):
             if not isinstance(p[key], list) or len(p[key]) != r // 2:
                 raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
@@ -146,7 +148,7 @@ class RopeScaling:
             raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
         if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
-        return {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
+        return p | {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
 
     def __call__(self, at: Span) -> Rotation:
         base = inverse_frequencies(self.r, self.theta)

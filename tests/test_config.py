@@ -100,6 +100,7 @@ def test_a_neuron_config_is_hashed_as_it_is_compared() -> None:
         dict(strict_sharding=None),
         dict(compilation_worker_count=0),
         dict(compilation_worker_count=1.5),
+        dict(compilation_worker_count="two"),
         dict(padding_side=["left"]),
         dict(group_query_attention=["replicated-heads"]),
     ],

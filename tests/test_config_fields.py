@@ -215,6 +215,14 @@ def test_planning_warns_once() -> None:
     assert len(caught) == 1
 
 
+def test_a_warning_is_short_however_many_fields_there_are() -> None:
+    fields = {f"{i:05}" + "x" * 1000: 1 for i in range(10_000)}
+    rope = {f"{i:05}": 1 for i in range(10_000)}
+    with pytest.warns(UserWarning, match="'00000x.*'00059x{55}' and 19940 more$") as caught:
+        family("llama").Config.from_hf({**fields, "rope_scaling": rope})
+    assert len(str(caught[0].message)) < 5000
+
+
 # what HF's code looks for in a config that has none of it, and that changes nothing
 HARMLESS = {
     "__deepcopy__": "of Python",

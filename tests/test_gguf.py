@@ -404,3 +404,8 @@ def test_all_but_bin_without_torch(tmp_path):
     open_checkpoint(path).save_tokenizer(folder)
     expected = f"{bpe().encode('The year 2024').ids}\n"
     assert run(WITHOUT_TORCH, path, folder) == 2 * expected
+
+
+def test_a_long_value_is_cut_short_in_the_error(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", edit=lambda w: w.add_array("llama.logit_scale", [1.0] * 100_000))
+    assert len(refused(path, "llama.logit_scale = [1.0, 1.0", "...", "is not supported")) < 500

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotate
 
 from jx_neuron.errors import ConfigError
+from jx_neuron.models.llama import Config
 from jx_neuron.nn import Span, span
 from jx_neuron.rope import RopeScaling, inverse_frequencies, rope_half, rope_interleaved, rotation
 
@@ -79,6 +80,29 @@ def test_older_configs_agree_with_hf(name: str, key: str) -> None:
     check(RopeScaling(older, HEAD, 64, 3e4), theirs)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "unread"),
+    [
+        ({"factor": 2.0}, ["factor"]),
+        ({"rope_type": "linear", "factor": 2.0, "attention_factor": 3.0, "beta": None}, ["attention_factor"]),
+        ({"type": "dynamic", "factor": 2.0, "alpha": "x", "mscale": 0.7}, ["alpha", "mscale"]),
+        (PARAMETERS["yarn"] | {"low_freq_factor": 9.0, "extension": 1.0}, ["extension", "low_freq_factor"]),
+        (
+            LONGROPE | {"short_mscale": 1.5, "long_mscale": 1.5, "mscale": 0.7},
+            ["long_mscale", "mscale", "short_mscale"],
+        ),
+        (LLAMA3 | {"attention_factor": 3.0, "short_factor": [2.0]}, ["attention_factor", "short_factor"]),
+    ],
+)
+def test_what_hf_does_not_read_is_ignored_in_one_warning(parameters: dict, unread: list[str]) -> None:
+    check(RopeScaling(parameters, HEAD, 64), hf_config(rope_scaling=dict(parameters)))
+    with pytest.warns(UserWarning, match="that HF does not read are ignored: ") as caught:
+        Config.from_hf({"hidden_size": 4 * HEAD, "num_attention_heads": 4, "rope_scaling": parameters})
+    names = ", ".join(f"'rope_parameters.{key}'" for key in unread)
+    (warning,) = map(str, (one.message for one in caught))
+    assert warning == f"llama: fields of config.json that HF does not read are ignored: {names}"
+
+
 def test_the_configs_own_original_length_goes_first() -> None:
     parameters = LLAMA3 | {"original_max_position_embeddings": 16}
     theirs = hf_config(rope_parameters=dict(parameters), original_max_position_embeddings=32)
@@ -141,8 +165,10 @@ def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
         ({"type": "su"}, "'su' is not supported"),
         ({"rope_type": "linear"}, "'linear' needs factor"),
         ({"rope_type": "linear", "factor": None}, "'linear' needs factor"),
-        ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "has no low_freq_factor"),
-        ({"factor": 2.0}, "'default' has no factor"),
+        (
+            {"full_attention": {"rope_type": "linear", "factor": 2.0}},
+            "'full_attention' is an object.*one for all layers",
+        ),
         ({"rope_type": "llama3", "factor": 8.0}, "needs high_freq_factor, low_freq_factor"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor greater than its low_freq_factor"),
         (LONGROPE | {"short_factor": [1.0]}, "short_factor should be 8 numbers"),

@@ -56,7 +56,8 @@ class Config(HFConfig):
         if self.head_dim is None:
             divisible("llama", "hidden_size", self.hidden_size, "num_attention_heads", n)
         divisible("llama", "num_attention_heads", n, "num_key_value_heads", k)
-        divisible("llama", "head_dim", h, "the pair that is rotated", 2)
+        if h % 2:
+            raise ConfigError(f"llama: the head size {h} is odd, and RoPE rotates pairs; set an even head_dim")
         if self.rope_scaling and self.rope_parameters and self.rope_scaling != self.rope_parameters:
             raise ConfigError("llama: rope_scaling and rope_parameters differ; keep the one that is meant")
         _ = self.rope
@@ -81,6 +82,10 @@ class Config(HFConfig):
     @property
     def max_positions(self) -> None:
         return None
+
+    @property
+    def unread(self) -> list[str]:
+        return [f"rope_parameters.{key}" for key in self.rope.unread]
 
     @property
     def rotations(self) -> tuple[int, bool] | None:
