@@ -52,7 +52,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "text_encoder": (None,),
     "transformers_weights": (None,),
 }
-_MOST_LAYERS = 1000  # the deepest public decoders have some 130; building this many takes seconds
+_MOST_LAYERS = 500  # the deepest public decoders have some 130; building this many takes seconds
 _MOST_NAMES = 60  # in a warning, and their letters
 _INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
 _FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32

@@ -45,7 +45,7 @@ def refusal(folder: Path, to: Path, fields: dict[str, Any]) -> JxNeuronError:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_that_are_not_there(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    for layers in (3, 1000):
+    for layers in (3, 500):
         error = refusal(folders[name], tmp_path, {LAYERS[name]: layers})
         assert isinstance(error, CheckpointError)
         assert f"the config calls for {layers} layers and the checkpoint has 2" in str(error)
