@@ -15,6 +15,7 @@ from mutations import limits
 from tiny import CONFIGS, greedy, model, prompts, saved
 
 from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron.arguments import shown
 from jx_neuron.errors import CheckpointError, ConfigError, JxNeuronError
 
 LAYERS = {"gpt2": "n_layer", "gptj": "n_layer", "llama": "num_hidden_layers", "opt": "num_hidden_layers"}
@@ -49,7 +50,7 @@ def test_layers_that_are_not_there(name: str, folders: dict[str, Path], tmp_path
         error = refusal(folders[name], tmp_path, {LAYERS[name]: layers})
         assert isinstance(error, CheckpointError)
         assert f"the config calls for {layers} layers and the checkpoint has 2" in str(error)
-    for layers in (1001, 10**9, 2**31 - 1, 10**50):
+    for layers in (501, 10**9, 2**31 - 1, 10**50):
         error = refusal(folders[name], tmp_path, {LAYERS[name]: layers})
         assert isinstance(error, ConfigError)
     error = refusal(folders[name], tmp_path, {LAYERS[name]: 1})
@@ -68,21 +69,21 @@ def test_sizes_that_are_not_there(name: str, field: str, folders: dict[str, Path
                 rf"tensor \S+ has shape .* calls for|{field}={claimed}|by {field}|is not divisible", message
             ), message
         else:
-            assert f"{field}={claimed} should be a number from 1 to 2147483647" in message
+            assert f"{field}={shown(claimed)} should be a number from 1 to 2147483647" in message
 
 
 def test_a_headless_checkpoint_too(folders: dict[str, Path], tmp_path: Path) -> None:
     base = transformers.AutoModel.from_pretrained(folders["opt"])
     base.save_pretrained(tmp_path / "base")
     (tmp_path / "changed").mkdir()
-    error = refusal(tmp_path / "base", tmp_path / "changed", {"num_hidden_layers": 900})
-    assert "calls for 900 layers and the checkpoint has 2" in str(error)
+    error = refusal(tmp_path / "base", tmp_path / "changed", {"num_hidden_layers": 400})
+    assert "calls for 400 layers and the checkpoint has 2" in str(error)
 
 
 @pytest.mark.parametrize(
     ("key", "claimed"),
     [
-        ("block_count", 900),
+        ("block_count", 400),
         ("block_count", 2**31),
         ("embedding_length", 2**31 - 64),
         ("feed_forward_length", 2**31),
