@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates beside the default one
 READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
 INDEX = ".index.json"
 LAYOUTS: Mapping[str, str] = {  # in order of preference: the file that is there, and the shards that go with it
@@ -315,7 +316,15 @@ def _auto_tokenizer(folder: Path) -> Any:
             "Use token ids, or copy the tokenizer's files there."
         )
     config = read_json_file(folder / CONFIG)
-    return load_tokenizer(folder, config, lambda into: [shutil.copy(file, into) for file in files])
+
+    def save_files(into: Path) -> None:
+        for file in files:
+            shutil.copy(file, into)
+        for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja"):
+            (into / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            shutil.copy(file, into / NAMED_TEMPLATES)
+
+    return load_tokenizer(folder, config, save_files)
 
 
 def _wanted(repo: str, files: Collection[str]) -> list[str]:

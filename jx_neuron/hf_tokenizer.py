@@ -35,6 +35,8 @@ def load_tokenizer(
             save_files(Path(folder))
             plain = {name: value for name, value in config.items() if name != AUTO_MAP}
             Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            for path in Path(folder).glob("*config.json"):
+                _check_class(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class"))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type are noticed only in use
         except (JxNeuronError, KeyboardInterrupt, SystemExit):
@@ -63,6 +65,21 @@ def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointE
             "own, which is never run here. Use token ids, or read that code, run it yourself, and copy there what its "
             "`save_pretrained` writes: a tokenizer.json, and a tokenizer_config.json without that field."
         ) from raised
+
+
+def _check_class(name: str | None) -> None:
+    """Raises ValueError for a tokenizer_class that is none: AutoTokenizer takes any name in transformers for one.
+
+    AutoProcessor, named so, would ask on the terminal whether to run the checkpoint's code.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named = tokenizer_class_from_name(name) if name else None
+    if named is None or getattr(named, "is_dummy", False):  # a dummy says which library its class needs
+        return
+    if not (isinstance(named, type) and issubclass(named, PreTrainedTokenizerBase)):
+        raise ValueError(f"its tokenizer_class, {name!r}, is no tokenizer.")
 
 
 def _is_refusal(raised: BaseException) -> bool:

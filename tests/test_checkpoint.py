@@ -35,6 +35,20 @@ def test_safetensors(tmp_path):
     assert checkpoint.path == checkpoint.folder == tmp_path
 
 
+def test_safetensors_of_our_own(tmp_path):
+    """Every dtype, with one of an odd size before wider ones, a scalar and an empty one."""
+    arrays = {f"{kind}.a": np.arange(3).astype(dtype) for kind, dtype in tensor_files.SAFETENSORS_DTYPES.items()}
+    arrays |= {"scalar": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.int16), "b": TENSORS["h.1.weight"]}
+    tensor_files.write_safetensors(tmp_path / "m.safetensors", arrays)
+    read = safetensors.numpy.load_file(tmp_path / "m.safetensors")
+    ours = tensor_files.safetensors_file(tmp_path / "m.safetensors")
+    assert set(read) == set(ours) == set(arrays)
+    for name, array in arrays.items():
+        for other in (read[name], ours[name].load()):
+            assert (other.dtype, other.shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(other, array)
+
+
 def test_safetensors_index(tmp_path):
     write_shards(tmp_path, safetensors.numpy.save_file, "model", "safetensors")
     assert_holds(open_checkpoint(str(tmp_path)), TENSORS)

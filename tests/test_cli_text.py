@@ -112,6 +112,7 @@ def templated(folder: Path, template: str | dict[str, str], tmp_path: Path) -> P
         ("{% for message in messages %}", "Unexpected end of template"),
         ("{{ messages[7].content }}", "no element 7"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
         ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "no default"),
     ],
 )

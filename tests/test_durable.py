@@ -17,7 +17,6 @@ from filelock import FileLock
 
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering import artifact, compile_cache, durable
-from jx_neuron.lowering.compile_cache import CompilerError
 
 
 def save(folder: Path, content: str) -> Path:
@@ -95,7 +94,7 @@ for _ in range(20):
         try:
             print(content_of(folder))
         except ArtifactError as error:  # its files are read one by one
-            assert "altered" in str(error) or "missing" in str(error) or "replaced" in str(error), error
+            assert any(word in str(error) for word in ("altered", "missing", "replaced", "No such file")), error
     else:
         save(folder, mine)
 """
@@ -137,7 +136,7 @@ def test_a_full_disk(folder: Path, full_disk: None) -> None:
 
 
 def test_a_compile_cache_on_a_full_disk(tmp_path: Path, full_disk: None) -> None:
-    with pytest.raises(CompilerError, match=f"the compile cache {tmp_path} cannot be written .*too large"):
+    with pytest.warns(UserWarning, match=f"cannot be kept in the compile cache {tmp_path}: .*too large"):
         compile_cache.store(tmp_path, "key", b"x" * 2000)
     assert list(tmp_path.iterdir()) == []
     assert compile_cache.load(tmp_path, "key") is None

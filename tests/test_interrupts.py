@@ -180,6 +180,42 @@ def test_nothing_outlives_an_interrupt(code: str, printed: str) -> None:
     assert ended.seconds < PROMPT_SECONDS
 
 
+def test_an_interrupt_of_the_end_itself() -> None:
+    code = """
+import signal, threading
+def again():
+    interrupts._due.set()
+    signal.raise_signal(signal.SIGINT)
+    print("cleaned", flush=True)
+interrupts.at_end.append(again)
+print("begun", flush=True)
+threading.Event().wait()
+"""
+    ended = Running(INSTALLED + code).interrupted(after=0.1)
+    assert (ended.status, ended.printed, ended.errors) == (130, "cleaned\n", "")
+
+
+SYNCING = """
+import hashlib, sys
+from jx_neuron.cli.app import run
+from jx_neuron.lowering import artifact
+def sync(path):
+    if "weights" in path.parts:
+        print("begun", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+artifact.sync = sync
+interrupts.leave(run(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_takes_long_keeps_no_half_of_a_saved_model(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("compile", checkpoint, "--hlo-only", "--n-positions", 16, "-o", tmp_path / "out")
+    ended = Running(INSTALLED + SYNCING, *arguments).interrupted(after=0.1)
+    assert (ended.status, ended.errors) == (130, "")
+    assert ended.seconds < PROMPT_SECONDS
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_interrupt_does_not_break_off_the_cleaning_up() -> None:
     code = """
 import time

@@ -13,6 +13,7 @@ import tiny
 from checkpoints import bpe, llama_state, write_gguf
 
 from jx_neuron import LlamaForSampling
+from jx_neuron.errors import CheckpointError
 from jx_neuron.testing import parity
 
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
@@ -87,6 +88,20 @@ def test_a_tokenizer_of_transformers_own_is_loaded_beside_code(checkpoint: Path,
     assert answer(folder) == "ids [65, 66]\n"
     assert parity(folder, lengths=(3,), steps=1).worst < 1e-5
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["AutoProcessor", "AutoProcessorFast", "AutoModel", "RagTokenizer", "pipeline"])
+def test_a_tokenizer_class_that_is_no_tokenizer_is_refused(
+    name: str, file: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    auto_map = {"AutoProcessor": "someone/repo--evil.T", "AutoModel": "someone/repo--evil.T"}
+    amend(folder / "tokenizer_config.json", auto_map=auto_map, tokenizer_class=None)
+    amend(folder / file, tokenizer_class=name)
+    with pytest.raises(CheckpointError, match=f"{folder}: .*its tokenizer_class, '{name}', is no tokenizer"):
+        _ = LlamaForSampling.from_pretrained(folder, **SHAPE).tokenizer
+    assert "[y/N]" not in capfd.readouterr().out
 
 
 def test_code_beside_a_gguf_file_is_not_looked_at(tmp_path: Path) -> None:
@@ -176,7 +191,9 @@ ALLOWED = {
     "__init__.py": {"importlib.import_module": OURS},
     "cli/bench.py": {FROM_PRETRAINED: OWN},
     "cli/compile.py": {FROM_PRETRAINED: OWN},
-    "cli/sample.py": {FROM_PRETRAINED: OWN, ".tokenizer.apply_chat_template": TEMPLATE},
+    "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
+    "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},
+    "cli/sample.py": {FROM_PRETRAINED: OWN},
     "demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
         "subprocess.DEVNULL": "closes its input",
@@ -192,11 +209,13 @@ ALLOWED = {
         ".self.tokenizer.apply_chat_template": TEMPLATE,
     },
     "generation/hf.py": {
+        "torch.Tensor": TENSORS,
         "torch.device": TENSORS,
         "torch.from_numpy": TENSORS,
         "transformers.GenerationConfig": PARTS,
         "transformers.modeling_outputs.CausalLMOutputWithPast": PARTS,
     },
+    "generation/prompts.py": {"torch.iinfo": TENSORS},
     "generation/stopping.py": {"torch.cat": TENSORS, "torch.from_numpy": TENSORS},
     "gguf_tokenizer.py": {
         "transformers.PreTrainedTokenizerFast": PARTS,
@@ -211,7 +230,9 @@ ALLOWED = {
         },
     },
     "hf_tokenizer.py": {
-        "transformers.AutoTokenizer.from_pretrained": "trust_remote_code=False, a folder of data files alone"
+        "transformers.AutoTokenizer.from_pretrained": "trust_remote_code=False, a folder of data files alone",
+        "transformers.PreTrainedTokenizerBase": "is compared with",
+        "transformers.models.auto.tokenization_auto.tokenizer_class_from_name": "finds a class of transformers' own",
     },
     "hub.py": {
         "huggingface_hub.HfApi": "asks the Hub, over TLS, of a repository that the user names",
@@ -252,6 +273,7 @@ ALLOWED = {
         "torch.Tensor": TENSORS,
         "torch.int16": TENSORS,
         "torch.__version__.split": "takes a text apart",
+        "zipfile.ZipFile": "lists where its members are",
         "zipfile.is_zipfile": "looks at the file's end",
     },
     "testing.py": {
@@ -261,6 +283,7 @@ ALLOWED = {
         "torch.from_numpy": TENSORS,
         "torch.inference_mode": TENSORS,
         "transformers.AutoModelForCausalLM.from_pretrained": "trust_remote_code=False",
+        "transformers.core_model_loading.revert_weight_conversion": TENSORS,
     },
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from jx_neuron.cli import options
+from jx_neuron.cli import interrupts, options
 from jx_neuron.cli.terminal import console, fold, tell
 from jx_neuron.errors import CheckpointError
 
@@ -79,8 +79,9 @@ def command(
         jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
     """
     from jx_neuron import deploy
-    from jx_neuron.lowering import artifact, neuronx_cc
+    from jx_neuron.lowering import artifact, durable, neuronx_cc
 
+    interrupts.at_end.append(durable.abandon)
     began = time.perf_counter()
     artifact.check_replaceable(output)
     target = deploy.target_for(target)

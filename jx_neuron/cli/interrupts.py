@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -25,7 +26,10 @@ SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar hides
 
 received = threading.Event()
 """Set once Ctrl-C was pressed."""
+at_end: list[Callable[[], object]] = []
+"""What is called before the process ends, perhaps in another thread than the work that it breaks off."""
 _due = threading.Event()  # the handler is to raise
+_leaving = threading.Event()  # nothing is to raise any more
 _swallowed: queue.SimpleQueue[int] = queue.SimpleQueue()  # the threads whose KeyboardInterrupt was lost
 
 
@@ -47,6 +51,10 @@ def leave(status: int) -> NoReturn:
 
     The interpreter is not torn down: that takes long with JAX, and waits for threads.
     """
+    _leaving.set()
+    for call in at_end:
+        with suppress(Exception):
+            call()
     if received.is_set():
         with suppress(OSError):
             if os.isatty(2):
@@ -57,7 +65,8 @@ def leave(status: int) -> NoReturn:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     received.set()
-    if _due.is_set() and not _importing(frame):  # a second Ctrl-C does not break off the cleaning up after the first
+    # a second Ctrl-C does not break off the cleaning up after the first
+    if _due.is_set() and not _leaving.is_set() and not _importing(frame):
         _due.clear()
         raise KeyboardInterrupt
 

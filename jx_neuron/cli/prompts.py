@@ -88,6 +88,7 @@ def _through_template(tokenizer: Any, text: str) -> str:
     message = {"role": "user", "content": text}
     try:
         asked: str = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        asked.encode()  # raises for half a surrogate pair
     except Exception as error:  # a template is a program of its own, in jinja
         what = str(error) or type(error).__name__
         raise InputError(f"the tokenizer's chat template fails: {what}\nLeave --chat out, or mend it") from error

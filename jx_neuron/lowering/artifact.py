@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.durable import replacing, settle, sync
@@ -43,7 +42,7 @@ from jx_neuron.lowering.manifest import (
     sealed,
 )
 from jx_neuron.parsing import boundary
-from jx_neuron.tensor_files import SAFETENSORS_DTYPES
+from jx_neuron.tensor_files import SAFETENSORS_DTYPES, write_safetensors
 
 if TYPE_CHECKING:  # what runs an artifact has no need of what makes programs
     from jx_neuron.lowering.program import Program
@@ -253,7 +252,7 @@ class _Stage:
         arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         path = f"weights/rank-{rank:02d}.safetensors"
         _check_tensors(parameters, {name: (array.dtype.name, array.shape) for name, array in arrays.items()}, path)
-        return self.put(path, lambda target: save_file(arrays, target))
+        return self.put(path, lambda target: write_safetensors(target, arrays))
 
 
 class _Tensors(Mapping[str, np.ndarray]):
@@ -334,10 +333,10 @@ def _writing(directory: Path) -> Iterator[None]:
     """Has what the disk refuses become an ArtifactError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise ArtifactError(
-            f"{directory} cannot be written ({reason}), and is as it was. Make room there, or choose another folder"
+            f"{directory} cannot be written ({error.strerror or error}), and is as it was. "
+            "Make room there, or choose another folder"
         ) from error
 
 

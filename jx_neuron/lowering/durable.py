@@ -14,6 +14,7 @@ from filelock import FileLock
 
 PATIENCE = 5.0  # seconds for what takes another process microseconds
 NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_unfinished: dict[Path, Path] = {}  # the folder that each lock of this process is for
 
 
 def sync(path: Path) -> None:
@@ -51,6 +52,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     lock.touch()  # raises where a FileLock would wait, as below /proc
     fresh = lock.with_suffix(".tmp")
     with FileLock(lock, timeout=PATIENCE):
+        _unfinished[lock] = folder
         try:
             recover(folder)
             fresh.mkdir()
@@ -62,6 +64,14 @@ def replacing(folder: Path) -> Iterator[Path]:
         finally:
             _clear(folder, lock)
             lock.unlink(missing_ok=True)
+            del _unfinished[lock]
+
+
+def abandon() -> None:
+    """Puts right what this process is in the midst of `replacing`; for the thread that ends it while others work."""
+    for lock, folder in list(_unfinished.items()):
+        _clear(folder, lock)
+        lock.unlink(missing_ok=True)
 
 
 def settle(folder: Path) -> None:
@@ -105,8 +115,7 @@ def recover(folder: Path) -> None:
 
 def _clear(folder: Path, lock: Path) -> None:
     """Takes away what the process of `lock` has put beside `folder`. What it set aside returns if nothing is there."""
-    for suffix in (".tmp", ".gone"):
-        shutil.rmtree(lock.with_suffix(suffix), ignore_errors=True)
+    _discard(lock.with_suffix(".tmp"), lock)
     former = lock.with_suffix(".old")
     if former.exists() and not folder.exists():
         with suppress(OSError):  # another process has just put one there
@@ -116,9 +125,10 @@ def _clear(folder: Path, lock: Path) -> None:
 
 
 def _discard(former: Path, lock: Path) -> None:
-    """Removes a folder under another name, so that what is half removed never looks like one to restore."""
+    """Removes a folder under another name, so that what is half removed never takes the place of a whole one."""
     gone = lock.with_suffix(".gone")
-    with suppress(FileNotFoundError):
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # it is not there, or the disk refuses
         former.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
