@@ -2,13 +2,13 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import Any, Unpack
 
 import numpy as np
 
-from jx_neuron.arguments import integers, shown
+from jx_neuron.arguments import integers, plain, shown
 from jx_neuron.checkpoint import Checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.deploy import Settings
@@ -128,7 +128,7 @@ class Answering:
         shown = np.asarray if isinstance(input_ids, list | tuple) else restore
         try:
             # one call's whole turn, but where code of the user's runs within, which may wait for another thread
-            with self.engine.lock if streamer is None else nullcontext():
+            with nullcontext() if streamer or options.get("stopping_criteria_list") else self.engine.lock:
                 if streamer is not None:
                     streamer.put(shown(tokens[0]))
                 for step in steps:
@@ -168,9 +168,13 @@ class Answering:
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
-        if several and not isinstance(several[0], str) and np.ndim(several[0]) == 0:
+        several = plain(texts)
+        if not isinstance(several, Iterable) or isinstance(several, str | bytes | Mapping | Set):
             several = [texts]
+        else:
+            several = list(several)
+            if several and not isinstance(plain(several[0]), Iterable):
+                several = [several]
         rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in several]
         return [scoring.summary(parts) for parts in self.log_likelihoods(rows, stride=stride)]
 

@@ -16,10 +16,15 @@ FLOAT32 = np.finfo(np.float32)
 def plain(value: Any) -> Any:
     """Arrays and scalars of numpy, jax and torch as lists and numbers of Python; anything else as it is.
 
+    Raises InputError for an array whose data cannot be read, such as torch's of the meta device, or a deleted one.
+
     >>> plain(np.arange(3, dtype=np.int16))
     [0, 1, 2]
     """
-    return value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except RuntimeError as error:
+        raise InputError(f"an array cannot be read: {error}") from error
 
 
 def integer(

@@ -159,6 +159,8 @@ def test_a_closed_or_full_standard_error_hides_no_answer(checkpoint: Path) -> No
     answer = run("sample", checkpoint, "ab", *FEW).stdout
     assert answer
     for redirection in ("2>&-", "2>/dev/full"):
+        whole = streams(redirection, "sample", checkpoint, "ab", *FEW)
+        assert (whole.returncode, whole.stdout) == (0, answer)
         assert streams(redirection, "plan", "gpt2").stdout == streams("", "plan", "gpt2").stdout
         refusal = streams(redirection, "sample", "no/such/model", "x")
         assert (refusal.returncode, refusal.stdout) == (2, "")

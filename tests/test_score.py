@@ -106,6 +106,9 @@ def test_what_cannot_be_scored_is_refused(folder: Path) -> None:
     model = NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=64)
     with pytest.raises(InputError, match="row 1 has no tokens"):
         model.score(["a", ""])
+    for neither in (None, 5, b"abc", {"abc"}, model.tokenizer("abc"), [[[1, 2], [3]]]):
+        with pytest.raises(InputError, match=r"^row 0 "):
+            model.score(neither)
     for stride in (0, 65):
         with pytest.raises(InputError, match=f"stride={stride}"):
             model.score("abc", stride=stride)

@@ -102,6 +102,20 @@ def test_threads_may_make_the_first_call_together(tmp_path: Path) -> None:
         np.testing.assert_array_equal(answer, sample(model, 1))
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_callback_may_wait_for_another_thread(model: GPT2ForSampling, listed: bool) -> None:
+    expected = sample(model, 0)
+    with ThreadPoolExecutor(1) as other:
+
+        def criterion(ids: Any, scores: Any) -> bool:
+            np.testing.assert_array_equal(other.submit(sample, model, 0).result(timeout=60), expected)
+            return False
+
+        criteria = [criterion] if listed else criterion
+        answer = model.sample(prompt(0), 8, top_k=1, stopping_criteria_list=criteria)
+    np.testing.assert_array_equal(answer, expected[:, :8])
+
+
 def test_a_call_goes_on_from_its_own_threads_last_alone(model: GPT2ForSampling) -> None:
     model(prompt(0))
     with ThreadPoolExecutor(1) as other, pytest.raises(InputError, match="begin with the whole prompt"):

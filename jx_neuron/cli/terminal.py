@@ -9,7 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
 import typer
@@ -62,8 +62,12 @@ def _fold_command(command: str, width: int, indent: str) -> list[str]:
 
 
 def tell(text: str, *, err: bool = False) -> None:
-    """Prints a message: folded in a terminal, and one line to a program that reads it."""
-    typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
+    """Prints a message: folded in a terminal, and one line to a program that reads it.
+
+    On standard error it is a courtesy, left out where it cannot be written.
+    """
+    with suppress(OSError) if err else nullcontext():
+        typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
 
 
 def shortened(text: str, most: int = 100) -> str:

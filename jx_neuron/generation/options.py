@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from jx_neuron.arguments import FLOAT32, integer, integers, per_row, real, shown
+from jx_neuron.arguments import FLOAT32, integer, integers, per_row, plain, real, shown
 from jx_neuron.config import READ, GenerationConfig
 from jx_neuron.errors import InputError
 from jx_neuron.generation import draw as drawing
@@ -125,7 +125,8 @@ def request(
 
 
 def _stop_strings(strings: Any) -> Sequence[str]:
-    several = [strings] if isinstance(strings, str) or not isinstance(strings, Iterable | None) else list(strings or ())
+    value = () if strings is None else plain(strings)
+    several = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not all(isinstance(one, str) and one for one in several):
         raise InputError(
             f"stop_strings={shown(strings)} is not legal; it takes a text, or a list of several, none of them empty"

@@ -1,6 +1,6 @@
 """What goes into a model, checked: token ids as users hold them (lists, numpy, jax, torch), and where rows begin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,15 +54,19 @@ def row_of(ids: Any, limits: Limits, name: str = "input_ids") -> np.ndarray:
 
 def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
     """`ids` as an int64 array. Raises InputError unless they are integers of the vocabulary."""
+    if isinstance(ids, Mapping):
+        raise InputError(f"{name} takes token ids, and this is a {type(ids).__name__}; give its ['input_ids']")
     source = ids if isinstance(ids, np.ndarray) else plain(ids)
     try:
         array = np.asarray(source)
         if array.dtype.kind not in "iu":  # integers that 64 bits do not hold, or others
             array = np.asarray(source, object)
-    except (TypeError, ValueError, RuntimeError):
+    except ValueError:
         raise InputError(
             f"{name} has rows of different lengths; pad them, and give start_ids or attention_mask"
         ) from None
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be read: {error}") from error
     if array.dtype == object:
         kinds = {type(id).__name__ for id in array.flat if isinstance(id, bool) or not isinstance(id, int | np.integer)}
         if kinds:
