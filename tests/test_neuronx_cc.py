@@ -214,7 +214,7 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(CompilerError, match=r"jx-neuron\[neuron\].*pip\.repos\.neuron\.amazonaws\.com") as error:
+    with pytest.raises(CompilerError, match=r"neuronx-cc .*pip\.repos\.neuron\.amazonaws\.com") as error:
         compiled("step")
     assert "--hlo-only" in str(error.value)
 

@@ -117,11 +117,13 @@ def _clear(folder: Path, lock: Path) -> None:
     """Takes away what the process of `lock` has put beside `folder`. What it set aside returns if nothing is there."""
     _discard(lock.with_suffix(".tmp"), lock)
     former = lock.with_suffix(".old")
-    if former.exists() and not folder.exists():
-        with suppress(OSError):  # another process has just put one there
-            former.rename(folder)
-    if folder.exists():
-        _discard(former, lock)
+    deadline = time.monotonic() + PATIENCE
+    while former.exists() and time.monotonic() < deadline:  # other processes put one there, and set it aside
+        if folder.exists():
+            _discard(former, lock)
+        else:
+            with suppress(OSError):
+                former.rename(folder)
 
 
 def _discard(former: Path, lock: Path) -> None:

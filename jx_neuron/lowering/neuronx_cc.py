@@ -36,6 +36,7 @@ HLO_FILE, NEFF_FILE = "model.hlo.pb", "model.neff"
 LOG_FILE, OUTPUT_FILE, COMMAND_FILE = "log-neuron-cc.txt", "output.txt", "command.txt"
 TAIL_LINES = 20
 GRACE_SECONDS = 0.5
+_running: set["subprocess.Popen[bytes]"] = set()
 
 _ALIASES = {"-O": "--optlevel", "-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config"}
 _TAKING_A_VALUE = {
@@ -327,6 +328,7 @@ def _workspace(name: str) -> Iterator[Path]:
 @contextmanager
 def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """Ends `process` and all that it started, however the block is left."""
+    _running.add(process)
     try:
         yield
     finally:
@@ -336,6 +338,14 @@ def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _running.discard(process)
+
+
+def abandon() -> None:
+    """Kills the compilers that run, and all that they started; for the thread that ends this process."""
+    for process in list(_running):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _user_flags() -> list[str]:
