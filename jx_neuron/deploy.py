@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.verify import Violation, verify
 from jx_neuron.runtime import Runtime, neuron
 from jx_neuron.runtime.bundle import Bundle, Lowered
+from jx_neuron.temporary import temporary_folder
 
 BACKENDS = ("xla", "host", "neuron")
 
@@ -252,8 +252,8 @@ def save(
     save_tokenizer: Callable[[Path], Sequence[Path]] | None,
 ) -> Path:
     """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and weights where given."""
-    with tempfile.TemporaryDirectory() as folder:
-        extra = {path.name: path.read_bytes() for path in (save_tokenizer(Path(folder)) if save_tokenizer else ())}
+    with temporary_folder() as folder:
+        extra = {path.name: path.read_bytes() for path in (save_tokenizer(folder) if save_tokenizer else ())}
     extra[CONFIG] = json.dumps(dict(config), indent=1).encode()
     settings = deployment.settings.as_dict()
     Settings.from_dict(settings)

@@ -4,13 +4,13 @@ https://huggingface.co/docs/transformers/custom_models
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jx_neuron.errors import CheckpointError, JxNeuronError
+from jx_neuron.temporary import temporary_folder
 
 AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
 
@@ -30,12 +30,12 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="jx-neuron-") as folder, refusing_own_code(home, error):
+    with temporary_folder() as folder, refusing_own_code(home, error):
         try:
-            save_files(Path(folder))
+            save_files(folder)
             plain = {name: value for name, value in config.items() if name != AUTO_MAP}
-            Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
-            for path in Path(folder).glob("*config.json"):
+            (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            for path in folder.glob("*config.json"):
                 _check_class(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class"))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type are noticed only in use
@@ -45,8 +45,8 @@ def load_tokenizer(
             if _is_refusal(raised):
                 raise
             raise error(
-                f"{home}: transformers cannot make a tokenizer of its files: {str(raised).replace(folder, str(home))} "
-                "Use token ids, or copy a tokenizer.json there."
+                f"{home}: transformers cannot make a tokenizer of its files: "
+                f"{str(raised).replace(str(folder), str(home))} Use token ids, or copy a tokenizer.json there."
             ) from raised
     tokenizer.name_or_path = str(home)
     return tokenizer

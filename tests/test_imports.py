@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 # each room may import from its own level and those before it
 LEVELS = [
-    {"errors", "progress", "arguments", "parsing", "pages"},
+    {"errors", "progress", "arguments", "parsing", "temporary", "pages"},
     {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
     | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hf_tokenizer", "hub", "products", "tensor_files"},
     {"models"},

@@ -42,14 +42,14 @@ def test_a_device_takes_them_without_another_copy() -> None:
     pages = Pages()
     values = {name: np.arange(n, dtype=np.float32) for name, n in (("a", 5), ("b", 70_000), ("c", 3))}
     source = Source(list(values), values.__getitem__, lambda path: jax.sharding.PartitionSpec())
-    put = []
+    put: dict[str, np.ndarray] = {}  # two threads call
 
     def kept(name: str, array: np.ndarray) -> np.ndarray:
-        put.append(pages.put(array))
-        return put[-1]
+        return put.setdefault(name, pages.put(array))
 
     placed = source.place(sharding.mesh(1), put=kept)
-    assert [array.unsafe_buffer_pointer() for array in placed.values()] == [copy.ctypes.data for copy in put]
+    addresses = {name: array.unsafe_buffer_pointer() for name, array in placed.items()}
+    assert addresses == {name: array.ctypes.data for name, array in put.items()}
 
 
 @pytest.mark.skipif(

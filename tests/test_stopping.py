@@ -144,6 +144,7 @@ def test_bytes_of_any_kind_are_streamed_as_they_decode_together(ids, split) -> N
 
 
 @settings(max_examples=200, deadline=None)
+@example(text="  ", split=0, ends=set())
 @given(
     text=st.text(st.sampled_from("ab ,好你é😀世\n"), max_size=30),
     split=st.integers(0, 30),

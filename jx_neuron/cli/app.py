@@ -9,9 +9,12 @@ from typing import Any
 
 import typer
 
+from jx_neuron import temporary
 from jx_neuron.cli import bench, check, compile, interrupts, plan, sample
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, shortened, show_usage_error, tell
 from jx_neuron.errors import InputError, JxNeuronError
+
+interrupts.at_end.append(temporary.abandon)
 
 NAME = "jx-neuron"
 COMPLETING = "_JX_NEURON_COMPLETE"

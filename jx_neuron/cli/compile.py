@@ -81,7 +81,7 @@ def command(
     from jx_neuron import deploy
     from jx_neuron.lowering import artifact, durable, neuronx_cc
 
-    interrupts.at_end += [neuronx_cc.abandon, durable.abandon]
+    interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
     artifact.check_replaceable(output)
     target = deploy.target_for(target)

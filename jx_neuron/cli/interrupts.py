@@ -27,7 +27,7 @@ SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar hides
 received = threading.Event()
 """Set once Ctrl-C was pressed."""
 at_end: list[Callable[[], object]] = []
-"""What is called before the process ends, perhaps in another thread than the work that it breaks off."""
+"""What is called before the process ends, the last first. It may be in another thread than the work."""
 _due = threading.Event()  # the handler is to raise
 _leaving = threading.Event()  # nothing is to raise any more
 _swallowed: queue.SimpleQueue[int] = queue.SimpleQueue()  # the threads whose KeyboardInterrupt was lost
@@ -52,7 +52,7 @@ def leave(status: int) -> NoReturn:
     The interpreter is not torn down: that takes long with JAX, and waits for threads.
     """
     _leaving.set()
-    for call in at_end:
+    for call in reversed(at_end):
         with suppress(Exception):
             call()
     if received.is_set():

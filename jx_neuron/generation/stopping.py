@@ -42,8 +42,11 @@ class Detokenizer:
         begin = max(self._out, _alike(self._prompt, text))
         if last or self._is_whole(self._tokens, text):
             end = len(text)
-            # a token of no text is left out; others are what the next are decoded with
-            self._tokens = self._tokens[self._context :] if end > begin else self._tokens[: self._context]
+            # a token of no text is left out, but where the text begins: a space there has none by itself
+            if end > begin:
+                self._tokens = self._tokens[self._context :]
+            else:
+                self._tokens = self._tokens[: self._context] if self._out else self._tokens[-CONTEXT:]
             self._context = len(self._tokens)
             self._out = len(self._decode(self._tokens))
             self._prompt = ""

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -24,6 +23,7 @@ from jx_neuron.lowering import compile_cache
 from jx_neuron.lowering.compiler_errors import explain
 from jx_neuron.lowering.durable import write_file
 from jx_neuron.lowering.rules import target_of
+from jx_neuron.temporary import temporary_folder
 
 INSTALL = "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com"
 
@@ -319,8 +319,8 @@ def _workspace(name: str) -> Iterator[Path]:
             raise CompilerError(f"{DUMP_VARIABLE}={dump} cannot be written: {error.strerror}") from error
         yield folder
     else:
-        with tempfile.TemporaryDirectory(prefix="jx-neuron-") as parent:
-            folder = Path(parent).resolve() / name
+        with temporary_folder() as parent:
+            folder = parent.resolve() / name
             folder.mkdir()
             yield folder
 

@@ -7,12 +7,11 @@ the partitioned program is there, as making CPU code of it would take longer tha
 
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from jx_neuron.errors import LoweringError
 from jx_neuron.lowering import _jaxlib, proto
+from jx_neuron.temporary import temporary_folder
 
 _STAGE = "spmd-partitioner"  # the pipeline whose passes are dumped, numbered in order
 _NEXT = "HLO_passes"  # the pipeline that follows it
@@ -27,18 +26,18 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
     """
     if tp_degree == 1:
         return _jaxlib.hlo_of(stablehlo)
-    with tempfile.TemporaryDirectory(prefix="jx-neuron-") as folder:
-        source = Path(folder, "program.mlir")
+    with temporary_folder() as folder:
+        source = folder / "program.mlir"
         source.write_bytes(stablehlo)
-        command = [sys.executable, "-P", _jaxlib.__file__, str(source), str(tp_degree), folder]
-        log = Path(folder, "log.txt")
+        command = [sys.executable, "-P", _jaxlib.__file__, str(source), str(tp_degree), str(folder)]
+        log = folder / "log.txt"
         with open(log, "wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as child:
             try:
-                while child.poll() is None and not any(Path(folder).glob(f"*.{_NEXT}*.hlo.pb")):
+                while child.poll() is None and not any(folder.glob(f"*.{_NEXT}*.hlo.pb")):
                     time.sleep(0.02)
             finally:
                 child.kill()
-        dumps = sorted(p for p in Path(folder).glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
+        dumps = sorted(p for p in folder.glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
         if not dumps:
             reason = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
             raise LoweringError(f"XLA could not partition the program over {tp_degree} cores:\n{reason}")
