@@ -28,8 +28,8 @@ def from_text(model: Any, text: str, chat: bool) -> Prompt:
         tokenizer = model.tokenizer
     except JxNeuronError as error:
         raise InputError(f"{error}\nA prompt may be given as token ids: --ids 1,2,3") from error
-    asked = _through_template(tokenizer, text) if chat else text
-    ids: list[int] = tokenizer(asked, add_special_tokens=not chat)["input_ids"]
+    rendered = _through_template(tokenizer, text) if chat else text
+    ids: list[int] = tokenizer(rendered, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise InputError(f"the prompt {text!r} has no tokens; give it some text")
     return Prompt(text, "" if chat else text, ids)
@@ -87,9 +87,9 @@ def _through_template(tokenizer: Any, text: str) -> str:
         raise InputError("this tokenizer has no chat template; leave --chat out")
     message = {"role": "user", "content": text}
     try:
-        asked: str = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        asked.encode()  # raises for half a surrogate pair
+        rendered: str = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        rendered.encode()  # raises for half a surrogate pair
     except Exception as error:  # a template is a program of its own, in jinja
         what = str(error) or type(error).__name__
         raise InputError(f"the tokenizer's chat template fails: {what}\nLeave --chat out, or mend it") from error
-    return asked
+    return rendered
