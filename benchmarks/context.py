@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron import sharding
-from jx_neuron.cache import Cache, Stack
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
+from jx_neuron.nn import sharding
+from jx_neuron.nn.cache import Cache, Stack
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.weights import from_params
+from jx_neuron.step.shape import Shape
 
 SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -19,7 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from jx_neuron.generation.hf import CACHE
+from jx_neuron.integrations.hf_generate import CACHE
 
 THREADS = os.cpu_count() or 1
 Engine = Callable[[np.ndarray, int], np.ndarray]

@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron import sharding
-from jx_neuron.generation.session import Engine, Session
-from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.checkpoint.weights import Params, joint
+from jx_neuron.engine.session import Engine, Session
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN
+from jx_neuron.nn import sharding
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.published import CONFIGS
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.weights import Params, joint
+from jx_neuron.step.buckets import Buckets
 
 MODELS: dict[str, dict[str, Any]] = {
     "gptj-6b": KNOWN["EleutherAI/gpt-j-6B"],
@@ -195,7 +195,7 @@ def hf_rates(raw: dict[str, Any], device: str, options: argparse.Namespace) -> l
     import torch
     import transformers
 
-    from jx_neuron.generation.hf import CACHE
+    from jx_neuron.integrations.hf_generate import CACHE
 
     compiled = transformers.CompileConfig(fullgraph=True, dynamic=False)
     compiled._compile_all_devices = True

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 
 from jx_neuron.errors import JxNeuronError
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import config_of
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.published import CONFIGS
+from jx_neuron.step.shape import Shape
 
 MODELS = (
     "gpt2-xl", "facebook/opt-13b", "facebook/opt-30b", "EleutherAI/gpt-j-6B",

@@ -31,8 +31,8 @@ import transformers
 from engines import PEERS, Engine, Task, UnsupportedError, save
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.checkpoint import open_checkpoint
-from jx_neuron.demo import demo_model
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import open_checkpoint
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": transformers.GPT2Config,

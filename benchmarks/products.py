@@ -1,4 +1,4 @@
-"""Matrix products as jx_neuron/products.py writes them for a CPU, beside x @ W[in, out] under JAX's defaults.
+"""Matrix products as jx_neuron/nn/ops.py writes them for a CPU, beside x @ W[in, out] under JAX's defaults.
 
     python benchmarks/products.py --rows 1 4 8 64 512
 
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron import products
-from jx_neuron.pages import Pages
-from jx_neuron.runtime.compiled import options
+from jx_neuron.nn import ops as products
+from jx_neuron.runtime.xla_options import options
+from jx_neuron.util.pages import Pages
 
 LAYERS, NARROW, WIDE = 12, 768, 3072
 

@@ -25,9 +25,9 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from jx_neuron import LlamaForSampling, NeuronConfig
-from jx_neuron.checkpoint import Checkpoint, open_checkpoint
-from jx_neuron.demo import demo_model
-from jx_neuron.progress import track
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint
+from jx_neuron.util.progress import track
 
 TEXTS = (
     "The capital of France is",

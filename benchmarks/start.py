@@ -28,8 +28,8 @@ def memory(field):
 import jx_neuron
 from jx_neuron import NeuronAutoModelForCausalLM
 tell("import")
-from jx_neuron.demo import demo_model
-import jax, jx_neuron.modeling, jx_neuron.runtime.xla
+from jx_neuron.checkpoint.demo import demo_model
+import jax, jx_neuron.llm, jx_neuron.runtime.xla
 before = memory("VmRSS")
 model = NeuronAutoModelForCausalLM.from_pretrained(sys.argv[1] or demo_model(), amp="f32").to_neuron()
 tell("load")

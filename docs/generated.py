@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jx_neuron
+from jx_neuron.checkpoint.hf_config import ONLY
+from jx_neuron.compiler.errors import ERRORS
 from jx_neuron.config import _NO_EFFECT, _REFUSED
-from jx_neuron.hf_config import ONLY
-from jx_neuron.lowering.compiler_errors import ERRORS
-from jx_neuron.lowering.rules import TARGETS, Rule
-from jx_neuron.lowering.verify import RULES
+from jx_neuron.lowering.verify.checking import RULES
+from jx_neuron.lowering.verify.rules import TARGETS, Rule
 from jx_neuron.models import family, model_types
 from jx_neuron.models.known import KNOWN
 from jx_neuron.planning import INSTANCES

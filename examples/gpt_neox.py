@@ -13,12 +13,12 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import register
-from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.checkpoint.hf_config import HFConfig, one_of
+from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.cli import main
-from jx_neuron.hf_config import HFConfig, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, through
-from jx_neuron.rope import RopeScaling, Rotation, rope_half
-from jx_neuron.weights import Copy, W
+from jx_neuron.nn.cache import Cache, LayerKV
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Span, attend, through
+from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,36 @@
 """Decoder language models in JAX, lowered to AWS Trainium and Inferentia, and run on any CPU."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+
+from jx_neuron.util import lazy as _lazy
 
 __version__ = "0.1.0"
 
-# public name -> the module that holds it; read on first use, so that importing jx_neuron is quick
-_HOMES = {
-    "GPT2ForSampling": "modeling",
-    "GPT2ForSamplingWithContextBroadcasting": "modeling",
-    "GPTJForSampling": "modeling",
-    "LlamaForSampling": "modeling",
-    "NeuronAutoModelForCausalLM": "modeling",
-    "OPTForSampling": "modeling",
-    "GQA": "config",
-    "GenerationConfig": "config",
-    "NeuronConfig": "config",
-    "InputError": "errors",
-    "Score": "generation.scoring",
-    "Step": "generation.answer",
-    "JxNeuronError": "errors",
-    "model_types": "models",
-    "register": "models",
-    "request_devices": "sharding",
-}
-_WITH_TORCH = {"HuggingFaceGenerationModelAdapter": "generation.hf"}  # not among what `import *` brings
-
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+_WITH_TORCH = "HuggingFaceGenerationModelAdapter"  # not among what `import *` brings
+__getattr__, _names, __all__ = _lazy.exports(
+    __name__,
+    {
+        "config": "GQA GenerationConfig NeuronConfig",
+        "engine.answer": "Step",
+        "engine.scoring": "Score",
+        "errors": "InputError JxNeuronError",
+        "integrations.hf_generate": _WITH_TORCH,
+        "llm": "GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling LlamaForSampling "
+        "NeuronAutoModelForCausalLM OPTForSampling",
+        "models": "model_types register",
+        "nn.sharding": "request_devices",
+    },
+)
+__all__ = ["__version__", *(name for name in __all__ if name != _WITH_TORCH)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from jx_neuron.config import GQA, GenerationConfig, NeuronConfig
+    from jx_neuron.engine.answer import Step
+    from jx_neuron.engine.scoring import Score
     from jx_neuron.errors import InputError, JxNeuronError
-    from jx_neuron.generation.answer import Step
-    from jx_neuron.generation.hf import HuggingFaceGenerationModelAdapter
-    from jx_neuron.generation.scoring import Score
-    from jx_neuron.modeling import (
+    from jx_neuron.integrations.hf_generate import HuggingFaceGenerationModelAdapter
+    from jx_neuron.llm import (
         GPT2ForSampling,
         GPT2ForSamplingWithContextBroadcasting,
         GPTJForSampling,
@@ -43,15 +39,34 @@ if TYPE_CHECKING:
         OPTForSampling,
     )
     from jx_neuron.models import model_types, register
-    from jx_neuron.sharding import request_devices
-
-
-def __getattr__(name: str) -> Any:
-    homes = _HOMES | _WITH_TORCH
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+    from jx_neuron.nn.sharding import request_devices
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_WITH_TORCH]
+    return [*__all__, _WITH_TORCH]
+
+
+sys.meta_path.append(
+    _lazy.Moved(
+        {
+            f"jx_neuron.{former}": f"jx_neuron.{present}"
+            for former, present in (
+                ("cache", "nn.cache"),
+                ("demo", "checkpoint.demo"),
+                ("evaluation", "integrations.lm_eval"),
+                ("generation", "engine"),
+                ("generation.hf", "integrations.hf_generate"),
+                ("generation.options", "engine.options"),
+                ("hf_config", "checkpoint.hf_config"),
+                ("lowering.buckets", "step.buckets"),
+                ("lowering.shape", "step.shape"),
+                ("lowering.step", "step.step"),
+                ("modeling", "llm"),
+                ("rope", "nn.rope"),
+                ("sharding", "nn.sharding"),
+                ("testing", "integrations.parity"),
+                ("weights", "checkpoint.weights"),
+            )
+        }
+    )
+)

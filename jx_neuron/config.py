@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron.arguments import each, flag, integer, real, shown
 from jx_neuron.errors import ConfigError
+from jx_neuron.util.arguments import each, flag, integer, real, shown
 
 __all__ = ["AMP", "GQA", "GenerationConfig", "NeuronConfig", "PerRow", "dtype_of"]
 

@@ -14,10 +14,10 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as Q
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jx_neuron import tensor_files
-from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.checkpoint import tensor_files
+from jx_neuron.checkpoint.folder import open_checkpoint
+from jx_neuron.checkpoint.gguf.tokenizer import LLAMA3_SPLIT, TEKKEN_SPLIT
 from jx_neuron.errors import CheckpointError
-from jx_neuron.gguf_tokenizer import LLAMA3_SPLIT, TEKKEN_SPLIT
 
 RNG = np.random.default_rng(0)
 CONFIG = {"model_type": "gpt2", "n_embd": 4}

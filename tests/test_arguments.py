@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from jx_neuron import InputError
-from jx_neuron.arguments import each, flag, integer, integers, per_row, real
 from jx_neuron.errors import ConfigError
+from jx_neuron.util.arguments import each, flag, integer, integers, per_row, real
 
 FOUR = [4, np.int8(4), np.uint64(4), np.array(4), jnp.array(4), torch.tensor(4), torch.tensor(4, dtype=torch.uint8)]
 NO_INTEGER = [

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jx_neuron.artifact import folder as artifact
 from jx_neuron.errors import ArtifactError, CheckpointError
-from jx_neuron.lowering import artifact, durable
 from jx_neuron.lowering.program import Program, TensorSpec, lower
+from jx_neuron.util import durable
 
 TP = 2
 WEIGHT_FILES = ("weights/rank-00.safetensors", "weights/rank-01.safetensors")

@@ -16,7 +16,7 @@ import tiny
 import torch
 import transformers
 
-from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.models.known import config_of
 
 ROOT = Path(__file__).parent.parent

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jx_neuron.engine.chunks import prefill_calls
 from jx_neuron.errors import InputError
-from jx_neuron.generation.chunks import prefill_calls
-from jx_neuron.lowering.buckets import Buckets
+from jx_neuron.step.buckets import Buckets
 
 
 def test_buckets_are_those_of_transformers_neuronx() -> None:

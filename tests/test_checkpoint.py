@@ -22,8 +22,8 @@ from checkpoints import (
     write_shards,
 )
 
-from jx_neuron import tensor_files
-from jx_neuron.checkpoint import load_config, open_checkpoint, token_ids
+from jx_neuron.checkpoint import tensor_files
+from jx_neuron.checkpoint.folder import load_config, open_checkpoint, token_ids
 from jx_neuron.errors import CheckpointError
 
 
@@ -390,7 +390,7 @@ def hub(tmp_path):
 
 OPEN = """
 import json, sys
-from jx_neuron.checkpoint import load_config, open_checkpoint, token_ids
+from jx_neuron.checkpoint.folder import load_config, open_checkpoint, token_ids
 from jx_neuron.errors import CheckpointError
 for name, options in json.loads(sys.argv[1]):
     try:

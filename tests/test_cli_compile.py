@@ -14,8 +14,8 @@ from doubles import neuronx_cc
 from test_cli import Done, run
 
 from jx_neuron import LlamaForSampling
-from jx_neuron.lowering import proto
-from jx_neuron.lowering.manifest import read_manifest
+from jx_neuron.artifact.manifest import read_manifest
+from jx_neuron.lowering.hlo import proto
 from jx_neuron.models.known import KNOWN
 from jx_neuron.runtime import neuron as runtime
 
@@ -128,7 +128,7 @@ def test_without_weights_at_hand_it_says_no_weights(checkpoint: Path, tmp_path: 
 
 
 def test_without_a_compiler_it_says_so_before_any_work(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("jx_neuron.deploy.lower", None)
+    monkeypatch.setattr("jx_neuron.runtime.deployment.lower", None)
     done = run("compile", checkpoint, "-o", tmp_path / "out")
     refused(
         done,
@@ -140,7 +140,7 @@ def test_without_a_compiler_it_says_so_before_any_work(checkpoint: Path, tmp_pat
 
 
 def test_what_neuron_refuses_is_named_and_nothing_is_written(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    from jx_neuron.lowering import legalize
+    from jx_neuron.lowering.legalize.passes import legalize
 
     monkeypatch.setattr(legalize, "TOP_K", "AwsNeuronTopX")
     done = run("compile", checkpoint, *SHORT, "--hlo-only", "--no-weights", "--target", "trn2", "-o", tmp_path / "out")

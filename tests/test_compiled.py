@@ -12,10 +12,10 @@ WORK = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jx_neuron import sharding
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.step.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.weights import from_params
+from jx_neuron.checkpoint.weights import from_params
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.rpartition("/")[2]))
 decoder = Decoder.from_config(dict(model_type="gpt2", n_embd=768, n_layer=3, n_head=12, vocab_size=100, n_positions=64))

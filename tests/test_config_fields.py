@@ -17,8 +17,8 @@ import transformers
 from tiny import CONFIGS, prompts, saved
 
 from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron.checkpoint.hf_config import INERT, ONLY
 from jx_neuron.errors import ConfigError
-from jx_neuron.hf_config import INERT, ONLY
 from jx_neuron.models import family
 from jx_neuron.planning.outline import Outline
 

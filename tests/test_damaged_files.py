@@ -24,9 +24,9 @@ from gguf import GGUFValueType as V
 from mutations import limits
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.checkpoint import load_config, open_checkpoint
+from jx_neuron.checkpoint.folder import load_config, open_checkpoint
 from jx_neuron.errors import CheckpointError
-from jx_neuron.parsing import boundary
+from jx_neuron.util.parsing import boundary
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,7 @@ import typer
 
 from jx_neuron import GenerationConfig, HuggingFaceGenerationModelAdapter, NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.cli.app import app
-from jx_neuron.generation.options import request
+from jx_neuron.engine.options import request
 from jx_neuron.models import Decoder
 from jx_neuron.planning import plan
 

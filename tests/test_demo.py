@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jx_neuron import demo, progress
+from jx_neuron.checkpoint import demo
 from jx_neuron.errors import CheckpointError
+from jx_neuron.util import progress
 
 CONTENT = b"GGUF and so on" * 1000
 

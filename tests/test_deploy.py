@@ -16,12 +16,12 @@ from flax import nnx
 from mutations import limits
 
 from jx_neuron import LlamaForSampling, NeuronAutoModelForCausalLM, NeuronConfig, OPTForSampling, request_devices
-from jx_neuron.checkpoint import load_config
-from jx_neuron.deploy import choose_backend, config_of
+from jx_neuron.artifact.manifest import UNSEALED
+from jx_neuron.checkpoint.folder import load_config
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
-from jx_neuron.lowering import proto
-from jx_neuron.lowering.manifest import UNSEALED
+from jx_neuron.lowering.hlo import proto
 from jx_neuron.models import gpt2
+from jx_neuron.runtime.deployment import choose_backend, config_of
 
 IDS = tiny.prompts(1, 9)
 SHAPE = dict(n_positions=24, context_length_estimate=24)
@@ -109,7 +109,7 @@ def test_programs_without_weights_spare_the_lowering(
 ) -> None:
     with pytest.raises(ArtifactError, match="saved without weights; make the model from its checkpoint and load"):
         OPTForSampling.from_pretrained(programs)
-    monkeypatch.setattr("jx_neuron.deploy.lower", None)
+    monkeypatch.setattr("jx_neuron.runtime.deployment.lower", None)
     model = OPTForSampling.from_pretrained(checkpoint, backend="host", tp_degree=2, **SHAPE).load(programs)
     np.testing.assert_array_equal(model.sample(IDS, 24, top_k=1, eos_token_override=-1), expected)
 

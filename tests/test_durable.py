@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from jx_neuron.artifact import folder as artifact
+from jx_neuron.compiler import cache as compile_cache
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering import artifact, compile_cache, durable
+from jx_neuron.util import durable
 
 
 def save(folder: Path, content: str) -> Path:

@@ -78,7 +78,7 @@ def evaluate(folder: Path, model: object) -> tuple[dict, dict]:
 def test_the_harness_gives_what_it_gives_with_hf(folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from jx_neuron.evaluation import JxNeuronLM
+    from jx_neuron.integrations.lm_eval import JxNeuronLM
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -101,7 +101,7 @@ def test_the_harness_makes_the_model_by_its_name(folder: Path) -> None:
     import lm_eval
     from lm_eval.api.registry import get_model
 
-    import jx_neuron.evaluation  # noqa: F401  (registers it)
+    import jx_neuron.integrations.lm_eval  # noqa: F401  (registers it)
 
     made = get_model("jx-neuron").create_from_arg_string(
         f"pretrained={folder},n_positions={CAPACITY}", {"batch_size": 2, "device": None}
@@ -114,7 +114,7 @@ def test_the_harness_makes_the_model_by_its_name(folder: Path) -> None:
 def test_what_the_model_cannot_do_is_refused(folder: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from jx_neuron.evaluation import JxNeuronLM
+    from jx_neuron.integrations.lm_eval import JxNeuronLM
 
     def asked(**options: object) -> list[Instance]:
         return [Instance("generate_until", {}, ("Why?", {"until": ["."], **options}), 0)]
@@ -143,7 +143,7 @@ def test_what_the_model_cannot_do_is_refused(folder: Path) -> None:
 def test_an_empty_prompt_is_the_beginning_token(folder: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from jx_neuron.evaluation import JxNeuronLM
+    from jx_neuron.integrations.lm_eval import JxNeuronLM
 
     every = NeuronConfig(output_all_logits=True)
     model = NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=CAPACITY, batch_size=2, neuron_config=every)
@@ -160,7 +160,7 @@ def test_an_empty_prompt_is_the_beginning_token(folder: Path) -> None:
 def test_a_tokenizer_without_an_end_token_answers(folder: Path, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from jx_neuron.evaluation import JxNeuronLM
+    from jx_neuron.integrations.lm_eval import JxNeuronLM
 
     tiny.saved("llama", tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from doubles import neuronx_cc
 from test_cli import Done, run
 
 from jx_neuron import GPT2ForSampling, GPTJForSampling, JxNeuronError, OPTForSampling
-from jx_neuron.lowering import proto
+from jx_neuron.lowering.hlo import proto
 from jx_neuron.planning import INSTANCES
 
 ROOT = Path(__file__).parent.parent

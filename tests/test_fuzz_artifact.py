@@ -13,9 +13,9 @@ import tiny
 from mutations import damaged_bytes, damaged_json, limits
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.deploy import Saved
+from jx_neuron.artifact.manifest import MOST_BYTES, UNSEALED, read_manifest
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering.manifest import MOST_BYTES, UNSEALED, read_manifest
+from jx_neuron.runtime.deployment import Saved
 
 FEW, MANY = 200, 1500  # mutations of each kind
 IDS = tiny.prompts(1, 9)

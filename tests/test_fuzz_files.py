@@ -18,9 +18,9 @@ import torch
 from checkpoints import TENSORS, TEXT, save_torch, write, write_bin, write_gguf, write_shards
 from mutations import damaged_bytes, damaged_json, limits
 
-from jx_neuron.checkpoint import Checkpoint, open_checkpoint
+from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint
+from jx_neuron.checkpoint.gguf.format import read_gguf
 from jx_neuron.errors import CheckpointError
-from jx_neuron.gguf_format import read_gguf
 
 IDS = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "temperature": 0.7}
 

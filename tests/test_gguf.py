@@ -17,8 +17,8 @@ from checkpoints import (
 )
 from gguf import GGMLQuantizationType as Q
 
-from jx_neuron.checkpoint import load_config, open_checkpoint
-from jx_neuron.demo import demo_model
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import load_config, open_checkpoint
 from jx_neuron.errors import CheckpointError
 
 
@@ -90,7 +90,7 @@ def test_gguf_types(tmp_path, kind):
 
 
 def test_gguf_tensor_of_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("jx_neuron.gguf_format.BLOCKS", 7)
+    monkeypatch.setattr("jx_neuron.checkpoint.gguf.format.BLOCKS", 7)
     state = llama_state()
     name = "model.embed_tokens.weight"
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", state, types={name: Q.Q8_0}))
@@ -389,7 +389,7 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 sys.modules["torch"] = None
-from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.checkpoint.folder import open_checkpoint
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(path)
     for name in checkpoint.names():

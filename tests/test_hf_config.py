@@ -8,10 +8,10 @@ import pytest
 import transformers
 from transformers.activations import ACT2FN
 
+from jx_neuron.checkpoint.hf_config import INERT, ONLY, HFConfig
 from jx_neuron.errors import ConfigError, JxNeuronError
-from jx_neuron.hf_config import INERT, ONLY, HFConfig
 from jx_neuron.models import Decoder, family, model_types
-from jx_neuron.nn import ACT
+from jx_neuron.nn.layers import ACT
 
 HF = {
     "gpt2": transformers.GPT2Config,

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from jx_neuron import HuggingFaceGenerationModelAdapter, InputError, NeuronAutoModelForCausalLM
-from jx_neuron.generation.hf import CACHE
+from jx_neuron.integrations.hf_generate import CACHE
 
 ROWS, WIDTH, NEW = 2, 9, 14
 BEAMS = dict(num_beams=4, do_sample=False)

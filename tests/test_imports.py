@@ -10,17 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 # each room may import from its own level and those before it
 LEVELS = [
-    {"errors", "progress", "arguments", "parsing", "temporary", "pages"},
-    {"nn", "rope", "cache", "checkpoint", "hf_config", "sampling", "sharding", "weights", "demo", "config"}
-    | {"gguf_format", "gguf_llama", "gguf_tokenizer", "hf_tokenizer", "hub", "products", "tensor_files"},
+    {"errors", "util"},
+    {"config", "nn", "checkpoint"},
     {"models"},
+    {"step"},
     {"lowering"},
+    {"compiler", "artifact"},
     {"runtime"},
-    {"generation", "planning"},
-    {"deploy"},
-    {"answering"},
-    {"modeling", "testing"},
-    {"cli", "evaluation"},
+    {"engine", "planning"},
+    {"llm"},
+    {"integrations"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -15,7 +15,7 @@ import tiny
 from doubles import neuronx_cc
 from test_neuronx_cc import alive, compilers, eventually
 
-from jx_neuron.lowering import artifact
+from jx_neuron.artifact import folder as artifact
 
 # as the installed command does, but that a line says when it begins; a shell may have had SIGINT ignored
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

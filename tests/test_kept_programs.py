@@ -19,7 +19,7 @@ GROWTH = """
 import json, sys
 import numpy as np
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.pages import give_back
+from jx_neuron.util.pages import give_back
 from jx_neuron.runtime import xla
 
 folder, most, warm_up, calls = sys.argv[1], *map(int, sys.argv[2:])

@@ -10,13 +10,14 @@ import tiny
 from flax import nnx
 from typer.testing import CliRunner
 
-from jx_neuron import InputError, NeuronAutoModelForCausalLM, NeuronConfig, pages
-from jx_neuron.checkpoint import load_config
+from jx_neuron import InputError, NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron.checkpoint.folder import load_config
 from jx_neuron.cli.app import app
 from jx_neuron.models import gpt2
-from jx_neuron.pages import gib, room_here
 from jx_neuron.planning.limits import check_host
 from jx_neuron.runtime.xla import XlaRuntime
+from jx_neuron.util import pages
+from jx_neuron.util.pages import gib, room_here
 
 IDS = tiny.prompts(2, 5)
 HEADS, HEAD, LAYERS = 2, 12, 2  # key/value heads of the tiny Llama

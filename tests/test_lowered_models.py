@@ -9,11 +9,12 @@ import pytest
 import tiny
 from jax import numpy as jnp
 
-from jx_neuron.lowering import Program, hlo
+from jx_neuron.lowering import Program
+from jx_neuron.lowering.hlo import graph as hlo
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.lowering.shape import Shape
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN
+from jx_neuron.step.shape import Shape
 
 LAYERS = ("n_layer", "num_hidden_layers")
 SLOTS, TP = 96, 4

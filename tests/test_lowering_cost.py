@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jx_neuron.lowering import Cost, lower
-from jx_neuron.products import query_key, weigh_values
+from jx_neuron.nn.ops import query_key, weigh_values
 
 X_BD, TABLE_VD = np.zeros((2, 16), np.float32), np.zeros((64, 16), np.float32)
 

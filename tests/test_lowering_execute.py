@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.errors import InputError, LoweringError
-from jx_neuron.lowering import Executable, lower, proto
+from jx_neuron.lowering import Executable, lower
+from jx_neuron.lowering.hlo import proto
 
 TP = 4
 RNG = np.random.default_rng(1)

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.errors import InputError, LoweringError
-from jx_neuron.lowering import Program, compile_py_func, lower, lower_many, proto, trace
+from jx_neuron.lowering import Program, compile_py_func, lower, lower_many, trace
+from jx_neuron.lowering.hlo import proto
 
 DEGREES = (1, 2, 4, 8)
 RNG = np.random.default_rng(0)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.errors import LoweringError
-from jx_neuron.lowering import lower, proto
-from jx_neuron.lowering.legalize import legalize
+from jx_neuron.lowering import lower
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.legalize.passes import legalize
 from jx_neuron.lowering.partition import partition
 
 

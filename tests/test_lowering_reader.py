@@ -14,7 +14,8 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.lowering import lower, proto
+from jx_neuron.lowering import lower
+from jx_neuron.lowering.hlo import proto
 
 READ = """
 import json, sys

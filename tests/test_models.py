@@ -11,14 +11,15 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron import cache, testing
 from jx_neuron.errors import InputError
+from jx_neuron.integrations import parity as testing
+from jx_neuron.integrations.parity import parity
 from jx_neuron.lowering import lower
-from jx_neuron.lowering.shape import Shape
-from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.nn import ACT
-from jx_neuron.testing import parity
+from jx_neuron.nn import cache
+from jx_neuron.nn.layers import ACT
+from jx_neuron.step.shape import Shape
+from jx_neuron.step.step import step
 
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GPT2 = SPECIAL | {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 101, "n_positions": 24}

@@ -15,10 +15,11 @@ import pytest
 from doubles import neuronx_cc as double
 from jax._src.lib import xla_client
 
+from jx_neuron.compiler import cache as compile_cache
+from jx_neuron.compiler import neuronx_cc
+from jx_neuron.compiler.errors import explain
+from jx_neuron.compiler.neuronx_cc import CompilerOptions
 from jx_neuron.errors import CompilerError, JxNeuronError
-from jx_neuron.lowering import compile_cache, neuronx_cc
-from jx_neuron.lowering.compiler_errors import explain
-from jx_neuron.lowering.neuronx_cc import CompilerOptions
 
 TRN1 = CompilerOptions(target="trn1")
 DEFAULTS = ["--framework=XLA", "--target=trn1", "--model-type=transformer", "--auto-cast=none"]

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from jx_neuron import HuggingFaceGenerationModelAdapter, NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.errors import NonFiniteError
-from jx_neuron.sampling import NOT_FINITE, Sampling, greedy, sample
-from jx_neuron.sharding import mesh
+from jx_neuron.nn.sampling import NOT_FINITE, Sampling, greedy, sample
+from jx_neuron.nn.sharding import mesh
 
 PROMPT = np.array([[5, 6, 7, 8, 9]])
 TENSORS = [

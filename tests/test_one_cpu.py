@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jx_neuron import cache, products, sharding
-from jx_neuron.cache import LayerKV, Part, Stack
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder, llama
-from jx_neuron.nn import Layered, lying_together, through
-from jx_neuron.runtime import compiled
+from jx_neuron.nn import cache, sharding
+from jx_neuron.nn import ops as products
+from jx_neuron.nn.cache import LayerKV, Part, Stack
+from jx_neuron.nn.layers import Layered, lying_together, through
+from jx_neuron.runtime import xla_options as compiled
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.weights import from_params
+from jx_neuron.step.shape import Shape
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=3, n_head=12, vocab_size=1000, n_positions=64)
 LLAMA = dict(
@@ -114,7 +115,7 @@ def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
     found = []
     for known in (True, False):
         if not known:
-            monkeypatch.setattr("jx_neuron.nn.Layered", lambda *of: None)
+            monkeypatch.setattr("jx_neuron.nn.layers.Layered", lambda *of: None)
         of = runtime(Decoder.from_config(LLAMA))
         prompt = dict(tokens_bt=rng.integers(0, 1000, (2, 16)), start_b=np.zeros(2), length_b=np.asarray([16, 5]))
         rng = np.random.default_rng(0)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
-from jx_neuron import NeuronAutoModelForCausalLM, sharding
-from jx_neuron.lowering.shape import Shape
+from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron.checkpoint.weights import from_params
+from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder
+from jx_neuron.nn import sharding
 from jx_neuron.runtime import xla
 from jx_neuron.runtime.xla import _OneGPU, _Sharded
-from jx_neuron.testing import parity
-from jx_neuron.weights import from_params
+from jx_neuron.step.shape import Shape
 
 
 def config(family: str) -> dict:

@@ -12,8 +12,8 @@ from test_cli import run
 
 from jx_neuron import NeuronAutoModelForCausalLM, model_types, register
 from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.integrations.parity import parity
 from jx_neuron.models import gpt2
-from jx_neuron.testing import parity
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt_neox

@@ -118,7 +118,7 @@ assert importlib.metadata.version("jx-neuron") == jx_neuron.__version__
 for name in jx_neuron.__all__:
     getattr(jx_neuron, name)
 for module in pkgutil.walk_packages(jx_neuron.__path__, "jx_neuron."):
-    if module.name not in ("jx_neuron.generation.hf", "jx_neuron.evaluation"):
+    if module.name not in ("jx_neuron.integrations.hf_generate", "jx_neuron.integrations.lm_eval"):
         __import__(module.name)
 """
     python("-c", code, executable=installed / "python", cwd=tmp_path)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jx_neuron import sharding
-from jx_neuron.pages import ALIGNMENT, CHUNK, Pages, room, scratch, uncollected
-from jx_neuron.weights import Source
+from jx_neuron.checkpoint.weights import Source
+from jx_neuron.nn import sharding
+from jx_neuron.util.pages import ALIGNMENT, CHUNK, Pages, room, scratch, uncollected
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -12,19 +12,19 @@ import pytest
 import tiny
 
 from jx_neuron import InputError, NeuronAutoModelForCausalLM
+from jx_neuron.artifact import folder as artifact
 from jx_neuron.cli.app import app
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.lowering import artifact
-from jx_neuron.lowering.buckets import Buckets
-from jx_neuron.lowering.footprint import peak_bytes, resident_bytes
-from jx_neuron.lowering.hlo import parse
+from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.lowering.verify.footprint import peak_bytes, resident_bytes
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN, config_of
 from jx_neuron.planning import INSTANCES, check, find, memory, padding_note, plan, published, speed
 from jx_neuron.planning.instances import GIB
 from jx_neuron.planning.outline import Outline
+from jx_neuron.step.buckets import Buckets
+from jx_neuron.step.shape import Shape
 
 LLAMA_70B = published.CONFIGS["Llama-2-70b"]
 LLAMA_7B = published.CONFIGS["Llama-2-7b"]

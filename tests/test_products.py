@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jx_neuron import products, sharding
-from jx_neuron.cache import LayerKV
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
-from jx_neuron.nn import attend, kernels, span
-from jx_neuron.runtime.compiled import options
+from jx_neuron.nn import ops as products
+from jx_neuron.nn import sharding
+from jx_neuron.nn.cache import LayerKV
+from jx_neuron.nn.layers import attend, kernels, span
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.weights import from_params
+from jx_neuron.runtime.xla_options import options
+from jx_neuron.step.shape import Shape
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=2, n_head=12, vocab_size=1000, n_positions=64)
 LLAMA = dict(

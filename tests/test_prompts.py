@@ -18,8 +18,8 @@ from jx_neuron import (
     NeuronAutoModelForCausalLM,
     NeuronConfig,
 )
-from jx_neuron.generation.hf import CACHE, DeviceCache
-from jx_neuron.generation.prompts import restore_as
+from jx_neuron.engine.prompts import restore_as
+from jx_neuron.integrations.hf_generate import CACHE, DeviceCache
 
 CAPACITY = 64
 

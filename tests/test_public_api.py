@@ -26,16 +26,16 @@ PUBLIC = {
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
         NonFiniteError
     """,
-    "jx_neuron.hf_config": "HFConfig INERT ONLY divisible one_of",
+    "jx_neuron.checkpoint.hf_config": "HFConfig INERT ONLY divisible one_of",
     "jx_neuron.lowering": """
         Collective Cost Executable Program TensorSpec Traced compile_py_func lower lower_many trace
     """,
-    "jx_neuron.lowering.verify": "RULES Rule Violation verify",
+    "jx_neuron.lowering.verify.checking": "RULES Rule Violation verify",
     "jx_neuron.models": "Decoder DecoderModule Family family model_types register",
     "jx_neuron.models.known": "KNOWN config_of",
     "jx_neuron.planning": "INSTANCES Instance Memory Plan check find padding_note plan",
-    "jx_neuron.rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
-    "jx_neuron.testing": "ModelTensors Parity parity",
+    "jx_neuron.nn.rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
+    "jx_neuron.integrations.parity": "ModelTensors Parity parity",
 }
 WITH_TORCH = {"HuggingFaceGenerationModelAdapter"}  # of jx_neuron, and not among what `import *` brings
 EVERYWHERE = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
@@ -63,8 +63,8 @@ def test_a_name_without_an_underscore_is_listed(module: str) -> None:
 
 INTERNAL = {
     "jx_neuron.config": {"READ"},
-    "jx_neuron.hf_config": {"in_range", "shown"},
-    "jx_neuron.lowering.verify": {"RULE_MODULES"},
+    "jx_neuron.checkpoint.hf_config": {"in_range", "shown"},
+    "jx_neuron.lowering.verify.checking": {"RULE_MODULES"},
 }  # of this package's own use
 
 

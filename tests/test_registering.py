@@ -14,12 +14,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import NeuronAutoModelForCausalLM, model_types, register
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.hf_config import HFConfig
+from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, gpt2, llama, opt
-from jx_neuron.nn import Linear
-from jx_neuron.testing import parity
-from jx_neuron.weights import Copy, W
+from jx_neuron.nn.layers import Linear
 
 NAME = "my_gpt2"
 SIZES = dict(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama import Config
-from jx_neuron.nn import Span, span
-from jx_neuron.rope import RopeScaling, inverse_frequencies, rope_half, rope_interleaved, rotation
+from jx_neuron.nn.layers import Span, span
+from jx_neuron.nn.rope import RopeScaling, inverse_frequencies, rope_half, rope_interleaved, rotation
 
 HEAD = 16
 GROWING = np.linspace(1, 8, HEAD // 2).tolist()

@@ -15,8 +15,8 @@ from doubles.torch_neuronx import DeviceTensor, Neuron, NeuronError, ParallelExe
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.errors import ArtifactError, CompilerError, LoweringError
-from jx_neuron.lowering.shape import Shape
 from jx_neuron.runtime import neuron as runtime
+from jx_neuron.step.shape import Shape
 
 IDS = tiny.prompts(2, 13)
 DECODE, PREFILL = Shape(2, 1, 32, 64), Shape(2, 32, 32, 64)

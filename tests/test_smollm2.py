@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from jx_neuron import LlamaForSampling, NeuronConfig
-from jx_neuron.checkpoint import open_checkpoint
-from jx_neuron.demo import demo_model
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def test_loading_holds_the_model_once(tmp_path: Path, hf) -> None:
         import re
         from pathlib import Path
         from jx_neuron import LlamaForSampling
-        import jax, jx_neuron.modeling, jx_neuron.models.llama, jx_neuron.runtime.xla
+        import jax, jx_neuron.llm, jx_neuron.models.llama, jx_neuron.runtime.xla
         jax.numpy.zeros(1).block_until_ready()
 
         def memory(field):

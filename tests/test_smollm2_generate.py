@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from jx_neuron import HuggingFaceGenerationModelAdapter, NeuronAutoModelForCausalLM
-from jx_neuron.checkpoint import open_checkpoint
-from jx_neuron.demo import demo_model
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import open_checkpoint
 
 pytestmark = pytest.mark.slow
 

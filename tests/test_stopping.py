@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.generation.stopping import Detokenizer, StopStrings
+from jx_neuron.engine.stopping import Detokenizer, StopStrings
 
 TEXTS = [
     "Hello, world",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tp_answers import LENGTH, answers, prompts
 
 from jx_neuron import InputError
-from jx_neuron.sharding import Padding, mesh
+from jx_neuron.nn.sharding import Padding, mesh
 
 VOCAB = 101
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 
 from jx_neuron.errors import LoweringError
-from jx_neuron.lowering import proto
-from jx_neuron.lowering.fold import trip_count
-from jx_neuron.lowering.hlo import parse
-from jx_neuron.lowering.verify import RULES, Violation, verify
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.hlo.fold import trip_count
+from jx_neuron.lowering.hlo.graph import parse
+from jx_neuron.lowering.verify.checking import RULES, Violation, verify
 
 try:
     from jaxlib._hlo import hlo_module_from_text

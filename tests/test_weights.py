@@ -15,8 +15,8 @@ from mutations import limits
 from tiny import CONFIGS, greedy, model, prompts, saved
 
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.arguments import shown
 from jx_neuron.errors import CheckpointError, ConfigError, JxNeuronError
+from jx_neuron.util.arguments import shown
 
 LAYERS = {"gpt2": "n_layer", "gptj": "n_layer", "llama": "num_hidden_layers", "opt": "num_hidden_layers"}
 SIZES = {

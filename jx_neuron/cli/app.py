@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
-from jx_neuron import temporary
 from jx_neuron.cli import bench, check, compile, interrupts, plan, sample
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, shortened, show_usage_error, tell
 from jx_neuron.errors import InputError, JxNeuronError
+from jx_neuron.util import temporary
 
 interrupts.at_end.append(temporary.abandon)
 

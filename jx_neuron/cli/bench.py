@@ -40,8 +40,8 @@ def command(
 
         jx-neuron bench ./my-gpt2 --batch-size 8 --amp bf16 --json
     """
-    from jx_neuron.demo import demo_model
-    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.checkpoint.demo import demo_model
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     if demo == (model is not None):
         raise InputError("name one model: a checkpoint folder, .gguf file or hub id, or --demo")

@@ -12,7 +12,7 @@ from jx_neuron.cli.terminal import tell
 from jx_neuron.errors import InputError, LoweringError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
-    from jx_neuron.lowering.verify import Violation
+    from jx_neuron.lowering.verify.checking import Violation
 
 
 def command(
@@ -38,7 +38,7 @@ def command(
 
         jx-neuron check opt-13b-tp2 --target trn1
     """
-    from jx_neuron.deploy import target_for
+    from jx_neuron.runtime.deployment import target_for
 
     target = target_for(target)
     found = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
@@ -55,7 +55,7 @@ def command(
 
 
 def _verify(name: str, hlo: bytes, target: str, lnc: int | None) -> "list[Violation]":
-    from jx_neuron.lowering.verify import verify
+    from jx_neuron.lowering.verify.checking import verify
 
     try:
         return verify(hlo, target, lnc=lnc)
@@ -64,7 +64,7 @@ def _verify(name: str, hlo: bytes, target: str, lnc: int | None) -> "list[Violat
 
 
 def _programs(path: Path) -> Iterator[tuple[str, bytes]]:
-    from jx_neuron.lowering import artifact
+    from jx_neuron.artifact import folder as artifact
 
     if path.is_dir():
         saved = artifact.read(path)

@@ -16,8 +16,8 @@ from jx_neuron.cli.terminal import console, fold, tell
 from jx_neuron.errors import CheckpointError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
-    from jx_neuron.deploy import Deployment
-    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
+    from jx_neuron.runtime.deployment import Deployment
 
 
 def command(
@@ -78,8 +78,10 @@ def command(
 
         jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
     """
-    from jx_neuron import deploy
-    from jx_neuron.lowering import artifact, durable, neuronx_cc
+    from jx_neuron.artifact import folder as artifact
+    from jx_neuron.compiler import neuronx_cc
+    from jx_neuron.runtime import deployment as deploy
+    from jx_neuron.util import durable
 
     interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
@@ -115,7 +117,7 @@ def _lengths(given: list[int] | None) -> int | list[int] | None:
 
 
 def _from_checkpoint(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
-    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     try:
         return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **asked)
@@ -124,14 +126,14 @@ def _from_checkpoint(model: str, revision: str | None, asked: dict[str, Any]) ->
 
 
 def _from_config(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
-    from jx_neuron.deploy import config_of
-    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
+    from jx_neuron.runtime.deployment import config_of
 
     return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **asked)
 
 
 def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:
-    from jx_neuron.lowering import proto
+    from jx_neuron.lowering.hlo import proto
 
     hlo = deployment.hlo(program.name)
     module = proto.parse(hlo)

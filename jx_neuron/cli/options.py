@@ -50,7 +50,7 @@ def _amps() -> list[str]:
 
 
 def _targets() -> list[str]:
-    from jx_neuron.lowering.rules import TARGETS
+    from jx_neuron.lowering.verify.rules import TARGETS
 
     return list(TARGETS)
 

@@ -74,8 +74,8 @@ def command(
         jx-neuron plan ./my-llama --instance trn1.32xlarge --tp 8 --batch-size 4 --plot plan.png
     """
     gc.disable()  # importing jax allocates much and frees next to nothing
-    from jx_neuron.deploy import config_of
     from jx_neuron.planning import plan
+    from jx_neuron.runtime.deployment import config_of
 
     gc.enable()
     found = plan(
@@ -105,7 +105,7 @@ def command(
 def _print(plan: "Plan", name: str) -> None:
     from rich.table import Table
 
-    from jx_neuron.pages import gib
+    from jx_neuron.util.pages import gib
 
     out = console()
 

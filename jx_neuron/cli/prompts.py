@@ -37,7 +37,7 @@ def from_text(model: Any, text: str, chat: bool) -> Prompt:
 
 def from_ids(model: Any, text: str) -> Prompt:
     """Token ids parted by commas or spaces; printed as text where the model has a tokenizer. Raises InputError."""
-    from jx_neuron.generation.prompts import row_of
+    from jx_neuron.engine.prompts import row_of
 
     words = re.split(r"[\s,]+", text.strip())
     if not all(word.isdecimal() for word in words):

@@ -76,8 +76,8 @@ def command(
 
         jx-neuron sample ./my-llama --chat --temperature 0.7 "Why is the sky blue?"
     """
-    from jx_neuron.demo import demo_model
-    from jx_neuron.modeling import NeuronAutoModelForCausalLM
+    from jx_neuron.checkpoint.demo import demo_model
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     texts = list(arguments or [])
     if not demo and not texts:

@@ -18,8 +18,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jx_neuron.lowering import proto
-from jx_neuron.lowering.hlo import Instruction, Module, parse
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.hlo.graph import Instruction, Module, parse
 
 _VIEWS = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "get-tuple-element", "tuple", "broadcast"})
 _PARTS = frozenset({"slice", "dynamic-slice", "gather"})

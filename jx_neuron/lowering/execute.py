@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import InputError, LoweringError
-from jx_neuron.lowering import _jaxlib, proto
-from jx_neuron.lowering.legalize import TOP_K
-from jx_neuron.lowering.rewrite import Rewriter
-from jx_neuron.sharding import AXIS
+from jx_neuron.lowering import _jaxlib
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.hlo.rewrite import Rewriter
+from jx_neuron.lowering.legalize.passes import TOP_K
+from jx_neuron.nn.sharding import AXIS
 
 
 class Executable:

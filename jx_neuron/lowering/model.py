@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jx_neuron import cache
 from jx_neuron.lowering.program import Program, Traced, lower_many, trace
-from jx_neuron.lowering.shape import Shape
 from jx_neuron.lowering.specs import Kind
-from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.progress import track
-from jx_neuron.sharding import AXIS
+from jx_neuron.nn import cache
+from jx_neuron.nn.sharding import AXIS
+from jx_neuron.step.shape import Shape
+from jx_neuron.step.step import step
+from jx_neuron.util.progress import track
 
 
 def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced:

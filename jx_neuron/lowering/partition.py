@@ -10,8 +10,9 @@ import sys
 import time
 
 from jx_neuron.errors import LoweringError
-from jx_neuron.lowering import _jaxlib, proto
-from jx_neuron.temporary import temporary_folder
+from jx_neuron.lowering import _jaxlib
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.util.temporary import temporary_folder
 
 _STAGE = "spmd-partitioner"  # the pipeline whose passes are dumped, numbered in order
 _NEXT = "HLO_passes"  # the pipeline that follows it

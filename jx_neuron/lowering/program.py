@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from jx_neuron.errors import InputError, LoweringError
-from jx_neuron.lowering import _jaxlib, cost, proto
+from jx_neuron.lowering import _jaxlib, cost
 from jx_neuron.lowering.execute import Executable
-from jx_neuron.lowering.legalize import legalize
+from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.legalize.passes import legalize
 from jx_neuron.lowering.partition import partition
 from jx_neuron.lowering.specs import (
     Kind,
@@ -32,8 +33,8 @@ from jx_neuron.lowering.specs import (
     spread,
     tensor_specs,
 )
-from jx_neuron.lowering.verify import Violation, verify
-from jx_neuron.sharding import AXIS
+from jx_neuron.lowering.verify.checking import Violation, verify
+from jx_neuron.nn.sharding import AXIS
 
 __all__ = ["Program", "TensorSpec", "Traced", "compile_py_func", "lower", "lower_many", "trace"]
 

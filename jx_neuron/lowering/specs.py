@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import LoweringError
-from jx_neuron.sharding import AXIS
+from jx_neuron.nn.sharding import AXIS
 
 Kind = Literal["param", "cache", "input", "rank", "output"]
 

@@ -14,14 +14,16 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron import cache, nn, weights
-from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.checkpoint import weights
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.errors import ConfigError
-from jx_neuron.hf_config import HFConfig
 from jx_neuron.models import checks
-from jx_neuron.pages import uncollected
-from jx_neuron.sharding import Padding
-from jx_neuron.weights import Copy, Params, W
+from jx_neuron.nn import cache
+from jx_neuron.nn import layers as nn
+from jx_neuron.nn.cache import Cache, LayerKV
+from jx_neuron.nn.sharding import Padding
+from jx_neuron.util.pages import uncollected
 
 __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from flax import nnx
 
-from jx_neuron.arguments import integer
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.weights import Copy, W, rows_of
 from jx_neuron.errors import ConfigError
-from jx_neuron.hf_config import HFConfig
-from jx_neuron.sharding import Padding
-from jx_neuron.weights import Copy, W, rows_of
+from jx_neuron.nn.sharding import Padding
+from jx_neuron.util.arguments import integer
 
 PARTS = ("Config", "Model", "WEIGHTS", "IGNORE")
 METHODS = {"__call__": 3, "logits": 1}  # of Model, and how many arguments each takes: DecoderModule

@@ -12,10 +12,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.cache import Cache, LayerKV
-from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Span, attend, through
-from jx_neuron.weights import Copy, W
+from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.nn.cache import Cache, LayerKV
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Span, attend, through
 
 
 @dataclass(frozen=True)

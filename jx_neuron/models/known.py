@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jx_neuron.checkpoint import load_config
+from jx_neuron.checkpoint.folder import load_config
 
 __all__ = ["KNOWN", "config_of"]
 

@@ -11,12 +11,12 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.cache import Cache, LayerKV
+from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import ConfigError
-from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, through
-from jx_neuron.rope import RopeScaling, Rotation, rope_half
-from jx_neuron.weights import Copy, W
+from jx_neuron.nn.cache import Cache, LayerKV
+from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, through
+from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
 
 
 @dataclass(frozen=True)

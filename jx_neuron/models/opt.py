@@ -10,10 +10,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.cache import Cache, LayerKV
-from jx_neuron.hf_config import HFConfig, divisible, one_of
-from jx_neuron.nn import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
-from jx_neuron.weights import Copy, W
+from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.nn.cache import Cache, LayerKV
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
 EPSILON = 1e-5  # torch's default, which HF leaves as it is

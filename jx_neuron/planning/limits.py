@@ -2,10 +2,10 @@
 
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
-from jx_neuron.pages import check_room, gib
 from jx_neuron.planning.instances import INSTANCES
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import most
+from jx_neuron.util.pages import check_room, gib
 
 MOST_PADDING = 16  # times the weights: what 32 cores make of a model of 2 heads, were it attention alone
 

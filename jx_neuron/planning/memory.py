@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.lowering.buckets import Buckets
-from jx_neuron.lowering.footprint import peak_bytes
-from jx_neuron.lowering.hlo import parse
+from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.lowering.verify.footprint import peak_bytes
 from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import Instance
 from jx_neuron.planning.outline import Outline
+from jx_neuron.step.buckets import Buckets
+from jx_neuron.step.shape import Shape
 
 CODE = 96 * 2**20
 RINGS = 0.05

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jx_neuron import cache
-from jx_neuron.hf_config import HFConfig
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.weights import W
 from jx_neuron.models import Decoder, family, model_types
-from jx_neuron.sharding import AXIS, Padding
-from jx_neuron.weights import W
+from jx_neuron.nn import cache
+from jx_neuron.nn.sharding import AXIS, Padding
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.durable import write_file
 from jx_neuron.planning.instances import GIB
 from jx_neuron.planning.plan import Plan
+from jx_neuron.util.durable import write_file
 
 FORMATS = (".pdf", ".png", ".svg")
 ERROR = 0.2  # of the published rows that were not fitted, the worst is within this

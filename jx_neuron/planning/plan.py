@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jx_neuron.arguments import integer
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.buckets import MOST_ROWS, Buckets
 from jx_neuron.models import Decoder
-from jx_neuron.pages import gib
 from jx_neuron.planning.instances import INSTANCES, Instance, find
 from jx_neuron.planning.memory import Memory, host_bytes, lowered_activation_bytes
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import Request
+from jx_neuron.step.buckets import MOST_ROWS, Buckets
+from jx_neuron.util.arguments import integer
+from jx_neuron.util.pages import gib
 
 Lengths = int | Sequence[int]
 LISTED_ROWS = 256  # of the batches that speed is listed for

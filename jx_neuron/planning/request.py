@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.buckets import MOST_POSITIONS, Buckets
-from jx_neuron.pages import gib
 from jx_neuron.planning.instances import INSTANCES, Instance
 from jx_neuron.planning.memory import Memory, host_bytes, of_core
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.speed import Speed, speed
+from jx_neuron.step.buckets import MOST_POSITIONS, Buckets
+from jx_neuron.util.pages import gib
 
 FIRST_RELEASE_DEGREES = (1, 2, 8, 32)
 GRAIN = 128  # contexts are tried in steps of so many positions

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jx_neuron.lowering.buckets import Buckets, fit
 from jx_neuron.planning import published
 from jx_neuron.planning.instances import Instance, find
 from jx_neuron.planning.outline import Outline
+from jx_neuron.step.buckets import Buckets, fit
 
 HOP = 1.5e-6  # "1 to 2 µs a hop inside a node"
 FLOAT32 = 1 / 4  # of the bfloat16 rate: 47.5 of 190 TFLOP/s on inf2 and trn1

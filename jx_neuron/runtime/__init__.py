@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.step.shape import Shape
 
 
 class Result(NamedTuple):

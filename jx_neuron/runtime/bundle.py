@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jx_neuron.errors import InputError
-from jx_neuron.lowering.shape import Shape
+from jx_neuron.step.shape import Shape
 
 
 class Tensor(Protocol):

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from jx_neuron.lowering.execute import Executable
-from jx_neuron.lowering.shape import Shape
-from jx_neuron.progress import side_by_side, track
+from jx_neuron.nn.sharding import AXIS
 from jx_neuron.runtime import Result
 from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
-from jx_neuron.sharding import AXIS
+from jx_neuron.step.shape import Shape
+from jx_neuron.util.progress import side_by_side, track
 
 
 class HostRuntime:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from jx_neuron.compiler.neuronx_cc import INSTALL
 from jx_neuron.errors import CompilerError
-from jx_neuron.lowering.neuronx_cc import INSTALL
-from jx_neuron.lowering.rules import TARGETS
-from jx_neuron.lowering.shape import Shape
-from jx_neuron.progress import track
+from jx_neuron.lowering.verify.rules import TARGETS
+from jx_neuron.nn.sharding import AXIS
 from jx_neuron.runtime import Result
 from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
-from jx_neuron.sharding import AXIS
+from jx_neuron.step.shape import Shape
+from jx_neuron.util.progress import track
 
 DEVICES = Path("/dev")
 PRODUCT = Path("/sys/class/dmi/id/product_name")  # of an EC2 instance, its type

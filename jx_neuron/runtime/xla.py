@@ -11,19 +11,21 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron import cache as kv
-from jx_neuron import products, sharding
-from jx_neuron.cache import Cache
+from jx_neuron.checkpoint.weights import Params, Source
 from jx_neuron.errors import InputError
 from jx_neuron.lowering import _jaxlib
-from jx_neuron.lowering.shape import Shape
-from jx_neuron.lowering.step import step
 from jx_neuron.models import Decoder
-from jx_neuron.pages import check_room, give_back, uncollected
-from jx_neuron.progress import side_by_side
-from jx_neuron.runtime import Result, compiled
-from jx_neuron.runtime.one_cpu import OneCPU
-from jx_neuron.weights import Params, Source
+from jx_neuron.nn import cache as kv
+from jx_neuron.nn import ops as products
+from jx_neuron.nn import sharding
+from jx_neuron.nn.cache import Cache
+from jx_neuron.runtime import Result
+from jx_neuron.runtime import xla_options as compiled
+from jx_neuron.runtime.cpu import OneCPU
+from jx_neuron.step.shape import Shape
+from jx_neuron.step.step import step
+from jx_neuron.util.pages import check_room, give_back, uncollected
+from jx_neuron.util.progress import side_by_side
 
 MOST_PROGRAMS = 128
 """Programs that a model keeps. One takes 2 to 5 MB and 160 of the 65530 memory maps that Linux gives a process."""

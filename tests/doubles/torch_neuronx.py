@@ -27,8 +27,8 @@ import pytest
 import torch
 from doubles.neuronx_cc import read_neff
 
-from jx_neuron.lowering import proto
 from jx_neuron.lowering.execute import Executable
+from jx_neuron.lowering.hlo import proto
 
 DTYPES = {
     torch.float32: "float32",

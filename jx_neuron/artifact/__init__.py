@@ -1,0 +1,1 @@
+"""A model ready to run, as a folder on disk."""

@@ -1,0 +1,237 @@
+"""Reading an HF config.json: each field is honoured, known not to bear on the logits, or refused; or, where HF does not
+read it either, ignored with a warning."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+
+from jx_neuron.errors import ConfigError
+from jx_neuron.util.arguments import shown
+
+__all__ = ["INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+
+# https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py: fields of any
+# model that name it, steer training, describe other heads than the language model's, or are read by generation
+INERT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
+    attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task
+    gradient_checkpointing id2label initializer_range is_decoder label2id model_type name_or_path num_labels
+    output_attentions output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id
+    task_specific_params tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class torch_dtype
+    torchscript transformers.js_config transformers_version use_bfloat16 use_cache xla_device
+
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    length_penalty max_length min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+    num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    """.split()
+)
+# fields that any HF config may carry and that HF's code reads, and the only values under which a decoder here means the
+# same; of a list, each element. tests/test_config_fields.py says where HF reads those that its classes do not declare
+ONLY: Mapping[str, tuple[Any, ...]] = {
+    "_heterogeneity_spec": (None,),
+    "add_cross_attention": (False,),
+    "attention_chunk_size": (None,),
+    "attribute_map": ({},),
+    "decoder": (None,),
+    "fusion_config": (None,),
+    "generator": (None,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "kv_sharing_modes": (None,),
+    "layer_types": (None, "full_attention"),
+    "per_layer_config": (None, {}),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "text_config": (None,),
+    "text_encoder": (None,),
+    "transformers_weights": (None,),
+}
+_MOST_LAYERS = 500  # the deepest public decoders have some 130; building this many takes seconds
+_MOST_NAMES = 60  # in a warning, and their letters
+_INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
+_FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
+# what HF's configs and their attribute_map call the number of layers, and the longest sequence
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+class HFConfig:
+    """Base of a family's frozen `Config` dataclass, whose fields are named and defaulted as HF's.
+
+    `MODEL_TYPE` is the HF model_type; `INERT` names further fields that HF itself reads nowhere when it infers;
+    `ONLY` gives the legal values of fields that are supported in part; `ALIASES` is HF's attribute_map, other names of
+    fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
+
+    Values are held to the type hints of their fields. Integers are positive and below 2³¹, floats are positive numbers
+    of float32; both may be 0 where that is the default, and are at least what the metadata of a field says as "least".
+
+    Other fields are refused. Where `COMPLETE`, the fields, `INERT` and `ONLY` name all that HF's class declares and its
+    code reads, so that others change nothing: they are ignored, and named in one warning. null and {} are not
+    worth a word, nor are the values that `USUAL` gives.
+    """
+
+    MODEL_TYPE: ClassVar[str]
+    INERT: ClassVar[frozenset[str]] = frozenset()
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    COMPLETE: ClassVar[bool] = False
+    USUAL: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis letter of the weight table; each family has its own. Raises ConfigError otherwise."""
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config has no property `sizes`; give it one that returns the size of each axis letter "
+            "of WEIGHTS, such as dict(d=self.hidden_size, n=…, k=…, h=…, f=…, v=self.vocab_size)"
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers, each with a cache of its own.
+
+        By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError where
+        there is none.
+        """
+        for value in self._values(_LAYERS):
+            return int(value)
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config has none of the fields {', '.join(_LAYERS)}; add the one of HF's config, or a "
+            "property `layers` that returns how many decoder layers there are"
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence, prompt and answer together, that the model has positions for; None if any.
+
+        By default HF's field, `max_position_embeddings` or `n_positions`, or None where there is none. A family whose
+        positions are computed (RoPE, ALiBi), and so have no end, returns None.
+        """
+        return next(self._values(_POSITIONS), None)
+
+    def _values(self, names: Sequence[str]) -> Iterator[Any]:
+        """The values of the fields that HF calls one of `names`."""
+        fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return (getattr(self, fields[name]) for name in names if name in fields)
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """Names of entries within fields that HF does not read."""
+        return ()
+
+    @property
+    def rotations(self) -> tuple[int, bool] | None:
+        """Where RoPE depends on the length of the prompt: RopeScaling's `rotations`."""
+        return None
+
+    @property
+    def trained_positions(self) -> int | None:
+        """The longest sequence that the model was trained on, as HF's field has it; None where no field says."""
+        fields = self.to_hf()
+        return fields.get("max_position_embeddings") or fields.get("n_positions") or self.max_positions
+
+    def beyond_training(self, n_positions: int) -> str | None:
+        """One line on positions that the model was not trained on; None where there are none.
+
+        >>> from jx_neuron.models.llama import Config
+        >>> Config(max_position_embeddings=256).beyond_training(300)
+        'n_positions=300 is beyond the 256 positions that the model was trained on: answers get worse past them'
+        """
+        trained = self.trained_positions
+        if trained is None or n_positions <= trained:
+            return None
+        return (
+            f"n_positions={n_positions} is beyond the {trained} positions that the model was trained on: "
+            "answers get worse past them"
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields as config.json has them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.metadata.get("hf", field.name): getattr(self, field.name) for field in fields}
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> Self:
+        """The config of a parsed config.json.
+
+        Raises ConfigError that names any field it cannot honour, and warns of those that HF does not read.
+        """
+        fields = {f.metadata.get("hf", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = get_type_hints(cls)
+        inert, only = INERT | cls.INERT, {**ONLY, **cls.ONLY}
+        values: dict[str, Any] = {}
+        ignored = []
+        for key, value in raw.items():
+            name = cls.ALIASES.get(key, key)
+            if field := fields.get(name):
+                read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
+                if values.setdefault(field.name, read) != read:
+                    twins = " and ".join(f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
+                    raise ConfigError(f"{cls.MODEL_TYPE}: {twins} are one field; keep the one that is meant")
+            elif key in inert:
+                continue
+            elif key in only:
+                items = value if value and isinstance(value, list) else [value]
+                if not all(item in only[key] for item in items):
+                    legal = " or ".join(repr(v) for v in only[key])
+                    raise ConfigError(
+                        f"{cls.MODEL_TYPE}: {key}={shown(value)} is not supported, only {legal}; "
+                        "change the checkpoint's config.json, or register a decoder of your own that honours it"
+                    )
+            elif not cls.COMPLETE:
+                raise ConfigError(
+                    f"{cls.MODEL_TYPE}: config field {key!r} is not known here, so {key}={shown(value)} cannot be "
+                    f"honoured; known are {', '.join(sorted(fields))}. Remove it from config.json if it does not "
+                    "change the model"
+                )
+            elif value not in (None, {}, cls.USUAL.get(key)):
+                ignored.append(key)
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{cls.MODEL_TYPE}: {error}") from error
+        if config.layers > _MOST_LAYERS:
+            raise ConfigError(
+                f"{cls.MODEL_TYPE}: {config.layers} layers are too many; at most {_MOST_LAYERS} are built"
+            )
+        if ignored := [*ignored, *config.unread]:
+            names = ", ".join(repr(name[:_MOST_NAMES]) for name in sorted(ignored)[:_MOST_NAMES])
+            more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
+            message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}{more}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        return config
+
+
+def _read(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]") -> object:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    types = [get_origin(option) or option for option in options]
+    if type(value) not in types and not (float in types and type(value) is int):
+        names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+        raise ConfigError(f"{name}={shown(value)} is of the wrong type; it should be {names}")
+    if type(value) in (int, float):
+        least, most = _FLOATS if float in types else _INTEGERS
+        in_range(name, value, field.metadata.get("least", 0 if field.default == 0 else least), most)
+    return float(value) if type(value) is int and int not in types else value
+
+
+def in_range(name: str, value: Any, least: float, most: float) -> None:
+    """Raises ConfigError unless `value` is an integer or a float from `least` to `most`, which NaN is not."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ConfigError(f"{name}={shown(value)} should be a number from {least:.10g} to {most:.10g}")
+
+
+def one_of(model_type: str, field: str, value: object, legal: Mapping[str, object]) -> None:
+    """Raises ConfigError unless `value` is a key of `legal`."""
+    if value not in legal:
+        raise ConfigError(f"{model_type}: {field}={shown(value)} is not supported; it may be one of {', '.join(legal)}")
+
+
+def divisible(model_type: str, field: str, value: int, by: str, divisor: int) -> None:
+    """Raises ConfigError unless `divisor` divides `value`."""
+    if divisor < 1 or value % divisor:
+        raise ConfigError(f"{model_type}: {field}={value} is not divisible by {by}={divisor}")

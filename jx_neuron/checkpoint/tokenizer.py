@@ -1,0 +1,86 @@
+"""Tokenizers of Hugging Face's transformers, made without running code that came with a checkpoint.
+
+https://huggingface.co/docs/transformers/custom_models
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jx_neuron.errors import CheckpointError, JxNeuronError
+from jx_neuron.util.temporary import temporary_folder
+
+AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
+
+
+def load_tokenizer(
+    home: Path,
+    config: Mapping[str, Any],
+    save_files: Callable[[Path], object],
+    error: type[JxNeuronError] = CheckpointError,
+) -> Any:
+    """The transformers tokenizer of the files that `save_files` writes into a folder, and of no others.
+
+    home:   where the files come from, for errors and as the tokenizer's name_or_path.
+    config: what config.json says; its model_type chooses the class where tokenizer_config.json names none.
+
+    Raises `error` that names `home` where transformers makes none of them, or only with code of the checkpoint's own.
+    """
+    from transformers import AutoTokenizer
+
+    with temporary_folder() as folder, refusing_own_code(home, error):
+        try:
+            save_files(folder)
+            plain = {name: value for name, value in config.items() if name != AUTO_MAP}
+            (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+            for path in folder.glob("*config.json"):
+                _check_class(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class"))
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type are noticed only in use
+        except (JxNeuronError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as raised:  # a panic of the tokenizers library is no Exception
+            if _is_refusal(raised):
+                raise
+            raise error(
+                f"{home}: transformers cannot make a tokenizer of its files: "
+                f"{str(raised).replace(str(folder), str(home))} Use token ids, or copy a tokenizer.json there."
+            ) from raised
+    tokenizer.name_or_path = str(home)
+    return tokenizer
+
+
+@contextmanager
+def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
+    """Has transformers' refusal to run code of a checkpoint's own, under trust_remote_code=False, become an `error`."""
+    try:
+        yield
+    except ValueError as raised:
+        if not _is_refusal(raised):
+            raise
+        raise error(
+            f"{home}: {AUTO_MAP} in its tokenizer_config.json or config.json names Python code of the checkpoint's "
+            "own, which is never run here. Use token ids, or read that code, run it yourself, and copy there what its "
+            "`save_pretrained` writes: a tokenizer.json, and a tokenizer_config.json without that field."
+        ) from raised
+
+
+def _check_class(name: str | None) -> None:
+    """Raises ValueError for a tokenizer_class that is none: AutoTokenizer takes any name in transformers for one.
+
+    AutoProcessor, named so, would ask on the terminal whether to run the checkpoint's code.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named = tokenizer_class_from_name(name) if name else None
+    if named is None or getattr(named, "is_dummy", False):  # a dummy says which library its class needs
+        return
+    if not (isinstance(named, type) and issubclass(named, PreTrainedTokenizerBase)):
+        raise ValueError(f"its tokenizer_class, {name!r}, is no tokenizer.")
+
+
+def _is_refusal(raised: BaseException) -> bool:
+    return isinstance(raised, ValueError) and "trust_remote_code=True" in str(raised)

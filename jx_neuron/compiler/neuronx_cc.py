@@ -1,0 +1,401 @@
+"""AWS's compiler, driven: HLO modules in, NEFFs out.
+
+https://awsdocs-neuron.readthedocs-hosted.com/en/latest/compiler/neuronx-cc/api-reference-guide/
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jx_neuron.compiler import cache as compile_cache
+from jx_neuron.compiler.errors import explain
+from jx_neuron.errors import CompilerError
+from jx_neuron.lowering.verify.rules import target_of
+from jx_neuron.util import progress as progress_bars
+from jx_neuron.util.durable import write_file
+from jx_neuron.util.temporary import temporary_folder
+
+INSTALL = "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com"
+
+FLAGS_VARIABLE = "NEURON_CC_FLAGS"
+LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
+DUMP_VARIABLE = "NEURONX_DUMP_TO"
+WORKERS_VARIABLE = "NEURON_COMPILATION_WORKER_COUNT"
+
+HLO_FILE, NEFF_FILE = "model.hlo.pb", "model.neff"
+LOG_FILE, OUTPUT_FILE, COMMAND_FILE = "log-neuron-cc.txt", "output.txt", "command.txt"
+TAIL_LINES = 20
+GRACE_SECONDS = 0.5
+_running: set["subprocess.Popen[bytes]"] = set()
+
+_ALIASES = {"-O": "--optlevel", "-lnc": "--logical-nc-config", "--lnc": "--logical-nc-config"}
+_TAKING_A_VALUE = {
+    "--framework",
+    "--target",
+    "--model-type",
+    "--auto-cast",
+    "--auto-cast-type",
+    "--native-int64",
+    "--implicit-integer-downcast",
+    "--distribution-strategy",
+    "--logical-nc-config",
+    "--optlevel",
+    "--logfile",
+    "--output",
+    "--verbose",
+}
+_OURS = {
+    "--output": "every program has its own NEFF",
+    "--logfile": f"every program has its own log, kept where {DUMP_VARIABLE} says",
+}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """An installed neuronx-cc: its executable, and its version as it prints it."""
+
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True)
+class CompilerOptions:
+    """What to ask of neuronx-cc. None leaves a choice to `NEURON_CC_FLAGS`, then to the default named here.
+
+    Attributes:
+      target: inf2, trn1 (default), trn1n, trn2 or trn3.
+      model_type: generic, transformer (default) or unet-inference.
+      auto_cast: none (default), matmult or all.
+      auto_cast_type: bf16, fp16, tf32 or fp8_e4m3.
+      optlevel: 1, 2 or 3.
+      logical_nc_config: physical cores that make a logical one, 1 or 2; trn2 and trn3 only. Default
+        `NEURON_LOGICAL_NC_CONFIG`, which the runtime goes by.
+      compilation_worker_count: programs compiled at a time. Default `NEURON_COMPILATION_WORKER_COUNT`, then a
+        quarter of the machine's cores: the compiler has threads of its own and takes gigabytes of memory.
+    """
+
+    target: str | None = None
+    model_type: str | None = None
+    auto_cast: str | None = None
+    auto_cast_type: str | None = None
+    optlevel: int | None = None
+    logical_nc_config: int | None = None
+    compilation_worker_count: int | None = None
+
+    def __post_init__(self) -> None:
+        legal: dict[str, tuple[object, ...]] = {
+            "model_type": ("generic", "transformer", "unet-inference"),
+            "auto_cast": ("none", "matmult", "all"),
+            "auto_cast_type": ("bf16", "fp16", "tf32", "fp8_e4m3"),
+            "optlevel": (1, 2, 3),
+            "logical_nc_config": (1, 2),
+        }
+        for name, values in legal.items():
+            value = getattr(self, name)
+            if value is not None and value not in values:
+                raise CompilerError(f"{name}={value!r} is none of {', '.join(map(str, values))}")
+        if self.target is not None:
+            target_of(self.target)
+        if self.compilation_worker_count is not None and self.compilation_worker_count < 1:
+            raise CompilerError(f"compilation_worker_count={self.compilation_worker_count}: at least 1 is needed")
+
+
+def find_compiler() -> Compiler:
+    """The neuronx-cc on PATH, or beside this Python's executable.
+
+    Raises CompilerError that says what to install where there is none.
+    """
+    found = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise CompilerError(
+            "neuronx-cc, AWS's compiler, is not installed. It runs on Linux x86-64, and comes from AWS's "
+            f"Neuron repository: {INSTALL}. All but the NEFFs works without it: compile with --hlo-only"
+        )
+    shown = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"Compiler version\s+(\S+)", shown.stdout + shown.stderr)
+    if shown.returncode or version is None:
+        said = (shown.stderr or shown.stdout).strip() or "nothing"
+        raise CompilerError(f"{found} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
+    return Compiler(Path(found), version[1])
+
+
+def asked_target() -> str | None:
+    """The target that `NEURON_CC_FLAGS` names, if it does."""
+    return _last(_user_flags(), "--target")
+
+
+def target(options: CompilerOptions) -> str:
+    """The instance family that is compiled for."""
+    asked = asked_target()
+    if options.target and asked and options.target != asked:
+        raise CompilerError(
+            f"{FLAGS_VARIABLE} asks for --target={asked}, but the programs are for {options.target}. "
+            f"Drop the flag, or ask for target {asked} in both"
+        )
+    return options.target or asked or "trn1"
+
+
+def flags(options: CompilerOptions) -> list[str]:
+    """The flags of a compilation, in one spelling (`--name=value`).
+
+    Ours come first, where the user has not set them, then the user's from `NEURON_CC_FLAGS`; neuronx-cc
+    takes the right-most of each.
+
+    Raises CompilerError for flags that contradict the target or are not the user's to set.
+    """
+    theirs = _user_flags()
+    for name, reason in _OURS.items():
+        if any(flag.startswith(f"{name}=") for flag in theirs):
+            raise CompilerError(f"{FLAGS_VARIABLE} sets {name}, but {reason}. Drop the flag")
+    ours = {
+        "--framework": "XLA",
+        "--target": target(options),
+        "--model-type": options.model_type or "transformer",
+        "--auto-cast": options.auto_cast or "none",
+        "--auto-cast-type": options.auto_cast_type,
+        "--optlevel": options.optlevel,
+        "--logical-nc-config": _logical_nc_config(options, _last(theirs, "--logical-nc-config")),
+    }
+    return [f"{name}={value}" for name, value in ours.items() if value is not None and not _last(theirs, name)] + theirs
+
+
+def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions) -> list[str]:
+    """The command that compiles the HloModuleProto file `hlo` to `neff`, with the log beside it."""
+    return [
+        str(compiler.path),
+        "compile",
+        str(hlo),
+        *flags(options),
+        f"--output={neff}",
+        f"--logfile={neff.with_name(LOG_FILE)}",
+    ]
+
+
+def worker_count(options: CompilerOptions, jobs: int | None = None) -> int:
+    """How many programs are compiled at a time."""
+    told = jobs if jobs is not None else options.compilation_worker_count
+    if told is None and (text := os.environ.get(WORKERS_VARIABLE)):
+        if not text.isdecimal():
+            raise CompilerError(f"{WORKERS_VARIABLE}={text} is not a number of workers")
+        told = int(text)
+    if told is None:
+        return max(1, (os.cpu_count() or 1) // 4)
+    if told < 1:
+        raise CompilerError(f"{told} programs at a time cannot be compiled: at least 1 worker is needed")
+    return told
+
+
+def compile_programs(
+    programs: Mapping[str, bytes],
+    options: CompilerOptions | None = None,
+    *,
+    jobs: int | None = None,
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+) -> dict[str, bytes]:
+    """Compiles serialized HloModuleProtos, by name, to NEFFs, several at a time.
+
+    What was compiled before, by any process, comes from the cache (`cache_dir`, by default
+    `compile_cache.default_folder()`). With `NEURONX_DUMP_TO` set, each program's HLO, NEFF, logs and command
+    are kept in a folder of its own there.
+
+    Raises CompilerError where the compiler is missing or refuses a program; the other compilations are
+    stopped then, as they are on Ctrl-C, and what was finished stays cached.
+    """
+    options = options or CompilerOptions()
+    workers = worker_count(options, jobs)
+    run = _Run(
+        find_compiler(),
+        options,
+        Path(cache_dir).expanduser() if cache_dir is not None else compile_cache.default_folder(),
+        threading.Event(),
+    )
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="neuronx-cc") as pool,
+        progress_bars.bar() if progress else nullcontext() as bar,
+    ):
+        futures: dict[Future[bytes], str] = {}
+        try:
+            futures = {pool.submit(run.neff, name, hlo): name for name, hlo in programs.items()}
+            task = bar.add_task("Compiling with neuronx-cc", total=len(futures)) if bar else None
+            for future in as_completed(futures):
+                future.result()
+                if bar and task is not None:
+                    bar.update(task, advance=1, description=f"Compiled {futures[future]}")
+        except BaseException:
+            run.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    neffs = {name: future.result() for future, name in futures.items()}
+    return {name: neffs[name] for name in programs}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the compilations of one call share."""
+
+    compiler: Compiler
+    options: CompilerOptions
+    cache: Path
+    stop: threading.Event
+
+    def neff(self, name: str, hlo: bytes) -> bytes:
+        key = compile_cache.key(hlo, _for_the_key(flags(self.options)), self.compiler.version)
+        with _workspace(f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{key[:8]}") as folder:
+            if (neff := compile_cache.load(self.cache, key)) is None:
+                with compile_cache.lock(self.cache, key, self.stop.is_set):
+                    if (neff := compile_cache.load(self.cache, key)) is None:
+                        neff = self.compile(name, hlo, folder)
+                        compile_cache.store(self.cache, key, neff)
+            if os.environ.get(DUMP_VARIABLE) and not (folder / NEFF_FILE).exists():
+                self.lay_out(hlo, folder)
+                (folder / NEFF_FILE).write_bytes(neff)
+            return neff
+
+    def lay_out(self, hlo: bytes, folder: Path) -> list[str]:
+        line = command(self.compiler, folder / HLO_FILE, folder / NEFF_FILE, self.options)
+        (folder / HLO_FILE).write_bytes(hlo)
+        (folder / COMMAND_FILE).write_text(shlex.join(line) + "\n")
+        return line
+
+    def compile(self, name: str, hlo: bytes, folder: Path) -> bytes:
+        line = self.lay_out(hlo, folder)
+        output = folder / NEFF_FILE
+        output.unlink(missing_ok=True)
+        with open(folder / OUTPUT_FILE, "wb") as log:
+            process = subprocess.Popen(
+                line,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            with _killed_on_exit(process):
+                while process.poll() is None:
+                    if self.stop.wait(0.05):
+                        raise compile_cache.CancelledError
+        if process.returncode == 0 and output.exists() and output.stat().st_size:
+            return output.read_bytes()
+        raise CompilerError(self.failure(name, process.returncode, folder))
+
+    def failure(self, name: str, status: int, folder: Path) -> str:
+        log = "".join(
+            path.read_text(errors="replace") for path in (folder / LOG_FILE, folder / OUTPUT_FILE) if path.exists()
+        )
+        kept = folder / OUTPUT_FILE
+        if not os.environ.get(DUMP_VARIABLE):
+            kept = self.cache / "failed" / f"{folder.name}.log"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_file(kept, log.encode())
+        tail = [line for line in log.splitlines() if line.strip()][-TAIL_LINES:]
+        return "\n".join(
+            [
+                f"neuronx-cc {self.compiler.version} could not compile the program {name!r} "
+                f"for {target(self.options)}: {explain(log, status)}",
+                f"The end of its log ({kept}):",
+                *(f"  {line}" for line in tail or ["(it wrote nothing)"]),
+            ]
+        )
+
+
+@contextmanager
+def _workspace(name: str) -> Iterator[Path]:
+    if dump := os.environ.get(DUMP_VARIABLE):
+        folder = Path(dump).expanduser().resolve() / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CompilerError(f"{DUMP_VARIABLE}={dump} cannot be written: {error.strerror}") from error
+        yield folder
+    else:
+        with temporary_folder() as parent:
+            folder = parent.resolve() / name
+            folder.mkdir()
+            yield folder
+
+
+@contextmanager
+def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Ends `process` and all that it started, however the block is left."""
+    _running.add(process)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(GRACE_SECONDS)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _running.discard(process)
+
+
+def abandon() -> None:
+    """Kills the compilers that run, and all that they started; for the thread that ends this process."""
+    for process in list(_running):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _user_flags() -> list[str]:
+    text = os.environ.get(FLAGS_VARIABLE, "")
+    try:
+        tokens = iter(shlex.split(text))
+    except ValueError as error:
+        raise CompilerError(f"{FLAGS_VARIABLE}={text} is no command line: {error}") from error
+    found = []
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if re.fullmatch(r"-O\d", token):
+            name, equals, value = "-O", "=", token[2:]
+        name = _ALIASES.get(name, name)
+        if name not in _TAKING_A_VALUE:
+            found.append(token)
+            continue
+        if not equals and (value := next(tokens, "")) == "":
+            raise CompilerError(f"{FLAGS_VARIABLE}={text}: {token} is given without a value")
+        found.append(f"{name}={value}")
+    return found
+
+
+def _last(given: Sequence[str], name: str) -> str | None:
+    return next((flag.partition("=")[2] for flag in reversed(given) if flag.startswith(f"{name}=")), None)
+
+
+def _for_the_key(given: Sequence[str]) -> list[str]:
+    """The flags that can change a NEFF."""
+    return [flag for flag in given if not flag.startswith("--verbose=")]
+
+
+def _logical_nc_config(options: CompilerOptions, asked: str | None) -> str | None:
+    """What `options`, the user's flag and the runtime's variable agree on; None where there is no choice."""
+    named = {
+        "logical_nc_config": None if options.logical_nc_config is None else str(options.logical_nc_config),
+        f"--logical-nc-config in {FLAGS_VARIABLE}": asked,
+    }
+    family = target_of(target(options))
+    choices = [str(choice) for choice in family.lnc_choices]
+    if len(choices) > 1:
+        named[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
+    given = {source: value for source, value in named.items() if value}
+    for source, value in given.items():
+        if value not in choices:
+            raise CompilerError(
+                f"{source} is {value}, but a logical core of {family.name} is made of {' or '.join(choices)} "
+                "(NCC_EARG001). Drop the setting"
+            )
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{source} is {value}" for source, value in given.items())
+        raise CompilerError(f"the sizes of a logical core do not agree: {said}. Set them alike")
+    return next(iter(given.values()), None) if len(choices) > 1 else None

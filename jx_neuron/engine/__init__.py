@@ -1,0 +1,1 @@
+"""From prompts to tokens: requests, slots, schedules, and when an answer ends."""

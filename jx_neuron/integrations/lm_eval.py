@@ -1,0 +1,190 @@
+"""lm-evaluation-harness over a model of this package: https://github.com/EleutherAI/lm-evaluation-harness
+
+Importing this registers the harness's model "jx-neuron". Takes the extra `eval`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jx_neuron.config import NeuronConfig
+from jx_neuron.errors import InputError
+from jx_neuron.llm import NeuronAutoModelForCausalLM
+from jx_neuron.util.arguments import integer
+from jx_neuron.util.progress import track
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    raise InputError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval[hf]'") from None
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@register_model("jx-neuron")
+class JxNeuronLM(TemplateLM):  # type: ignore[misc]
+    """A model for `lm_eval.simple_evaluate`.
+
+    pretrained:   a model in hand, or what its `from_pretrained` takes, `options` with it.
+    max_gen_toks: longest answer in tokens, where a task does not say.
+
+    What is too long for the model loses its beginning. Tokens and one more must fit n_positions.
+
+    Raises InputError for what the model cannot score or answer.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | NeuronAutoModelForCausalLM,
+        *,
+        batch_size: int | str = 1,
+        max_gen_toks: int = 256,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if isinstance(pretrained, str):
+            every = NeuronConfig(output_all_logits=True)
+            self.model = NeuronAutoModelForCausalLM.from_pretrained(
+                pretrained, batch_size=_size(batch_size), neuron_config=every, **options
+            )
+        else:
+            self.model = pretrained
+        self.tokenizer, self.max_gen_toks = self.model.tokenizer, integer("max_gen_toks", max_gen_toks)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that one is predicted from."""
+        return self.model.buckets.capacity - 1
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end token, or else the model's first."""
+        ends = (self.tokenizer.eos_token_id, *self.model.eos_token_ids)
+        if (end := next((id for id in ends if id is not None), None)) is None:
+            raise InputError("neither tokenizer nor model has an end token, which texts are scored behind; set one")
+        return int(end)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text of which every token is scored: the beginning token, or else the end token."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text; one that spells out the beginning token gets no other."""
+        begin = self.tokenizer.bos_token
+        special = not (begin and string.startswith(begin)) if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer.encode(string, add_special_tokens=special))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as the tokenizer's template writes it."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        capacity = self.model.buckets.capacity
+        for _, context, continuation in requests:
+            if not context or len(continuation) >= capacity:
+                raise InputError(
+                    f"{len(continuation)} tokens cannot be scored after {len(context)}: one at least must stand before "
+                    f"them, and they must be fewer than n_positions={capacity}; make the model with more"
+                )
+        rows = [[*context, *continuation][-capacity:] for _, context, continuation in requests]
+        found = []
+        for (key, _context, continuation), parts in zip(requests, self.model.log_likelihoods(rows), strict=True):
+            scored = slice(len(parts.logprobs) - len(continuation), None)
+            found.append((float(parts.logprobs[scored].sum(dtype=np.float64)), bool(parts.likeliest[scored].all())))
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each text, every token of it, in the harness's disjoint windows."""
+        found: list[float] = []
+        for request in track(requests, "scoring texts", len(requests)):
+            windows = utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            parts = self._loglikelihood_tokens([(None, *utils.make_disjoint_window(window)) for window in windows])
+            found.append(sum(logprob for logprob, _ in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Each prompt's answer, up to the first of the texts that the task has it end at."""
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        batches = [
+            numbers[first : first + self.model.most_prompts]
+            for numbers in groups.values()
+            for first in range(0, len(numbers), self.model.most_prompts)
+        ]
+        for batch in track(batches, "answering", len(batches)):
+            texts = self._answers([requests[number].args[0] for number in batch], requests[batch[0]].args[1])
+            for number, text in zip(batch, texts, strict=True):
+                answers[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return answers
+
+    def _answers(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+        asked = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+        until, new = asked.pop("until"), integer("max_gen_toks", asked.pop("max_gen_toks"))
+        drawn = asked.pop("do_sample")
+        if unknown := sorted(set(asked) - set(SAMPLING)):
+            raise InputError(f"{unknown[0]} is no option of answers here; there are {', '.join(SAMPLING)}")
+        room = self.model.buckets.capacity - new
+        if room < 1:
+            raise InputError(
+                f"answers of {new} tokens leave no room for a prompt in n_positions={self.model.buckets.capacity}; "
+                "make the model with a larger n_positions, or ask for a smaller max_gen_toks"
+            )
+        rows = [(self.tok_encode(prompt) or [self.prefix_token_id])[-room:] for prompt in prompts]
+        width = max(map(len, rows))
+        start_ids = [width - len(row) for row in rows]
+        ids = [[0] * (width - len(row)) + row for row in rows]
+        how: dict[str, Any] = asked if drawn else dict(top_k=1)
+        legal = range(self.model.settings.vocab_size)
+        ends = [id for id in (self.tokenizer.eos_token_id, *self.model.eos_token_ids) if id in legal]
+        texts = [""] * len(rows)
+        ended_b = np.zeros(len(rows), bool)
+        steps = self.model.stream(
+            ids, width + new, start_ids, eos_token_override=ends or -1, stop_strings=until or None, **how
+        )
+        for step in steps:
+            texts = [
+                text if over else text + more for text, more, over in zip(texts, step.text or (), ended_b, strict=True)
+            ]
+            ended_b = step.ended
+        return [_before(text, until) for text in texts]
+
+
+def _before(text: str, ends: Sequence[str]) -> str:
+    for end in filter(None, ends):
+        text = text.split(end, maxsplit=1)[0]
+    return text
+
+
+def _size(batch_size: int | str) -> int:
+    digits = isinstance(batch_size, str) and batch_size.isdecimal()
+    return integer("batch_size", int(batch_size) if digits else batch_size)

@@ -1,0 +1,1 @@
+"""HLO modules: their protocol buffers, read as a graph, and rewritten."""

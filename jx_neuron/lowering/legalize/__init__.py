@@ -1,0 +1,1 @@
+"""Rewriting a partitioned program into what neuronx-cc takes."""

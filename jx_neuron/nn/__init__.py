@@ -1,0 +1,13 @@
+"""What decoders are written with: layers, attention, rotary embeddings, state, sampling; and how arrays are split."""
+
+from jx_neuron.util.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "cache": "Cache LayerKV",
+        "layers": "ACT Embedding LayerNorm Linear Linears RMSNorm Span attend span through",
+        "rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
+        "sharding": "Padding request_devices",
+    },
+)

@@ -1,0 +1,272 @@
+"""Layers shared by the decoders, as flax nnx modules, and the attention over a cache.
+
+Array suffixes: b batch, t query tokens, s cache slots, d model width, n query
+heads, k key/value heads, h head size, f MLP width, v vocabulary. Layers take
+their sizes from their arrays, not from a config, so the same module runs with
+heads, MLP and vocabulary padded for tensor parallelism.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jx_neuron.nn import cache
+from jx_neuron.nn.cache import KV, Cache, Part, Stack
+from jx_neuron.nn.ops import barrier, mean, product, product_with_rows, query_blocks, query_key, weigh_values
+
+
+class Span(NamedTuple):
+    """The positions that one call works on.
+
+    position_bt: absolute position of each token, int32.
+    extent_b:    length of each row's sequence as far as it is known, int32; beyond the
+                 tokens of this call where a prompt goes through in chunks.
+    mask_bts:    True where token t may attend to cache slot s.
+    """
+
+    position_bt: Array
+    extent_b: Array
+    mask_bts: Array
+
+
+def span(start_b: Array, length_b: Array, tokens: int, slots: int) -> Span:
+    """The span of `tokens` tokens from `start_b` on, over the first `slots` slots of the cache."""
+    position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    mask_bts = jnp.arange(slots, dtype=jnp.int32) <= position_bt[:, :, None]
+    return Span(position_bt, start_b + length_b, mask_bts)
+
+
+class Layered(NamedTuple):
+    """A parameter of one of a model's layers, where what each layer has of them lies in one array: of(layer)[which]."""
+
+    of: Callable[[Any], Sequence[Array]]
+    which: int
+    layer: int
+
+
+_layered: ContextVar[Mapping[int, Layered]] = ContextVar("_layered", default=MappingProxyType({}))
+
+
+@contextmanager
+def lying_together(parameters: Sequence[tuple[Array, Layered]]) -> Iterator[None]:
+    """Tells `through`, in this context, which parameters of a bound model lie together."""
+    token = _layered.set({id(array): of for array, of in parameters})
+    try:
+        yield
+    finally:
+        _layered.reset(token)
+
+
+def through(layers: Sequence[Callable[..., Any]], x: Array, cache: Cache, *args: Any) -> tuple[Array, Cache]:
+    """x through a model's `layers`, modules called as layer(x, their part of the cache, *args), and the cache written.
+
+    For a CPU, layers that differ in their parameters alone are traced once, and where these lie together the program
+    goes through them in a loop.
+    """
+    if not isinstance(cache, Stack):
+        written = []
+        for layer, kv in zip(layers, cache, strict=True):
+            x, kv = layer(x, kv, *args)  # noqa: PLW2901
+            written.append(kv)
+        return x, tuple(written)
+    graphs, states = zip(*map(nnx.split, layers), strict=True)
+    if (state_at := _looped(graphs, states)) is not None:
+
+        def layer_at(layer: Any, given: tuple[Array, Stack]) -> tuple[Array, Stack]:
+            return _layer(graphs[0], state_at(layer), layer, given, *args)
+
+        if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, cache))) == _kinds((x, cache)):
+            return jax.lax.fori_loop(0, len(states), layer_at, (x, cache))
+    for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+        # behind the barrier, for what reads and writes the cache to be compiled once too
+        x, cache = _traced_once(graph, state, barrier(np.int32(i)), (x, cache), *args)
+    return x, cache
+
+
+def _layer(graph: Any, state: Any, layer: Any, given: tuple[Array, Stack], *args: Any) -> tuple[Array, Stack]:
+    x, cache = given
+    x, kv = nnx.merge(graph, state)(x, Part(cache, layer), *args)
+    return x, kv.stack
+
+
+_traced_once = jax.jit(_layer, static_argnums=0)
+
+
+def _looped(graphs: Sequence[Any], states: Sequence[Any]) -> Callable[[Any], Any] | None:
+    """What gives the state of any layer, where layers are alike and their parameters lie together."""
+    known = _layered.get()
+    leaves = [[known.get(id(leaf)) for leaf in jax.tree.leaves(state)] for state in states]
+    first = [layered for layered in leaves[0] if layered is not None]
+    for i, (graph, layer) in enumerate(zip(graphs, leaves, strict=True)):
+        if graph != graphs[0] or layer != [layered._replace(layer=i) for layered in first]:
+            return None
+
+    def state_at(layer: Any) -> Any:
+        found = {of: of(layer) for of in dict.fromkeys(layered.of for layered in first)}
+        return jax.tree.unflatten(jax.tree.structure(states[0]), [found[of][which] for of, which, _ in first])
+
+    return state_at
+
+
+def _kinds(given: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given)]
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    return scale * jax.random.normal(key, shape)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias, over the last axes of x; kernel [*inputs, *outputs], bias [*outputs]."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
+        scale = 1.0 / math.sqrt(math.prod(inputs))
+        self.kernel = nnx.Param(_normal(rngs.params(), (*inputs, *outputs), scale))
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
+        self.axes = len(inputs)
+
+    def __call__(self, x: Array) -> Array:
+        return _products(x, [self])[0]
+
+
+class Linears(nnx.Module):
+    """Linear layers of one input, by name; a CPU computes them as one product, over kernels that lie together."""
+
+    def __init__(self, inputs: Sequence[int], outputs: Mapping[str, Sequence[int]], *, bias: bool, rngs: nnx.Rngs):
+        self.names = tuple(outputs)
+        for name, of in outputs.items():
+            setattr(self, name, Linear(inputs, of, bias=bias, rngs=rngs))
+
+    def __call__(self, x: Array) -> list[Array]:
+        """What each gives, in the order of their names."""
+        return _products(x, [getattr(self, name) for name in self.names])
+
+
+def _products(x: Array, linears: Sequence[Linear]) -> list[Array]:
+    found = product(x, [linear.kernel[...] for linear in linears], linears[0].axes)
+    return [y if linear.bias is None else y + linear.bias[...] for y, linear in zip(found, linears, strict=True)]
+
+
+def kernels(module: nnx.Module) -> dict[tuple[str, ...], int]:
+    """The kernels of a model by dotted path, those of a `Linears` together, and how many input axes they have."""
+    nodes = [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, Linear | Linears)]
+    several = {path: node for path, node in nodes if isinstance(node, Linears)}
+    alone = {path: node for path, node in nodes if isinstance(node, Linear) and path[:-1] not in several}
+    found = {tuple((*path, name) for name in of.names): getattr(of, of.names[0]).axes for path, of in several.items()}
+    found |= {(path,): node.axes for path, node in alone.items()}
+    return {tuple(".".join(map(str, (*path, "kernel"))) for path in of): axes for of, axes in found.items()}
+
+
+class Embedding(nnx.Module):
+    """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
+
+    def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(_normal(rngs.params(), (entries, d), 0.02))
+
+    def __call__(self, index_bt: Array) -> Array:
+        return self.embedding[...].at[index_bt].get(mode="clip")
+
+    def attend(self, x_btd: Array) -> Array:
+        """Logits [b, t, v] = x · tableᵀ."""
+        return product_with_rows(x_btd, self.embedding[...])
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) · scale + bias over the last axis, in float32 (Ba et al., arXiv:1607.06450)."""
+
+    def __init__(self, d: int, eps: float, *, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones((d,))) if affine else None
+        self.bias = nnx.Param(jnp.zeros((d,))) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - mean(y)
+        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, d: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def attend(
+    q_btnh: Array, k_btkh: Array, v_btkh: Array, kv: KV, at: Span, scale: float | None = None
+) -> tuple[Array, KV]:
+    """Writes keys and values to the cache, then attends to the slots that `at` allows.
+
+    softmax(scale · q · kᵀ) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)
+    (grouped-query attention, Ainslie et al., arXiv:2305.13245). Scores and softmax are float32.
+
+    Returns the attention output [b, t, n, h] and the cache written to.
+    """
+    b, t, n, h = q_btnh.shape
+    k = k_btkh.shape[2]
+    kv = cache.write(kv, k_btkh, v_btkh, at.position_bt[:, 0])
+    k_bksh, v_bksh = cache.read(kv, at.mask_bts.shape[-1])
+    q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
+        1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
+    )
+    parts = []
+    for first, last, slots in query_blocks(t, at.mask_bts.shape[-1]):
+        w_bkgts = query_key(q_btkgh[:, first:last], k_bksh[:, :, :slots])
+        w_bkgts = jnp.where(at.mask_bts[:, None, None, first:last, :slots], w_bkgts, jnp.finfo(jnp.float32).min)
+        parts.append(weigh_values(w_bkgts, v_bksh[:, :, :slots]))
+    return jnp.concatenate(parts, axis=1).reshape(b, t, n, h), kv
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+# https://github.com/huggingface/transformers/blob/main/src/transformers/activations.py
+ACT: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": lambda x: x * jnp.clip(x + 3, 0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": lambda x: jnp.clip(x, 0, 6),
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

@@ -1,0 +1,210 @@
+"""Rotary position embeddings (Su et al., arXiv:2104.09864) and the ways of stretching them that HF has.
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jx_neuron.checkpoint.hf_config import in_range
+from jx_neuron.errors import ConfigError
+from jx_neuron.nn.layers import Span
+from jx_neuron.nn.ops import once
+from jx_neuron.util.arguments import shown
+
+__all__ = ["RopeScaling", "Rotation", "inverse_frequencies", "rope_half", "rope_interleaved", "rotation"]
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each token's angles, float32 [b, t, r/2], r the rotated part of a head."""
+
+    cos_btr: Array
+    sin_btr: Array
+
+
+def inverse_frequencies(r: int, theta: float) -> np.ndarray:
+    """theta^(-2i/r) for i < r/2, float32 [r/2]: 1 / theta^(2i/r), rounded after each of its steps as HF's is."""
+    exponent_r = (np.arange(0, r, 2, dtype=np.float32) / np.float32(r)).astype(np.float64)
+    return np.float32(1) / (theta**exponent_r).astype(np.float32)  # numpy's float32 power is often one float32 off
+
+
+def rotation(at: Span, frequencies: Array | np.ndarray, factor: float = 1.0) -> Rotation:
+    """Angles position · frequency, for frequencies [r/2], or [b, r/2] where each row has its own."""
+    frequencies = jnp.asarray(frequencies)
+    angle = at.position_bt[..., None].astype(jnp.float32) * (
+        frequencies if frequencies.ndim == 1 else frequencies[:, None]
+    )
+    return once(Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+
+
+def rope_half(x_btnh: Array, by: Rotation) -> Array:
+    """Rotates the pairs (i, i + h/2), as Llama does."""
+    cos, sin = (jnp.concatenate([angle, angle], axis=-1)[:, :, None] for angle in by)
+    x = x_btnh.astype(jnp.float32)
+    a, b = jnp.split(x, 2, axis=-1)
+    return (x * cos + jnp.concatenate([-b, a], axis=-1) * sin).astype(x_btnh.dtype)
+
+
+def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
+    """Rotates the pairs (2i, 2i + 1) of the first r entries of each head and leaves the rest, as GPT-J does."""
+    cos, sin = by.cos_btr[:, :, None], by.sin_btr[:, :, None]
+    r = 2 * cos.shape[-1]
+    x = x_btnh[..., :r].astype(jnp.float32)
+    a, b = x[..., 0::2], x[..., 1::2]
+    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x_btnh.dtype)
+    return jnp.concatenate([y, x_btnh[..., r:]], axis=-1)
+
+
+# which keys of rope_parameters each rope_type needs, and which it may have
+_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": (
+        set(),
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+}
+_LISTS = {"short_factor", "long_factor"}
+_NUMBERS = 1e-9, 1e15  # within these, no product of two overflows float32
+_POSITIONS = 1, 2**31 - 1
+# what HF writes for any type, and reads where it is needed if at all
+_ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
+
+
+class RopeScaling:
+    """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a span.
+
+    `r` is the size of a head. `rope_theta` and `original_max_position_embeddings` are the config's own: the first
+    stands in where `parameters` has none, the second goes before that of `parameters`, as in HF.
+
+    `unread` names the keys of `parameters` that HF does not read for their `rope_type`.
+
+    Raises ConfigError for a `rope_type` that HF does not have for Llama, for keys missing from it, and for values that
+    it cannot have.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        r: int,
+        max_position_embeddings: int,
+        rope_theta: float = 10000.0,
+        original_max_position_embeddings: int | None = None,
+    ):
+        p = {key: value for key, value in parameters.items() if value is not None}
+        self.kind, self.r, self.max_positions = p.get("rope_type", p.get("type", "default")), r, max_position_embeddings
+        p = self._checked(p)
+        own_original = p.get("original_max_position_embeddings", max_position_embeddings)
+        self.original = original_max_position_embeddings or own_original
+        in_range("rope_theta", rope_theta, *_NUMBERS)
+        self.theta = p.get("rope_theta", float(rope_theta))
+        if self.kind == "yarn" and self.theta == 1:
+            raise ConfigError("rope_type 'yarn' needs a rope_theta other than 1")
+        if self.kind == "longrope" and self.original <= 1:
+            raise ConfigError("rope_type 'longrope' needs original_max_position_embeddings above 1")
+        self.factor = p.get("factor", self.max_positions / self.original)
+        self.truncate = bool(parameters.get("truncate", True))  # in HF null is false
+        self.parameters = p
+
+    @property
+    def rotations(self) -> tuple[int, bool] | None:
+        """The length beyond which a prompt's frequencies change, and whether each longer one has its own."""
+        limits = {"dynamic": (self.max_positions, True), "longrope": (self.original, False)}
+        return limits.get(self.kind)
+
+    def _checked(self, p: dict[str, Any]) -> dict[str, Any]:
+        """The keys of `p` that `kind` has, with numbers as floats but for lists; the others' names go to `unread`."""
+        kind, r = self.kind, self.r
+        if not isinstance(kind, str) or kind not in _KEYS:
+            raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
+        needed, optional = _KEYS[kind]
+        if missing := needed - set(p):
+            raise ConfigError(f"rope_type {kind!r} needs {', '.join(sorted(missing))} in rope_parameters")
+        self.unread = sorted(set(p) - needed - optional - _ANY)
+        if nested := next((key for key in self.unread if isinstance(p[key], dict)), None):
+            raise ConfigError(f"rope_parameters: {shown(nested)} is an object; legal is one for all layers, of numbers")
+        p = {key: p[key] for key in set(p).difference(self.unread)}
+        for key in _LISTS & set(p):
+            if not isinstance(p[key], list) or len(p[key]) != r // 2:
+                raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
+        numbers = set(p) - {"rope_type", "type", "finetuned", "truncate"}
+        for key in numbers:
+            limits = _POSITIONS if key == "original_max_position_embeddings" else _NUMBERS
+            for value in p[key] if key in _LISTS else [p[key]]:
+                in_range(f"rope_parameters: {key}", value, *limits)
+        if not isinstance(p.get("truncate", True), bool):
+            raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
+        if p.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
+        if kind == "dynamic" and r < 4:
+            raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
+        if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
+            raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
+        return p | {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
+
+    def __call__(self, at: Span) -> Rotation:
+        base = inverse_frequencies(self.r, self.theta)
+        match self.kind:
+            case "linear":
+                return rotation(at, base / np.float32(self.factor))
+            case "dynamic":
+                return rotation(at, self._dynamic(at.extent_b))
+            case "yarn":
+                return rotation(at, *self._yarn(base))
+            case "longrope":
+                return self._longrope(at, base)
+            case "llama3":
+                return rotation(at, self._llama3(base))
+        return rotation(at, base)
+
+    def _dynamic(self, extent_b: Array) -> Array:
+        # theta · (factor · max(extent, M) / M - (factor - 1))^(r / (r - 2)); so written, no great factor cancels
+        ratio_b = jnp.maximum(extent_b, self.max_positions).astype(jnp.float32) / self.max_positions
+        theta_b = self.theta * (1 + self.factor * (ratio_b - 1)) ** (self.r / (self.r - 2))
+        exponent_r = np.arange(0, self.r, 2, dtype=np.float32) / self.r
+        return 1.0 / theta_b[:, None] ** exponent_r
+
+    def _yarn(self, base: np.ndarray) -> tuple[np.ndarray, float]:
+        # Peng et al., arXiv:2309.00071
+        p, factor = self.parameters, self.factor
+
+        def mscale(weight: float = 1.0) -> float:
+            return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+        attention = p.get("attention_factor")
+        if attention is None:
+            weights = p.get("mscale"), p.get("mscale_all_dim")
+            attention = mscale(weights[0]) / mscale(weights[1]) if weights[0] and weights[1] else mscale()
+
+        def dimension(turns: float) -> float:
+            return self.r * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.r - 1)
+        ramp_r = np.clip((np.arange(self.r // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
+        return (base / factor * ramp_r + base * (1 - ramp_r)).astype(np.float32), attention
+
+    def _longrope(self, at: Span, base: np.ndarray) -> Rotation:
+        # Ding et al., arXiv:2402.13753
+        p = self.parameters
+        attention = p.get("attention_factor")
+        if attention is None:
+            attention = 1.0 if self.factor <= 1 else math.sqrt(1 + math.log(self.factor) / math.log(self.original))
+        short_r, long_r = (base / np.asarray(p[key], np.float32) for key in ("short_factor", "long_factor"))
+        return rotation(at, jnp.where(at.extent_b[:, None] > self.original, long_r, short_r), attention)
+
+    def _llama3(self, base: np.ndarray) -> np.ndarray:
+        # https://github.com/meta-llama/llama-models: interpolate the long waves, keep the short, blend between
+        low, high = self.parameters["low_freq_factor"], self.parameters["high_freq_factor"]
+        smooth = np.clip((self.original * base / (2 * np.pi) - low) / (high - low), 0, 1)
+        return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
