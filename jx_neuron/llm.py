@@ -4,13 +4,14 @@ import dataclasses
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.engine.answering import Answering
@@ -19,7 +20,7 @@ from jx_neuron.engine.session import Engine
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from jx_neuron.runtime import Runtime
 from jx_neuron.runtime import deployment as deploy
-from jx_neuron.runtime.deployment import Deployment, Saved, Settings
+from jx_neuron.runtime.deployment import Deployment, Saved
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
 
@@ -110,7 +111,7 @@ class NeuronAutoModelForCausalLM(Answering):
             if asked == "xla":
                 raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
             saved = Saved.open(os.fspath(pretrained_model_name_or_path))
-            saved.settings.demand(tp_degree, amp, batch_size, n_positions, context_length_estimate)
+            saved.settings.require(tp_degree, amp, batch_size, n_positions, context_length_estimate)
             return cls._from_saved(saved, backend, neuron_config)
         from jx_neuron.checkpoint import weights
         from jx_neuron.models import Decoder
@@ -218,8 +219,8 @@ class NeuronAutoModelForCausalLM(Answering):
     @classmethod
     def _from_saved(cls, saved: Saved, backend: str, neuron_config: NeuronConfig) -> Self:
         manifest = saved.artifact.manifest
-        cls._check_family(manifest.model_type)
-        if saved.weights is None:
+        cls._check_family(saved.settings.model_type)
+        if saved.parameters is None:
             raise ArtifactError(
                 f"{saved.artifact.directory} was saved without weights; make the model from its checkpoint and load() "
                 "this folder, or save with sharded_weights=True"
@@ -246,7 +247,7 @@ class NeuronAutoModelForCausalLM(Answering):
                 jobs, on, of = self.neuron_config.compilation_worker_count, self.backend, self.settings
                 if on == "host":
                     self._check_host(of.buckets.capacity)
-                runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._ranks, jobs)
+                runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._parameters, jobs)
                 self._engine = Engine(
                     runtime,
                     of.buckets,
@@ -286,7 +287,7 @@ class NeuronAutoModelForCausalLM(Answering):
             os.fspath(directory),
             self.lowered(),
             self.config,
-            self._ranks if sharded_weights else None,
+            self._parameters if sharded_weights else None,
             getattr(self._checkpoint or self._saved, "save_tokenizer", None),
         )
 
@@ -327,22 +328,20 @@ class NeuronAutoModelForCausalLM(Answering):
             of = self.settings
             limits.check_host(self._decoder, of.tp_degree, of.batch_sizes[0], slots, of.dtype.itemsize)
 
-    @cached_property
-    def _ranks(self) -> Callable[[int], Mapping[str, np.ndarray]]:
-        if self._saved is not None and self._saved.weights is not None:
-            return self._saved.weights
-        return self._weights().ranks(self.settings.tp_degree).__getitem__
+    @property
+    def _parameters(self) -> "Mapping[str, Sequence[np.ndarray]]":
+        if self._saved is not None and self._saved.parameters is not None:
+            return self._saved.parameters
+        return self._weights().parts(self.settings.tp_degree)
 
     def _first_not_finite(self) -> str | None:
         """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
         from jx_neuron.checkpoint.weights import first_not_finite
 
         if self._saved is not None:
-            ranks = map(self._ranks, range(self.settings.tp_degree))
-            return next((name for rank in ranks if (name := first_not_finite(rank)) is not None), None)
+            return first_not_finite(self._parameters)
         source = self._weights()
-        (whole,) = source.ranks(1)
-        path = first_not_finite(whole)
+        path = first_not_finite(source.parts(1))
         return None if path is None else source.name(path)
 
     def __repr__(self) -> str:

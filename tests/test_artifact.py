@@ -1,5 +1,6 @@
 """Artifacts: what is written is what is read, and nothing else is."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.artifact import folder as artifact
+from jx_neuron import artifact
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.errors import ArtifactError, CheckpointError
-from jx_neuron.lowering.program import Program, TensorSpec, lower
+from jx_neuron.lowering import Program, ProgramSpec, TensorSpec, lower
+from jx_neuron.step.buckets import Buckets
 from jx_neuron.util import durable
+from jx_neuron.util.ondemand import OnDemand
 
 TP = 2
 WEIGHT_FILES = ("weights/rank-00.safetensors", "weights/rank-01.safetensors")
@@ -36,24 +40,26 @@ PARAMS = tuple(
     TensorSpec(name, "param", a.shape, a.dtype.name, (*[None] * (a.ndim - 1), "tp") if a.ndim else ())
     for name, a in sorted(WEIGHTS[0].items())
 )
-CACHE = TensorSpec("k.0", "cache", (1, 8, 2, 4), "bfloat16", (None, None, "tp", None))
+STATE = TensorSpec("k.0", "state", (1, 8, 2, 4), "bfloat16", (None, None, "tp", None))
 TOKENS = TensorSpec("tokens_bt", "input", (1, 1), "int32", (None, None))
 RANK = TensorSpec("rank", "rank", (1,), "int32", ("tp",))
 LOGITS = TensorSpec("output.0", "output", (1, 2), "float32", (None, "tp"))
 
 
 def program(name: str, hlo: bytes) -> Program:
-    kept = TensorSpec(CACHE.name, "cache", CACHE.shape, CACHE.dtype, CACHE.partition, alias=len(PARAMS))
-    return Program(name, TP, hlo, (*PARAMS, CACHE, TOKENS, RANK), (LOGITS, kept))
+    kept = TensorSpec(STATE.name, "state", STATE.shape, STATE.dtype, STATE.partition, alias=len(PARAMS))
+    return Program(name, {"tp": TP}, (*PARAMS, STATE, TOKENS, RANK), (LOGITS, kept), hlo)
 
 
 PROGRAMS = (program("context64-b1", b"the context's HLO"), program("decode-b1", b"the decode step's HLO"))
+SETTINGS = Settings("gpt2", TP, "bf16", (1,), Buckets((64,), (64,)), candidates=1, all_logits=False, vocab_size=4)
+OPT = dataclasses.replace(SETTINGS, model_type="opt")
 EVERYTHING: dict[str, Any] = {
-    "model_type": "gpt2",
+    "settings": SETTINGS,
     "config": {"n_layer": 1, "layer_norm_epsilon": 1e-05, "activation_function": "gelu_new", "n_inner": None},
-    "neuron": {"tp_degree": TP, "amp": "bf16", "context_buckets": [64]},
     "programs": PROGRAMS,
-    "weights": WEIGHTS.__getitem__,
+    "hlo": lambda name: next(p.hlo_module for p in PROGRAMS if p.name == name),
+    "parameters": {name: [rank[name] for rank in WEIGHTS] for name in WEIGHTS[0]},
     "neffs": {"decode-b1": b"the decode step's NEFF"},
     "extra_files": {"tokenizer.json": '{"é": 1}'.encode(), "special/merges.txt": b"a b"},
     "tools": {"neuronx-cc": "2.21"},
@@ -75,8 +81,7 @@ def read_all(directory: Path) -> dict[str, Any]:
         "files": {name: found.file(name) for name in found.manifest.files},
         "weights": [
             {name: (a.dtype.name, a.shape, a.tobytes()) for name, a in found.weights(rank).items()}
-            for rank in range(found.manifest.tp_degree)
-            if found.manifest.weights
+            for rank in range(len(found.manifest.weights))
         ],
     }
 
@@ -100,23 +105,18 @@ def relist(told: dict[str, Any], old: str, new: str) -> None:
     """Gives a file of the manifest another path, wherever it is named."""
     told["files"][new] = told["files"].pop(old)
     told["weights"] = [new if path == old else path for path in told["weights"]]
-    for entry in told["programs"]:
-        entry["hlo"] = new if entry["hlo"] == old else entry["hlo"]
 
 
 def test_what_is_written_is_read(saved: Path) -> None:
     found = artifact.read(saved)
     manifest = found.manifest
-    assert (manifest.model_type, manifest.tp_degree) == ("gpt2", TP)
+    assert (manifest.settings, manifest.mesh, manifest.format_version) == (SETTINGS, {"tp": TP}, 2)
     assert manifest.config == EVERYTHING["config"]
-    assert manifest.neuron == EVERYTHING["neuron"]
     assert set(manifest.tools) == {"jx-neuron", "jax", "jaxlib", "neuronx-cc"}
     assert manifest.tools["jax"] == jax.__version__
     for wanted in PROGRAMS:
-        record = found.program(wanted.name)
+        assert found.program(wanted.name) == ProgramSpec(wanted.name, {"tp": TP}, wanted.inputs, wanted.outputs)
         assert found.hlo(wanted.name) == wanted.hlo_module
-        for kept, specs in ((record.inputs, wanted.inputs), (record.outputs, wanted.outputs)):
-            assert tuple(TensorSpec(**tensor.model_dump()) for tensor in kept) == specs
     assert found.neff("decode-b1") == b"the decode step's NEFF"
     assert found.neff("context64-b1") is None
     assert found.file("tokenizer.json").decode() == '{"é": 1}'
@@ -144,7 +144,7 @@ def test_same_parts_same_bytes(saved: Path, tmp_path: Path) -> None:
 
 
 def test_without_weights(tmp_path: Path) -> None:
-    directory = artifact.write(tmp_path / "model", **{**EVERYTHING, "weights": None})
+    directory = artifact.write(tmp_path / "model", **{**EVERYTHING, "parameters": None})
     assert read_all(directory)["weights"] == []
     with pytest.raises(ArtifactError, match=r"without weights.*sharded_weights=True"):
         artifact.read(directory).weights(0)
@@ -165,22 +165,15 @@ def test_a_lowered_program_comes_back_whole(tmp_path: Path) -> None:
     head_dv = RNG.standard_normal((6, 4)).astype(np.float32)
     directory = artifact.write(
         tmp_path / "model",
-        model_type="head",
+        settings=SETTINGS,
         config={},
-        neuron={"tp_degree": TP},
         programs=[step],
-        weights=lambda rank: {"head": head_dv[:, 2 * rank : 2 * rank + 2]},
+        hlo=lambda name: step.hlo_module,
+        parameters={"head": np.split(head_dv, TP, axis=1)},
     )
     found = artifact.read(directory)
-    record = found.program("head")
-    again = Program(
-        record.name,
-        found.manifest.tp_degree,
-        found.hlo("head"),
-        tuple(TensorSpec(**tensor.model_dump()) for tensor in record.inputs),
-        tuple(TensorSpec(**tensor.model_dump()) for tensor in record.outputs),
-    )
-    assert again == step
+    spec = found.program("head")
+    assert Program(spec.name, spec.mesh, spec.inputs, spec.outputs, found.hlo("head")) == step
     kept = np.concatenate([found.weights(rank)["head"] for rank in range(TP)], axis=1)
     np.testing.assert_array_equal(kept, head_dv)
 
@@ -266,8 +259,8 @@ def test_an_artifact_behind_a_link_is_read(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
-    reseal(saved, lambda told: told.update(format_version=2, something_new={}))
-    with pytest.raises(ArtifactError, match=r"format version 2 is newer.*Upgrade jx_neuron: `git pull` in its clone"):
+    reseal(saved, lambda told: told.update(format_version=3, something_new={}))
+    with pytest.raises(ArtifactError, match=r"format version 3 is newer.*Upgrade jx_neuron: `git pull` in its clone"):
         artifact.read(saved)
 
 
@@ -276,23 +269,28 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a program twice": (lambda m: m["programs"].append(m["programs"][0]), "twice among the programs"),
     "no program": (lambda m: m["programs"].clear(), "programs"),
     "a tensor twice": (lambda m: m["programs"][0]["inputs"].append(m["programs"][0]["inputs"][0]), "twice"),
-    "a file of two programs": (lambda m: m["programs"][0].update(hlo="hlo/decode-b1.pb"), "twice among the files"),
+    "a file of two ranks": (lambda m: m.update(weights=m["weights"][:1] * 2), "twice among the files"),
+    "a program as weights": (lambda m: m["weights"].__setitem__(0, "hlo/decode-b1.pb"), "twice among the files"),
     "a file without hash": (lambda m: m["files"].pop("hlo/decode-b1.pb"), "not listed with its hash"),
     "the manifest itself": (lambda m: m["files"].update({"manifest.json": {"size": 1, "sha256": "0" * 64}}), "itself"),
     "not a number": (lambda m: m["config"].update(x=float("nan")), "config: .*not JSON compliant"),
-    "infinity": (lambda m: m["neuron"].update(x=float("inf")), "neuron: .*not JSON compliant"),
-    "a degree as text": (lambda m: m.update(tp_degree="2"), "tp_degree"),
-    "degree 0": (lambda m: m.update(tp_degree=0), "tp_degree"),
+    "infinity": (lambda m: m["config"].update(x=float("inf")), "config: .*not JSON compliant"),
+    "a degree as text": (lambda m: m["programs"][0].update(mesh={"tp": "2"}), "mesh.tp"),
+    "degree 0": (lambda m: m["programs"][0].update(mesh={"tp": 0}), "mesh.tp"),
     "a size as fraction": (lambda m: m["files"]["tokenizer.json"].update(size=1.5), "size"),
     "a negative shape": (lambda m: m["programs"][0]["inputs"][0].update(shape=[-1]), "shape"),
     "no such type": (lambda m: m["programs"][0]["inputs"][0].update(dtype="float17"), "float17"),
     "no such kind": (lambda m: m["programs"][0]["inputs"][0].update(kind="weight"), "kind"),
-    "no such axis": (lambda m: m["programs"][0]["inputs"][0].update(partition=["dp"]), "partition"),
+    "no such axis": (lambda m: m["programs"][0]["inputs"][0].update(partition=["dp"]), "does not name axes of the mesh"),
+    "an axis twice": (lambda m: m["programs"][0]["inputs"][1].update(partition=["tp", "tp"]), "does not name axes"),
+    "another mesh": (lambda m: m["programs"][1].update(mesh={"tp": 4}), "for different meshes"),
+    "another degree": (lambda m: [p.update(mesh={"tp": 4}) for p in m["programs"]], "settings are for gpt2 on 2 cores"),
+    "two candidates too many": (lambda m: m["settings"].update(candidates=6), "6 candidates of 4 tokens"),
     "too few axes": (lambda m: m["programs"][0]["inputs"][0].update(partition=[]), "axes"),
     "an alias of another shape": (lambda m: m["programs"][0]["outputs"][1].update(alias=0), "cannot be an alias"),
     "an alias of nothing": (lambda m: m["programs"][0]["outputs"][1].update(alias=99), "cannot be an alias"),
     "a field too many": (lambda m: m.update(run="rm"), "run: Extra inputs"),
-    "a field too few": (lambda m: m.pop("model_type"), "model_type: Field required"),
+    "a field too few": (lambda m: m["settings"].pop("model_type"), "settings.model_type: Field required"),
     "a name with a path": (lambda m: m["programs"][0].update(name="../x"), "name"),
     "a hash that is none": (lambda m: m["files"]["tokenizer.json"].update(sha256="0"), "sha256"),
 }  # fmt: skip
@@ -353,21 +351,22 @@ def test_what_is_not_there_is_named(saved: Path) -> None:
 def fails() -> dict[str, tuple[dict[str, Any], str]]:
     def weights(**changed: Any) -> dict[str, Any]:
         told = {name: a for name, a in {**WEIGHTS[0], **changed}.items() if a is not None}
-        return {"weights": lambda rank: told}
+        return {"parameters": {name: [a] * TP for name, a in told.items()}}
 
-    def broken(rank: int) -> dict[str, np.ndarray]:
-        if rank:
+    def broken(name: str) -> list[np.ndarray]:
+        if name == "head":
             raise CheckpointError("the checkpoint ends here")
-        return WEIGHTS[0]
+        return [rank[name] for rank in WEIGHTS]
 
     return {
         "a parameter missing": (weights(head=None), "head is missing"),
         "a parameter too many": (weights(tail=np.zeros(1)), "tail is no parameter"),
         "another shape": (weights(head=WEIGHTS[0]["head"].T), r"head is float16\[2, 6\], not float16\[6, 2\]"),
         "another type": (weights(head=WEIGHTS[0]["head"].astype(np.float32)), "head is float32"),
-        "loading fails": ({"weights": broken}, "the checkpoint ends here"),
-        "another degree": ({"neuron": {"tp_degree": 4}}, "'tp_degree'"),
-        "no degree": ({"neuron": {}}, "'tp_degree'"),
+        "loading fails": ({"parameters": OnDemand(list(WEIGHTS[0]), broken)}, "the checkpoint ends here"),
+        "another degree": ({"settings": dataclasses.replace(SETTINGS, tp_degree=4)}, "tp_degree=4 is not"),
+        "a rank too few": ({"parameters": {name: [a] for name, a in WEIGHTS[0].items()}}, "has 1 part"),
+        "no such dtype": ({"settings": dataclasses.replace(SETTINGS, amp="f64")}, "amp='f64' is not supported"),
         "not a number": ({"config": {"eps": float("nan")}}, "kept as JSON"),
         "not JSON": ({"config": {"dtype": object()}}, "kept as JSON"),
         "a NEFF of nothing": ({"neffs": {"prefill": b"x"}}, "no such program"),
@@ -391,8 +390,8 @@ def test_a_save_that_fails_leaves_what_was_there(case: str, saved: Path) -> None
 
 
 def test_only_an_artifact_is_replaced(saved: Path, tmp_path: Path) -> None:
-    artifact.write(saved, **{**EVERYTHING, "model_type": "opt"})
-    assert artifact.read(saved).manifest.model_type == "opt"
+    artifact.write(saved, **{**EVERYTHING, "settings": OPT, "config": {}})
+    assert artifact.read(saved).manifest.settings.model_type == "opt"
     with pytest.raises(ArtifactError, match="is not empty"):
         artifact.write(saved, **EVERYTHING, overwrite=False)
     (saved / "notes.txt").write_text("mine")
@@ -413,9 +412,9 @@ def test_only_an_artifact_is_replaced(saved: Path, tmp_path: Path) -> None:
 
 def test_saving_through_a_link_replaces_what_it_leads_to(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(saved)
-    artifact.write(tmp_path / "link", **{**EVERYTHING, "model_type": "opt"})
+    artifact.write(tmp_path / "link", **{**EVERYTHING, "settings": OPT, "config": {}})
     assert (tmp_path / "link").is_symlink()
-    assert artifact.read(saved).manifest.model_type == "opt"
+    assert artifact.read(saved).manifest.settings.model_type == "opt"
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
@@ -430,30 +429,32 @@ KILLED = '''
 """Replaces artifact A by B in a child that kills itself at the n-th thing it does to the disk, for every n."""
 import os, signal, sys
 from pathlib import Path
-from types import SimpleNamespace as Object
 import numpy as np
-from jx_neuron import deploy
+from jx_neuron import artifact
+from jx_neuron.artifact import Settings
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering import artifact
-assert not any(name.startswith("jx_neuron.models") for name in sys.modules)
+from jx_neuron.lowering import ProgramSpec, TensorSpec
+from jx_neuron.step.buckets import Buckets
+assert not any(name.startswith(("jx_neuron.models", "flax")) for name in sys.modules)
 
 folder = Path(sys.argv[1])
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree"}
 
 def save(content):
-    weight = Object(kind="param", name="w", shape=(64,), dtype="float32", partition=(None,), alias=None)
-    step = Object(name="step", tp_degree=2, hlo_module=content.encode() * 1000, inputs=(weight,), outputs=())
+    weight = TensorSpec("w", "param", (64,), "float32", (None,))
+    settings = Settings(content, 2, "f32", (1,), Buckets((8,), (8,)), candidates=1, all_logits=False, vocab_size=8)
     artifact.write(
-        folder, model_type=content, config={}, neuron={"tp_degree": 2}, programs=[step],
-        weights=lambda rank: {"w": np.full(64, ord(content) + rank, np.float32)},
+        folder, settings=settings, config={}, programs=[ProgramSpec("step", {"tp": 2}, (weight,), ())],
+        hlo=lambda name: content.encode() * 1000,
+        parameters={"w": [np.full(64, ord(content) + rank, np.float32) for rank in (0, 1)]},
         neffs={"step": content.encode() * 500}, extra_files={content + ".txt": content.encode()},
     )
 
 def state():
     try:
-        assert deploy.is_artifact(folder)
+        assert artifact.is_artifact(folder)
         found = artifact.read(folder)
-        content = found.manifest.model_type
+        content = found.manifest.settings.model_type
         assert found.hlo("step") == content.encode() * 1000
         assert found.neff("step") == content.encode() * 500
         assert found.file(content + ".txt") == content.encode()

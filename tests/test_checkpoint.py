@@ -39,7 +39,11 @@ def test_safetensors_of_our_own(tmp_path):
     """Every dtype, with one of an odd size before wider ones, a scalar and an empty one."""
     arrays = {f"{kind}.a": np.arange(3).astype(dtype) for kind, dtype in tensor_files.SAFETENSORS_DTYPES.items()}
     arrays |= {"scalar": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.int16), "b": TENSORS["h.1.weight"]}
-    tensor_files.write_safetensors(tmp_path / "m.safetensors", arrays)
+    layouts = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    with open(tmp_path / "m.safetensors", "wb") as file:
+        tensor_files.write_safetensors([file], layouts, lambda name: [arrays[name]])
+    safetensors.numpy.save_file(arrays, tmp_path / "theirs.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     read = safetensors.numpy.load_file(tmp_path / "m.safetensors")
     ours = tensor_files.safetensors_file(tmp_path / "m.safetensors")
     assert set(read) == set(ours) == set(arrays)

@@ -74,7 +74,7 @@ def test_compiled_with_weights_it_is_all_that_sample_needs(checkpoint: Path, com
     assert all("--target=inf2" in call["argv"] for call in calls)
     manifest = read_manifest(out)
     assert {p.name for p in manifest.programs if p.neff} == NAMES
-    assert manifest.neuron["target"] == "inf2"
+    assert manifest.settings.target == "inf2"
     shutil.rmtree(compiler)
     answer = run("sample", out, "w5 w7", "w9", "--max-new-tokens", 6, "--json")
     assert answer.returncode == 0, answer
@@ -115,7 +115,7 @@ def test_known_names_need_no_network_and_no_weights(asked: str, tmp_path: Path) 
     manifest = read_manifest(tmp_path / "out")
     assert manifest.config["model_type"] == ("opt" if "opt" in asked else "gpt2")
     decode = next(p for p in manifest.programs if p.name == "decode-b1-s16-k64")
-    assert {t.dtype for t in decode.inputs if t.kind in ("param", "cache")} == {"bfloat16"}
+    assert {t.dtype for t in decode.inputs if t.kind in ("param", "state")} == {"bfloat16"}
 
 
 def test_without_weights_at_hand_it_says_no_weights(checkpoint: Path, tmp_path: Path) -> None:

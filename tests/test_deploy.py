@@ -210,7 +210,7 @@ def altered(source: Path, folder: Path, change: Callable[[dict[str, Any]], objec
 
 
 def setting(**fields: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda manifest: manifest["neuron"].update(fields)
+    return lambda manifest: manifest["settings"].update(fields)
 
 
 def decode(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
@@ -246,27 +246,27 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "several paddings": (setting(generation={"pad_token_id": [1]}), "is no token id"),
     "an unknown id": (setting(generation={"bos": 1}), "bos=1 is no token id"),
     "another dtype": (setting(amp="f64"), "amp='f64' is not supported"),
-    "another cache": (setting(amp="bf16"), "its cache has cache.0.k float32.*, not 1 rows of 24 bfloat16"),
+    "another cache": (setting(amp="bf16"), "its state has cache.0.k float32.*, not 1 rows of 24 bfloat16"),
     "no such target": (setting(target="trn9"), "unknown target 'trn9'"),
     "another vocabulary": (setting(vocab_size=99), "are not of 99 tokens"),
     "an absurd vocabulary": (setting(vocab_size=10**10), "vocab_size: .*less than or equal to 2147483647"),
     "another family": (setting(model_type="gpt2"), "its settings are for gpt2 on 2 cores"),
     "another degree": (setting(tp_degree=1), "its settings are for opt on 1 cores"),
-    "an absurd degree": (lambda m: m.update(tp_degree=10**9), "tp_degree: .*less than or equal to 4096"),
+    "an absurd degree": (setting(tp_degree=10**9), "tp_degree: .*less than or equal to 4096"),
     "prompts that do not divide": (setting(prompt_batch=3), "3 rows do not divide"),
     "all logits as text": (setting(all_logits="no"), "all_logits"),
-    "nothing": (lambda m: m.update(neuron={}), "model_type: Field required"),
-    "an output fewer": (decode(lambda p: p["outputs"].pop()), "not a token, logits and its cache"),
-    "no outputs": (decode(lambda p: p.update(outputs=[])), "not a token, logits and its cache"),
+    "nothing": (lambda m: m.update(settings={}), "model_type: Field required"),
+    "an output fewer": (decode(lambda p: p["outputs"].pop()), "not a token, logits and its state"),
+    "no outputs": (decode(lambda p: p.update(outputs=[])), "not a token, logits and its state"),
     "token as float": (decode(lambda p: p["outputs"][0].update(dtype="float32")), "its next token is"),
     "logits of other rows": (decode(lambda p: p["outputs"][1].update(shape=[2, 51])), "its logits are"),
     "an input fewer": (decode(lambda p: p["inputs"].pop()), "takes other arrays than the manifest lists"),
     "an input renamed": (decode(lambda p: p["inputs"][-2].update(name="x")), "it takes tokens_bt int32.*, not"),
     "kinds out of order": (decode(lambda p: p["inputs"].reverse()), "cannot be an alias"),
-    "a cache as parameter": (decode(lambda p: p["inputs"][-9].update(kind="param")), "not of the kinds param, cache"),
+    "a state as parameter": (decode(lambda p: p["inputs"][-9].update(kind="param")), "not of the kinds param, state"),
     "absurd caches": (
         lambda m: [t.update(shape=[1, 2**20, 24, 2**20]) for p in m["programs"] for t in p["inputs"] + p["outputs"]
-                   if t["kind"] == "cache"], "more numbers a position than the model has parameters",
+                   if t["kind"] == "state"], "more numbers a position than the model has parameters",
     ),
     "absurd parameters": (
         lambda m: [p["inputs"][0].update(shape=[2**40, 2**40]) for p in m["programs"]],
@@ -314,10 +314,10 @@ def test_a_module_with_parameters_in_hand_is_saved_too(tmp_path: Path) -> None:
 
 def test_the_manifest_says_what_was_saved(saved: Path) -> None:
     told = json.loads((saved / "manifest.json").read_text())
-    assert told["neuron"]["buckets"] == {"context": [24], "tokens": [24]}
-    assert told["neuron"]["generation"]["eos_token_id"] == 7
+    assert told["settings"]["buckets"] == {"context": [24], "tokens": [24]}
+    assert told["settings"]["generation"]["eos_token_id"] == 7
     decode = next(p for p in told["programs"] if p["name"] == "decode-b1-s24-k64")
     kinds = [t["kind"] for t in decode["inputs"]]
-    assert kinds == sorted(kinds, key=["param", "cache", "input", "rank"].index)
+    assert kinds == sorted(kinds, key=["param", "state", "input", "rank"].index)
     aliases = {t["name"]: decode["inputs"][t["alias"]]["name"] for t in decode["outputs"] if t["alias"] is not None}
     assert aliases == {f"cache.{i}.{of}": f"cache.{i}.{of}" for i in range(2) for of in "kv"}

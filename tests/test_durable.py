@@ -9,29 +9,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
-from jx_neuron.artifact import folder as artifact
+from jx_neuron import artifact
+from jx_neuron.artifact import Settings
 from jx_neuron.compiler import cache as compile_cache
 from jx_neuron.errors import ArtifactError
+from jx_neuron.lowering import ProgramSpec, TensorSpec
+from jx_neuron.step.buckets import Buckets
 from jx_neuron.util import durable
 
 
 def save(folder: Path, content: str) -> Path:
     """An artifact whose every file says `content`."""
-    weight = SimpleNamespace(kind="param", name="w", shape=(64,), dtype="float32", partition=(None,), alias=None)
-    step = SimpleNamespace(name="step", tp_degree=2, hlo_module=content.encode() * 1000, inputs=(weight,), outputs=())
+    weight = TensorSpec("w", "param", (64,), "float32", (None,))
     return artifact.write(
         folder,
-        model_type=content,
+        settings=Settings(content, 2, "f32", (1,), Buckets((8,), (8,)), 1, all_logits=False, vocab_size=8),
         config={},
-        neuron={"tp_degree": 2},
-        programs=[step],
-        weights=lambda rank: {"w": np.full(64, ord(content) + rank, np.float32)},
+        programs=[ProgramSpec("step", {"tp": 2}, (weight,), ())],
+        hlo=lambda name: content.encode() * 1000,
+        parameters={"w": [np.full(64, ord(content) + rank, np.float32) for rank in (0, 1)]},
         extra_files={f"{content}.txt": content.encode()},
     )
 
@@ -39,7 +40,7 @@ def save(folder: Path, content: str) -> Path:
 def content_of(folder: Path) -> str:
     """What the artifact says, once all of it says the same."""
     found = artifact.read(folder)
-    content = found.manifest.model_type
+    content = found.manifest.settings.model_type
     assert found.hlo("step") == content.encode() * 1000
     assert found.file(f"{content}.txt") == content.encode()
     for rank in (0, 1):

@@ -40,13 +40,10 @@ def contents(folder: Path) -> dict[str, Any]:
     """All that running the model takes."""
     model = Saved.open(folder)
     programs = model.deployment.programs
-    assert model.weights is not None
+    assert model.parameters is not None
     return {
         "programs": {shape.name: hashlib.sha256(model.artifact.hlo(shape.name)).hexdigest() for shape in programs},
-        "weights": [
-            {name: array.tobytes() for name, array in model.weights(rank).items()}
-            for rank in range(model.settings.tp_degree)
-        ],
+        "weights": {name: [part.tobytes() for part in parts] for name, parts in model.parameters.items()},
         "ids": model.tokenizer()("ab c")["input_ids"],
     }
 
@@ -166,9 +163,11 @@ def test_settings_that_are_believed_give_the_saved_models_answers(saved: Path, t
     content.pop("sha256")
     rng, right = random.Random(20), 0
     for _ in range(300):
-        settings = damaged_json(content["neuron"], rng)
-        rest = {key: value for key, value in content.items() if key != "neuron"}
-        (folder / "manifest.json").write_bytes(seal(json.dumps(rest).encode()[:-1] + b', "neuron": ' + settings + b"}"))
+        settings = damaged_json(content["settings"], rng)
+        rest = {key: value for key, value in content.items() if key != "settings"}
+        (folder / "manifest.json").write_bytes(
+            seal(json.dumps(rest).encode()[:-1] + b', "settings": ' + settings + b"}")
+        )
         try:
             model = NeuronAutoModelForCausalLM.from_pretrained(folder)
         except ArtifactError:

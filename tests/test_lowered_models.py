@@ -60,7 +60,7 @@ def test_what_the_head_gathers_does_not_depend_on_the_vocabulary(name: str) -> N
 def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
     program = programs(name)[shape]
     module = hlo.parse(program.hlo_module)
-    caches = [n for n, spec in enumerate(program.inputs) if spec.kind == "cache"]
+    caches = [n for n, spec in enumerate(program.inputs) if spec.kind == "state"]
     outputs = {n: spec.alias for n, spec in enumerate(program.outputs) if spec.alias is not None}
     assert len(caches) == 4
     assert sorted(outputs.values()) == caches
@@ -80,13 +80,13 @@ def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str) -> None:
     program = programs(name)[DECODE]
-    specs = {kind: [s for s in program.inputs if s.kind == kind] for kind in ("param", "cache")}
+    specs = {kind: [s for s in program.inputs if s.kind == kind] for kind in ("param", "state")}
     tables = [s for s in specs["param"] if s.name in ("wpe.embedding", "embed_positions.embedding")]
     weights = sum(2 * math.prod(s.shape) for s in specs["param"] if s not in tables)
-    bucket = sum(2 * math.prod(s.shape) * DECODE.slots // SLOTS for s in specs["cache"])
+    bucket = sum(2 * math.prod(s.shape) * DECODE.slots // SLOTS for s in specs["state"])
     cost = program.cost()
     assert cost.bytes_read <= 1.05 * (weights + bucket)
-    row = sum(2 * math.prod(s.shape) // SLOTS for s in specs["cache"])
+    row = sum(2 * math.prod(s.shape) // SLOTS for s in specs["state"])
     logits = sum(4 * math.prod(s.shape) for s in program.outputs if s.kind == "output")
     assert cost.bytes_written == row + logits
 

@@ -28,7 +28,7 @@ def program():
         jax.ShapeDtypeStruct((8, 16), f32), jax.ShapeDtypeStruct((6, 16), f32),
         jax.ShapeDtypeStruct((8,), f32), jax.ShapeDtypeStruct((), jnp.int32),
         tp_degree=TP, in_specs=(P(None, "tp"), P(None, "tp"), None, None),
-        out_specs=(P("tp"), P(None, "tp")), donate_argnums=(1,), input_kinds=("param", "cache", "input", "input"),
+        out_specs=(P("tp"), P(None, "tp")), donate_argnums=(1,), input_kinds=("param", "state", "input", "input"),
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def test_a_donated_cache_is_written_in_place(tp: int) -> None:
     expected[np.arange(2), at] = new[:, 0]
     np.testing.assert_array_equal(program.run(cache, new, at)[0], expected)
     (output,) = program.outputs
-    assert (output.kind, output.name, output.alias) == ("cache", "cache_bskh", 0)
+    assert (output.kind, output.name, output.alias) == ("state", "cache_bskh", 0)
     entries = proto.parse(program.hlo_module).input_output_alias.entries
     assert [(e.parameter_number, e.kind) for e in entries] == [(0, proto.MUST_ALIAS)]
     assert "copy" not in opcodes(program)
@@ -196,14 +196,14 @@ def test_names_and_kinds_follow_the_arguments() -> None:
     scalar = Shape((), jnp.float32)
     program = lower(
         step, {"b.w": scalar, "a.w": scalar}, [(scalar, scalar)], scalar, scalar, scalar,
-        donate_argnums=(1,), input_kinds=("param", "cache", "input", "input", "input"), name="decode",
+        donate_argnums=(1,), input_kinds=("param", "state", "input", "input", "input"), name="decode",
     )  # fmt: skip
     assert [(s.name, s.kind) for s in program.inputs] == [
-        ("a.w", "param"), ("b.w", "param"), ("cache.0.0", "cache"), ("cache.0.1", "cache"),
+        ("a.w", "param"), ("b.w", "param"), ("cache.0.0", "state"), ("cache.0.1", "state"),
         ("tokens", "input"), ("sampling0", "input"), ("sampling1", "input"),
     ]  # fmt: skip
     assert [(s.name, s.kind, s.alias) for s in program.outputs] == [
-        ("output.0", "output", None), ("cache.0.0", "cache", 2), ("cache.0.1", "cache", 3),
+        ("output.0", "output", None), ("cache.0.0", "state", 2), ("cache.0.1", "state", 3),
     ]  # fmt: skip
     assert program.name == "decode"
     assert program.as_text().startswith("HloModule decode")

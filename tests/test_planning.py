@@ -86,7 +86,7 @@ def test_weights_and_cache_are_what_the_artifact_holds_to_the_byte(tmp_path: Pat
         of_rank = held.weights(rank)
         assert outline.weight_bytes(tp, 2) == sum(of_rank[key].nbytes for key in of_rank)
     (program,) = held.manifest.programs
-    caches = [t for t in program.inputs if t.kind == "cache"]
+    caches = [t for t in program.inputs if t.kind == "state"]
     assert outline.cache_bytes(tp, 3, 64, 2) == sum(2 * int(np.prod(t.shape)) for t in caches)
     if tp == found.tp_degree:
         assert found.memory.weights == outline.weight_bytes(tp, 2)

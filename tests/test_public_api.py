@@ -28,7 +28,7 @@ PUBLIC = {
     """,
     "jx_neuron.checkpoint.hf_config": "HFConfig INERT ONLY divisible one_of",
     "jx_neuron.lowering": """
-        Collective Cost Executable Program TensorSpec Traced compile_py_func lower lower_many trace
+        Collective Cost Executable Program ProgramSpec TensorSpec Traced compile_py_func lower lower_many trace
     """,
     "jx_neuron.lowering.verify.checking": "RULES Rule Violation verify",
     "jx_neuron.models": "Decoder DecoderModule Family family model_types register",

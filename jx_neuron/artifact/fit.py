@@ -6,32 +6,32 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.artifact.manifest import ProgramRecord, TensorRecord
+from jx_neuron.artifact.manifest import hlo_file
 from jx_neuron.errors import ArtifactError, LoweringError
 from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.operators import CUSTOM_CALLS
 from jx_neuron.nn.sharding import padded
 from jx_neuron.step.shape import Shape
 from jx_neuron.util.parsing import boundary
 
-KINDS = ("param", "cache", "input", "rank")  # in the order of a program's inputs
+KINDS = ("param", "state", "input", "rank")  # in the order of a program's inputs
 
 
 def check_fit(
-    program: ProgramRecord,
+    program: ProgramSpec,
     hlo: bytes,
     shape: Shape,
     *,
     slots: int,
     dtype: np.dtype[Any],
     vocab_size: int,
-    tp_degree: int,
 ) -> None:
     """Raises ArtifactError unless `program` is a step of `shape` (`jx_neuron.step.step`) and of its HLO.
 
-    slots:      of the whole cache.
-    dtype:      of the cache.
-    vocab_size: tokens that the logits of all `tp_degree` cores together are of, padded to a multiple of it.
+    slots:      of the whole state.
+    dtype:      of the state.
+    vocab_size: tokens that the logits of all cores together are of, padded to a multiple of how many those are.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):
@@ -41,62 +41,62 @@ def check_fit(
         raise _misfit(program, f"it takes {_listed(by_kind['input'])}, not {expected}")
     if _layouts(by_kind["rank"]) not in ([], [("rank", (1,), "int32")]):
         raise _misfit(program, f"it takes the rank as {_listed(by_kind['rank'])}")
-    for tensor in by_kind["cache"]:
+    for tensor in by_kind["state"]:
         rows, _, positions, _ = tensor.shape if len(tensor.shape) == 4 else (0,) * 4
         if (rows, positions, tensor.dtype) != (shape.batch, slots, dtype.name):
-            raise _misfit(program, f"its cache has {_listed([tensor])}, not {shape.batch} rows of {slots} {dtype.name}")
-    if _numbers(by_kind["cache"]) > _numbers(by_kind["param"]) * shape.batch * slots:
-        raise _misfit(program, "its cache has more numbers a position than the model has parameters")
-    _check_outputs(program, by_kind["cache"], shape, vocab_size, tp_degree)
+            raise _misfit(program, f"its state has {_listed([tensor])}, not {shape.batch} rows of {slots} {dtype.name}")
+    if _numbers(by_kind["state"]) > _numbers(by_kind["param"]) * shape.batch * slots:
+        raise _misfit(program, "its state has more numbers a position than the model has parameters")
+    _check_outputs(program, by_kind["state"], shape, vocab_size)
     _check_hlo(program, hlo)
 
 
-def _check_outputs(
-    program: ProgramRecord, cache: Sequence[TensorRecord], shape: Shape, vocab_size: int, tp_degree: int
-) -> None:
+def _check_outputs(program: ProgramSpec, state: Sequence[TensorSpec], shape: Shape, vocab_size: int) -> None:
     rows = (shape.batch, shape.tokens) if shape.all_logits else (shape.batch,)
     kinds = [tensor.kind for tensor in program.outputs]
-    if kinds != ["output", "output", *["cache"] * len(cache)]:
-        raise _misfit(program, f"it gives {_listed(program.outputs)}, not a token, logits and its cache")
-    token, logits, *caches = program.outputs
+    if kinds != ["output", "output", *["state"] * len(state)]:
+        raise _misfit(program, f"it gives {_listed(program.outputs)}, not a token, logits and its state")
+    token, logits, *states = program.outputs
     if (token.shape, token.dtype) != ((shape.batch, 1), "int32"):
         raise _misfit(program, f"its next token is {_listed([token])}")
-    if (logits.shape[:-1], logits.dtype, logits.partition) != (rows, "float32", (*[None] * len(rows), "tp")):
+    split = (*[None] * len(rows), *program.mesh)
+    if (logits.shape[:-1], logits.dtype, logits.partition) != (rows, "float32", split):
         raise _misfit(program, f"its logits are {_listed([logits])}")
-    if logits.shape[-1] * tp_degree != padded(vocab_size, tp_degree):
+    if logits.shape[-1] * program.tp_degree != padded(vocab_size, program.tp_degree):
         raise _misfit(program, f"its logits, {_listed([logits])} on each core, are not of {vocab_size} tokens")
-    if [program.inputs[tensor.alias] if tensor.alias is not None else None for tensor in caches] != list(cache):
-        raise _misfit(program, "the cache that it gives is not in the place of the one that it takes")
+    if [program.inputs[tensor.alias] if tensor.alias is not None else None for tensor in states] != list(state):
+        raise _misfit(program, "the state that it gives is not in the place of the one that it takes")
 
 
-def _check_hlo(program: ProgramRecord, hlo: bytes) -> None:
-    with boundary(program.hlo, ArtifactError):
+def _check_hlo(program: ProgramSpec, hlo: bytes) -> None:
+    path = hlo_file(program.name)
+    with boundary(path, ArtifactError):
         try:
             module = proto.parse(hlo)
         except LoweringError as error:
-            raise _misfit(program, f"{program.hlo} is {error}") from error
+            raise _misfit(program, f"{path} is {error}") from error
         entry = proto.entry(module)
         calls = {i.custom_call_target for i in proto.instructions(module) if i.opcode == "custom-call"}
         takes = [(tuple(i.shape.dimensions), proto.dtype(i.shape)) for i in proto.parameters(entry)]
         gives = [(tuple(leaf.dimensions), proto.dtype(leaf)) for leaf in proto.leaves(proto.root(entry).shape)]
     if unknown := sorted(calls - CUSTOM_CALLS):  # a callback's has an address to call
-        raise _misfit(program, f"{program.hlo} calls {unknown[0]!r}, which no step does")
+        raise _misfit(program, f"{path} calls {unknown[0]!r}, which no step does")
     for what, tensors, layouts in (("takes", program.inputs, takes), ("gives", program.outputs, gives)):
         if [(tensor.shape, tensor.dtype) for tensor in tensors] != layouts:
-            raise _misfit(program, f"{program.hlo} {what} other arrays than the manifest lists")
+            raise _misfit(program, f"{path} {what} other arrays than the manifest lists")
 
 
-def _layouts(tensors: Sequence[TensorRecord]) -> list[tuple[str, tuple[int, ...], str]]:
+def _layouts(tensors: Sequence[TensorSpec]) -> list[tuple[str, tuple[int, ...], str]]:
     return [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
 
 
-def _numbers(tensors: Sequence[TensorRecord]) -> int:
+def _numbers(tensors: Sequence[TensorSpec]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _listed(tensors: Sequence[TensorRecord]) -> str:
+def _listed(tensors: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in tensors[:4]) + (", …" if len(tensors) > 4 else "")
 
 
-def _misfit(program: ProgramRecord, reason: str) -> ArtifactError:
+def _misfit(program: ProgramSpec, reason: str) -> ArtifactError:
     return ArtifactError(f"the program {program.name} is not what its name says: {reason}")

@@ -2,37 +2,25 @@
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, NoReturn, Self
 
-import ml_dtypes  # noqa: F401 (gives numpy the name bfloat16)
-import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.errors import ArtifactError
+from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, ProgramSpec, Several, TensorSpec
 from jx_neuron.util.pages import uncollected
 from jx_neuron.util.parsing import boundary, parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 UNSEALED = "0" * 64
 MOST_BYTES = 24 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
-MOST_ENTRIES = 100_000  # of anything that there are several of
 
 
 def is_inside(path: str) -> bool:
@@ -47,138 +35,117 @@ def _inside(path: str) -> str:
     return path
 
 
-def _dtype(name: str) -> str:
-    try:
-        known = np.dtype(name).name
-    except TypeError:
-        known = ""
-    if known != name:
-        raise ValueError(f"{name!r} is no numpy or ml_dtypes type")
-    return name
-
-
 def _finite(content: dict[str, Any]) -> dict[str, Any]:
     json.dumps(content, allow_nan=False)
     return content
 
 
-def _few(content: Any) -> Any:
-    """Refuses at once what pydantic would collect a complaint about each entry of."""
-    if isinstance(content, dict) and len(content) > MOST_ENTRIES:
-        raise ValueError(f"it has {len(content):,} entries, and may have {MOST_ENTRIES:,}")
-    return content
+def _consistent(program: ProgramSpec) -> ProgramSpec:
+    """Refuses a program whose inputs and outputs do not fit its mesh, or each other."""
+    _unique(f"inputs of {program.name}", [tensor.name for tensor in program.inputs])
+    _unique(f"outputs of {program.name}", [tensor.name for tensor in program.outputs])
+    _unique(f"aliases of {program.name}", [tensor.alias for tensor in program.outputs if tensor.alias is not None])
+    for tensor in (*program.inputs, *program.outputs):
+        axes = [axis for axis in tensor.partition if axis is not None]
+        if len(tensor.partition) != len(tensor.shape):
+            raise ValueError(f"{tensor.name} has {len(tensor.shape)} axes, not {len(tensor.partition)}")
+        if not set(axes) <= set(program.mesh) or len(set(axes)) < len(axes):
+            raise ValueError(
+                f"the partition {list(tensor.partition)} of {tensor.name} does not name axes of the mesh "
+                f"{program.mesh}, each once"
+            )
+    for tensor in program.outputs:
+        if tensor.alias is None:
+            continue
+        source = program.inputs[tensor.alias] if tensor.alias < len(program.inputs) else None
+        if source is None or (source.shape, source.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"output {tensor.name} of {program.name} cannot be an alias of input {tensor.alias}")
+    return program
 
 
-T = TypeVar("T")
-Several = Annotated[tuple[T, ...], Strict(False), FailFast(), Field(max_length=MOST_ENTRIES)]  # a list in JSON
-Count = Annotated[int, Field(ge=0, lt=2**48)]
-Named = Annotated[dict[str, T], BeforeValidator(_few)]
-JsonObject = Annotated[Named[Any], AfterValidator(_finite)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
 RelativePath = Annotated[str, Field(max_length=4096), AfterValidator(_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ProgramName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
-Degree = Annotated[int, Field(ge=1, le=4096)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, from_attributes=True)
-    _check_size = model_validator(mode="before")(_few)
-
-
-class FileRecord(_Record):
+class FileRecord(BaseModel):
     """Size in bytes and sha256 of a file."""
+
+    model_config = ConfigDict(**RECORD, frozen=True)
 
     size: Count
     sha256: Sha256
 
 
-class TensorRecord(_Record):
-    """One input or output of a program, as one core sees it; the fields are TensorSpec's."""
+class Manifest(BaseModel):
+    """What manifest.json says.
 
-    kind: Literal["param", "cache", "input", "rank", "output"]
-    name: str
-    shape: Several[Count]
-    dtype: Annotated[str, AfterValidator(_dtype)]
-    partition: Several[Literal["tp"] | None]
-    alias: Count | None
+    settings: what the model was lowered for.
+    programs: each one's HLO is the file `hlo_file(name)`, and its NEFF `neff_file(name)` where that is listed.
+    weights:  one file a rank, or none.
+    files:    by path, every file but the manifest.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it on one core."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if len(self.partition) != len(self.shape):
-            raise ValueError(f"{self.name} has {len(self.shape)} axes, not {len(self.partition)}")
-        return self
-
-
-class ProgramRecord(_Record):
-    """One program: its files, and its inputs and outputs in order."""
-
-    name: ProgramName
-    hlo: RelativePath
-    neff: RelativePath | None
-    inputs: Several[TensorRecord]
-    outputs: Several[TensorRecord]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _unique(f"inputs of {self.name}", [tensor.name for tensor in self.inputs])
-        _unique(f"outputs of {self.name}", [tensor.name for tensor in self.outputs])
-        aliases = [tensor.alias for tensor in self.outputs if tensor.alias is not None]
-        _unique(f"aliases of {self.name}", aliases)
-        for tensor in self.outputs:
-            if tensor.alias is None:
-                continue
-            source = self.inputs[tensor.alias] if tensor.alias < len(self.inputs) else None
-            if source is None or (source.shape, source.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"output {tensor.name} of {self.name} cannot be an alias of input {tensor.alias}")
-        return self
-
-
-class Manifest(_Record):
-    """What manifest.json says. `weights` names one file a rank, or none; `neuron` is the NeuronConfig."""
+    model_config = ConfigDict(**RECORD, frozen=True)
 
     sha256: Sha256
     format_version: Annotated[int, Field(ge=1)]
-    model_type: str
-    tp_degree: Degree
     config: JsonObject
-    neuron: JsonObject
-    programs: Annotated[Several[ProgramRecord], Field(min_length=1)]
+    settings: Settings
+    programs: Annotated[Several[Annotated[ProgramSpec, AfterValidator(_consistent)]], Field(min_length=1)]
     weights: Several[RelativePath]
-    tools: Named[str]
-    files: Annotated[dict[RelativePath, FileRecord], BeforeValidator(_few)]
+    tools: dict[str, str]
+    files: dict[RelativePath, FileRecord]
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check(self) -> Self:
         _unique("programs", [program.name for program in self.programs])
-        if self.weights and len(self.weights) != self.tp_degree:
-            raise ValueError(f"weights of {len(self.weights)} ranks are listed, and there are {self.tp_degree}")
-        named = [file for program in self.programs for file in (program.hlo, program.neff) if file]
-        named += self.weights
+        settings, degree = self.settings, self.programs[0].tp_degree
+        if any(program.mesh != self.mesh for program in self.programs):
+            raise ValueError("its programs are for different meshes")
+        if (settings.model_type, settings.tp_degree) != (self.config.get("model_type", settings.model_type), degree):
+            raise ValueError(
+                f"its settings are for {settings.model_type} on {settings.tp_degree} cores, its config is of "
+                f"{self.config.get('model_type')} and its programs are for the mesh {self.mesh}"
+            )
+        if self.weights and len(self.weights) != degree:
+            raise ValueError(f"weights of {len(self.weights)} ranks are listed, and there are {degree}")
+        named = [*(hlo_file(program.name) for program in self.programs), *self.weights]
         _unique("files", named)
         if unlisted := sorted(set(named) - set(self.files)):
             raise ValueError(f"{unlisted[0]} is named but not listed with its hash")
         if MANIFEST in self.files:
             raise ValueError(f"{MANIFEST} cannot list itself")
-        needed = sum(tensor.nbytes for tensor in self.parameters.values())
+        required = sum(tensor.nbytes for tensor in self.parameters.values())
         for name in self.weights:
-            if (size := self.files[name].size) < needed:
-                raise ValueError(f"{name} has {size:,} bytes, and the programs' parameters {needed:,}")
+            if (size := self.files[name].size) < required:
+                raise ValueError(f"{name} has {size:,} bytes, and the programs' parameters {required:,}")
         return self
 
     @property
-    def parameters(self) -> dict[str, TensorRecord]:
+    def mesh(self) -> dict[str, int]:
+        """The names and sizes of the axes of the cores that run each program: {"tp": 8}."""
+        return self.programs[0].mesh
+
+    @property
+    def parameters(self) -> dict[str, TensorSpec]:
         """The programs' parameters by name."""
         return parameters_of(self.programs)
 
 
-def parameters_of(programs: Iterable[ProgramRecord]) -> dict[str, TensorRecord]:
+def hlo_file(program: str) -> str:
+    """Where the HLO of a program is."""
+    return f"hlo/{program}.pb"
+
+
+def neff_file(program: str) -> str:
+    """Where the NEFF of a program is, if it has one."""
+    return f"neff/{program}.neff"
+
+
+def parameters_of(programs: Iterable[ProgramSpec]) -> dict[str, TensorSpec]:
     """The parameters of all `programs` by name. Raises ArtifactError where two differ in one."""
-    parameters: dict[str, TensorRecord] = {}
+    parameters: dict[str, TensorSpec] = {}
     for program in programs:
         for tensor in program.inputs:
             if tensor.kind == "param" and parameters.setdefault(tensor.name, tensor) != tensor:
@@ -188,30 +155,72 @@ def parameters_of(programs: Iterable[ProgramRecord]) -> dict[str, TensorRecord]:
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest in `directory`. Raises ArtifactError, with the reason, unless it is as it was written."""
+    raw, content = _read(directory)
+    version = content.get("format_version")
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        _refuse(
+            directory,
+            f"it was saved by an older jx_neuron (format version {version}; this one reads {FORMAT_VERSION})",
+            "Save it again with this one, from its checkpoint: `jx-neuron compile`, or model.save()",
+        )
+    if _most_entries(content) > MOST_ENTRIES:
+        _refuse(directory, f"{MANIFEST} is not sound: a part of it has more than {MOST_ENTRIES:,} entries")
+    del content
+    with boundary(directory / MANIFEST, ArtifactError), uncollected():
+        try:
+            return Manifest.model_validate_json(raw, strict=True)
+        except ValidationError as error:
+            _refuse(directory, f"{MANIFEST} is not sound: {reason_of(error)}")
+
+
+def files_in(directory: Path) -> set[str]:
+    """The files that the manifest in `directory` lists, of this format version or an older one.
+
+    Raises ArtifactError as `read_manifest` does.
+    """
+    _, content = _read(directory)
+    files = content.get("files")
+    if not isinstance(files, dict):
+        _refuse(directory, f"{MANIFEST} lists no files")
+    return set(files)
+
+
+def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """A manifest's bytes and content, unaltered and not newer than this code."""
     path = directory / MANIFEST
-
-    def refuse(reason: str, way_out: str = "Save it again, or fetch a whole copy") -> NoReturn:
-        raise ArtifactError(f"artifact {directory}: {reason}. {way_out}")
-
     if not path.is_file():
-        refuse(f"there is no {MANIFEST}", "Give the folder that was saved to")
+        _refuse(directory, f"there is no {MANIFEST}", "Give the folder that was saved to")
     with boundary(path, ArtifactError), uncollected():
         if (size := path.stat().st_size) > MOST_BYTES:
-            refuse(f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
+            _refuse(directory, f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
         raw = path.read_bytes()
         content = parse_json(raw, str(path), ArtifactError)
-        version = content.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            refuse(
-                f"its format version {version} is newer than the {FORMAT_VERSION} known here",
-                "Upgrade jx_neuron: `git pull` in its clone, then `pip install .` there",
-            )
-        if not _is_sealed(raw):
-            refuse(f"{MANIFEST} was altered: its sha256 is not its own")
-        try:
-            return Manifest.model_validate(content)
-        except ValidationError as error:
-            refuse(f"{MANIFEST} is not sound: {reason_of(error)}")
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        _refuse(
+            directory,
+            f"its format version {version} is newer than the {FORMAT_VERSION} known here",
+            "Upgrade jx_neuron: `git pull` in its clone, then `pip install .` there",
+        )
+    if not _is_sealed(raw):
+        _refuse(directory, f"{MANIFEST} was altered: its sha256 is not its own")
+    return raw, content
+
+
+def _refuse(directory: Path, reason: str, way_out: str = "Save it again, or fetch a whole copy") -> NoReturn:
+    raise ArtifactError(f"artifact {directory}: {reason}. {way_out}")
+
+
+def _most_entries(content: Any) -> int:
+    """The entries of its largest part; those of one that is larger than is legal are not looked at."""
+    most, rest = 0, [content]
+    while rest and most <= MOST_ENTRIES:
+        part = rest.pop()
+        most = max(most, len(part))
+        if most <= MOST_ENTRIES:
+            values = part.values() if isinstance(part, dict) else part
+            rest += [value for value in values if isinstance(value, (dict, list))]
+    return most
 
 
 def sealed(manifest: Manifest) -> bytes:

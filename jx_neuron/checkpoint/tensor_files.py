@@ -4,14 +4,14 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -139,20 +139,37 @@ def safetensors_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes what `safetensors_file` reads. safetensors' save_file lets no thread run meanwhile, nor Ctrl-C through."""
-    kinds = {np.dtype(dtype): kind for kind, dtype in SAFETENSORS_DTYPES.items()}
-    aligned = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    ends = list(accumulate((array.nbytes for _, array in aligned), initial=0))
+class Writable(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write_safetensors(
+    files: Sequence[Writable],
+    layouts: Mapping[str, tuple[str, tuple[int, ...]]],
+    parts: Callable[[str], Sequence[Array]],
+) -> None:
+    """Writes several files of the same (dtype, shape) by name, tensor by tensor, the bytes those of safetensors' own.
+
+    parts: gives a tensor's array for each file, C-contiguous; it is called once a tensor.
+
+    safetensors' save_file takes every tensor of one file at once, lets no thread run meanwhile, nor Ctrl-C through.
+    Format: https://huggingface.co/docs/safetensors/index#format
+    """
+    kinds = {np.dtype(dtype).name: kind for kind, dtype in SAFETENSORS_DTYPES.items()}
+    names = sorted(layouts, key=lambda name: (-np.dtype(layouts[name][0]).itemsize, name))
+    sizes = [prod(layouts[name][1]) * np.dtype(layouts[name][0]).itemsize for name in names]
     header = {
-        name: {"dtype": kinds[array.dtype], "shape": array.shape, "data_offsets": place}
-        for (name, array), place in zip(aligned, pairwise(ends), strict=True)
+        name: {"dtype": kinds[layouts[name][0]], "shape": layouts[name][1], "data_offsets": place}
+        for name, place in zip(names, pairwise(accumulate(sizes, initial=0)), strict=True)
     }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    for file in files:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in aligned:
+    for name in names:
+        for file, array in zip(files, parts(name), strict=True):
             numbers = array.reshape(-1).view(np.uint8)
             for start in range(0, len(numbers), PIECE):
                 file.write(numbers[start : start + PIECE].data)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.nn.sharding import AXIS, Padding
+from jx_neuron.util.ondemand import OnDemand
 from jx_neuron.util.pages import scratch
 from jx_neuron.util.progress import ahead, track
 
@@ -289,33 +289,17 @@ class Source:
             placed[joint(paths)] = jax.device_put(array, sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
-    def ranks(self, tp_degree: int) -> "list[Rank]":
-        """Each core's parameters; a parameter that is asked of all of them in turn is read once."""
-        one = Source(self.paths, lru_cache(maxsize=1)(self.read), self.split)
-        return [Rank(one, rank, tp_degree) for rank in range(tp_degree)]
+    def parts(self, tp_degree: int) -> Mapping[str, list[np.ndarray]]:
+        """Each core's part of each parameter, by path; a parameter is read when it is asked for, once for all cores."""
 
+        def read(path: str) -> list[np.ndarray]:
+            whole = self.read(path)
+            axis = next((axis for axis, name in enumerate(self.split(path)) if name), None)
+            if axis is None:
+                return [np.asarray(whole, order="C")] * tp_degree
+            return [np.asarray(part, order="C") for part in np.split(whole, tp_degree, axis)]
 
-@dataclass(frozen=True)
-class Rank(Mapping[str, np.ndarray]):
-    """One core's part of each parameter, by path, cut out when asked for."""
-
-    source: Source
-    rank: int
-    tp_degree: int
-
-    def __getitem__(self, path: str) -> np.ndarray:
-        whole = self.source.read(path)
-        for axis, name in enumerate(self.source.split(path)):
-            if name == AXIS:
-                size = whole.shape[axis] // self.tp_degree
-                return np.ascontiguousarray(whole.take(range(self.rank * size, (self.rank + 1) * size), axis))
-        return np.ascontiguousarray(whole)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.source.paths))
-
-    def __len__(self) -> int:
-        return len(self.source.paths)
+        return OnDemand(sorted(self.paths), read)
 
 
 def from_checkpoint(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype: np.dtype[Any]) -> Source:
@@ -347,9 +331,11 @@ def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, 
     return Source(list(params), read, lambda path: by_path[path].partition if path in by_path else REPLICATED)
 
 
-def first_not_finite(arrays: Mapping[str, np.ndarray]) -> str | None:
-    """The name of the first array that holds a NaN or an infinity, None where none does."""
-    return next((name for name in arrays if not np.isfinite(arrays[name]).all()), None)
+def first_not_finite(parameters: Mapping[str, Sequence[np.ndarray]]) -> str | None:
+    """The name of the first parameter of which a core's part holds a NaN or an infinity, None where none does."""
+    return next(
+        (name for name, parts in parameters.items() if not all(np.isfinite(part).all() for part in parts)), None
+    )
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

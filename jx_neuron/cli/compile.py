@@ -78,7 +78,7 @@ def command(
 
         jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
     """
-    from jx_neuron.artifact import folder as artifact
+    from jx_neuron import artifact
     from jx_neuron.compiler import neuronx_cc
     from jx_neuron.runtime import deployment as deploy
     from jx_neuron.util import durable

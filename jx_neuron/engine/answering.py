@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.engine import prompts, scoring
@@ -16,7 +17,6 @@ from jx_neuron.engine.options import Options, check_names, request
 from jx_neuron.engine.scoring import Score
 from jx_neuron.engine.session import Engine, Session
 from jx_neuron.errors import ConfigError, InputError, JxNeuronError
-from jx_neuron.runtime.deployment import Settings
 from jx_neuron.step.buckets import Buckets
 from jx_neuron.util.arguments import integers, plain, shown
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jx_neuron.lowering.program import Program, Traced, lower_many, trace
-from jx_neuron.lowering.specs import Kind
+from jx_neuron.lowering.signature import Kind
 from jx_neuron.models import Decoder
 from jx_neuron.nn import cache
 from jx_neuron.nn.sharding import AXIS
@@ -20,7 +20,7 @@ def trace_step(decoder: Decoder, shape: Shape, slots: int, dtype: Any) -> Traced
     """The program of `shape` with a cache of `slots` positions, traced and not yet partitioned."""
     params = decoder.abstract_params(dtype)
     inputs = [jax.ShapeDtypeStruct(*of) for of in shape.inputs().values()]
-    kinds: list[Kind] = ["param", "cache"]
+    kinds: list[Kind] = ["param", "state"]
     kinds += ["input"] * len(inputs)
     split = PartitionSpec(*[None] * (2 if shape.all_logits else 1), AXIS)
     return trace(

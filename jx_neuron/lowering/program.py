@@ -23,9 +23,8 @@ from jx_neuron.lowering.execute import Executable
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.legalize.passes import legalize
 from jx_neuron.lowering.partition import partition
+from jx_neuron.lowering.signature import Kind, ProgramSpec, TensorSpec
 from jx_neuron.lowering.specs import (
-    Kind,
-    TensorSpec,
     alias_donated,
     input_labels,
     output_labels,
@@ -36,29 +35,23 @@ from jx_neuron.lowering.specs import (
 from jx_neuron.lowering.verify.checking import Violation, verify
 from jx_neuron.nn.sharding import AXIS
 
-__all__ = ["Program", "TensorSpec", "Traced", "compile_py_func", "lower", "lower_many", "trace"]
+__all__ = ["Program", "ProgramSpec", "TensorSpec", "Traced", "compile_py_func", "lower", "lower_many", "trace"]
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(ProgramSpec):
     """What one core runs.
 
     Attributes:
+        name, mesh, tp_degree, inputs, outputs: as of `ProgramSpec`.
         hlo_module: a serialized HloModuleProto, legalized for neuronx-cc.
-        inputs: its parameters in order. One of kind "rank", int32[1], comes last where the program depends on which
-            core it runs on; rank r is given r.
-        outputs: the elements of its result in order; the result is no tuple where there is one.
         sources: HLO instruction name → file:line, where known.
         seconds: how long tracing and lowering took.
     """
 
-    name: str
-    tp_degree: int
     hlo_module: bytes = field(repr=False)
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     seconds: float = field(default=0.0, repr=False, compare=False)
 
@@ -112,7 +105,7 @@ class Program:
             given.append(jax.device_put(array, executable.sharding(spec.partition)))
         if len(wanted) < len(self.inputs):
             ranks = np.arange(self.tp_degree, dtype=np.int32)
-            given.append(jax.device_put(ranks, executable.sharding((AXIS,))))
+            given.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
         found = executable.execute(given)
         return [_whole(shards, spec) for shards, spec in zip(found, self.outputs, strict=True)]
 
@@ -123,24 +116,20 @@ def _executable(hlo_module: bytes, tp_degree: int) -> Executable:
 
 
 def _whole(shards: list[jax.Array], spec: TensorSpec) -> np.ndarray[Any, Any]:
-    if AXIS not in spec.partition:
+    if spec.split_axis is None:
         return np.asarray(shards[0])
-    return np.concatenate([np.asarray(s) for s in shards], axis=spec.partition.index(AXIS))
+    return np.concatenate([np.asarray(s) for s in shards], axis=spec.split_axis)
 
 
 @dataclass(frozen=True)
-class Traced:
+class Traced(ProgramSpec):
     """A function traced, in so many `seconds`, and not yet partitioned: StableHLO with shardings, independent of the
     function.
 
     Whether there is a rank among the inputs is known after partitioning only.
     """
 
-    name: str
-    tp_degree: int
     stablehlo: bytes = field(repr=False)
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     seconds: float = field(default=0.0, repr=False, compare=False)
 
     def lower(self) -> Program:
@@ -155,8 +144,8 @@ class Traced:
         module = proto.parse(done.hlo_module)
         inputs = self.inputs
         if done.takes_rank:
-            inputs += (TensorSpec("rank", "rank", (1,), "int32", (AXIS,)),)
-        program = Program(self.name, self.tp_degree, done.hlo_module, inputs, self.outputs, done.sources)
+            inputs += (TensorSpec("rank", "rank", (1,), "int32", tuple(self.mesh)),)
+        program = Program(self.name, self.mesh, inputs, self.outputs, done.hlo_module, done.sources)
         _check_shapes(program, module)
         return replace(program, seconds=self.seconds + time.perf_counter() - began)
 
@@ -189,23 +178,24 @@ def trace(
     if tp_degree < 1:
         raise LoweringError(f"tp_degree={tp_degree}: it counts cores, and is at least 1")
     name = name or getattr(fn, "__name__", "program").replace("<lambda>", "program")
-    mesh = AbstractMesh((tp_degree,), (AXIS,), axis_types=(AxisType.Auto,))
+    mesh = {AXIS: tp_degree}
+    devices = AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh))
     abstract = jax.tree.map(_abstract, args)
-    in_axes = spread("in_specs", (None,) * len(args) if in_specs is None else tuple(in_specs), abstract)
-    kinds = input_kinds or ["cache" if n in donate_argnums else "input" for n in range(len(args))]
-    inputs = tensor_specs(abstract, in_axes, tp_degree, input_labels(fn, abstract, kinds, input_names))
+    in_axes = spread("in_specs", (None,) * len(args) if in_specs is None else tuple(in_specs), abstract, mesh)
+    kinds = input_kinds or ["state" if n in donate_argnums else "input" for n in range(len(args))]
+    inputs = tensor_specs(abstract, in_axes, mesh, input_labels(fn, abstract, kinds, input_names))
     owners = [n for n, arg in enumerate(abstract) for _ in jax.tree.leaves(arg)]
     donated = [n for n, owner in enumerate(owners) if owner in donate_argnums]
     call = _named(fn, name)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(devices):
         result = jax.tree.map(_abstract, jax.jit(call, keep_unused=True).trace(*abstract).out_info)
-        out_axes = spread("out_specs", out_specs, result)
-        outputs = alias_donated(inputs, donated, tensor_specs(result, out_axes, tp_degree, output_labels(result)))
+        out_axes = spread("out_specs", out_specs, result, mesh)
+        outputs = alias_donated(inputs, donated, tensor_specs(result, out_axes, mesh, output_labels(result)))
         lowered = (
             jax.jit(
                 call,
-                in_shardings=shardings(mesh, in_axes),
-                out_shardings=shardings(mesh, out_axes),
+                in_shardings=shardings(devices, in_axes),
+                out_shardings=shardings(devices, out_axes),
                 keep_unused=True,
             )
             .trace(*abstract)
@@ -214,7 +204,7 @@ def trace(
     code = io.BytesIO()
     lowered.compiler_ir("stablehlo").operation.write_bytecode(code)
     seconds = time.perf_counter() - began
-    return Traced(name, tp_degree, code.getvalue(), tuple(inputs), tuple(outputs), seconds)
+    return Traced(name, mesh, tuple(inputs), tuple(outputs), code.getvalue(), seconds)
 
 
 def lower(
@@ -250,7 +240,7 @@ def lower(
         donate_argnums: arguments whose memory is taken by outputs. Their arrays come back one after the other, in their
             order, with the same shapes, dtypes and specs; where they could be several runs of outputs, the last one.
         name: the program's; by default the function's.
-        input_kinds: "param", "cache" or "input" for each argument; by default "cache" where donated, else "input".
+        input_kinds: "param", "state" or "input" for each argument; by default "state" where donated, else "input".
         input_names: for each array; by default the argument's name and path, for a "param" the path alone.
 
     Raises:

@@ -1,52 +1,27 @@
 """The inputs and outputs of a program: pytrees of arrays and PartitionSpecs, flattened and named."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jx_neuron.errors import LoweringError
-from jx_neuron.nn.sharding import AXIS
-
-Kind = Literal["param", "cache", "input", "rank", "output"]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a program.
-
-    Attributes:
-        shape: on one core.
-        dtype: as numpy or ml_dtypes name it.
-        partition: for each axis "tp" where it is split over the cores, else None.
-        alias: of an output, the number of the input whose memory it takes.
-    """
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    dtype: str
-    partition: tuple[str | None, ...]
-    alias: int | None = None
-
-    def global_shape(self, tp_degree: int) -> tuple[int, ...]:
-        """The shape over all cores."""
-        return tuple(n * tp_degree if axis else n for n, axis in zip(self.shape, self.partition, strict=True))
+from jx_neuron.lowering.signature import Kind, TensorSpec
 
 
 def _is_spec(node: Any) -> bool:
     return node is None or isinstance(node, PartitionSpec)
 
 
-def spread(what: str, specs: Any, tree: Any) -> Any:
+def spread(what: str, specs: Any, tree: Any, mesh: Mapping[str, int]) -> Any:
     """A pytree prefix of PartitionSpecs (or None) as the axes of every leaf. LoweringError where one does not fit."""
 
     def one(spec: PartitionSpec | None, below: Any) -> Any:
-        return jax.tree.map(lambda leaf: _Axes(_axes(what, spec, leaf.shape)), below)
+        return jax.tree.map(lambda leaf: _Axes(_axes(what, spec, leaf.shape, mesh)), below)
 
     try:
         return jax.tree.map(one, specs, tree, is_leaf=_is_spec)
@@ -61,12 +36,15 @@ class _Axes:
     names: tuple[str | None, ...]
 
 
-def _axes(what: str, spec: PartitionSpec | None, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+def _axes(
+    what: str, spec: PartitionSpec | None, shape: tuple[int, ...], mesh: Mapping[str, int]
+) -> tuple[str | None, ...]:
     names = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry for entry in spec or ()]
-    if len(names) > len(shape) or any(n not in (AXIS, None) for n in names) or names.count(AXIS) > 1:
+    split = [name for name in names if name is not None]
+    if len(names) > len(shape) or not set(split) <= set(mesh) or len(set(split)) < len(split):
         raise LoweringError(
-            f"{what}: {spec} does not fit an array of shape {shape}: name the axis {AXIS!r} at most once, and at most "
-            f"{len(shape)} axes"
+            f"{what}: {spec} does not fit an array of shape {shape}: name the axis {', '.join(map(repr, mesh))} at "
+            f"most once, and at most {len(shape)} axes"
         )
     return (*names, *[None] * (len(shape) - len(names)))
 
@@ -117,16 +95,17 @@ def output_labels(outputs: Any) -> Iterator[tuple[str, Kind]]:
         yield (f"output.{key}" if key else "output"), "output"
 
 
-def tensor_specs(tree: Any, axes: Any, tp_degree: int, labels: Iterator[tuple[str, Kind]]) -> list[TensorSpec]:
-    """The arrays of a pytree as one of `tp_degree` cores holds them. LoweringError where an axis does not divide."""
+def tensor_specs(tree: Any, axes: Any, mesh: Mapping[str, int], labels: Iterator[tuple[str, Kind]]) -> list[TensorSpec]:
+    """The arrays of a pytree as one core of `mesh` holds them. LoweringError where an axis does not divide."""
     specs = []
     for leaf, split, (name, kind) in zip(jax.tree.leaves(tree), jax.tree.leaves(axes), labels, strict=True):
-        if any(n % tp_degree for n, axis in zip(leaf.shape, split.names, strict=True) if axis):
+        cores = [mesh[axis] if axis else 1 for axis in split.names]
+        if uneven := [count for size, count in zip(leaf.shape, cores, strict=True) if size % count]:
             raise LoweringError(
-                f"{name} of shape {leaf.shape} cannot be split as {split.names} over {tp_degree} cores: pad that axis "
-                f"to a multiple of {tp_degree}"
+                f"{name} of shape {leaf.shape} cannot be split as {split.names} over {uneven[0]} cores: pad that axis "
+                f"to a multiple of {uneven[0]}"
             )
-        shape = tuple(n // tp_degree if axis else n for n, axis in zip(leaf.shape, split.names, strict=True))
+        shape = tuple(size // count for size, count in zip(leaf.shape, cores, strict=True))
         specs.append(TensorSpec(name, kind, shape, np.dtype(leaf.dtype).name, split.names))
     return specs
 

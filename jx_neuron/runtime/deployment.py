@@ -6,28 +6,26 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
-from itertools import pairwise
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from jx_neuron.artifact import folder as artifact
+from jx_neuron import artifact
 from jx_neuron.artifact.fit import check_fit
 from jx_neuron.artifact.folder import Artifact
-from jx_neuron.artifact.manifest import Degree, reason_of
+from jx_neuron.artifact.manifest import neff_file
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import CONFIG, TOKENIZER_FILES
 from jx_neuron.compiler import neuronx_cc
 from jx_neuron.compiler.neuronx_cc import CompilerOptions
-from jx_neuron.config import dtype_of
 from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
+from jx_neuron.lowering.signature import ProgramSpec
 from jx_neuron.lowering.verify.checking import Violation, verify
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.runtime import Runtime, neuron
-from jx_neuron.runtime.bundle import Bundle, Lowered
-from jx_neuron.step.buckets import Buckets
+from jx_neuron.runtime.bundle import Bundle
 from jx_neuron.step.shape import Shape
 from jx_neuron.util.temporary import temporary_folder
 
@@ -55,123 +53,12 @@ def target_for(asked: str | None) -> str:
     return target_of(neuronx_cc.target(CompilerOptions(target=asked or machine))).name
 
 
-MOST = 2**31 - 1  # the greatest int32
-
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-
-
-def _ascending(sizes: tuple[int, ...]) -> None:
-    if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
-        raise ValueError(f"{sizes} does not ascend from 1 or more")
-
-
-def _legal(check: Callable[[Any], Any]) -> AfterValidator:
-    """Takes what `check` does not refuse, as it is."""
-    return AfterValidator(lambda value: (check(value), value)[1])
-
-
-def _generation(content: Mapping[str, Any]) -> None:
-    def is_id(value: Any) -> bool:
-        return type(value) is int and -1 <= value <= MOST  # -1 in configs that mean none
-
-    for name, value in content.items():
-        several = name == "eos_token_id" and isinstance(value, list) and all(map(is_id, value))
-        if name not in ("eos_token_id", "pad_token_id") or not (value is None or is_id(value) or several):
-            raise ValueError(f"{name}={value!r} is no token id")
-
-
-def _buckets(buckets: Buckets) -> None:
-    _ascending(buckets.context)
-    _ascending(buckets.tokens)
-    if buckets.context[-1] > buckets.capacity or buckets.capacity > MOST:
-        raise ValueError(f"{buckets} has prompts longer than its sequences, or positions beyond {MOST}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a model was, or is to be, lowered for.
-
-    batch_sizes:  rows of its programs, ascending.
-    generation:   the ids of its end and padding tokens.
-    target:       the instance family that the programs were checked and compiled for; None before that.
-    prompt_batch: rows of the programs that take prompts, where those that decode have more.
-    rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
-    """
-
-    model_type: str
-    tp_degree: Degree
-    amp: Annotated[str, _legal(dtype_of)]
-    batch_sizes: Annotated[tuple[Positive, ...], _legal(_ascending)]
-    buckets: Annotated[Buckets, _legal(_buckets)]
-    candidates: Positive
-    all_logits: bool
-    vocab_size: Positive
-    generation: Annotated[Mapping[str, Any], _legal(_generation)] = field(default_factory=dict)
-    target: Annotated[str, _legal(target_of)] | None = None
-    prompt_batch: Positive | None = None
-    rotations: tuple[Positive, bool] | None = None
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return dtype_of(self.amp)
-
-    @property
-    def shapes(self) -> list[Shape]:
-        """Every program that such a model can call for."""
-        found = [shape for batch in self.batch_sizes for shape in self.buckets.shapes(batch, self.candidates)]
-        if self.prompt_batch:
-            decoding = [shape for shape in found if shape.tokens == 1]
-            found = list(dict.fromkeys([*self.buckets.shapes(self.prompt_batch, self.candidates), *decoding]))
-        if self.all_logits:
-            found += [dataclasses.replace(shape, all_logits=True) for shape in found if shape.tokens > 1]
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form that a manifest keeps."""
-        return dataclasses.asdict(self)
-
-    def demand(self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any) -> None:
-        """Raises ArtifactError for an argument of from_pretrained that is given, and not what was saved."""
-        tokens = None if n_positions is None else Buckets.of(n_positions).tokens
-        context = None if context_length_estimate is None else Buckets.of(self.buckets.tokens, context_length_estimate)
-        for name, asked, default, mine in (
-            ("tp_degree", tp_degree, 1, self.tp_degree),
-            ("amp", dtype_of(amp), dtype_of("f32"), self.dtype),
-            ("batch_size", tuple(np.atleast_1d(batch_size).tolist()), (1,), tuple(self.batch_sizes)),
-            ("n_positions", tokens, None, self.buckets.tokens),
-            ("context_length_estimate", context and context.context, None, self.buckets.context),
-        ):
-            if asked not in (default, mine):
-                raise ArtifactError(f"it was saved for {name}={mine} and not {asked}; leave that out, or save anew")
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "Settings":
-        """Raises ArtifactError, with the reason, for a form that `as_dict` does not give."""
-        try:
-            settings: Settings = _settings_reader().validate_json(json.dumps(content), strict=True)
-        except (ValidationError, TypeError) as error:
-            reason = reason_of(error) if isinstance(error, ValidationError) else error
-            raise ArtifactError(f"the settings are not those of a model ({reason})") from error
-        if settings.candidates > settings.vocab_size:
-            raise ArtifactError(f"{settings.candidates} candidates of {settings.vocab_size} tokens")
-        if settings.prompt_batch and (len(settings.batch_sizes) > 1 or settings.batch_sizes[0] % settings.prompt_batch):
-            raise ArtifactError(f"prompts of {settings.prompt_batch} rows do not divide batches {settings.batch_sizes}")
-        return settings
-
-
-@cache
-def _settings_reader() -> TypeAdapter[Settings]:
-    return TypeAdapter(Settings)
-
-
 @dataclass
 class Deployment:
     """Programs of a model, lowered and perhaps compiled, by shape."""
 
     settings: Settings
-    programs: Mapping[Shape, Lowered]
+    programs: Mapping[Shape, ProgramSpec]
     hlo: Callable[[str], bytes]
     neffs: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
@@ -205,27 +92,25 @@ class Deployment:
         made = neuronx_cc.compile_programs({name: self.hlo(name) for name in missing}, options, jobs=jobs)
         self.neffs = {**self.neffs, **{name: partial(made.__getitem__, name) for name in made}}
 
-    def bundle(self, weights: Callable[[int], Mapping[str, np.ndarray]]) -> Bundle:
-        """The programs with weights to run them on."""
+    def bundle(self, parameters: Mapping[str, Sequence[np.ndarray]]) -> Bundle:
+        """The programs with parameters to run them on: of each, a part a rank."""
 
         def neff(name: str) -> bytes | None:
             return self.neffs[name]() if name in self.neffs else None
 
-        return Bundle(self.settings.tp_degree, self.programs, self.hlo, neff, weights)
+        return Bundle(self.programs, self.hlo, neff, parameters)
 
-    def run_on(
-        self, backend: str, weights: Callable[[int], Mapping[str, np.ndarray]], jobs: int | None = None
-    ) -> Runtime:
-        """A runtime, "host" or "neuron", with weights on its devices."""
+    def run_on(self, backend: str, parameters: Mapping[str, Sequence[np.ndarray]], jobs: int | None = None) -> Runtime:
+        """A runtime, "host" or "neuron", with parameters on its devices."""
         if backend == "neuron":
             self.compile(jobs=jobs)
             self._check_machine()
-            runtime = neuron.NeuronRuntime(self.bundle(weights))
+            runtime = neuron.NeuronRuntime(self.bundle(parameters))
             runtime.compile(list(self.programs))
             return runtime
         from jx_neuron.runtime.host import HostRuntime
 
-        return HostRuntime(self.bundle(weights))
+        return HostRuntime(self.bundle(parameters))
 
     def _check_machine(self) -> None:
         here, there = neuron.target(), self.settings.target
@@ -249,22 +134,20 @@ def save(
     directory: Path | str,
     deployment: Deployment,
     config: Mapping[str, Any],
-    weights: Callable[[int], Mapping[str, np.ndarray]] | None,
+    parameters: Mapping[str, Sequence[np.ndarray]] | None,
     save_tokenizer: Callable[[Path], Sequence[Path]] | None,
 ) -> Path:
-    """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and weights where given."""
+    """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and parameters where given."""
     with temporary_folder() as folder:
         extra = {path.name: path.read_bytes() for path in (save_tokenizer(folder) if save_tokenizer else ())}
     extra[CONFIG] = json.dumps(dict(config), indent=1).encode()
-    settings = deployment.settings.as_dict()
-    Settings.from_dict(settings)
     return artifact.write(
         directory,
-        model_type=deployment.settings.model_type,
+        settings=deployment.settings,
         config=config,
-        neuron=settings,
-        programs=[_with_hlo(program, deployment) for program in deployment.programs.values()],  # type: ignore[misc]
-        weights=weights,
+        programs=list(deployment.programs.values()),
+        hlo=deployment.hlo,
+        parameters=parameters,
         neffs={name: neff() for name, neff in deployment.neffs.items()},
         extra_files=extra,
     )
@@ -281,43 +164,36 @@ class Saved:
         """Raises ArtifactError with the reason where it is not whole."""
         return cls(artifact.read(directory))
 
-    @cached_property
+    @property
     def settings(self) -> Settings:
-        """Raises ArtifactError where they are no model's, or another's than the manifest's."""
-        manifest = self.artifact.manifest
-        with self._named():
-            settings = Settings.from_dict(manifest.neuron)
-        if (settings.model_type, settings.tp_degree) != (manifest.model_type, manifest.tp_degree):
-            raise self._refusal(f"its settings are for {settings.model_type} on {settings.tp_degree} cores")
-        return settings
+        """What it was lowered for."""
+        return self.artifact.manifest.settings
 
     @cached_property
     def deployment(self) -> Deployment:
         """Raises ArtifactError unless each program that the settings call for is there, and is what its name says."""
-        settings, manifest = self.settings, self.artifact.manifest
-        records = {record.name: record for record in manifest.programs}
+        settings = self.settings
+        saved = {program.name: program for program in self.artifact.manifest.programs}
         buckets = settings.buckets
-        if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(records):
-            raise self._refusal(f"it has {len(records)} programs, which is fewer than its buckets")
-        programs: dict[Shape, Any] = {}
+        if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(saved):
+            raise self._refusal(f"it has {len(saved)} programs, which is fewer than its buckets")
+        programs: dict[Shape, ProgramSpec] = {}
         for shape in settings.shapes:
-            if shape.name not in records:
+            if shape.name not in saved:
                 raise self._refusal(f"it lacks the program {shape.name}")
-            programs[shape] = record = records[shape.name]
-            hlo = self.artifact.hlo(record.name)
+            programs[shape] = saved[shape.name]
+            hlo = self.artifact.hlo(shape.name)
             with self._named():
                 check_fit(
-                    record,
+                    programs[shape],
                     hlo,
                     shape,
                     slots=buckets.capacity,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
-                    tp_degree=settings.tp_degree,
                 )
-        neffs = {
-            name: (lambda name=name: self.artifact.neff(name) or b"") for name, record in records.items() if record.neff
-        }
+        files = self.artifact.manifest.files
+        neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}
         return Deployment(settings, programs, self.artifact.hlo, neffs)
 
     @contextmanager
@@ -332,9 +208,9 @@ class Saved:
         return ArtifactError(f"artifact {self.artifact.directory}: {reason}; save it again")
 
     @property
-    def weights(self) -> Callable[[int], Mapping[str, np.ndarray]] | None:
-        """Each rank's parameters, or None where they were not saved."""
-        return self.artifact.weights if self.artifact.manifest.weights else None
+    def parameters(self) -> Mapping[str, Sequence[np.ndarray]] | None:
+        """Each rank's part of each parameter, read when asked for; None where they were not saved."""
+        return self.artifact.parameters() if self.artifact.manifest.weights else None
 
     def tokenizer(self) -> Any:
         """The tokenizer of the listed files, checked. Raises ArtifactError where there is none."""
@@ -365,20 +241,3 @@ def config_of(model: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
 def is_artifact(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a saved model rather than a checkpoint."""
     return artifact.is_artifact(os.fspath(path))
-
-
-@dataclass(frozen=True)
-class _Writable:
-    """A program as `artifact.write` takes it."""
-
-    name: str
-    tp_degree: int
-    hlo_module: bytes
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
-
-
-def _with_hlo(program: Lowered, deployment: Deployment) -> _Writable:
-    return _Writable(
-        program.name, deployment.settings.tp_degree, deployment.hlo(program.name), program.inputs, program.outputs
-    )

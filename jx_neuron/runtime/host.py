@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from jx_neuron.lowering.execute import Executable
-from jx_neuron.nn.sharding import AXIS
+from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.runtime import Result
-from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
+from jx_neuron.runtime.bundle import Bundle, Joined
 from jx_neuron.step.shape import Shape
 from jx_neuron.util.progress import side_by_side, track
 
@@ -21,10 +21,9 @@ class HostRuntime:
         self._bundle = bundle
         self._executables: dict[str, Executable] = {}
         first = self._executable(min(bundle.programs))
-        ranks = [bundle.weights(rank) for rank in range(bundle.tp_degree)]
         params = bundle.of_kind("param")
         self._params = [
-            first.put([rank[tensor.name] for rank in ranks]) for tensor in track(params, "placing weights", len(params))
+            first.put(bundle.parameters[tensor.name]) for tensor in track(params, "placing weights", len(params))
         ]
         self._cache: list[Any] = []
         self._rank = first.put([np.array([rank], np.int32) for rank in range(bundle.tp_degree)])
@@ -42,11 +41,11 @@ class HostRuntime:
         arguments = [self._argument(executable, tensor, params, caches, inputs) for tensor in program.inputs]
         outputs = executable.execute(arguments)
         by_kind = zip(program.outputs, outputs, strict=True)
-        self._cache = [executable.put(ranks) for tensor, ranks in by_kind if tensor.kind == "cache"]
+        self._cache = [executable.put(ranks) for tensor, ranks in by_kind if tensor.kind == "state"]
         token, logits = (
             (tensor, ranks) for tensor, ranks in zip(program.outputs, outputs, strict=True) if tensor.kind == "output"
         )
-        return Result(token[1][0], Joined(logits[1], logits[0].partition.index(AXIS)))
+        return Result(token[1][0], Joined(logits[1], logits[0].split_axis))
 
     def reset(self, slots: int = 0) -> None:
         self._cache = []
@@ -74,19 +73,19 @@ class HostRuntime:
         wanted = [shape for name, shape in by_name.items() if name not in self._executables]
         side_by_side(self._executable, wanted, "compiling for the host")
 
-    def _cache_for(self, executable: Executable, program: Lowered) -> list[Any]:
-        tensors = [tensor for tensor in program.inputs if tensor.kind == "cache"]
+    def _cache_for(self, executable: Executable, program: ProgramSpec) -> list[Any]:
+        tensors = [tensor for tensor in program.inputs if tensor.kind == "state"]
         if self._cache and self._cache[0].shape == tensors[0].shape:
             return self._cache
         return [_zeros(executable, tensor) for tensor in tensors]
 
     def _argument(
-        self, executable: Executable, tensor: Tensor, params: Any, caches: Any, inputs: Mapping[str, Any]
+        self, executable: Executable, tensor: TensorSpec, params: Any, caches: Any, inputs: Mapping[str, Any]
     ) -> Any:
         match tensor.kind:
             case "param":
                 return next(params)
-            case "cache":
+            case "state":
                 return next(caches)
             case "rank":
                 return self._rank
@@ -99,6 +98,6 @@ class HostRuntime:
         return self._executables[name]
 
 
-def _zeros(executable: Executable, tensor: Tensor) -> jax.Array:
+def _zeros(executable: Executable, tensor: TensorSpec) -> jax.Array:
     zeros = np.zeros(tensor.shape, tensor.dtype)
     return executable.put([zeros] * executable.mesh.size)

@@ -15,10 +15,10 @@ import numpy as np
 
 from jx_neuron.compiler.neuronx_cc import INSTALL
 from jx_neuron.errors import CompilerError
+from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.rules import TARGETS
-from jx_neuron.nn.sharding import AXIS
 from jx_neuron.runtime import Result
-from jx_neuron.runtime.bundle import Bundle, Joined, Lowered, Tensor
+from jx_neuron.runtime.bundle import Bundle, Joined
 from jx_neuron.step.shape import Shape
 from jx_neuron.util.progress import track
 
@@ -51,10 +51,9 @@ class NeuronRuntime:
         self._executors: dict[str, Any] = {}
         self._buffers: dict[tuple[str, tuple[int, ...], str], Any] = {}
         tp = bundle.tp_degree
-        ranks = [bundle.weights(rank) for rank in range(tp)]
         params = bundle.of_kind("param")
         self._held = {
-            tensor.name: self._put([rank[tensor.name] for rank in ranks])
+            tensor.name: self._put(bundle.parameters[tensor.name])
             for tensor in track(params, "placing weights", len(params))
         }
         self._rank = self._put([np.array([rank], np.int32) for rank in range(tp)])
@@ -77,17 +76,17 @@ class NeuronRuntime:
 
     def keep(self) -> Any:
         """The cache as each rank's arrays on the host, by name."""
-        return {tensor.name: self._read(self._cache(tensor, self._rows)) for tensor in self._bundle.of_kind("cache")}
+        return {tensor.name: self._read(self._cache(tensor, self._rows)) for tensor in self._bundle.of_kind("state")}
 
     def restore(self, kept: Any) -> None:
-        for tensor in self._bundle.of_kind("cache"):
+        for tensor in self._bundle.of_kind("state"):
             self._torch.ops.neuron._parallel_write_neuron(
                 self._cache(tensor, len(kept[tensor.name][0])), kept[tensor.name]
             )
         self._rows = len(next(iter(kept.values()))[0])
 
     def clear(self) -> None:
-        caches = {tensor.name for tensor in self._bundle.of_kind("cache")}
+        caches = {tensor.name for tensor in self._bundle.of_kind("state")}
         for (name, shape, dtype), buffer in self._buffers.items():
             if name in caches:
                 zeros = [self._host_tensor(np.zeros(shape, dtype)) for _ in range(self._bundle.tp_degree)]
@@ -99,7 +98,7 @@ class NeuronRuntime:
             return
         index = self._torch.from_numpy(np.asarray(index_b, np.int64))
         kept = self.keep() if kept is None else kept
-        for tensor in self._bundle.of_kind("cache"):
+        for tensor in self._bundle.of_kind("state"):
             rows = [rank.index_select(0, index) for rank in kept[tensor.name]]
             self._torch.ops.neuron._parallel_write_neuron(self._cache(tensor, len(index)), rows)
         self._rows = len(index)
@@ -109,7 +108,7 @@ class NeuronRuntime:
         for program in track(wanted, "loading programs", len(wanted)):
             self._executor(program)
 
-    def _executor(self, program: Lowered) -> Any:
+    def _executor(self, program: ProgramSpec) -> Any:
         if program.name not in self._executors:
             classes, tp = self._torch.classes.neuron, self._bundle.tp_degree
             neff = self._bundle.neff(program.name)
@@ -126,7 +125,7 @@ class NeuronRuntime:
             )
         return self._executors[program.name]
 
-    def _tensor_set(self, prefix: str, tensors: Sequence[Tensor]) -> Any:
+    def _tensor_set(self, prefix: str, tensors: Sequence[TensorSpec]) -> Any:
         names = [f"{prefix}{number}" for number in range(len(tensors))]
         found = self._torch.classes.neuron.ParallelTensorSet(names, self._bundle.tp_degree)
         found.init()
@@ -134,7 +133,7 @@ class NeuronRuntime:
             found.add(number, self._device_tensor(tensor))
         return found
 
-    def _device_tensor(self, tensor: Tensor) -> Any:
+    def _device_tensor(self, tensor: TensorSpec) -> Any:
         """What a program reads or writes: its outputs take the cache's memory; programs of a batch share it."""
         if tensor.kind == "rank":
             return self._rank
@@ -142,7 +141,7 @@ class NeuronRuntime:
             return self._held[tensor.name]
         return self._buffer(tensor.name, tensor.shape, tensor.dtype)
 
-    def _cache(self, tensor: Tensor, rows: int) -> Any:
+    def _cache(self, tensor: TensorSpec, rows: int) -> Any:
         return self._buffer(tensor.name, (rows, *tensor.shape[1:]), tensor.dtype)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
@@ -168,7 +167,7 @@ class NeuronRuntime:
 class _Logits:
     """Logits on the NeuronCores, read from all of them when asked for; the next run overwrites them."""
 
-    def __init__(self, runtime: NeuronRuntime, tensor: Tensor):
+    def __init__(self, runtime: NeuronRuntime, tensor: TensorSpec):
         self._runtime, self._tensor, self._made_by = runtime, tensor, runtime._runs
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -176,11 +175,11 @@ class _Logits:
         if runtime._runs != self._made_by:
             raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
         ranks = runtime._read(runtime._device_tensor(self._tensor))
-        joined = Joined([rank.numpy() for rank in ranks], self._tensor.partition.index(AXIS))
+        joined = Joined([rank.numpy() for rank in ranks], self._tensor.split_axis)
         return np.asarray(joined, dtype)
 
 
-def _outputs(program: Lowered) -> tuple[Tensor, Tensor]:
+def _outputs(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:
     """Tokens and logits: what a program gives beside the cache."""
     token, logits = (tensor for tensor in program.outputs if tensor.kind == "output")
     return token, logits

@@ -1,0 +1,118 @@
+"""What a model was, or is to be, lowered for: the part of a manifest that says which programs there are, and why."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from jx_neuron.config import dtype_of
+from jx_neuron.errors import ArtifactError
+from jx_neuron.lowering.signature import RECORD, Degree
+from jx_neuron.lowering.verify.rules import target_of
+from jx_neuron.step.buckets import Buckets
+from jx_neuron.step.shape import Shape
+
+MOST = 2**31 - 1  # the greatest int32
+
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+
+
+def _ascending(sizes: tuple[int, ...]) -> None:
+    if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
+        raise ValueError(f"{sizes} does not ascend from 1 or more")
+
+
+def _legal(check: Callable[[Any], Any]) -> AfterValidator:
+    """Takes what `check` does not refuse, as it is."""
+    return AfterValidator(lambda value: (check(value), value)[1])
+
+
+def _generation(content: Mapping[str, Any]) -> None:
+    def is_id(value: Any) -> bool:
+        return type(value) is int and -1 <= value <= MOST  # -1 in configs that mean none
+
+    for name, value in content.items():
+        several = name == "eos_token_id" and isinstance(value, list) and all(map(is_id, value))
+        if name not in ("eos_token_id", "pad_token_id") or not (value is None or is_id(value) or several):
+            raise ValueError(f"{name}={value!r} is no token id")
+
+
+def _buckets(buckets: Buckets) -> None:
+    _ascending(buckets.context)
+    _ascending(buckets.tokens)
+    if buckets.context[-1] > buckets.capacity or buckets.capacity > MOST:
+        raise ValueError(f"{buckets} has prompts longer than its sequences, or positions beyond {MOST}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model was, or is to be, lowered for.
+
+    batch_sizes:  rows of its programs, ascending.
+    generation:   the ids of its end and padding tokens.
+    target:       the instance family that the programs were checked and compiled for; None before that.
+    prompt_batch: rows of the programs that take prompts, where those that decode have more.
+    rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
+
+    Raises ValueError for settings that contradict each other.
+    """
+
+    model_type: str
+    tp_degree: Degree
+    amp: Annotated[str, _legal(dtype_of)]
+    batch_sizes: Annotated[tuple[Positive, ...], _legal(_ascending)]
+    buckets: Annotated[Buckets, _legal(_buckets)]
+    candidates: Positive
+    all_logits: bool
+    vocab_size: Positive
+    generation: Annotated[Mapping[str, Any], _legal(_generation)] = field(default_factory=dict)
+    target: Annotated[str, _legal(target_of)] | None = None
+    prompt_batch: Positive | None = None
+    rotations: tuple[Positive, bool] | None = None
+
+    __pydantic_config__ = RECORD
+
+    def __post_init__(self) -> None:
+        if self.candidates > self.vocab_size:
+            raise ValueError(f"{self.candidates} candidates of {self.vocab_size} tokens")
+        if self.prompt_batch and (len(self.batch_sizes) > 1 or self.batch_sizes[0] % self.prompt_batch):
+            raise ValueError(f"prompts of {self.prompt_batch} rows do not divide batches {self.batch_sizes}")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return dtype_of(self.amp)
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Every program that such a model can call for."""
+        shapes = [shape for batch in self.batch_sizes for shape in self.buckets.shapes(batch, self.candidates)]
+        if self.prompt_batch:
+            decoding = [shape for shape in shapes if shape.tokens == 1]
+            shapes = list(dict.fromkeys([*self.buckets.shapes(self.prompt_batch, self.candidates), *decoding]))
+        if self.all_logits:
+            shapes += [dataclasses.replace(shape, all_logits=True) for shape in shapes if shape.tokens > 1]
+        return shapes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+    def require(
+        self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any
+    ) -> None:
+        """Raises ArtifactError for an argument of from_pretrained that is given, and not what was saved."""
+        tokens = None if n_positions is None else Buckets.of(n_positions).tokens
+        context = None if context_length_estimate is None else Buckets.of(self.buckets.tokens, context_length_estimate)
+        for name, value, default, saved in (
+            ("tp_degree", tp_degree, 1, self.tp_degree),
+            ("amp", dtype_of(amp), dtype_of("f32"), self.dtype),
+            ("batch_size", tuple(np.atleast_1d(batch_size).tolist()), (1,), tuple(self.batch_sizes)),
+            ("n_positions", tokens, None, self.buckets.tokens),
+            ("context_length_estimate", context and context.context, None, self.buckets.context),
+        ):
+            if value not in (default, saved):
+                raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
