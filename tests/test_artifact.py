@@ -5,6 +5,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import artifact
 from jx_neuron.artifact.settings import Settings
+from jx_neuron.checkpoint.weights import Source
 from jx_neuron.errors import ArtifactError, CheckpointError
 from jx_neuron.lowering import Program, ProgramSpec, TensorSpec, lower
 from jx_neuron.step.buckets import Buckets
@@ -178,6 +182,64 @@ def test_a_lowered_program_comes_back_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept, head_dv)
 
 
+def test_each_tensor_is_read_once_for_all_ranks_and_the_files_are_safetensors_own(tmp_path: Path) -> None:
+    tp, reads = 4, Counter[str]()
+    whole = {
+        "norm": RNG.standard_normal(8).astype(np.float32),
+        "up": RNG.standard_normal((8, 12)).astype(np.float32),
+        "down": RNG.standard_normal((12, 8)).astype(np.float32),
+    }
+    splits = {"norm": P(), "up": P(None, "tp"), "down": P("tp")}
+
+    def read(name: str) -> np.ndarray:
+        reads[name] += 1
+        return whole[name]
+
+    source = Source(list(whole), read, splits.__getitem__)
+    shapes = {"norm": (8,), "up": (8, 3), "down": (3, 8)}
+    partitions = {"norm": (None,), "up": (None, "tp"), "down": ("tp", None)}
+    inputs = tuple(TensorSpec(name, "param", shapes[name], "float32", partitions[name]) for name in whole)
+    directory = artifact.write(
+        tmp_path / "model",
+        settings=dataclasses.replace(SETTINGS, tp_degree=tp),
+        config={},
+        programs=[ProgramSpec("step", {"tp": tp}, inputs, ())],
+        hlo=lambda name: b"HLO",
+        parameters=source.parts(tp),
+    )
+    assert reads == {"norm": 1, "up": 1, "down": 1}
+    for rank in range(tp):
+        columns = slice(3 * rank, 3 * rank + 3)
+        parts = {"norm": whole["norm"], "up": whole["up"][:, columns], "down": whole["down"][columns]}
+        file = directory / f"weights/rank-{rank:02d}.safetensors"
+        plain = {name: np.ascontiguousarray(part) for name, part in parts.items()}
+        assert file.read_bytes() == safetensors.numpy.save(plain)
+        for name, part in safetensors.numpy.load_file(file).items():
+            np.testing.assert_array_equal(part, parts[name], strict=True)
+
+
+def test_no_more_than_one_parameter_and_its_parts_are_in_memory(tmp_path: Path) -> None:
+    size, count = 2**20, 12
+    names = [f"h.{i}" for i in range(count)]
+    source = Source(names, lambda name: np.full((size // 4,), int(name[2:]), np.float32), lambda name: P("tp"))
+    inputs = tuple(TensorSpec(name, "param", (size // 4 // TP,), "float32", ("tp",)) for name in names)
+    tracemalloc.start()
+    directory = artifact.write(
+        tmp_path / "model",
+        settings=SETTINGS,
+        config={},
+        programs=[ProgramSpec("step", {"tp": TP}, inputs, ())],
+        hlo=lambda name: b"HLO",
+        parameters=source.parts(TP),
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < peak < 3.5 * size
+    for rank in range(TP):
+        weights = artifact.read(directory).weights(rank)
+        assert {name: set(weights[name].tolist()) for name in names} == {f"h.{i}": {i} for i in range(count)}
+
+
 # --- altered
 
 
@@ -264,6 +326,36 @@ def test_a_newer_format_says_to_upgrade(saved: Path) -> None:
         artifact.read(saved)
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_older_format_says_to_save_again_and_can_be_replaced(version: int, saved: Path) -> None:
+    def age(manifest: dict[str, Any]) -> None:
+        manifest.update(format_version=version, neuron=manifest.pop("settings"))
+
+    reseal(saved, age)
+    with pytest.raises(
+        ArtifactError, match=rf"saved by an older jx_neuron \(format version {version};.*Save it again with this one"
+    ):
+        artifact.read(saved)
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds notes\.txt"):
+        artifact.write(saved, **EVERYTHING)
+    (saved / "notes.txt").unlink()
+    artifact.write(saved, **EVERYTHING)
+    assert artifact.read(saved).manifest.settings == SETTINGS
+
+
+def test_a_second_axis_of_the_mesh_needs_no_other_format(saved: Path) -> None:
+    def widen(manifest: dict[str, Any]) -> None:
+        for entry in manifest["programs"]:
+            entry["mesh"] = {"dp": 1, "tp": 2}
+            entry["inputs"][1]["partition"] = ["dp", "tp"]
+
+    reseal(saved, widen)
+    manifest = artifact.read(saved).manifest
+    assert manifest.mesh == {"dp": 1, "tp": 2}
+    assert manifest.parameters["h.0.mlp.kernel"].partition == ("dp", "tp")
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a rank missing": (lambda m: m["weights"].pop(), "weights of 1 ranks are listed, and there are 2"),
     "a program twice": (lambda m: m["programs"].append(m["programs"][0]), "twice among the programs"),
@@ -281,7 +373,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a negative shape": (lambda m: m["programs"][0]["inputs"][0].update(shape=[-1]), "shape"),
     "no such type": (lambda m: m["programs"][0]["inputs"][0].update(dtype="float17"), "float17"),
     "no such kind": (lambda m: m["programs"][0]["inputs"][0].update(kind="weight"), "kind"),
-    "no such axis": (lambda m: m["programs"][0]["inputs"][0].update(partition=["dp"]), "does not name axes of the mesh"),
+    "no such axis": (lambda m: m["programs"][0]["inputs"][0].update(partition=["dp"]), "does not name axes of"),
     "an axis twice": (lambda m: m["programs"][0]["inputs"][1].update(partition=["tp", "tp"]), "does not name axes"),
     "another mesh": (lambda m: m["programs"][1].update(mesh={"tp": 4}), "for different meshes"),
     "another degree": (lambda m: [p.update(mesh={"tp": 4}) for p in m["programs"]], "settings are for gpt2 on 2 cores"),
@@ -365,7 +457,10 @@ def fails() -> dict[str, tuple[dict[str, Any], str]]:
         "another type": (weights(head=WEIGHTS[0]["head"].astype(np.float32)), "head is float32"),
         "loading fails": ({"parameters": OnDemand(list(WEIGHTS[0]), broken)}, "the checkpoint ends here"),
         "another degree": ({"settings": dataclasses.replace(SETTINGS, tp_degree=4)}, "tp_degree=4 is not"),
-        "a rank too few": ({"parameters": {name: [a] for name, a in WEIGHTS[0].items()}}, "has 1 part"),
+        "a rank too few": (
+            {"parameters": {name: [a] for name, a in WEIGHTS[0].items()}},
+            "1 parts, and there are 2",
+        ),
         "no such dtype": ({"settings": dataclasses.replace(SETTINGS, amp="f64")}, "amp='f64' is not supported"),
         "not a number": ({"config": {"eps": float("nan")}}, "kept as JSON"),
         "not JSON": ({"config": {"dtype": object()}}, "kept as JSON"),
@@ -375,7 +470,7 @@ def fails() -> dict[str, tuple[dict[str, Any], str]]:
         "the manifest's name": ({"extra_files": {"manifest.json": b"{}"}}, "itself"),
         "a program twice": ({"programs": [PROGRAMS[0], PROGRAMS[0]], "neffs": {}}, "hlo/context64-b1.pb"),
         "no program": ({"programs": [], "neffs": {}}, "programs"),
-        "a bad name": ({"programs": [program("a b", b"x")], "neffs": {}}, "name"),
+        "a bad name": ({"programs": [program("a b", b"x")], "hlo": lambda name: b"x", "neffs": {}}, "programs.0.name"),
     }
 
 
@@ -385,6 +480,19 @@ def test_a_save_that_fails_leaves_what_was_there(case: str, saved: Path) -> None
     before = files_of(saved)
     with pytest.raises((ArtifactError, CheckpointError), match=reason):
         artifact.write(saved, **{**EVERYTHING, **changed})
+    assert files_of(saved) == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_interrupt_between_two_parameters_leaves_what_was_there(saved: Path) -> None:
+    def interrupted(name: str) -> list[np.ndarray]:
+        if name == "scale":
+            raise KeyboardInterrupt
+        return [rank[name] for rank in WEIGHTS]
+
+    before = files_of(saved)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.write(saved, **{**EVERYTHING, "parameters": OnDemand(list(WEIGHTS[0]), interrupted)})
     assert files_of(saved) == before
     assert list(saved.parent.iterdir()) == [saved]
 

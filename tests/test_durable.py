@@ -93,7 +93,7 @@ from test_durable import ArtifactError, artifact, content_of, save
 folder, mine = Path(sys.argv[1]), sys.argv[3]
 for _ in range(20):
     if mine == "?":
-        print(artifact.read(folder).manifest.model_type)
+        print(artifact.read(folder).manifest.settings.model_type)
         try:
             print(content_of(folder))
         except ArtifactError as error:  # its files are read one by one

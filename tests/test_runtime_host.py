@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from jx_neuron import InputError, NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron.checkpoint.folder import Checkpoint
 
 DEGREES = {"gpt2": (1, 4), "opt": (2,), "gptj": (4,), "llama": (8,)}
 ROWS, PROMPT, NEW = 2, 13, 64
@@ -84,6 +86,26 @@ def test_host_and_xla_agree_whatever_is_asked(checkpoint: Path) -> None:
     np.testing.assert_array_equal(host.sample(ids, 60, **sampling), xla.sample(ids, 60, **sampling))
     np.testing.assert_allclose(host(ids), xla(ids), atol=2e-5)
     np.testing.assert_array_equal(host.sample(ids, 60, **sampling), xla.sample(ids, 60, **sampling))  # cache left dirty
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_checkpoint_is_read_once_whatever_the_degree(
+    tp: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, load = Counter[str](), Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> np.ndarray:
+        reads[name] += 1
+        return load(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    model = NeuronAutoModelForCausalLM.from_pretrained(checkpoint, n_positions=16, tp_degree=tp, backend="host")
+    tensors = set(model._checkpoint.names())
+    reads.clear()
+    model.to_neuron()
+    assert reads == dict.fromkeys(tensors, 1)
+    model.save(tmp_path / "saved", sharded_weights=True)
+    assert reads == dict.fromkeys(tensors, 2)
 
 
 def test_more_candidates_than_were_compiled_are_refused(checkpoint: Path) -> None:

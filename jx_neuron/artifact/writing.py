@@ -130,6 +130,8 @@ class _Stage:
 
         def parts(name: str) -> list[np.ndarray]:
             arrays = [np.asarray(array, order="C") for array in parameters[name]]
+            if len(arrays) != ranks:
+                raise ArtifactError(f"weights: {name} has {len(arrays)} parts, and there are {ranks} ranks")
             for array in arrays:
                 check_layout(specs[name], array.dtype.name, array.shape, "weights")
             return arrays

@@ -150,9 +150,11 @@ def write_safetensors(
     layouts: Mapping[str, tuple[str, tuple[int, ...]]],
     parts: Callable[[str], Sequence[Array]],
 ) -> None:
-    """Writes several files of the same (dtype, shape) by name, tensor by tensor, the bytes those of safetensors' own.
+    """Writes several files of the same tensors, (dtype, shape) by name, tensor by tensor.
 
     parts: gives a tensor's array for each file, C-contiguous; it is called once a tensor.
+
+    Where all are of one dtype, the bytes are those that safetensors itself writes.
 
     safetensors' save_file takes every tensor of one file at once, lets no thread run meanwhile, nor Ctrl-C through.
     Format: https://huggingface.co/docs/safetensors/index#format
