@@ -24,6 +24,7 @@ from checkpoints import (
 
 from jx_neuron.checkpoint import tensor_files
 from jx_neuron.checkpoint.folder import load_config, open_checkpoint, token_ids
+from jx_neuron.checkpoint.safetensors_writing import write_safetensors
 from jx_neuron.errors import CheckpointError
 
 
@@ -41,7 +42,7 @@ def test_safetensors_of_our_own(tmp_path):
     arrays |= {"scalar": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.int16), "b": TENSORS["h.1.weight"]}
     layouts = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     with open(tmp_path / "m.safetensors", "wb") as file:
-        tensor_files.write_safetensors([file], layouts, lambda name: [arrays[name]])
+        write_safetensors([file], layouts, lambda name: [arrays[name]])
     read = safetensors.numpy.load_file(tmp_path / "m.safetensors")
     ours = tensor_files.safetensors_file(tmp_path / "m.safetensors")
     assert set(read) == set(ours) == set(arrays)

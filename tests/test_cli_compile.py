@@ -14,7 +14,7 @@ from doubles import neuronx_cc
 from test_cli import Done, run
 
 from jx_neuron import LlamaForSampling
-from jx_neuron.artifact.manifest import read_manifest
+from jx_neuron.artifact.manifest import neff_file, read_manifest
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.models.known import KNOWN
 from jx_neuron.runtime import neuron as runtime
@@ -73,7 +73,7 @@ def test_compiled_with_weights_it_is_all_that_sample_needs(checkpoint: Path, com
     assert {call["module"] for call in calls} == NAMES
     assert all("--target=inf2" in call["argv"] for call in calls)
     manifest = read_manifest(out)
-    assert {p.name for p in manifest.programs if p.neff} == NAMES
+    assert {p.name for p in manifest.programs if neff_file(p.name) in manifest.files} == NAMES
     assert manifest.settings.target == "inf2"
     shutil.rmtree(compiler)
     answer = run("sample", out, "w5 w7", "w9", "--max-new-tokens", 6, "--json")
@@ -140,9 +140,9 @@ def test_without_a_compiler_it_says_so_before_any_work(checkpoint: Path, tmp_pat
 
 
 def test_what_neuron_refuses_is_named_and_nothing_is_written(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    from jx_neuron.lowering.legalize.passes import legalize
+    from jx_neuron.lowering.legalize import passes
 
-    monkeypatch.setattr(legalize, "TOP_K", "AwsNeuronTopX")
+    monkeypatch.setattr(passes, "TOP_K", "AwsNeuronTopX")
     done = run("compile", checkpoint, *SHORT, "--hlo-only", "--no-weights", "--target", "trn2", "-o", tmp_path / "out")
     refused(done, "would refuse the model for trn2", "context16-b1-s16-k64", "NCC_EVRF015", "AwsNeuronTopX", "Instead:")
     assert not (tmp_path / "out").exists()

@@ -198,12 +198,12 @@ threading.Event().wait()
 SYNCING = """
 import hashlib, sys
 from jx_neuron.cli.app import run
-from jx_neuron.lowering import artifact
+from jx_neuron.artifact import writing
 def sync(path):
     if "weights" in path.parts:
         print("begun", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
-artifact.sync = sync
+writing.sync = sync
 interrupts.leave(run(sys.argv[1:]))
 """
 

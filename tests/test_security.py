@@ -238,7 +238,7 @@ ALLOWED = {
         "huggingface_hub.HfApi().model_info": "asks which files it has",
         "huggingface_hub.snapshot_download": "downloads files that `_wanted` picks by name, none of them code",
     },
-    "artifact/folder.py": {"importlib.metadata.version": "reads the version of an installed package"},
+    "artifact/writing.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "compiler/cache.py": {
         "urllib.parse.unquote": "takes a text apart",
         "urllib.parse.urlsplit": "takes a text apart",

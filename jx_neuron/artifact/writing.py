@@ -29,7 +29,7 @@ from jx_neuron.artifact.manifest import (
     sealed,
 )
 from jx_neuron.artifact.settings import Settings
-from jx_neuron.checkpoint.tensor_files import write_safetensors
+from jx_neuron.checkpoint.safetensors_writing import write_safetensors
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.util.durable import replacing, sync
