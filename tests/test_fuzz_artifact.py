@@ -40,10 +40,9 @@ def contents(folder: Path) -> dict[str, Any]:
     """All that running the model takes."""
     model = Saved.open(folder)
     programs = model.deployment.programs
-    assert model.parameters is not None
     return {
         "programs": {shape.name: hashlib.sha256(model.artifact.hlo(shape.name)).hexdigest() for shape in programs},
-        "weights": {name: [part.tobytes() for part in parts] for name, parts in model.parameters.items()},
+        "weights": {name: [part.tobytes() for part in parts] for name, parts in model.artifact.parameters().items()},
         "ids": model.tokenizer()("ab c")["input_ids"],
     }
 
