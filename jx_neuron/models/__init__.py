@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -159,7 +160,7 @@ class Decoder:
         of = family(model_type)
         config = of.Config.from_hf(raw)
         if tensors is not None:
-            weights.present(of.WEIGHTS, config.sizes, config.layers, tensors)
+            weights.present(of.WEIGHTS, config, tensors)
         return cls._made(model_type, of, config, tp_degree)
 
     @classmethod
@@ -190,6 +191,11 @@ class Decoder:
     def rows(self) -> list[W]:
         """The weight table's rows that this config has parameters for."""
         return [row for row in weights.rows_of(self.table, self.config.layers) if row.target in self.shapes]
+
+    def source(self, tensors: weights.Tensors, dtype: Any) -> weights.Source:
+        """The parameters of a checkpoint. Raises CheckpointError where tensors and parameters do not match."""
+        rows = weights.match(self.table, self.ignore, self.shapes, self.config, tensors)
+        return weights.from_checkpoint(rows, self.config, self.padding, tensors, np.dtype(dtype))
 
     def bind(self, params: Params) -> DecoderModule:
         """The module that holds `params`."""
