@@ -158,10 +158,6 @@ class W:
                 array = padding.apply(array, axis, letter)
         return array
 
-    def splits(self, letter: str) -> bool:
-        """Whether the axis `letter` is split among cores."""
-        return any(split for axis, split in zip(self.letters, self._split, strict=True) if axis == letter)
-
     @property
     def _split(self) -> list[bool]:
         spec = tuple(self.partition)

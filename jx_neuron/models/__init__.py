@@ -1,5 +1,6 @@
 """The decoder families: one file each, named by the HF model_type, and the registry that finds them."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -234,3 +235,8 @@ class Decoder:
         sharding = NamedSharding(mesh, cache.PARTITION) if mesh else None
         leaf: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
         return tuple(LayerKV(leaf, leaf) for _ in range(self.config.layers))
+
+    def cache_bytes(self, batch: int, slots: int, itemsize: int) -> int:
+        """Bytes of the cache that each core holds, of `itemsize` bytes an entry."""
+        leaves = jax.tree.leaves(self.abstract_cache(batch, slots, "uint8"))
+        return itemsize * sum(math.prod(leaf.shape) for leaf in leaves) // self.tp_degree

@@ -108,6 +108,18 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
         )
     if complete:
         _parts(filled)
+    if config.LAYERS_ALIKE:
+        _alike(rows, config, shapes)
+
+
+def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError unless all layers have parameters of the same shapes."""
+    for row in (row for row in rows if "{i}" in row.target):
+        if len({tuple(shapes.get(row.at(layer).target, ())) for layer in range(config.layers)}) > 1:
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: Config says LAYERS_ALIKE, and {row.target!r} is not alike in all layers; "
+                "set LAYERS_ALIKE = False"
+            )
 
 
 def _parts(rows: Sequence[W]) -> None:

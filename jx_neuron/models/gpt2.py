@@ -37,6 +37,7 @@ class Config(HFConfig):
 
     MODEL_TYPE: ClassVar[str] = "gpt2"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     ALIASES: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

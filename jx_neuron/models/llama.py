@@ -31,6 +31,7 @@ class Config(LlamaLikeConfig):
 
     MODEL_TYPE: ClassVar[str] = "llama"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     # pretraining_tp: the same sums, in as many parts
     INERT: ClassVar[frozenset[str]] = frozenset(
         "attention_dropout is_llama_config max_sequence_length pretraining_tp unsloth_version".split()

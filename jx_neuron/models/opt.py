@@ -39,6 +39,7 @@ class Config(HFConfig):
 
     MODEL_TYPE: ClassVar[str] = "opt"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset(
         "activation_dropout attention_dropout dropout init_std layerdrop".split()
     )
