@@ -219,6 +219,9 @@ def test_experts_that_are_missing_or_too_many_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"lacks tensor model.layers.1.block_sparse_moe.experts.{e}.w1.weight,"):
         Decoder.from_config(raw).source(Tensors(held), "f4")
     _, tensors = mixture(experts=5)
+    headless = {name.removeprefix("model."): array for name, array in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"0\S+.4.w1.weight, \S+1\S+.4.w1.* stacks the 4 experts that"):
+        Decoder.from_config(raw).source(Tensors(headless), "f4")
     with pytest.raises(CheckpointError, match=r"0\S+.4.w1.weight, \S+1\S+.4.w1.* stacks the 4 experts that"):
         Decoder.from_config(raw).source(Tensors(tensors), "f4")
 
@@ -269,9 +272,9 @@ SLOPES = W(alibi_slopes, "slopes", "n -> n", P("tp"))
     [
         (4, 4, 1, (0, 1, 2, 3)),
         (4, 4, 3, (0, 1, 2, 3, -1, -1)),
-        (4, 2, 3, (0, 1, 2, 3, -1, -1)),
+        (4, 2, 3, (0, 1, -1, -1, 2, 3)),
         (6, 2, 4, (0, 1, 2, -1, 3, 4, 5, -1)),
-        (6, 3, 4, (0, 1, 2, -1, 3, -1, 4, 5)),
+        (6, 3, 4, (0, 1, -1, -1, 2, 3, 4, 5)),
     ],
 )
 def test_computed_slopes_are_padded_and_permuted_with_the_heads(n: int, k: int, tp_degree: int, heads: tuple) -> None:

@@ -59,7 +59,7 @@ class W:
     @property
     def is_stacked(self) -> bool:
         """Whether the tensors of all experts are stacked."""
-        return not self.is_computed and "{e}" in self.name
+        return "{e}" in self.name
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""

@@ -144,7 +144,7 @@ def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
     """Why no parameter takes the tensor `name`, and what to do."""
 
     def names(row: W) -> bool:
-        return not row.is_computed and f".{name}".endswith("." + row.name.replace("{e}", expert))
+        return not row.is_computed and f".{row.name.replace('{e}', expert)}".endswith(f".{name}")
 
     expert = next(iter(re.findall(r"\.(\d+)\.", name)[-1:]), "")
     row = next((row for row in rows_of(table, config.layers) if names(row)), None)
