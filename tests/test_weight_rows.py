@@ -16,6 +16,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from jx_neuron import models, register
 from jx_neuron.checkpoint import layout
+from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import W, from_params
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
@@ -335,3 +336,15 @@ def test_layers_that_are_not_alike_may_not_be_called_so() -> None:
     with pytest.raises(ConfigError, match=r"LAYERS_ALIKE, and 'layers.{i}.extra' is not alike in all layers"):
         made("alibi", Alibi, Model, rows)
     made("alibi", type("Unlike", (Alibi,), {"LAYERS_ALIKE": False}), Model, rows)
+
+
+def test_layers_that_no_field_counts_may_not_be_called_alike() -> None:
+    @dataclass(frozen=True)
+    class Deep(HFConfig):
+        depth: int = 2
+
+        MODEL_TYPE: ClassVar[str] = "deep"
+
+    with pytest.raises(ConfigError, match="LAYERS_ALIKE, and has none of the fields num_hidden_layers, n_layer"):
+        Deep().with_layers(1)
+    assert llama.Config().with_layers(3) == llama.Config(num_hidden_layers=3)

@@ -119,10 +119,15 @@ class HFConfig:
         return next(self._values(_POSITIONS), None)
 
     def with_layers(self, layers: int) -> Self:
-        """The same config with another number of layers, in HF's field."""
+        """The same config with another number of layers, in HF's field. Raises ConfigError where there is none."""
         fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        name = next(fields[name] for name in _LAYERS if name in fields)
-        return dataclasses.replace(self, **{name: layers})  # type: ignore[type-var]
+        for name in _LAYERS:
+            if name in fields:
+                return dataclasses.replace(self, **{fields[name]: layers})  # type: ignore[type-var]
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config says LAYERS_ALIKE, and has none of the fields {', '.join(_LAYERS)}; "
+            "set LAYERS_ALIKE = False"
+        )
 
     def _values(self, names: Sequence[str]) -> Iterator[Any]:
         """The values of the fields that HF calls one of `names`."""

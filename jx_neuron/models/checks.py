@@ -113,7 +113,8 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
 
 
 def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises ConfigError unless all layers have parameters of the same shapes."""
+    """Raises ConfigError unless all layers have parameters of the same shapes, and a field says how many there are."""
+    config.with_layers(1)
     for row in (row for row in rows if "{i}" in row.target):
         if len({tuple(shapes.get(row.at(layer).target, ())) for layer in range(config.layers)}) > 1:
             raise ConfigError(

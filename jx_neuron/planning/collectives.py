@@ -40,7 +40,9 @@ def all_reduces(decoder: Decoder) -> float:
     tokens_bt, start_b = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, 1), (1,)))
     closed = jax.make_jaxpr(hidden_states)(params, tokens_bt, state, start_b)
     row_parallel = {
-        row.target for row in decoder.rows if row.letters[-1] == "d" != row.letters[0] != "v" and AXIS in row.partition
+        row.target
+        for row in decoder.rows
+        if row.letters[-1] == "d" and row.letters[0] != "v" and AXIS in row.partition  # [*inputs, d], and no table
     }
     marks = [_Mark(path in row_parallel) for path in sorted(params)]
     marks += [_Mark()] * (len(closed.jaxpr.invars) - len(marks))

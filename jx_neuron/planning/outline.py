@@ -79,12 +79,12 @@ class Outline:
         return sum(p.elements for p in self.parameters(1))
 
     @cached_property
-    def at(self) -> Callable[[int], Decoder]:
+    def at_degree(self) -> Callable[[int], Decoder]:
         """`decoder` at a degree."""
         return functools.cache(lambda tp_degree: dataclasses.replace(self.decoder, tp_degree=tp_degree))
 
     def padding(self, tp_degree: int) -> Padding:
-        return self.at(tp_degree).padding
+        return self.at_degree(tp_degree).padding
 
     @cached_property
     def parameters(self) -> Callable[[int], tuple[Parameter, ...]]:
@@ -92,7 +92,7 @@ class Outline:
         return functools.cache(self._parameters)
 
     def _parameters(self, tp_degree: int) -> tuple[Parameter, ...]:
-        decoder = self.at(tp_degree)
+        decoder = self.at_degree(tp_degree)
         rows = {row.target: row for row in decoder.rows}
         of_layers = {row.at(0).target for row in decoder.table if "{i}" in row.target}
         repeats = self.layers - decoder.config.layers + 1
@@ -112,7 +112,7 @@ class Outline:
 
     def cache_bytes(self, tp_degree: int, batch: int, slots: int, itemsize: int) -> int:
         """Bytes of keys and values that each core holds."""
-        decoder = self.at(tp_degree)
+        decoder = self.at_degree(tp_degree)
         return decoder.cache_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
 
     def read_elements(self, tp_degree: int) -> int:
