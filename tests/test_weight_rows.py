@@ -90,8 +90,8 @@ def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:
     row = W("x", "y", text)
     row.check(sizes)
     tensor = np.arange(np.prod(row.source_shape(sizes))).reshape(row.source_shape(sizes))
-    found = layout.parse(text).apply(tensor, sizes)
-    np.testing.assert_array_equal(found, expected(tensor))
+    actual = layout.parse(text).apply(tensor, sizes)
+    np.testing.assert_array_equal(actual, expected(tensor))
 
 
 FUSED = (
@@ -123,7 +123,7 @@ QKV = "model.layers.{i}.self_attn.qkv_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("target", "changes", "said"),
+    ("target", "changes", "message"),
     [
         ("v_proj", dict(layout="(n h + [k h] + k h) d -> d k h"), r"part 2 \(k h\) 2 times, part 3 \(k h\) 0 times"),
         ("v_proj", dict(source=QKV.replace("qkv", "v"), layout="(k h) d -> d k h"), r"part 3 \(k h\) 0 times"),
@@ -136,9 +136,9 @@ QKV = "model.layers.{i}.self_attn.qkv_proj.weight"
         ("v_proj", dict(layout="(n h + k h + [k h]) d -> d k"), "the same letters before and after the arrow"),
     ],
 )
-def test_parts_that_do_not_cover_the_tensor_once_are_refused(target: str, changes: dict, said: str) -> None:
+def test_parts_that_do_not_cover_the_tensor_once_are_refused(target: str, changes: dict, message: str) -> None:
     rows = tuple(replace(row, **changes) if target in row.target else row for row in FUSED)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         made("phi3", Phi3, llama.Model, rows)
 
 
@@ -201,24 +201,24 @@ def test_the_tensors_of_all_experts_are_stacked(prefix: str) -> None:
     for layer in range(2):
         name = EXPERT.replace("model.", prefix)
         by_hand = np.stack([tensors[name.format(i=layer, e=e)].T for e in range(4)])
-        found = source.read(f"layers.{layer}.w1")
-        np.testing.assert_array_equal(found, np.pad(by_hand, ((0, 0), (0, 0), (0, 1))))  # 20 columns as 21
+        actual = source.read(f"layers.{layer}.w1")
+        np.testing.assert_array_equal(actual, np.pad(by_hand, ((0, 0), (0, 0), (0, 1))))  # 20 columns as 21
         stacked = tensors[STACKED.replace("model.", prefix).format(i=layer)]
         np.testing.assert_array_equal(source.read(f"layers.{layer}.w2")[:, :20], stacked.transpose(0, 2, 1))
-        assert decoder.abstract_params("float32")[f"layers.{layer}.w1"].shape == found.shape
+        assert decoder.abstract_params("float32")[f"layers.{layer}.w1"].shape == actual.shape
 
 
 def test_experts_that_are_missing_or_too_many_are_named() -> None:
     raw, tensors = mixture()
     missing = EXPERT.format(i=1, e=2)
-    held = {name: array for name, array in tensors.items() if name != missing}
+    changed = {name: array for name, array in tensors.items() if name != missing}
     with pytest.raises(CheckpointError, match=rf"calls for 4 experts and the checkpoint lacks tensor {missing};"):
-        Decoder.from_config(raw, 1, Tensors(held))
+        Decoder.from_config(raw, 1, Tensors(changed))
     with pytest.raises(CheckpointError, match=r"calls for 2147483647 experts and .* lacks tensors .*experts.4.w1"):
         Decoder.from_config(raw | {"num_local_experts": 2**31 - 1}, 1, Tensors(tensors))
-    held = {name: array for name, array in tensors.items() if "layers.1.block_sparse_moe.experts" not in name}
+    changed = {name: array for name, array in tensors.items() if "layers.1.block_sparse_moe.experts" not in name}
     with pytest.raises(CheckpointError, match=r"lacks tensor model.layers.1.block_sparse_moe.experts.{e}.w1.weight,"):
-        Decoder.from_config(raw).source(Tensors(held), "f4")
+        Decoder.from_config(raw).source(Tensors(changed), "f4")
     _, tensors = mixture(experts=5)
     headless = {name.removeprefix("model."): array for name, array in tensors.items()}
     with pytest.raises(CheckpointError, match=r"0\S+.4.w1.weight, \S+1\S+.4.w1.* stacks the 4 experts that"):
@@ -228,19 +228,19 @@ def test_experts_that_are_missing_or_too_many_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (dict(layout="f d -> d f"), "{e} puts an axis e before those of the tensor"),
         (dict(layout="e f d -> e d f"), "no einops pattern"),
         (dict(target="layers.{i}.w1.{e}"), r"'layers.{i}.w1.{e}' has braces; legal are {i}"),
     ],
 )
-def test_a_row_of_experts_that_does_not_fit_is_named(changes: dict, said: str) -> None:
+def test_a_row_of_experts_that_does_not_fit_is_named(changes: dict, message: str) -> None:
     rows = [replace(row, **changes) if row.name == EXPERT else row for row in MIXTURE]
     with pytest.raises(ConfigError) as caught:
         made("mixture", Mixture, MixtureModel, rows)
     assert EXPERT in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 # computed parameters
@@ -283,11 +283,11 @@ def test_computed_slopes_are_padded_and_permuted_with_the_heads(n: int, k: int, 
     bloom = build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].numpy()
     decoder = Decoder.from_config(raw, tp_degree)
     assert decoder.padding.query == heads
-    found = decoder.source(Tensors(checkpoint(decoder)), np.float32).read("slopes")
-    np.testing.assert_allclose(found, [bloom[head] if head >= 0 else 0 for head in heads], rtol=1e-6)
-    assert decoder.abstract_params("float32")["slopes"].shape == found.shape
+    actual = decoder.source(Tensors(checkpoint(decoder)), np.float32).read("slopes")
+    np.testing.assert_allclose(actual, [bloom[head] if head >= 0 else 0 for head in heads], rtol=1e-6)
+    assert decoder.abstract_params("float32")["slopes"].shape == actual.shape
     in_hand = from_params({"slopes": alibi_slopes(decoder.config)}, decoder.rows, decoder.padding, np.dtype("f4"))
-    np.testing.assert_array_equal(in_hand.read("slopes"), found)
+    np.testing.assert_array_equal(in_hand.read("slopes"), actual)
     assert Outline.of(raw).parameter_count == sum(np.prod(shape) for shape in decoder.shapes.values())
 
 

@@ -87,8 +87,8 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
     deep = next(i for i in count() if not any(has(row.at(i)) for row in of_layers))
     if 0 < deep < layers:
         raise CheckpointError(f"the config calls for {layers} layers and the checkpoint has {deep}; {_OTHERS}")
-    found = {row.target: row for row in rows_of(rows, layers) if row.is_computed or has(row)}
-    for row in found.values():
+    matches = {row.target: row for row in rows_of(rows, layers) if row.is_computed or has(row)}
+    for row in matches.values():
         expected = row.source_shape(sizes)
         if missing := list(islice((name for name in row.names(sizes) if name not in names), 7)):
             raise CheckpointError(
@@ -100,7 +100,7 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
                     f"tensor {name} has shape {list(actual)} and the config calls for {list(expected)}, by the "
                     f"layout {row.layout!r}; {_OTHERS}, or the layout is wrong"
                 )
-    return found
+    return matches
 
 
 def match(
@@ -116,10 +116,10 @@ def match(
     expression of `ignore` matches it, or it is the copy that a `Copy` there says), and what `present` does.
     """
     rows = {row.target: row for row in rows_of(table, config.layers) if row.target in shapes}
-    found = {target: row for target, row in present(table, config, tensors).items() if target in rows}
-    if missing := [row.name for target, row in rows.items() if target not in found]:
+    matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
+    if missing := [row.name for target, row in rows.items() if target not in matches]:
         raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
-    used = {name for row in found.values() for name in row.names(config.sizes)}
+    used = {name for row in matches.values() for name in row.names(config.sizes)}
     rest = set(tensors.names()) - used
     for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in rest):
         _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
@@ -130,7 +130,7 @@ def match(
         raise CheckpointError(
             f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, config)}"
         )
-    return sorted(found.values(), key=lambda row: row.name)
+    return sorted(matches.values(), key=lambda row: row.name)
 
 
 _OTHERS = "config.json and weights are not of the same model"
@@ -254,7 +254,7 @@ class Rank(Mapping[str, np.ndarray]):
 def from_checkpoint(
     rows: Sequence[W], config: HFConfig, padding: Padding, tensors: Tensors, dtype: np.dtype[Any]
 ) -> Source:
-    """The parameters of a checkpoint, by the rows that `match` found."""
+    """The parameters of a checkpoint, by the rows that `match` gives."""
     by_path = {row.target: row for row in rows}
 
     def read(path: str) -> np.ndarray:

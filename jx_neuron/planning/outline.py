@@ -117,10 +117,10 @@ class Outline:
 
     def read_elements(self, tp_degree: int) -> int:
         """Parameters that a decode step reads on each core: all but those of tables it looks single rows up in."""
-        found = self.parameters(tp_degree)
-        vocabulary = [p.per_core for p in found if p.is_vocabulary_table]
-        looked_up = sum(p.per_core for p in found if p.is_position_table) + sum(sorted(vocabulary)[:-1])
-        return sum(p.per_core for p in found) - looked_up
+        parameters = self.parameters(tp_degree)
+        vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
+        looked_up = sum(p.per_core for p in parameters if p.is_position_table) + sum(sorted(vocabulary)[:-1])
+        return sum(p.per_core for p in parameters) - looked_up
 
     def overhead(self, tp_degree: int) -> float:
         """What padding and replicated key/value heads add to the parameters, as a fraction of them."""
