@@ -113,7 +113,6 @@ class NeuronAutoModelForCausalLM(Answering):
             saved = Saved.open(os.fspath(pretrained_model_name_or_path))
             saved.settings.require(tp_degree, amp, batch_size, n_positions, context_length_estimate)
             return cls._from_saved(saved, backend, neuron_config)
-        from jx_neuron.checkpoint import weights
         from jx_neuron.models import Decoder
 
         dtype = dtype_of(amp)
@@ -133,16 +132,13 @@ class NeuronAutoModelForCausalLM(Answering):
         settings = dataclasses.replace(
             settings, generation=_generation(checkpoint.config, checkpoint.generation_config or {})
         )
-        rows = weights.match(
-            decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, checkpoint
-        )
         return cls(
             settings,
             checkpoint.config,
             backend=backend,
             neuron_config=neuron_config,
             decoder=decoder,
-            source=weights.from_checkpoint(rows, decoder.padding, checkpoint, dtype),
+            source=decoder.source(checkpoint, dtype),
             checkpoint=checkpoint,
         )
 

@@ -94,7 +94,7 @@ SCRIPT = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins by ignoring it
 import sys, pathlib
-from jx_neuron.lowering import compile_cache, neuronx_cc
+from jx_neuron.compiler import cache as compile_cache, neuronx_cc
 held = compile_cache.lock
 def lock(*arguments):
     pathlib.Path(sys.argv[2]).touch()

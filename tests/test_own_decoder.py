@@ -13,7 +13,10 @@ from test_cli import run
 from jx_neuron import NeuronAutoModelForCausalLM, model_types, register
 from jx_neuron.errors import ConfigError, InputError
 from jx_neuron.integrations.parity import parity
-from jx_neuron.models import gpt2
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.models import Decoder, gpt2
+from jx_neuron.planning.outline import Outline
+from jx_neuron.step.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt_neox
@@ -92,6 +95,16 @@ def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:
     lowered.save(tmp_path / "saved", sharded_weights=True)
     again = NeuronAutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(again.sample(ids, 40, top_k=1, eos_token_override=-1), expected)
+
+
+@pytest.mark.parametrize(("parallel", "per_layer"), [(True, 1), (False, 2)])
+def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program(parallel: bool, per_layer: int) -> None:
+    fields = dict(hidden_size=48, intermediate_size=80, num_attention_heads=6, num_hidden_layers=3, vocab_size=97)
+    raw = {"model_type": "gpt_neox", "use_parallel_residual": parallel, **fields}
+    (program,) = lower_model(Decoder.from_config(raw, 2), [Shape(1, 1, 16)], 16, np.float32)
+    opcodes = [collective.opcode for collective in program.collectives()]
+    assert Outline.of(raw).all_reduces == per_layer
+    assert opcodes.count("all-reduce") == 3 * per_layer + 1
 
 
 @pytest.mark.parametrize("table", [(), gpt2.WEIGHTS], ids=["without table", "with table"])

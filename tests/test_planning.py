@@ -1,9 +1,11 @@
 """What fits where: sizes to the byte, rules, predictions against what was published, and the command."""
 
+import gc
 import itertools
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -110,6 +112,16 @@ def test_estimates_hold_against_the_lowered_program(config: dict, tp: int) -> No
     assert read == pytest.approx(program.cost().bytes_read, rel=0.01)
     reduces = [c for c in program.collectives() if c.opcode == "all-reduce"]
     assert len(reduces) == (2 * outline.all_reduces + 1 if tp > 1 else 0)
+
+
+def test_an_outline_that_is_done_with_is_not_kept(config: dict) -> None:
+    outline = Outline.of(config)
+    assert outline.parameters(2) is outline.parameters(2)
+    assert outline.padding(2) is outline.padding(2)
+    decoder = weakref.ref(outline.decoder)
+    del outline
+    gc.collect()
+    assert decoder() is None
 
 
 def test_lowered_activations_replace_the_estimate() -> None:

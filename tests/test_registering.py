@@ -99,7 +99,7 @@ KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
         ),
         (KERNEL, dict(partition=P("tp", None, "tp")), ("for one of them 'tp'",)),
         (KERNEL, dict(partition=P(None, None, None, None, "tp")), ("each of the 4 axes d c n h",)),
-        (KERNEL, dict(source="transformer.h.{l}.attn.c_attn.weight"), ("legal is {i} alone",)),
+        (KERNEL, dict(source="transformer.h.{l}.attn.c_attn.weight"), ("legal are {i}, which stands for the layer",)),
         ("ln_f.scale", dict(source="transformer.h.{i}.ln_f.weight"), ("the layer {i}", "write it in both")),
         (BIAS, dict(target=KERNEL, layout="(c n h) -> c n h"), ("2 rows fill 'h.0.c_attn.kernel'", "keep one")),
     ],

@@ -68,6 +68,9 @@ class HFConfig:
     `ONLY` gives the legal values of fields that are supported in part; `ALIASES` is HF's attribute_map, other names of
     fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
 
+    `LAYERS_ALIKE` says that all layers have parameters of the same shapes, caches and collectives, so that a plan is
+    made of one of them.
+
     Values are held to the type hints of their fields. Integers are positive and below 2³¹, floats are positive numbers
     of float32; both may be 0 where that is the default, and are at least what the metadata of a field says as "least".
 
@@ -81,6 +84,7 @@ class HFConfig:
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ALIASES: ClassVar[Mapping[str, str]] = {}
     COMPLETE: ClassVar[bool] = False
+    LAYERS_ALIKE: ClassVar[bool] = False
     USUAL: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -113,6 +117,17 @@ class HFConfig:
         positions are computed (RoPE, ALiBi), and so have no end, returns None.
         """
         return next(self._values(_POSITIONS), None)
+
+    def with_layers(self, layers: int) -> Self:
+        """The same config with another number of layers, in HF's field. Raises ConfigError where there is none."""
+        fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name in _LAYERS:
+            if name in fields:
+                return dataclasses.replace(self, **{fields[name]: layers})  # type: ignore[type-var]
+        raise ConfigError(
+            f"{self.MODEL_TYPE}: Config says LAYERS_ALIKE, and has none of the fields {', '.join(_LAYERS)}; "
+            "set LAYERS_ALIKE = False"
+        )
 
     def _values(self, names: Sequence[str]) -> Iterator[Any]:
         """The values of the fields that HF calls one of `names`."""

@@ -1,119 +1,44 @@
 """From a checkpoint's tensors to a model's parameters: one row a weight, strict both ways."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import count
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import Any
 
-import einops
 import jax
 import numpy as np
-from einops import EinopsError
-from einops.parsing import ParsedExpression
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.row import REPLICATED, Tensors, W
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.nn.sharding import AXIS, Padding
+from jx_neuron.nn.sharding import Padding
 from jx_neuron.util.ondemand import OnDemand
 from jx_neuron.util.pages import scratch
 from jx_neuron.util.progress import ahead, track
 
-REPLICATED = PartitionSpec()
-LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
+__all__ = [
+    "Copy",
+    "Params",
+    "Source",
+    "Tensors",
+    "W",
+    "first_not_finite",
+    "flatten",
+    "from_checkpoint",
+    "from_params",
+    "joint",
+    "match",
+    "present",
+    "rows_of",
+]
 
 Params = dict[str, Array]
 """A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel"."""
-
-
-@dataclass(frozen=True)
-class W:
-    """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
-
-    `source` and `target` may hold {i}, the layer. `layout` is an einops pattern from HF's axes to ours, in the
-    letters of the family's `Config.sizes`: "(n h) d -> d n h". `partition` names the axis of ours that is split, "tp".
-    """
-
-    source: str
-    target: str
-    layout: str
-    partition: PartitionSpec = REPLICATED
-
-    def __str__(self) -> str:
-        return f"W({self.source!r}, {self.target!r}, {self.layout!r}, {self.partition})"
-
-    def check(self, sizes: Mapping[str, int]) -> None:
-        """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""
-        for name in (self.source, self.target):
-            if re.search("[{}]", name.replace("{i}", "")):
-                raise self._refusal(f"{name!r} has braces; legal is {{i}} alone, which stands for the layer")
-        if "{i}" in self.source and "{i}" not in self.target:
-            raise self._refusal(f"the layer {{i}} of {self.source!r} is missing from {self.target!r}; write it in both")
-        try:
-            before, after = (ParsedExpression(side.strip()) for side in self.layout.split("->"))
-        except (EinopsError, ValueError) as error:
-            raise self._refusal(f"the layout {self.layout!r} is no einops pattern ({error}); {LAYOUT}") from error
-        letters = [axis for group in after.composition for axis in group]
-        axes_of_one = not all(before.composition + after.composition)  # "1" or "()", which no letter of sizes has
-        if set(letters) != before.identifiers or letters != self.letters or after.has_ellipsis or axes_of_one:
-            raise self._refusal(
-                f"the layout {self.layout!r} should have the same letters before and after the arrow, no other axes, "
-                f"and no parentheses after the arrow; {LAYOUT}"
-            )
-        if unknown := sorted(set(letters) - set(sizes)):
-            raise self._refusal(
-                f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
-                "Write one of these, or add the letter to Config.sizes"
-            )
-        split = [axis for axis in self.partition if axis is not None]
-        if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
-            raise self._refusal(
-                f"the partition {self.partition} is not legal; each of the {len(letters)} axes {' '.join(letters)} is "
-                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits the first"
-            )
-
-    def _refusal(self, why: str) -> ConfigError:
-        return ConfigError(f"row {self} of the weight table: {why}")
-
-    @property
-    def letters(self) -> list[str]:
-        """The axes of ours."""
-        return self.layout.split("->")[1].split()
-
-    def at(self, layer: int) -> "W":
-        return W(self.source.format(i=layer), self.target.format(i=layer), self.layout, self.partition)
-
-    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape that HF's tensor must have."""
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
-        return tuple(math.prod(sizes[c] for c in (many or one).split()) for many, one in groups)
-
-    def target_shape(self, padding: Padding) -> tuple[int, ...]:
-        """The shape of ours, padded where it is split."""
-        return tuple(
-            padding.size(c) if split else padding.sizes[c] for c, split in zip(self.letters, self._split, strict=True)
-        )
-
-    def lay_out(self, tensor: np.ndarray, padding: Padding) -> np.ndarray:
-        """HF's tensor as ours."""
-        used = {c: s for c, s in padding.sizes.items() if c in self.layout.replace("(", " ").replace(")", " ").split()}
-        return self.pad(einops.rearrange(tensor, self.layout, **used), padding)
-
-    def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
-        """Our layout, padded where it is split."""
-        for axis, (letter, split) in enumerate(zip(self.letters, self._split, strict=True)):
-            if split:
-                array = padding.apply(array, axis, letter)
-        return array
-
-    @property
-    def _split(self) -> list[bool]:
-        spec = tuple(self.partition)
-        return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]
 
 
 @dataclass(frozen=True)
@@ -122,14 +47,6 @@ class Copy:
 
     name: str
     of: str
-
-
-class Tensors(Protocol):
-    """What a checkpoint offers: named tensors, read one at a time."""
-
-    def names(self) -> Iterable[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> np.ndarray: ...
 
 
 def flatten(module_or_state: Any) -> dict[str, Any]:
@@ -145,55 +62,63 @@ def rows_of(table: Sequence[W], layers: int) -> Iterator[W]:
         yield from (row.at(i) for i in range(layers)) if "{i}" in row.target else (row,)
 
 
-def present(table: Sequence[W], sizes: Mapping[str, int], layers: int, tensors: Tensors) -> dict[str, W]:
-    """The rows whose tensors a checkpoint has, by target, their `source` as the checkpoint spells it.
+def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str, W]:
+    """The rows that are computed or whose tensors a checkpoint has, by target, HF's names as it spells them.
 
     HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
 
-    Raises CheckpointError where the checkpoint has fewer layers than `layers`, or tensors of another shape than `sizes`
-    makes; so the sizes that a config claims are held against what is there before anything is built of them.
+    Raises CheckpointError where the checkpoint has fewer layers or experts than the config calls for, or tensors of
+    another shape than its `sizes` make; so the sizes that a config claims are held against what is there before
+    anything is built of them.
     """
-    names = set(tensors.names())
+    names, sizes, layers = set(tensors.names()), config.sizes, config.layers
     absent = tuple(p for p in _prefixes(table) if not any(name.startswith(p) for name in names))
 
     def spelled(row: W) -> W:
-        prefix = next((p for p in absent if row.source.startswith(p)), "")
-        return W(row.source.removeprefix(prefix), row.target, row.layout, row.partition)
+        prefix = next((p for p in absent if row.name.startswith(p)), "")
+        return row if row.is_computed else replace(row, source=row.name.removeprefix(prefix))
+
+    def has(row: W) -> bool:
+        return any(name in names for name in islice(row.names(sizes), len(names)))
 
     rows = [spelled(row) for row in table]
     of_layers = [row for row in rows if "{i}" in row.target]
-    deep = next(i for i in count() if not any(row.at(i).source in names for row in of_layers))
+    deep = next(i for i in count() if not any(has(row.at(i)) for row in of_layers))
     if 0 < deep < layers:
         raise CheckpointError(f"the config calls for {layers} layers and the checkpoint has {deep}; {_OTHERS}")
-    found = {row.target: row for row in rows_of(rows, layers) if row.source in names}
-    for row in found.values():
-        expected, actual = row.source_shape(sizes), tuple(tensors.shape(row.source))
-        if actual != expected:
+    matches = {row.target: row for row in rows_of(rows, layers) if row.is_computed or has(row)}
+    for row in matches.values():
+        expected = row.source_shape(sizes)
+        if missing := list(islice((name for name in row.names(sizes) if name not in names), 7)):
             raise CheckpointError(
-                f"tensor {row.source} has shape {list(actual)} and the config calls for {list(expected)}, by the "
-                f"layout {row.layout!r}; {_OTHERS}, or the layout is wrong"
+                f"the config calls for {sizes['e']} experts and the checkpoint lacks {_some(missing)}; {_OTHERS}"
             )
-    return found
+        for name in row.names(sizes):
+            if (actual := tuple(tensors.shape(name))) != expected:
+                raise CheckpointError(
+                    f"tensor {name} has shape {list(actual)} and the config calls for {list(expected)}, by the "
+                    f"layout {row.layout!r}; {_OTHERS}, or the layout is wrong"
+                )
+    return matches
 
 
 def match(
     table: Sequence[W],
     ignore: Sequence[str | Copy],
     shapes: Mapping[str, tuple[int, ...]],
-    layers: int,
-    padding: Padding,
+    config: HFConfig,
     tensors: Tensors,
 ) -> list[W]:
-    """The row of each parameter, its `source` as the checkpoint spells it, in order of the checkpoint's names.
+    """The row of each parameter, HF's names as the checkpoint spells them, in order of the checkpoint's names.
 
     Raises CheckpointError that names each parameter without a tensor, tensor without a parameter (unless a regular
     expression of `ignore` matches it, or it is the copy that a `Copy` there says), and what `present` does.
     """
-    rows = {row.target: row for row in rows_of(table, layers) if row.target in shapes}
-    found = {target: row for target, row in present(table, padding.sizes, layers, tensors).items() if target in rows}
-    if missing := [row.source for target, row in rows.items() if target not in found]:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the config calls for")
-    used = {row.source for row in found.values()}
+    rows = {row.target: row for row in rows_of(table, config.layers) if row.target in shapes}
+    matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
+    if missing := [row.name for target, row in rows.items() if target not in matches]:
+        raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
+    used = {name for row in matches.values() for name in row.names(config.sizes)}
     rest = set(tensors.names()) - used
     for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in rest):
         _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
@@ -202,26 +127,33 @@ def match(
     ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
     if extra := [name for name in sorted(rest) if not any(p.fullmatch(name) for p in ignored)]:
         raise CheckpointError(
-            f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, layers)}"
+            f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, config)}"
         )
-    return sorted(found.values(), key=lambda row: row.source)
+    return sorted(matches.values(), key=lambda row: row.name)
 
 
 _OTHERS = "config.json and weights are not of the same model"
 
 
 def _prefixes(table: Sequence[W]) -> set[str]:
-    return {row.source.split(".")[0] + "." for row in table if row.source.count(".") > 1}
+    return {row.name.split(".")[0] + "." for row in table if not row.is_computed and row.name.count(".") > 1}
 
 
-def _unclaimed(name: str, table: Sequence[W], layers: int) -> str:
+def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
     """Why no parameter takes the tensor `name`, and what to do."""
-    row = next((row for row in rows_of(table, layers) if row.source == name or row.source.endswith("." + name)), None)
+
+    def names(row: W) -> bool:
+        return not row.is_computed and f".{row.name.replace('{e}', expert)}".endswith(f".{name}")
+
+    expert = next(iter(re.findall(r"\.(\d+)\.", name)[-1:]), "")
+    row = next((row for row in rows_of(table, config.layers) if names(row)), None)
     if row is None:
         return (
             "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
             "Model and a row in WEIGHTS, or a pattern in IGNORE"
         )
+    if row.is_stacked and int(expert) >= config.sizes["e"]:
+        return f"row {row} stacks the {config.sizes['e']} experts that the config calls for; {_OTHERS}"
     return (
         f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, "
         "or Model does (a Linear with bias=False has no bias, a tied head no table of its own)"
@@ -302,15 +234,17 @@ class Source:
         return OnDemand(sorted(self.paths), read)
 
 
-def from_checkpoint(rows: Sequence[W], padding: Padding, tensors: Tensors, dtype: np.dtype[Any]) -> Source:
-    """The tensors of a checkpoint, by the rows that `match` found."""
+def from_checkpoint(
+    rows: Sequence[W], config: HFConfig, padding: Padding, tensors: Tensors, dtype: np.dtype[Any]
+) -> Source:
+    """The parameters of a checkpoint, by the rows that `match` gives."""
     by_path = {row.target: row for row in rows}
 
     def read(path: str) -> np.ndarray:
         row = by_path[path]
-        return row.lay_out(tensors.read(row.source), padding).astype(dtype, copy=False)
+        return row.pad(row.read(config, tensors), padding).astype(dtype, copy=False)
 
-    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].source)
+    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

@@ -124,8 +124,7 @@ def parity(
     vocabulary = decoder.config.sizes["v"]
     sequences = [rng.integers(0, vocabulary, length + steps, dtype=np.int32) for length in lengths]
     expected = [_original_logits(original, sequence, steps) for sequence in sequences]
-    rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config.layers, decoder.padding, tensors)
-    source = weights.from_checkpoint(rows, decoder.padding, tensors, np.dtype(np.float32))
+    source = decoder.source(tensors, np.float32)
     mesh = xla.mesh(decoder.tp_degree)
     runtime = xla.XlaRuntime(decoder, source, mesh, np.float32)
     prompts, following = _step_logits(runtime, sequences, steps, chunk or max(lengths))

@@ -1,5 +1,6 @@
 """The decoder families: one file each, named by the HF model_type, and the registry that finds them."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -159,7 +161,7 @@ class Decoder:
         of = family(model_type)
         config = of.Config.from_hf(raw)
         if tensors is not None:
-            weights.present(of.WEIGHTS, config.sizes, config.layers, tensors)
+            weights.present(of.WEIGHTS, config, tensors)
         return cls._made(model_type, of, config, tp_degree)
 
     @classmethod
@@ -190,6 +192,11 @@ class Decoder:
     def rows(self) -> list[W]:
         """The weight table's rows that this config has parameters for."""
         return [row for row in weights.rows_of(self.table, self.config.layers) if row.target in self.shapes]
+
+    def source(self, tensors: weights.Tensors, dtype: Any) -> weights.Source:
+        """The parameters of a checkpoint. Raises CheckpointError where tensors and parameters do not match."""
+        rows = weights.match(self.table, self.ignore, self.shapes, self.config, tensors)
+        return weights.from_checkpoint(rows, self.config, self.padding, tensors, np.dtype(dtype))
 
     def bind(self, params: Params) -> DecoderModule:
         """The module that holds `params`."""
@@ -228,3 +235,8 @@ class Decoder:
         sharding = NamedSharding(mesh, cache.PARTITION) if mesh else None
         leaf: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
         return tuple(LayerKV(leaf, leaf) for _ in range(self.config.layers))
+
+    def cache_bytes(self, batch: int, slots: int, itemsize: int) -> int:
+        """Bytes of the cache that each core holds, of `itemsize` bytes an entry."""
+        leaves = jax.tree.leaves(self.abstract_cache(batch, slots, "uint8"))
+        return itemsize * sum(math.prod(leaf.shape) for leaf in leaves) // self.tp_degree

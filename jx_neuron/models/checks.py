@@ -97,11 +97,50 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
                 f"row {row}: the layout ends in {' '.join(row.letters)}, so {list(axes)}, and the parameter has shape "
                 f"{list(shapes[row.target])}; mend the layout, Model or Config.sizes"
             )
+    filled = [row for row in expanded if row.target in shapes]
+    for row in filled:
+        if row.is_computed:
+            row.compute(config)
     if complete and (unfilled := _by_layer(path for path in shapes if path not in counts)):
         raise ConfigError(
             f"no row of the weight table fills {', '.join(unfilled)}{_misspelt_row(unfilled, rows, shapes)}; "
             "every parameter of Model needs a row W(HF's name, ours, layout, partition)"
         )
+    if complete:
+        _parts(filled)
+    if config.LAYERS_ALIKE:
+        _alike(rows, config, shapes)
+
+
+def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError unless all layers have parameters of the same shapes, and a field says how many there are."""
+    config.with_layers(1)
+    for row in (row for row in rows if "{i}" in row.target):
+        if len({tuple(shapes.get(row.at(layer).target, ())) for layer in range(config.layers)}) > 1:
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: Config says LAYERS_ALIKE, and {row.target!r} is not alike in all layers; "
+                "set LAYERS_ALIKE = False"
+            )
+
+
+def _parts(rows: Sequence[W]) -> None:
+    """Raises ConfigError unless the rows that take parts of one tensor take each of them once."""
+    by_name: dict[str, list[W]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
+    for name, sharing in by_name.items():
+        row = max(sharing, key=lambda row: len(row.parts))
+        if not row.parts:
+            continue
+        if other := next((other for other in sharing if (other.axes, other.parts) != (row.axes, row.parts)), None):
+            raise ConfigError(f"rows {row} and {other} lay the axes of {name!r} out differently; write them alike")
+        counts = Counter(other.part for other in sharing)
+        if wrong := [i for i in range(len(row.parts)) if counts[i] != 1]:
+            listed = ", ".join(f"part {i + 1} ({row.parts[i]}) {counts[i]} times" for i in wrong)
+            raise ConfigError(
+                f"row {row} takes a part of {name!r}, and the rows that fill parameters of Model take {listed}; every "
+                "part should be taken once"
+            )
 
 
 def splits(rows: Sequence[W], padding: Padding) -> None:

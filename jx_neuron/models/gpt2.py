@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.models.rows import embedding, layer_norm
 from jx_neuron.nn.cache import Cache, LayerKV
 from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Span, attend, through
 
@@ -36,6 +37,7 @@ class Config(HFConfig):
 
     MODEL_TYPE: ClassVar[str] = "gpt2"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     ALIASES: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -101,24 +103,22 @@ class Model(nnx.Module):
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)
 
 
+HF, OURS = "transformer.h.{i}.", "h.{i}."
 WEIGHTS = (
-    W("transformer.wte.weight", "wte.embedding", "v d -> v d", P("tp", None)),
+    embedding("transformer.wte", "wte"),
     W("transformer.wpe.weight", "wpe.embedding", "s d -> s d"),
-    W("transformer.h.{i}.ln_1.weight", "h.{i}.ln_1.scale", "d -> d"),
-    W("transformer.h.{i}.ln_1.bias", "h.{i}.ln_1.bias", "d -> d"),
-    W("transformer.h.{i}.attn.c_attn.weight", "h.{i}.c_attn.kernel", "d (c n h) -> d c n h", P(None, None, "tp", None)),
-    W("transformer.h.{i}.attn.c_attn.bias", "h.{i}.c_attn.bias", "(c n h) -> c n h", P(None, "tp", None)),
-    W("transformer.h.{i}.attn.c_proj.weight", "h.{i}.c_proj.kernel", "(n h) d -> n h d", P("tp", None, None)),
-    W("transformer.h.{i}.attn.c_proj.bias", "h.{i}.c_proj.bias", "d -> d"),
-    W("transformer.h.{i}.ln_2.weight", "h.{i}.ln_2.scale", "d -> d"),
-    W("transformer.h.{i}.ln_2.bias", "h.{i}.ln_2.bias", "d -> d"),
-    W("transformer.h.{i}.mlp.c_fc.weight", "h.{i}.c_fc.kernel", "d f -> d f", P(None, "tp")),
-    W("transformer.h.{i}.mlp.c_fc.bias", "h.{i}.c_fc.bias", "f -> f", P("tp")),
-    W("transformer.h.{i}.mlp.c_proj.weight", "h.{i}.mlp_c_proj.kernel", "f d -> f d", P("tp", None)),
-    W("transformer.h.{i}.mlp.c_proj.bias", "h.{i}.mlp_c_proj.bias", "d -> d"),
-    W("transformer.ln_f.weight", "ln_f.scale", "d -> d"),
-    W("transformer.ln_f.bias", "ln_f.bias", "d -> d"),
-    W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
+    *layer_norm(HF + "ln_1", OURS + "ln_1"),
+    W(HF + "attn.c_attn.weight", OURS + "c_attn.kernel", "d (c n h) -> d c n h", P(None, None, "tp", None)),
+    W(HF + "attn.c_attn.bias", OURS + "c_attn.bias", "(c n h) -> c n h", P(None, "tp", None)),
+    W(HF + "attn.c_proj.weight", OURS + "c_proj.kernel", "(n h) d -> n h d", P("tp", None, None)),
+    W(HF + "attn.c_proj.bias", OURS + "c_proj.bias", "d -> d"),
+    *layer_norm(HF + "ln_2", OURS + "ln_2"),
+    W(HF + "mlp.c_fc.weight", OURS + "c_fc.kernel", "d f -> d f", P(None, "tp")),
+    W(HF + "mlp.c_fc.bias", OURS + "c_fc.bias", "f -> f", P("tp")),
+    W(HF + "mlp.c_proj.weight", OURS + "mlp_c_proj.kernel", "f d -> f d", P("tp", None)),
+    W(HF + "mlp.c_proj.bias", OURS + "mlp_c_proj.bias", "d -> d"),
+    *layer_norm("transformer.ln_f", "ln_f"),
+    embedding("lm_head", "lm_head"),
 )
 
 # causal masks that older checkpoints carry, and the head where it is tied

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import ConfigError
+from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
 from jx_neuron.nn.cache import Cache, LayerKV
 from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
 from jx_neuron.nn.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
@@ -37,6 +38,7 @@ class Config(HFConfig):
 
     MODEL_TYPE: ClassVar[str] = "gptj"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     ALIASES: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -108,22 +110,15 @@ class Model(nnx.Module):
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd) + self.lm_head_bias[...]
 
 
-LAYER = "transformer.h.{i}."
+HF, OURS = "transformer.h.{i}.", "h.{i}."
 WEIGHTS = (
-    W("transformer.wte.weight", "wte.embedding", "v d -> v d", P("tp", None)),
-    W(LAYER + "ln_1.weight", "h.{i}.ln_1.scale", "d -> d"),
-    W(LAYER + "ln_1.bias", "h.{i}.ln_1.bias", "d -> d"),
-    W(LAYER + "attn.q_proj.weight", "h.{i}.qkv.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
-    W(LAYER + "attn.k_proj.weight", "h.{i}.qkv.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "attn.v_proj.weight", "h.{i}.qkv.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "attn.out_proj.weight", "h.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
-    W(LAYER + "mlp.fc_in.weight", "h.{i}.fc_in.kernel", "f d -> d f", P(None, "tp")),
-    W(LAYER + "mlp.fc_in.bias", "h.{i}.fc_in.bias", "f -> f", P("tp")),
-    W(LAYER + "mlp.fc_out.weight", "h.{i}.fc_out.kernel", "d f -> f d", P("tp", None)),
-    W(LAYER + "mlp.fc_out.bias", "h.{i}.fc_out.bias", "d -> d"),
-    W("transformer.ln_f.weight", "ln_f.scale", "d -> d"),
-    W("transformer.ln_f.bias", "ln_f.bias", "d -> d"),
-    W("lm_head.weight", "lm_head.embedding", "v d -> v d", P("tp", None)),
+    embedding("transformer.wte", "wte"),
+    *layer_norm(HF + "ln_1", OURS + "ln_1"),
+    *attention(HF + "attn.", OURS, out="out_proj", bias=False),
+    *column_parallel(HF + "mlp.fc_in", OURS + "fc_in", "f"),
+    *row_parallel(HF + "mlp.fc_out", OURS + "fc_out", "f"),
+    *layer_norm("transformer.ln_f", "ln_f"),
+    embedding("lm_head", "lm_head"),
     W("lm_head.bias", "lm_head_bias", "v -> v", P("tp")),
 )
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
 from jx_neuron.nn.cache import Cache, LayerKV
 from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
 
@@ -39,6 +39,7 @@ class Config(HFConfig):
 
     MODEL_TYPE: ClassVar[str] = "opt"
     COMPLETE: ClassVar[bool] = True
+    LAYERS_ALIKE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset(
         "activation_dropout attention_dropout dropout init_std layerdrop".split()
     )
@@ -104,31 +105,19 @@ class Model(nnx.Module):
         return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_bte)
 
 
-LAYER = "model.decoder.layers.{i}."
+HF, OURS = "model.decoder.layers.{i}.", "layers.{i}."
 WEIGHTS = (
-    W("model.decoder.embed_tokens.weight", "embed_tokens.embedding", "v e -> v e", P("tp", None)),
+    embedding("model.decoder.embed_tokens", "embed_tokens", "e"),
     W("model.decoder.embed_positions.weight", "embed_positions.embedding", "s d -> s d"),
     W("model.decoder.project_in.weight", "project_in.kernel", "d e -> e d"),
     W("model.decoder.project_out.weight", "project_out.kernel", "e d -> d e"),
-    W("model.decoder.final_layer_norm.weight", "final_layer_norm.scale", "d -> d"),
-    W("model.decoder.final_layer_norm.bias", "final_layer_norm.bias", "d -> d"),
-    W(LAYER + "self_attn_layer_norm.weight", "layers.{i}.self_attn_layer_norm.scale", "d -> d"),
-    W(LAYER + "self_attn_layer_norm.bias", "layers.{i}.self_attn_layer_norm.bias", "d -> d"),
-    W(LAYER + "self_attn.q_proj.weight", "layers.{i}.qkv.q_proj.kernel", "(n h) d -> d n h", P(None, "tp", None)),
-    W(LAYER + "self_attn.q_proj.bias", "layers.{i}.qkv.q_proj.bias", "(n h) -> n h", P("tp", None)),
-    W(LAYER + "self_attn.k_proj.weight", "layers.{i}.qkv.k_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.k_proj.bias", "layers.{i}.qkv.k_proj.bias", "(k h) -> k h", P("tp", None)),
-    W(LAYER + "self_attn.v_proj.weight", "layers.{i}.qkv.v_proj.kernel", "(k h) d -> d k h", P(None, "tp", None)),
-    W(LAYER + "self_attn.v_proj.bias", "layers.{i}.qkv.v_proj.bias", "(k h) -> k h", P("tp", None)),
-    W(LAYER + "self_attn.out_proj.weight", "layers.{i}.out_proj.kernel", "d (n h) -> n h d", P("tp", None, None)),
-    W(LAYER + "self_attn.out_proj.bias", "layers.{i}.out_proj.bias", "d -> d"),
-    W(LAYER + "final_layer_norm.weight", "layers.{i}.final_layer_norm.scale", "d -> d"),
-    W(LAYER + "final_layer_norm.bias", "layers.{i}.final_layer_norm.bias", "d -> d"),
-    W(LAYER + "fc1.weight", "layers.{i}.fc1.kernel", "f d -> d f", P(None, "tp")),
-    W(LAYER + "fc1.bias", "layers.{i}.fc1.bias", "f -> f", P("tp")),
-    W(LAYER + "fc2.weight", "layers.{i}.fc2.kernel", "d f -> f d", P("tp", None)),
-    W(LAYER + "fc2.bias", "layers.{i}.fc2.bias", "d -> d"),
-    W("lm_head.weight", "lm_head.embedding", "v e -> v e", P("tp", None)),
+    *layer_norm("model.decoder.final_layer_norm", "final_layer_norm"),
+    *layer_norm(HF + "self_attn_layer_norm", OURS + "self_attn_layer_norm"),
+    *attention(HF + "self_attn.", OURS, out="out_proj"),
+    *layer_norm(HF + "final_layer_norm", OURS + "final_layer_norm"),
+    *column_parallel(HF + "fc1", OURS + "fc1", "f"),
+    *row_parallel(HF + "fc2", OURS + "fc2", "f"),
+    embedding("lm_head", "lm_head", "e"),
 )
 
 # the version that older checkpoints carry, and the head where it is tied

@@ -1,17 +1,18 @@
 """A model's sizes at any tensor-parallel degree, from its config alone: no weight is read and no device taken."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.weights import W
+from jx_neuron.checkpoint.row import W
 from jx_neuron.models import Decoder, family, model_types
-from jx_neuron.nn import cache
 from jx_neuron.nn.sharding import AXIS, Padding
+from jx_neuron.planning import collectives
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class Outline:
             return model
         if isinstance(model, Decoder):
             return cls(dataclasses.replace(model, tp_degree=1), model.config.layers)
-        field = _layers_field(model.get("model_type"))
-        if field is None:
+        model_type = model.get("model_type")
+        config = family(model_type).Config.from_hf(model) if model_type in model_types() else None
+        if config is None or not config.LAYERS_ALIKE:
             return cls.of(Decoder.from_config(model))
-        config = family(model["model_type"]).Config.from_hf(model)
-        of_one = {"model_type": config.MODEL_TYPE, **config.to_hf(), field: 1}
-        return cls(Decoder.from_config(of_one), config.layers)
+        one_layer = {"model_type": config.MODEL_TYPE, **config.with_layers(1).to_hf()}
+        return cls(Decoder.from_config(one_layer), config.layers)
 
     @property
     def config(self) -> HFConfig:
@@ -77,12 +78,33 @@ class Outline:
         """Parameters of the model, unpadded."""
         return sum(p.elements for p in self.parameters(1))
 
-    def padding(self, tp_degree: int) -> Padding:
-        return _padding(self, tp_degree)
+    @cached_property
+    def at_degree(self) -> Callable[[int], Decoder]:
+        """`decoder` at a degree."""
+        return functools.cache(lambda tp_degree: dataclasses.replace(self.decoder, tp_degree=tp_degree))
 
-    def parameters(self, tp_degree: int) -> tuple[Parameter, ...]:
+    def padding(self, tp_degree: int) -> Padding:
+        return self.at_degree(tp_degree).padding
+
+    @cached_property
+    def parameters(self) -> Callable[[int], tuple[Parameter, ...]]:
         """The parameters as they are held at a degree."""
-        return _parameters(self, tp_degree)
+        return functools.cache(self._parameters)
+
+    def _parameters(self, tp_degree: int) -> tuple[Parameter, ...]:
+        decoder = self.at_degree(tp_degree)
+        rows = {row.target: row for row in decoder.rows}
+        of_layers = {row.at(0).target for row in decoder.table if "{i}" in row.target}
+        repeats = self.layers - decoder.config.layers + 1
+        return tuple(
+            Parameter(
+                rows.get(path),
+                parameter.shape,
+                tp_degree if AXIS in decoder.partition(path) else 1,
+                repeats if path in of_layers else 1,
+            )
+            for path, parameter in decoder.abstract_params("uint8").items()
+        )
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
         """Bytes of parameters that each core holds: split and padded, or whole."""
@@ -90,64 +112,21 @@ class Outline:
 
     def cache_bytes(self, tp_degree: int, batch: int, slots: int, itemsize: int) -> int:
         """Bytes of keys and values that each core holds."""
-        heads = self.padding(tp_degree).size("k") // tp_degree
-        return 2 * self.layers * itemsize * math.prod(cache.shape(batch, heads, slots, self.config.sizes["h"]))
+        decoder = self.at_degree(tp_degree)
+        return decoder.cache_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
 
     def read_elements(self, tp_degree: int) -> int:
         """Parameters that a decode step reads on each core: all but those of tables it looks single rows up in."""
-        found = self.parameters(tp_degree)
-        vocabulary = [p.per_core for p in found if p.is_vocabulary_table]
-        looked_up = sum(p.per_core for p in found if p.is_position_table) + sum(sorted(vocabulary)[:-1])
-        return sum(p.per_core for p in found) - looked_up
+        parameters = self.parameters(tp_degree)
+        vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
+        looked_up = sum(p.per_core for p in parameters if p.is_position_table) + sum(sorted(vocabulary)[:-1])
+        return sum(p.per_core for p in parameters) - looked_up
 
     def overhead(self, tp_degree: int) -> float:
         """What padding and replicated key/value heads add to the parameters, as a fraction of them."""
         return sum(p.elements for p in self.parameters(tp_degree)) / self.parameter_count - 1
 
     @cached_property
-    def all_reduces(self) -> int:
-        """All-reduces of a layer: one for each projection whose input is split, or one for their sum where the
-        residual is parallel, as GPT-J's is."""
-        of = self.decoder
-        split = [
-            row
-            for row in of.table
-            if "{i}" in row.target
-            and row.at(0).target in of.shapes
-            and row.letters[-1] == "d"
-            and tuple(row.partition)[:1] == (AXIS,)
-        ]
-        return 1 if of.model_type == "gptj" else len(split)
-
-
-@lru_cache(maxsize=256)
-def _parameters(outline: Outline, tp_degree: int) -> tuple[Parameter, ...]:
-    decoder = dataclasses.replace(outline.decoder, tp_degree=tp_degree)
-    rows = {row.target: row for row in decoder.rows}
-    of_layers = {row.at(0).target for row in decoder.table if "{i}" in row.target}
-    repeats = outline.layers - decoder.config.layers + 1
-    return tuple(
-        Parameter(
-            rows.get(path),
-            parameter.shape,
-            tp_degree if AXIS in decoder.partition(path) else 1,
-            repeats if path in of_layers else 1,
-        )
-        for path, parameter in decoder.abstract_params("uint8").items()
-    )
-
-
-@lru_cache(maxsize=256)
-def _padding(outline: Outline, tp_degree: int) -> Padding:
-    return Padding(outline.config.sizes, tp_degree)
-
-
-def _layers_field(model_type: Any) -> str | None:
-    """The config field that counts layers, where the family is one of ours: there, all layers are alike."""
-    if model_type not in model_types():
-        return None
-    config = family(model_type).Config
-    if not config.__module__.startswith("jx_neuron.models."):
-        return None
-    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    return next((name for name in ("num_hidden_layers", "n_layer") if name in names), None)
+    def all_reduces(self) -> float:
+        """All-reduces of a layer in a decode step; the mean where layers differ."""
+        return collectives.all_reduces(self.decoder)

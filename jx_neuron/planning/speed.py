@@ -11,6 +11,7 @@ compiled. docs/planning.md holds predictions against what was published.
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefi
     zero = Constants(0, 0, 1)
     seconds = np.array([row.milliseconds / 1e3 for row in rows])
     rest = seconds - [_predict(row, zero) for row in rows]
-    slopes = np.array([[1, row.batch_size - 1] for row in rows]) * [[_outline(row).layers] for row in rows]
+    slopes = np.array([[1, row.batch_size - 1] for row in rows]) * [[_outline(row.model).layers] for row in rows]
     (layer, row_cost), *_ = np.linalg.lstsq(slopes / seconds[:, None], rest / seconds, rcond=None)
     efficiencies = [_efficiency(row, Constants(layer, row_cost, 1)) for row in prefill]
     return Constants(float(layer), float(row_cost), float(np.mean(efficiencies)))
@@ -150,10 +151,11 @@ def _predict(row: published.Decode | published.Prefill, constants: Constants) ->
 
 
 def _of(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    of = speed(_outline(row), find(row.instance), row.tp_degree, 2)
+    of = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
     weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
     return dataclasses.replace(of, weight_itemsize=weight_itemsize, constants=constants)
 
 
-def _outline(row: published.Decode | published.Prefill) -> Outline:
-    return Outline.of(published.CONFIGS[row.model])
+@cache
+def _outline(model: str) -> Outline:
+    return Outline.of(published.CONFIGS[model])

@@ -1,0 +1,99 @@
+"""From the axes of a checkpoint's tensor to those of a parameter."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import einops
+import numpy as np
+from einops.parsing import ParsedExpression
+
+PARTS = "parts"  # stands for the sum in `Layout.before`
+_SUM = re.compile(r"\(([^()]*\+[^()]*)\)")
+_BRACKETS = re.compile(r"\[([^][]*)\]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An einops pattern, "(n h) d -> d n h", where a sum is an axis that several parameters take parts of.
+
+    "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
+    second one.
+
+    before: the tensor's axes, with `PARTS` for the sum.
+    after:  the parameter's axes.
+    parts:  the letters of each part, in order; none where there is no sum.
+    part:   which of them is taken.
+    """
+
+    before: str
+    after: str
+    parts: tuple[str, ...] = ()
+    part: int = 0
+
+    @property
+    def axes(self) -> list[str]:
+        """The tensor's axes one by one."""
+        return re.findall(r"[^\s()]+", self.before)
+
+    @property
+    def taken(self) -> str:
+        """The axes before the arrow of what is taken."""
+        return " ".join(self.axes).replace(PARTS, f"({self.parts[self.part]})") if self.parts else self.before
+
+    def check(self) -> None:
+        """Raises EinopsError or ValueError that says what is not legal."""
+        letters = ParsedExpression(self.taken).identifiers
+        after = ParsedExpression(self.after)
+        for part in self.parts:
+            ParsedExpression(part)
+        ParsedExpression(self.before)
+        axes_of_one = "1" in self.axes or not all(after.composition) or "()" in self.before.replace(" ", "")
+        if letters != after.identifiers or after.has_ellipsis or axes_of_one or "(" in self.after:
+            raise ValueError(
+                "there should be the same letters before and after the arrow, no other axes, and no parentheses after "
+                "the arrow"
+            )
+
+    @property
+    def letters(self) -> set[str]:
+        """All letters, those of other parts too."""
+        return {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that the tensor must have."""
+        sizes = {**sizes, PARTS: sum(self._lengths(sizes))}
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.before)
+        return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
+
+    def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The tensor, or the part of it that is taken, as the parameter."""
+        if self.parts:
+            lengths, axes = self._lengths(sizes), self.axes
+            whole = {axis: sizes[axis] for axis in axes if axis != PARTS}
+            tensor = einops.rearrange(tensor, f"{self.before} -> {' '.join(axes)}", **whole)
+            start = sum(lengths[: self.part])
+            part = slice(start, start + lengths[self.part])
+            tensor = tensor[tuple(part if axis == PARTS else slice(None) for axis in axes)]
+        used = {letter: sizes[letter] for letter in self.after.split()}
+        return einops.rearrange(tensor, f"{self.taken} -> {self.after}", **used)
+
+    def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
+        return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Layout:
+    """The layout that `text` writes. Raises ValueError unless it has one arrow, and in a sum one part in brackets."""
+    before, after = (side.strip() for side in text.split("->"))
+    total = _SUM.search(before)
+    if total is None:
+        return Layout(before, after)
+    parts = [part.strip() for part in total[1].split("+")]
+    taken = [i for i, part in enumerate(parts) if _BRACKETS.fullmatch(part)]
+    if len(taken) != 1:
+        raise ValueError(f"brackets should say which one part of {total[0]} is taken")
+    parts[taken[0]] = parts[taken[0]][1:-1].strip()
+    return Layout(before.replace(total[0], PARTS), after, tuple(parts), taken[0])

@@ -1,0 +1,164 @@
+"""A row of a weight table: one parameter of a model, and where it comes from."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+from einops import EinopsError
+from jax.sharding import PartitionSpec
+
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.layout import Layout, parse
+from jx_neuron.errors import ConfigError
+from jx_neuron.nn.sharding import AXIS, Padding
+
+REPLICATED = PartitionSpec()
+LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
+
+
+class Tensors(Protocol):
+    """What a checkpoint offers: named tensors, read one at a time."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class W:
+    """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
+
+    `source` is the name of HF's tensor, or a function of the config that computes the parameter. `source` and `target`
+    may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along an axis e, before those of the
+    tensor. `layout` is an einops pattern from HF's axes to ours, in the letters of the family's `Config.sizes`:
+    "(n h) d -> d n h". In a sum, brackets take a part of a fused axis: "(n h + [k h] + k h) d -> d k h".
+    `partition` names the axis of ours that is split, "tp".
+    """
+
+    source: str | Callable[[Any], np.ndarray]
+    target: str
+    layout: str
+    partition: PartitionSpec = REPLICATED
+
+    def __str__(self) -> str:
+        source = repr(self.source) if isinstance(self.source, str) else getattr(self.source, "__name__", "a function")
+        return f"W({source}, {self.target!r}, {self.layout!r}, {self.partition})"
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether a function fills the parameter, and no tensor."""
+        return not isinstance(self.source, str)
+
+    @property
+    def name(self) -> str:
+        """HF's name, {e} for any expert; ours where the parameter is computed."""
+        return self.source if isinstance(self.source, str) else self.target
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the tensors of all experts are stacked."""
+        return "{e}" in self.name
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""
+        for name, legal in ((self.name, ("{i}", "{e}")), (self.target, ("{i}",))):
+            if re.search("[{}]", re.sub("|".join(map(re.escape, legal)), "", name)):
+                raise self._refusal(
+                    f"{name!r} has braces; legal are {{i}}, which stands for the layer, and in HF's name {{e}}, for "
+                    "each expert"
+                )
+        if "{i}" in self.name and "{i}" not in self.target:
+            raise self._refusal(f"the layer {{i}} of {self.name!r} is missing from {self.target!r}; write it in both")
+        try:
+            self._layout.check()
+        except (EinopsError, ValueError) as error:
+            stacked = "; {e} puts an axis e before those of the tensor" * self.is_stacked
+            raise self._refusal(
+                f"the layout {self.layout!r} is no einops pattern of that form ({error}){stacked}; {LAYOUT}"
+            ) from error
+        if unknown := sorted(self._layout.letters - set(sizes)):
+            raise self._refusal(
+                f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
+                "Write one of these, or add the letter to Config.sizes"
+            )
+        letters = self.letters
+        split = [axis for axis in self.partition if axis is not None]
+        if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
+            raise self._refusal(
+                f"the partition {self.partition} is not legal; each of the {len(letters)} axes {' '.join(letters)} is "
+                f"None, or for one of them {AXIS!r}, the mesh's only axis: P({AXIS!r}) splits the first"
+            )
+
+    def _refusal(self, why: str) -> ConfigError:
+        return ConfigError(f"row {self} of the weight table: {why}")
+
+    @property
+    def _layout(self) -> Layout:
+        return parse(f"e {self.layout}" if self.is_stacked else self.layout)
+
+    @property
+    def letters(self) -> list[str]:
+        """The axes of ours."""
+        return self.layout.split("->")[1].split()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the fused axis of HF's tensor, as the layout writes them; none where no axis is fused."""
+        return self._layout.parts
+
+    @property
+    def part(self) -> int:
+        """Which of `parts` this row takes."""
+        return self._layout.part
+
+    @property
+    def axes(self) -> str:
+        """HF's axes, whichever part is taken of them."""
+        return self._layout.before
+
+    def at(self, layer: int) -> "W":
+        source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
+        return replace(self, source=source, target=self.target.replace("{i}", str(layer)))
+
+    def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
+        """The tensors that are read: one, one an expert, or none."""
+        if self.is_stacked:
+            yield from (self.name.replace("{e}", str(expert)) for expert in range(sizes["e"]))
+        elif not self.is_computed:
+            yield self.name
+
+    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that HF's tensor must have, or what is computed."""
+        return self._layout.shape(sizes)[self.is_stacked :]
+
+    def target_shape(self, padding: Padding) -> tuple[int, ...]:
+        """The shape of ours, padded where it is split."""
+        return tuple(
+            padding.size(c) if split else padding.sizes[c] for c, split in zip(self.letters, self._split, strict=True)
+        )
+
+    def compute(self, config: HFConfig) -> np.ndarray:
+        """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
+        array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
+        if array.shape != (expected := self.source_shape(config.sizes)):
+            raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")
+        return array
+
+    def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
+        """The parameter, unpadded: computed, or laid out of HF's tensors."""
+        arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(config.sizes))]
+        return self._layout.apply(np.stack(arrays) if self.is_stacked else arrays[0], config.sizes)
+
+    def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
+        """Our layout, padded where it is split."""
+        for axis, (letter, split) in enumerate(zip(self.letters, self._split, strict=True)):
+            if split:
+                array = padding.apply(array, axis, letter)
+        return array
+
+    @property
+    def _split(self) -> list[bool]:
+        spec = tuple(self.partition)
+        return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]

@@ -1,0 +1,81 @@
+"""Rows of weight tables that families share: HF's name of a module, ours, and the letters of its axes.
+
+https://github.com/NVIDIA/Megatron-LM: a column-parallel projection has its outputs split over the cores, a row-parallel
+one its inputs, so that a pair of them needs one all-reduce (Shoeybi et al., arXiv:1909.08053).
+"""
+
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.checkpoint.weights import W
+from jx_neuron.nn.sharding import AXIS
+
+__all__ = ["attention", "column_parallel", "embedding", "gated_mlp", "layer_norm", "rms_norm", "row_parallel"]
+
+Q, K, V = "[n h] + k h + k h", "n h + [k h] + k h", "n h + k h + [k h]"  # of a fused projection
+GATE, UP = "[f] + f", "f + [f]"
+
+
+def embedding(source: str, target: str, width: str = "d") -> W:
+    """A table of the vocabulary, or a head."""
+    return W(f"{source}.weight", f"{target}.embedding", f"v {width} -> v {width}", P(AXIS, None))
+
+
+def rms_norm(source: str, target: str) -> W:
+    """A scale over the model's width."""
+    return W(f"{source}.weight", f"{target}.scale", "d -> d")
+
+
+def layer_norm(source: str, target: str) -> tuple[W, W]:
+    """Scale and bias over the model's width."""
+    return rms_norm(source, target), W(f"{source}.bias", f"{target}.bias", "d -> d")
+
+
+def column_parallel(source: str, target: str, outputs: str, *, bias: bool = True) -> tuple[W, ...]:
+    """A torch Linear from "d" to `outputs`, such as "n h", whose first axis is split; "[f] + f" takes a part of one."""
+    letters = outputs.partition("[")[2].partition("]")[0] or outputs
+    rest = [None] * (len(letters.split()) - 1)
+    kernel = W(f"{source}.weight", f"{target}.kernel", f"{_axis(outputs)} d -> d {letters}", P(None, AXIS, *rest))
+    return (kernel, W(f"{source}.bias", f"{target}.bias", f"{_axis(outputs)} -> {letters}", P(AXIS, *rest)))[: 1 + bias]
+
+
+def row_parallel(source: str, target: str, inputs: str, *, bias: bool = True) -> tuple[W, ...]:
+    """A torch Linear from `inputs`, such as "n h", whose first axis is split, to "d"."""
+    rest = [None] * len(inputs.split())
+    kernel = W(f"{source}.weight", f"{target}.kernel", f"d {_axis(inputs)} -> {inputs} d", P(AXIS, *rest))
+    return (kernel, W(f"{source}.bias", f"{target}.bias", "d -> d"))[: 1 + bias]
+
+
+def attention(
+    source: str, target: str, *, out: str = "o_proj", fused: str | None = None, bias: bool = True
+) -> tuple[W, ...]:
+    """The projections of grouped-query attention into `Linears` named qkv and a `Linear` named `out`.
+
+    HF has them as q_proj, k_proj and v_proj, or end to end in one that is called `fused`.
+    """
+    outputs = (Q, K, V) if fused else ("n h", "k h", "k h")
+    projections = dict(zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True))
+    return (
+        *_linears(source, f"{target}qkv.", projections, fused, bias),
+        *row_parallel(source + out, target + out, "n h", bias=bias),
+    )
+
+
+def gated_mlp(source: str, target: str, *, fused: str | None = None, bias: bool = True) -> tuple[W, ...]:
+    """down_proj(act(gate_proj(x)) · up_proj(x)), with `Linears` named gate_up; `fused` as in `attention`."""
+    projections = dict(gate_proj=GATE, up_proj=UP) if fused else dict(gate_proj="f", up_proj="f")
+    return (
+        *_linears(source, f"{target}gate_up.", projections, fused, bias),
+        *row_parallel(f"{source}down_proj", f"{target}down_proj", "f", bias=bias),
+    )
+
+
+def _linears(source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool) -> list[W]:
+    return [
+        row
+        for name, outputs in projections.items()
+        for row in column_parallel(source + (fused or name), target + name, outputs, bias=bias)
+    ]
+
+
+def _axis(letters: str) -> str:
+    return f"({letters})" if " " in letters else letters

@@ -1,0 +1,350 @@
+"""Rows of weight tables: parts of a fused axis, stacked experts, computed parameters, and the rows that are shared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from jx_neuron import models, register
+from jx_neuron.checkpoint import layout
+from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.weights import W, from_params
+from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.integrations.parity import parity
+from jx_neuron.models import Decoder, llama
+from jx_neuron.models.rows import attention, gated_mlp
+from jx_neuron.planning.outline import Outline
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A checkpoint in memory."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def names(self) -> list[str]:
+        return list(self.arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.arrays[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+
+def made(model_type: str, config: type, model: type, rows: tuple[W, ...], **sizes: int) -> dict:
+    """Registers a decoder, and gives a config.json of it."""
+    register(model_type, SimpleNamespace(Config=config, Model=model, WEIGHTS=rows, IGNORE=llama.IGNORE))
+    return {"model_type": model_type, **SIZES, **sizes}
+
+
+def checkpoint(decoder: Decoder, without: str = "\0") -> dict[str, np.ndarray]:
+    """Random tensors for the rows of one tensor each."""
+    rng = np.random.default_rng(0)
+    sizes = decoder.config.sizes
+    named = [row for row in decoder.rows if not row.is_computed and not row.is_stacked and without not in row.name]
+    return {row.name: rng.normal(size=row.source_shape(sizes)).astype(np.float32) for row in named}
+
+
+# parts of a fused axis
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("([n h] + k h + k h) d -> d n h", lambda x: x.reshape(14, 5)[:6].T.reshape(5, 3, 2)),
+        ("(n h + [k h] + k h) d -> d k h", lambda x: x.reshape(14, 5)[6:10].T.reshape(5, 2, 2)),
+        ("(n h + k h + [k h]) d -> d k h", lambda x: x.reshape(14, 5)[10:].T.reshape(5, 2, 2)),
+        ("(n ([h] + p)) d -> d n h", lambda x: x.reshape(3, 6, 5)[:, :2].transpose(2, 0, 1)),
+        ("(n (h + [p])) d -> n d p", lambda x: x.reshape(3, 6, 5)[:, 2:].transpose(0, 2, 1)),
+        ("d (n (1 + [1])) -> d n", lambda x: x.reshape(5, 6)[:, 1::2]),
+        ("d (n ([1] + 1 + h)) -> d n", lambda x: x.reshape(5, 12)[:, ::4]),
+    ],
+)
+def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:
+    sizes = dict(n=3, k=2, h=2, p=4, d=5)
+    row = W("x", "y", text)
+    row.check(sizes)
+    tensor = np.arange(np.prod(row.source_shape(sizes))).reshape(row.source_shape(sizes))
+    actual = layout.parse(text).apply(tensor, sizes)
+    np.testing.assert_array_equal(actual, expected(tensor))
+
+
+FUSED = (
+    *(row for row in llama.WEIGHTS if "self_attn" not in row.name and "mlp" not in row.name),
+    *attention("model.layers.{i}.self_attn.", "layers.{i}.", fused="qkv_proj", bias=False),
+    *gated_mlp("model.layers.{i}.mlp.", "layers.{i}.", fused="gate_up_proj", bias=False),
+)
+
+
+@dataclass(frozen=True)
+class Phi3(llama.Config):
+    MODEL_TYPE: ClassVar[str] = "phi3"
+    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "embd_pdrop", "resid_pdrop"})
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4])
+def test_phi_3_s_fused_projections_are_hf_s(tp_degree: int) -> None:
+    made("phi3", Phi3, llama.Model, FUSED)
+    torch.manual_seed(0)
+    hf = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES, pad_token_id=None)).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.normal_(0, 0.3)
+    result = parity(hf, tp_degree=tp_degree)
+    assert result.worst < 1e-4, result.first_difference
+
+
+QKV = "model.layers.{i}.self_attn.qkv_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [
+        ("v_proj", dict(layout="(n h + [k h] + k h) d -> d k h"), r"part 2 \(k h\) 2 times, part 3 \(k h\) 0 times"),
+        ("v_proj", dict(source=QKV.replace("qkv", "v"), layout="(k h) d -> d k h"), r"part 3 \(k h\) 0 times"),
+        ("v_proj", dict(layout="(k h + n h + [k h]) d -> d k h"), "lay the axes of .* out differently"),
+        ("v_proj", dict(layout="(k h) d -> d k h"), "lay the axes of .* out differently"),
+        ("v_proj", dict(layout="(n h + [k h] + [k h]) d -> d k h"), "brackets should say which one part"),
+        ("v_proj", dict(layout="(n h + k h + k h) d -> d k h"), "brackets should say which one part"),
+        ("v_proj", dict(layout="(n h + k h + [k q]) d -> d k q"), "no letter 'q'"),
+        ("v_proj", dict(layout="(n h + q + [k h]) d -> d k h"), "no letter 'q'"),
+        ("v_proj", dict(layout="(n h + k h + [k h]) d -> d k"), "the same letters before and after the arrow"),
+    ],
+)
+def test_parts_that_do_not_cover_the_tensor_once_are_refused(target: str, changes: dict, message: str) -> None:
+    rows = tuple(replace(row, **changes) if target in row.target else row for row in FUSED)
+    with pytest.raises(ConfigError, match=message):
+        made("phi3", Phi3, llama.Model, rows)
+
+
+def test_a_fused_tensor_has_the_shape_of_all_its_parts() -> None:
+    raw = made("phi3", Phi3, llama.Model, FUSED)
+    tensors = checkpoint(Decoder.from_config(raw))
+    Decoder.from_config(raw, 1, Tensors(tensors)).source(Tensors(tensors), np.float32)
+    wrong = tensors | {QKV.format(i=1): np.zeros((47, 24), np.float32)}
+    with pytest.raises(CheckpointError, match=r"1\S+qkv_proj.weight has shape \[47, 24\] .* calls for \[48, 24\]"):
+        Decoder.from_config(raw, 1, Tensors(wrong))
+    with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.0\.self_attn\.qkv_proj\.weight, which"):
+        Decoder.from_config(raw).source(Tensors({n: a for n, a in tensors.items() if "0.self_attn.q" not in n}), "f4")
+
+
+# stacked experts
+
+
+@dataclass(frozen=True)
+class Mixture(llama.Config):
+    num_local_experts: int = 4
+
+    MODEL_TYPE: ClassVar[str] = "mixture"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return super().sizes | {"e": self.num_local_experts}
+
+
+class MixtureModel(llama.Model):
+    def __init__(self, cfg: Mixture, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs)
+        d, f, e = (cfg.sizes[c] for c in "dfe")
+        for layer in self.layers:
+            layer.w1, layer.w2 = nnx.Param(jnp.zeros((e, d, f))), nnx.Param(jnp.zeros((e, f, d)))
+
+
+EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"
+STACKED = "model.layers.{i}.block_sparse_moe.w2"
+MIXTURE = (
+    *llama.WEIGHTS,
+    W(EXPERT, "layers.{i}.w1", "f d -> e d f", P(None, None, "tp")),
+    W(STACKED, "layers.{i}.w2", "e d f -> e f d", P(None, "tp")),
+)
+
+
+def mixture(experts: int = 4) -> tuple[dict, dict[str, np.ndarray]]:
+    raw = made("mixture", Mixture, MixtureModel, MIXTURE)
+    tensors = checkpoint(Decoder.from_config(raw))
+    rng = np.random.default_rng(1)
+    names = [EXPERT.format(i=i, e=e) for i in range(2) for e in range(experts)]
+    return raw, tensors | {name: rng.normal(size=(20, 24)).astype(np.float32) for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_the_tensors_of_all_experts_are_stacked(prefix: str) -> None:
+    raw, tensors = mixture()
+    tensors = {name.replace("model.", prefix): array for name, array in tensors.items()}
+    decoder = Decoder.from_config(raw, 3, Tensors(tensors))
+    source = decoder.source(Tensors(tensors), np.float32)
+    for layer in range(2):
+        name = EXPERT.replace("model.", prefix)
+        by_hand = np.stack([tensors[name.format(i=layer, e=e)].T for e in range(4)])
+        actual = source.read(f"layers.{layer}.w1")
+        np.testing.assert_array_equal(actual, np.pad(by_hand, ((0, 0), (0, 0), (0, 1))))  # 20 columns as 21
+        stacked = tensors[STACKED.replace("model.", prefix).format(i=layer)]
+        np.testing.assert_array_equal(source.read(f"layers.{layer}.w2")[:, :20], stacked.transpose(0, 2, 1))
+        assert decoder.abstract_params("float32")[f"layers.{layer}.w1"].shape == actual.shape
+
+
+def test_experts_that_are_missing_or_too_many_are_named() -> None:
+    raw, tensors = mixture()
+    missing = EXPERT.format(i=1, e=2)
+    changed = {name: array for name, array in tensors.items() if name != missing}
+    with pytest.raises(CheckpointError, match=rf"calls for 4 experts and the checkpoint lacks tensor {missing};"):
+        Decoder.from_config(raw, 1, Tensors(changed))
+    with pytest.raises(CheckpointError, match=r"calls for 2147483647 experts and .* lacks tensors .*experts.4.w1"):
+        Decoder.from_config(raw | {"num_local_experts": 2**31 - 1}, 1, Tensors(tensors))
+    changed = {name: array for name, array in tensors.items() if "layers.1.block_sparse_moe.experts" not in name}
+    with pytest.raises(CheckpointError, match=r"lacks tensor model.layers.1.block_sparse_moe.experts.{e}.w1.weight,"):
+        Decoder.from_config(raw).source(Tensors(changed), "f4")
+    _, tensors = mixture(experts=5)
+    headless = {name.removeprefix("model."): array for name, array in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"0\S+.4.w1.weight, \S+1\S+.4.w1.* stacks the 4 experts that"):
+        Decoder.from_config(raw).source(Tensors(headless), "f4")
+    with pytest.raises(CheckpointError, match=r"0\S+.4.w1.weight, \S+1\S+.4.w1.* stacks the 4 experts that"):
+        Decoder.from_config(raw).source(Tensors(tensors), "f4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(layout="f d -> d f"), "{e} puts an axis e before those of the tensor"),
+        (dict(layout="e f d -> e d f"), "no einops pattern"),
+        (dict(target="layers.{i}.w1.{e}"), r"'layers.{i}.w1.{e}' has braces; legal are {i}"),
+    ],
+)
+def test_a_row_of_experts_that_does_not_fit_is_named(changes: dict, message: str) -> None:
+    rows = [replace(row, **changes) if row.name == EXPERT else row for row in MIXTURE]
+    with pytest.raises(ConfigError) as caught:
+        made("mixture", Mixture, MixtureModel, rows)
+    assert EXPERT in str(caught.value)
+    assert message in str(caught.value)
+
+
+# computed parameters
+
+
+def alibi_slopes(config: llama.Config) -> np.ndarray:
+    """2^(-8 i / m) for i in 1 … m, the power of two below the heads, then every second of twice as many."""
+    n = config.sizes["n"]
+    m = 1 << (n.bit_length() - 1)
+    exponents = [8 * i / m for i in range(1, m + 1)] + [4 * i / m for i in range(1, 2 * (n - m), 2)]
+    return np.float32(2) ** -np.asarray(exponents, np.float32)
+
+
+class Sloped(llama.Model):
+    def __init__(self, cfg: llama.Config, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs)
+        self.slopes = nnx.Param(jnp.asarray(alibi_slopes(cfg)))
+
+
+@dataclass(frozen=True)
+class Alibi(llama.Config):
+    MODEL_TYPE: ClassVar[str] = "alibi"
+
+
+SLOPES = W(alibi_slopes, "slopes", "n -> n", P("tp"))
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "tp_degree", "heads"),
+    [
+        (4, 4, 1, (0, 1, 2, 3)),
+        (4, 4, 3, (0, 1, 2, 3, -1, -1)),
+        (4, 2, 3, (0, 1, -1, -1, 2, 3)),
+        (6, 2, 4, (0, 1, 2, -1, 3, 4, 5, -1)),
+        (6, 3, 4, (0, 1, -1, -1, 2, 3, 4, 5)),
+    ],
+)
+def test_computed_slopes_are_padded_and_permuted_with_the_heads(n: int, k: int, tp_degree: int, heads: tuple) -> None:
+    raw = made("alibi", Alibi, Sloped, (*llama.WEIGHTS, SLOPES), num_attention_heads=n, num_key_value_heads=k)
+    bloom = build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].numpy()
+    decoder = Decoder.from_config(raw, tp_degree)
+    assert decoder.padding.query == heads
+    actual = decoder.source(Tensors(checkpoint(decoder)), np.float32).read("slopes")
+    np.testing.assert_allclose(actual, [bloom[head] if head >= 0 else 0 for head in heads], rtol=1e-6)
+    assert decoder.abstract_params("float32")["slopes"].shape == actual.shape
+    in_hand = from_params({"slopes": alibi_slopes(decoder.config)}, decoder.rows, decoder.padding, np.dtype("f4"))
+    np.testing.assert_array_equal(in_hand.read("slopes"), actual)
+    assert Outline.of(raw).parameter_count == sum(np.prod(shape) for shape in decoder.shapes.values())
+
+
+def test_a_function_that_gives_another_shape_is_named() -> None:
+    def too_few(config: llama.Config) -> np.ndarray:
+        return alibi_slopes(config)[1:]
+
+    with pytest.raises(ConfigError, match=r"row W\(too_few, 'slopes', .* shape \[31\], and the layout says \[32\]"):
+        made("alibi", Alibi, Sloped, (*llama.WEIGHTS, replace(SLOPES, source=too_few)))
+
+
+def test_a_tensor_by_the_name_of_a_computed_parameter_is_refused() -> None:
+    raw = made("alibi", Alibi, Sloped, (*llama.WEIGHTS, SLOPES))
+    decoder = Decoder.from_config(raw)
+    tensors = checkpoint(decoder) | {"slopes": np.zeros(6, np.float32)}
+    with pytest.raises(CheckpointError, match="the checkpoint holds tensor slopes, which no parameter takes"):
+        decoder.source(Tensors(tensors), np.float32)
+
+
+# the rows that families share
+
+
+def test_llama_s_file_is_short() -> None:
+    with open(llama.__file__) as file:
+        assert len(file.readlines()) <= 100
+
+
+def test_a_row_reads_as_it_was_written() -> None:
+    assert (
+        "W('model.layers.{i}.self_attn.qkv_proj.weight', 'layers.{i}.qkv.k_proj.kernel', "
+        "'(n h + [k h] + k h) d -> d k h', P(None, 'tp', None))"
+    ) in map(str, FUSED)
+    assert str(SLOPES) == "W(alibi_slopes, 'slopes', 'n -> n', P('tp',))"
+
+
+# what a plan takes from the decoder
+
+
+def test_layers_that_are_not_alike_may_not_be_called_so() -> None:
+    class Model(llama.Model):
+        def __init__(self, cfg: llama.Config, rngs: nnx.Rngs):
+            super().__init__(cfg, rngs)
+            self.layers[1].extra = nnx.Param(jnp.zeros(cfg.hidden_size))
+
+    rows = (*llama.WEIGHTS, W("model.layers.{i}.extra", "layers.{i}.extra", "d -> d"))
+    with pytest.raises(ConfigError, match=r"LAYERS_ALIKE, and 'layers.{i}.extra' is not alike in all layers"):
+        made("alibi", Alibi, Model, rows)
+    made("alibi", type("Unlike", (Alibi,), {"LAYERS_ALIKE": False}), Model, rows)
+
+
+def test_layers_that_no_field_counts_may_not_be_called_alike() -> None:
+    @dataclass(frozen=True)
+    class Deep(HFConfig):
+        depth: int = 2
+
+        MODEL_TYPE: ClassVar[str] = "deep"
+
+    with pytest.raises(ConfigError, match="LAYERS_ALIKE, and has none of the fields num_hidden_layers, n_layer"):
+        Deep().with_layers(1)
+    assert llama.Config().with_layers(3) == llama.Config(num_hidden_layers=3)
