@@ -110,7 +110,8 @@ PEAK = """
 import re, sys
 if sys.argv[2] == "bin":
     import torch
-from jx_neuron.checkpoint import folder as checkpoint, gguf; from jx_neuron.checkpoint.gguf import llama  # what opening imports is no part of the checkpoint
+from jx_neuron.checkpoint import folder as checkpoint
+import jx_neuron.checkpoint.gguf.llama  # what opening imports is no part of the checkpoint
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
