@@ -108,10 +108,10 @@ def test_one_warning_beyond_what_a_model_was_trained_on() -> None:
 
 
 def test_how_tokens_are_chosen(tmp_path: Path) -> None:
-    chosen = {face: how for face, (how,) in table("nothing is said of drawing in").items()}
+    chosen = {face: how for face, (how,) in table("no sampling option is given to").items()}
     how = dict(vocab_size=101, compiled=None, eos=(), pad=None, logprobs=None)
     (top_k,) = request({}, None, 1, 1, **how).draw.top_k_b
-    assert chosen["`sample()`, `stream()`"] == f"drawn from the `{top_k}` likeliest"
+    assert chosen["`sample()`, `stream()`"] == f"sampled from the `{top_k}` likeliest"
     (top_k,) = request({}, GenerationConfig(), 1, 1, **how).draw.top_k_b
     assert top_k == 1
     assert chosen["`sample()`, `stream()` of a model made with a `GenerationConfig`"] == "greedily"
