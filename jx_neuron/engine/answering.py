@@ -15,7 +15,7 @@ from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step, answer
 from jx_neuron.engine.options import Options, check_names, request
 from jx_neuron.engine.scoring import Score
-from jx_neuron.engine.session import Engine, Session
+
 from jx_neuron.errors import ConfigError, InputError, JxNeuronError
 from jx_neuron.step.buckets import Buckets
 from jx_neuron.util.arguments import integers, plain, shown
