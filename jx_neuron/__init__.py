@@ -51,7 +51,7 @@ sys.meta_path.append(
         {
             f"jx_neuron.{former}": f"jx_neuron.{present}"
             for former, present in (
-                ("cache", "nn.cache"),
+                ("cache", "nn.state"),
                 ("demo", "checkpoint.demo"),
                 ("evaluation", "integrations.lm_eval"),
                 ("generation", "engine"),
@@ -59,7 +59,6 @@ sys.meta_path.append(
                 ("generation.options", "engine.options"),
                 ("hf_config", "checkpoint.hf_config"),
                 ("lowering.buckets", "step.buckets"),
-                ("lowering.shape", "step.shape"),
                 ("lowering.step", "step.step"),
                 ("modeling", "llm"),
                 ("rope", "nn.rope"),

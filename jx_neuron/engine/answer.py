@@ -62,10 +62,9 @@ def steps(
             for row, event in enumerate(events):
                 if event is not None:
                     reasons[row] = "stop" if met[row] else event.finish_reason
-            rows = enumerate(events) if texts else ()
             grown = tuple(
-                "" if event is None else texts[row].add(event.token, last=reasons[row] is not None)
-                for row, event in rows
+                "" if event is None else text.add(event.token, last=reason is not None)
+                for text, event, reason in zip(texts or (), events, reasons, strict=False)
             )
             seconds = time.perf_counter() - began
             likely = _log_probabilities(events, logprobs)

@@ -16,16 +16,21 @@ class Collector:
     row:   of the sequence in its call, for errors.
     every: whether logits of all tokens are wanted; False for the last token's, None for none.
     first: the position of the first token whose logits are wanted.
+    holds: whether the sequence keeps its slot when it is computed, even where others wait for one.
 
     Attributes:
+        done:  whether all tokens are computed.
         parts: position of the first token, and float32 logits [t, v], of each chunk.
         error: what went wrong, None where nothing did.
     """
 
     on_host = False
 
-    def __init__(self, engine: "Engine", row: int = 0, *, every: bool | None = None, first: int = 0):
-        self._engine, self._row, self._every, self._first = engine, row, every, first
+    def __init__(
+        self, engine: "Engine", row: int = 0, *, every: bool | None = None, first: int = 0, holds: bool = False
+    ):
+        self._engine, self._row, self._every, self._first, self._holds = engine, row, every, first, holds
+        self.done = False
         self.parts: list[tuple[int, np.ndarray]] = []
         self.error: Exception | None = None
 
@@ -35,6 +40,9 @@ class Collector:
 
     def take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
         """What a step gave for its row: logits [t, v] of each token, or [v] of the last."""
+        self.done |= row.last
+        if row.last and not self._holds:
+            self._engine.scheduler.pause(row.sequence)
         if logits is None:
             return
         if logits.ndim == 2:

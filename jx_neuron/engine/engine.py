@@ -136,8 +136,7 @@ class Engine:
                     for sequence in sequences:
                         if sequence.sink.error is not None:
                             raise sequence.sink.error
-                    rows = [row.sequence for under_way in self._under_way for row in under_way.turn.rows]
-                    if not any(sequence.remaining or sequence in rows for sequence in sequences):
+                    if all(sequence.sink.done for sequence in sequences):
                         return
                     self.step()
         finally:

@@ -61,8 +61,8 @@ class Options(TypedDict, total=False):
 class SamplingParams:
     """How the answers to one prompt are chosen, and when they end.
 
-    What is None is as the model's `GenerationConfig` says, or else greedy: nothing is sampled unless one of top_k, top_p,
-    min_p and temperature is given.
+    What is None is as the model's `GenerationConfig` says, or else greedy: nothing is sampled unless one of top_k,
+    top_p, min_p and temperature is given.
 
     max_tokens: most tokens of an answer; None for as many as n_positions has room for.
     n:          how many answers; the prompt is computed once.

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -97,7 +97,8 @@ class Sequence:
         self.computed, self.prompt = min(self.computed, length), min(self.prompt, length)
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One row of a step: `count` tokens of a sequence from `start` on; `last` where these reach its end."""
 
     index: int
@@ -125,11 +126,12 @@ class Plan:
 
 @dataclass
 class _Slot:
-    """A slot's owner, and what it holds without one."""
+    """A slot's owner; without one, what it holds and whose that was."""
 
     owner: "weakref.ref[Sequence] | None" = None
     tokens: list[int] = field(default_factory=list)
     prompt: int = 0
+    former: "weakref.ref[Sequence] | None" = None
 
     @property
     def sequence(self) -> Sequence | None:
@@ -307,7 +309,8 @@ class Scheduler:
         valid = min(valid, len(sequence.tokens) - 1)
         if valid < 1:
             return 0
-        if owner is not None and owner is sequence.source:
+        former = slot.former() if slot.former is not None else None
+        if sequence.source is not None and sequence.source in (owner, former):
             return _common(tokens, sequence.tokens, valid)
         if self._rotations is not None:
             if not self._rotations.same(prompt, sequence.prompt):
@@ -329,7 +332,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             valid = min(sequence.computed, len(sequence.tokens))
-            self._slots[sequence.slot] = _Slot(None, sequence.tokens[:valid], sequence.prompt)
+            self._slots[sequence.slot] = _Slot(None, sequence.tokens[:valid], sequence.prompt, weakref.ref(sequence))
             sequence.slot = None
 
     def _compact(self, stepwise: SequenceOf[Sequence]) -> list[tuple[int, int]]:

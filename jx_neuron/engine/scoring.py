@@ -54,7 +54,7 @@ def stride_of(stride: Any, capacity: int) -> int:
 
 
 def log_likelihoods(engine: Engine, rows: SequenceOf[np.ndarray], stride: int) -> list[Parts]:
-    """The log-probability of each row's tokens [t]. Those of like length go through together; `stride` as in `score`."""
+    """The log-probability of each row's tokens [t]; rows of like length go through together. `stride` as in `score`."""
     capacity = engine.scheduler.buckets.capacity
     parts = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
     windows = [window for n, row in enumerate(rows) for window in _windows(engine, n, row, capacity, stride, parts[n])]

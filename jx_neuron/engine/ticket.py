@@ -82,9 +82,10 @@ class Ticket:
         return bool(self._events) or self._error is not None
 
     def close(self) -> None:
-        """Ends the answer where it is."""
+        """Ends the answer where it is; the prompt is still computed where other answers wait for it."""
         self.closed = True
-        self._engine.closing.append(self.sequence)
+        if not self.siblings:
+            self._engine.closing.append(self.sequence)
 
     @property
     def on_host(self) -> bool:
@@ -93,25 +94,28 @@ class Ticket:
 
     def wants_logits(self, row: Row) -> bool:
         """Whether it reads the logits of a step's row."""
-        return row.last and self.on_host and not self.closed
+        return row.last and self.on_host and (not self.closed or bool(self.siblings))
 
-    def take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
+    def take(self, row: Row, token: int, logits_v: np.ndarray | None) -> None:
         """What a step gave for its row: the token that the program drew, and logits [v] where it wants them."""
-        if not row.last or self.closed:
+        siblings = self.siblings
+        if not row.last or (self.closed and not siblings):
             return
-        logits_v = logits
-        if logits_v is not None:
-            finite = bool(np.isfinite(logits_v).all())
-            logits_v = logits_v if finite else np.zeros_like(logits_v)
-            token = self._choose(logits_v) if finite else NOT_FINITE
+        if logits_v is not None and not np.isfinite(logits_v).all():
+            token = NOT_FINITE
+        elif logits_v is not None:
+            token = self._choose(logits_v)
         if token == NOT_FINITE:
             self._engine.poison(self.sequence)
             self.fail(self._engine.not_finite(self._row))
             return
-        self._engine.scheduler.take(row.sequence, token)
-        self.sequence.drawing = self._drawing
-        self._add(token, logits_v)
-        siblings, self.siblings = self.siblings, []
+        self.siblings = []
+        if self.closed:
+            self.close()
+        else:
+            self._engine.scheduler.take(self.sequence, token)
+            self.sequence.drawing = self._drawing
+            self._add(token, logits_v)
         for sibling in reversed(siblings):
             assert logits_v is not None
             sibling.begin(self.sequence, logits_v)
@@ -129,7 +133,8 @@ class Ticket:
 
     def fail(self, error: BaseException) -> None:
         """Ends the answer with an error, for whoever iterates over it."""
-        for ticket in (self, *self.siblings):
+        siblings, self.siblings = self.siblings, []
+        for ticket in (self, *siblings):
             ticket._error = error
             ticket.close()
 

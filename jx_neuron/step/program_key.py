@@ -43,8 +43,10 @@ class ProgramKey:
         """Shape and dtype of each input beside parameters and state, in the program's order."""
         b = (self.rows,)
         integers = ("start_b", "length_b") if self.kind == "decode" else ("slot_b", "start_b", "length_b")
-        inputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"tokens_bt": ((self.rows, self.tokens), np.int32)}
-        inputs |= {name: (b, np.int32) for name in integers}
+        inputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "tokens_bt": ((self.rows, self.tokens), np.int32)
+        }
+        inputs |= dict.fromkeys(integers, (b, np.int32))
         if self.candidates > 1:
             inputs |= {name: (b, np.int32 if name == "top_k_b" else np.float32) for name in SAMPLING}
         return inputs
