@@ -146,19 +146,16 @@ class Engine:
 
     def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
         """Computes tokens once, for the sequences that start with them; None forgets those before."""
-        sequence = (
-            Sequence([int(token) for token in tokens], sink=Collector(self))
-            if tokens is not None and len(tokens)
-            else None
-        )
         with self.lock:
             self.scheduler.keep_prefix(None, aside=False)
-            if sequence is not None:
-                self.compute([sequence])
-                slot = sequence.slot
-                if (kept := self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)) is not None:
-                    self.runtime.copy(np.array([slot], np.int32), np.array([kept], np.int32))
-                self.scheduler.close(sequence)
+            if tokens is None:
+                return
+            sequence = Sequence([int(token) for token in tokens], sink=Collector(self, holds=True))
+            self.compute([sequence])
+            kept = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            if kept is not None:
+                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([kept], np.int32))
+            self.scheduler.close(sequence)
 
     def poison(self, sequence: Sequence) -> None:
         """Zeros in the slot of a sequence whose numbers are not finite."""
