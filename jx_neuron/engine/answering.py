@@ -245,7 +245,9 @@ class Answering:
     def keep_prefix(self, input_ids: Any) -> None:
         """Computes tokens [t] or [1, t] once and keeps them: prompts that all start with them go on from there.
 
-        What such prompts give is what they would give without. None forgets them.
+        What such prompts give is what they would give without. On backend "xla" they have a slot of their own; on the
+        others, whose tables have one for each row of a batch, they are computed again after prompts that take all.
+        None forgets them.
         """
         if input_ids is None:
             self.engine.keep_prefix(None)
