@@ -135,10 +135,11 @@ def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool
     answers = [Answer(prompt.given, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
+    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)
     if live:
         typer.echo(printed[0], nl=False)
     ended, shown = [False] * len(prompts), 0
-    for event in model.generate([prompt.ids for prompt in prompts], sampling, stream=True):
+    for event in events:
         answer, text = answers[event.prompt], f",{event.token}" if event.text is None else event.text
         answer.time_to_first_token = answer.time_to_first_token or event.seconds
         answer.tokens.append(event.token)

@@ -150,7 +150,7 @@ class Engine:
             self.scheduler.keep_prefix(None, aside=False)
             if tokens is None:
                 return
-            sequence = Sequence([int(token) for token in tokens], sink=Collector(self, holds=True))
+            sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
             self.compute([sequence])
             kept = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
             if kept is not None:
