@@ -1,6 +1,7 @@
 """The parts of the documents that are made from the code, so that they cannot differ from it.
 
-`python docs/generated.py PART` prints one of them; README.md holds that of `models`.
+`python docs/generated.py PART` prints one of them; README.md holds that of `models`, and benchmarks.md
+that of `peers`.
 """
 
 import ast
@@ -10,7 +11,7 @@ import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jx_neuron
@@ -24,6 +25,8 @@ from jx_neuron.models.known import KNOWN
 from jx_neuron.planning import INSTANCES
 
 ROOT = Path(__file__).parent.parent
+
+Engines = Mapping[str, Mapping[str, float]]
 
 
 def models() -> str:
@@ -110,30 +113,51 @@ def command_line() -> str:
 
 
 def peers() -> str:
-    """What benchmarks/peers.py found, from benchmarks/results."""
-    rows = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        of = json.loads(path.read_text())
-        for row in of["rows"]:
-            ours = [row["engines"][f"jx_neuron_{amp}"] for amp in ("f32", "bf16")]
-            for engine, found in row["engines"].items():
-                decode, prefill = (
-                    [f"{our[over]:.2f}" if (over := f"{what}_over_{engine}") in our else "" for our in ours]
-                    for what in ("decode", "prefill")
-                )
-                rate = f"{found['tokens_per_second']:.0f}"
-                first = f"{found['prefill_milliseconds']:.0f}" if "prefill_milliseconds" in found else ""
-                rows.append((of["model"], str(row["batch"]), engine, rate, *decode, first, *prefill))
-    over = ("ours over it", "ours in bf16 over it")
-    return _table(("model", "batch", "engine", "tokens/s", *over, "prefill, ms", *over), rows)
+    """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16."""
+
+    def ratios(engines: Engines, phase: str, peer: str) -> str:
+        ours = [engines[f"jx_neuron_{amp}"] for amp in ("f32", "bf16")]
+        return " / ".join(f"{engine[key]:.2f}" for engine in ours if (key := f"{phase}_over_{peer}") in engine)
+
+    return _by_engine(ratios)
+
+
+def rates() -> str:
+    """Each engine's tokens a second in decode and milliseconds of a prefill, from benchmarks/results."""
+    measures = {"decode": "tokens_per_second", "prefill": "prefill_milliseconds"}
+
+    def rate(engines: Engines, phase: str, engine: str) -> str:
+        value = engines.get(engine, {}).get(measures[phase])
+        return "" if value is None else f"{value:.0f}"
+
+    return _by_engine(rate)
 
 
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, instances, models, neuron_config, peers, rooms, rules, targets,
+        command_line, compiler_errors, config_fields, instances, models, neuron_config, peers, rates, rooms, rules,
+        targets,
     )
 }  # fmt: skip
+
+
+def _by_engine(cell: Callable[[Engines, str, str], str]) -> str:
+    """A row for each model, phase and batch that was measured, and a column for each engine, ours last."""
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    names = {name for result in results for row in result["rows"] for name in row["engines"]}
+    names = sorted(names, key=lambda name: (name.startswith("jx_neuron"), name))
+    lines = [
+        (result["model"], phase, str(row["batch"]), *(cell(row["engines"], phase, name) for name in names))
+        for result in results
+        for phase in ("decode", "prefill")
+        for row in result["rows"]
+    ]
+    measured = [line for line in lines if any(line[3:])]
+    titles = ("model", "phase", "batch", *names)
+    columns = [column for column in zip(titles, *measured, strict=True) if any(column[1:])]
+    head, *rest = zip(*columns, strict=True)
+    return _table(head, rest)
 
 
 def _code(code: str) -> str:

@@ -108,11 +108,11 @@ def test_one_warning_beyond_what_a_model_was_trained_on() -> None:
 
 
 def test_how_tokens_are_chosen(tmp_path: Path) -> None:
-    chosen = {face: how for face, (how,) in table("nothing is said of drawing in").items()}
+    chosen = {face: how for face, (how,) in table("no sampling option is given to").items()}
     how = dict(vocab_size=101, compiled=None, eos=())
     (choice,) = choices({}, GenerationConfig(do_sample=True), 1, 1, **how)
     top_k = choice.draw.top_k
-    assert chosen["`sample()`, `stream()`"] == f"drawn from the `{top_k}` likeliest"
+    assert chosen["`sample()`, `stream()`"] == f"sampled from the `{top_k}` likeliest"
     (choice,) = choices({}, GenerationConfig(), 1, 1, **how)
     assert choice.draw.top_k == 1
     assert chosen["`sample()`, `stream()` of a model made with a `GenerationConfig`"] == "greedily"

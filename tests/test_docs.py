@@ -7,6 +7,7 @@ after its language, `slow` (minutes: run with -m slow, in a fresh virtual enviro
 import ast
 import doctest
 import html
+import json
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import generated  # noqa: E402
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("python", "sh")
 # what documents name, and the tiny random model that stands there in its stead; nothing else is found
 ON_THE_HUB = {"openai-community/gpt2": "gpt2"}
@@ -192,13 +193,58 @@ def test_inline_commands_have_such_options() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for kind, target, line in parts(path):
         if kind in ("link_open", "image") and "://" not in target:
-            assert (path.parent / target.partition("#")[0]).exists(), f"line {line}: {target}"
+            file, _, anchor = target.partition("#")
+            linked = path.parent / file if file else path
+            assert linked.exists(), f"line {line}: {target}"
+            assert not anchor or anchor in anchors(linked), f"line {line}: {target}"
 
 
-def test_the_readme_lists_the_registry() -> None:
-    listed = re.search(r"^<!-- models: .* -->\n(.*)<!-- /models -->$", (ROOT / "README.md").read_text(), re.M | re.S)
+def anchors(path: Path) -> set[str]:
+    """What a link to a heading of the document says after its #, as GitHub and Sphinx have it."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_that_are_named_exist() -> None:
+    named = {
+        name
+        for path in DOCUMENTS
+        for kind, content, _ in parts(path)
+        if kind == "code_inline"
+        for name in re.findall(r"(?:jx_neuron|benchmarks|tests|docs|examples)/[\w/.]*", content)
+    }
+    assert {"benchmarks/peers.py", "jx_neuron/nn/", "tests/test_smollm2.py"} <= named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize(("document", "part"), [("README.md", "models"), ("docs/benchmarks.md", "peers")])
+def test_generated_tables_are_up_to_date(document: str, part: str) -> None:
+    listed = re.search(rf"^<!-- {part}: .* -->\n(.*)<!-- /{part} -->$", (ROOT / document).read_text(), re.M | re.S)
     assert listed is not None
-    assert listed[1] == generated.models() + "\n", "python docs/generated.py models prints what belongs there"
+    assert listed[1] == generated.PARTS[part]() + "\n", f"python docs/generated.py {part} prints what belongs there"
+
+
+def test_benchmark_tables_hold_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"tokens_per_second": 9.6, "prefill_milliseconds": 70.2, "decode_over_hf": 1.5, "prefill_over_hf": 0.5}
+    engines = {
+        "jx_neuron_f32": ours,
+        "jx_neuron_bf16": {"tokens_per_second": 12.0, "decode_over_hf": 2.0},
+        "hf": {"tokens_per_second": 6.4, "prefill_milliseconds": 35.0},
+    }
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    file = tmp_path / "benchmarks" / "results" / "gpt2.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"model": "gpt2", "rows": [{"batch": 4, "engines": engines}]}))
+    assert generated.peers().splitlines() == [
+        "| model | phase | batch | hf |",
+        "| --- | --- | --- | --- |",
+        "| gpt2 | decode | 4 | 1.50 / 2.00 |",
+        "| gpt2 | prefill | 4 | 0.50 |",
+    ]
+    assert generated.rates().splitlines()[2:] == [
+        "| gpt2 | decode | 4 | 6 | 12 | 10 |",
+        "| gpt2 | prefill | 4 | 35 |  | 70 |",
+    ]
 
 
 INSTALLED_FROM_AN_INDEX = re.compile(r"""pip3?\s+install(?:\s+[^\s&;|]+){0,6}?\s+['"]?jx[-_]neuron""")
@@ -264,16 +310,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_options_of_the_site_can_be_copied(site: Path) -> None:
-    texts = {page.stem: html.unescape(re.sub("<[^>]*>", "", page.read_text())) for page in site.glob("*.html")}
+    pages = {page.relative_to(site).with_suffix(""): page.read_text() for page in site.rglob("*.html")}
+    texts = {name: html.unescape(re.sub("<[^>]*>", "", page)) for name, page in pages.items()}
     commands = typer.main.get_command(app).commands.values()
     options = {option for command in commands for parameter in command.params for option in parameter.opts}
     assert {option for option in options if option.startswith("--")} <= set(
-        re.findall(r"--\w[\w-]*", texts["command-line"])
+        re.findall(r"--\w[\w-]*", texts[Path("command-line")])
     )
     for name, text in texts.items():
         assert not re.search(r"(?<![\w\s])[–—]\w|(?<=\s)[–—][a-z]", text), name
-    for path in (ROOT / "docs").glob("*.md"):
-        assert set(re.findall(r"--\w[\w-]*", path.read_text())) <= set(re.findall(r"--\w[\w-]*", texts[path.stem]))
+    for path in (ROOT / "docs").rglob("*.md"):
+        name = path.relative_to(ROOT / "docs").with_suffix("")
+        assert set(re.findall(r"--\w[\w-]*", path.read_text())) <= set(re.findall(r"--\w[\w-]*", texts[name]))
 
 
 @pytest.mark.slow

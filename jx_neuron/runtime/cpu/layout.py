@@ -66,26 +66,34 @@ class CpuLayout(Layout):
             new, real_bt, start_b = within(new, at, axis, buffer.shape[self.position_axis(s) or 0])
             real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
         new, real = (jnp.transpose(x, order) for x in (bits(new.astype(state.dtype)), real))
-        shape = new.shape
-        # one row of the buffer's memory a head, or XLA would keep the order of what makes it, and copy it twice
-        new = barrier(new.reshape(*shape[:2], -1)).reshape(shape)
         slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
 
-        def put_row(n: Array | int, buffer: Array) -> Array:
+        def place(n: Array | int) -> list[Array]:
             index = [jnp.asarray(layer, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
             if (position_axis := self.position_axis(s)) is not None:
                 index[position_axis] = start_b[n]
-            old = barrier(lax.dynamic_slice(buffer, index, (1, 1, *shape[1:])))
-            row_new, row_real = (lax.dynamic_slice_in_dim(x, n, 1)[None] for x in (new, real))
-            return lax.dynamic_update_slice(buffer, jnp.where(row_real, row_new, old), index)
+            return index
 
-        if b > MOST_UNROLLED:
-            buffer = lax.fori_loop(0, b, put_row, buffer)
-        else:
+        def entry(n: Array | int) -> Array:
+            return lax.dynamic_slice(buffer, place(n), (1, 1, *new.shape[1:]))[0, 0]
+
+        def put(n: Array | int, buffer: Array) -> Array:
+            return lax.dynamic_update_slice(buffer, lax.dynamic_slice_in_dim(written, n, 1)[None], place(n))
+
+        # all that was there is read before any row is written, or each row would take a copy of the table
+        few = b <= MOST_UNROLLED
+        old = jnp.stack([entry(n) for n in range(b)]) if few else lax.map(entry, jnp.arange(b, dtype=jnp.int32))
+        written = jnp.where(real, new, old)
+        # one row of the table's memory a head, or XLA would keep the order of what makes it, and copy it twice
+        written = barrier(written.reshape(*new.shape[:2], -1)).reshape(new.shape)
+        table = buffer
+        if few:
             for n in range(b):
-                buffer = put_row(n, buffer)
+                table = put(n, table)
+        else:
+            table = lax.fori_loop(0, b, put, table)
         (arrays,) = state.arrays
-        return ((*arrays[:row], barrier(buffer), *arrays[row + 1 :]),)
+        return ((*arrays[:row], barrier(table), *arrays[row + 1 :]),)
 
     def joined(self, layers: Sequence[LayerState]) -> State:
         """A copy: each layer's part comes of a table of its own."""
