@@ -1,7 +1,5 @@
 """generate(): prompts of any lengths, more than there are slots for, each as if it were alone."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny

@@ -228,7 +228,11 @@ def test_a_cpu_s_table_holds_what_a_plain_one_does(dtype, unrolled, monkeypatch)
         for layer in range(2):
             for name in "kv":
                 mine, plain = (state.of_layer(layer).read(name, at) for state in states)
-                assert (mine.dtype, mine.shape) == (plain.dtype, plain.shape) == (jnp.dtype(dtype), (3, 2, at.positions, 4))
+                assert (
+                    (mine.dtype, mine.shape)
+                    == (plain.dtype, plain.shape)
+                    == (jnp.dtype(dtype), (3, 2, at.positions, 4))
+                )
                 np.testing.assert_array_equal(mine, plain)
 
     def whole(positions):

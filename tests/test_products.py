@@ -131,7 +131,9 @@ def test_attention_in_blocks_is_that_over_all_slots() -> None:
     length_b = jnp.asarray([tokens, 70], jnp.int32)
 
     def attention(q, k, v):
-        return attend(q, k, v, empty.of_layer(0), positions_of(jnp.zeros(2, jnp.int32), length_b, None, tokens, tokens))[0]
+        return attend(
+            q, k, v, empty.of_layer(0), positions_of(jnp.zeros(2, jnp.int32), length_b, None, tokens, tokens)
+        )[0]
 
     assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [products.BLOCK, 2 * products.BLOCK, tokens]
     assert _traced_blocks(tokens, 2 * tokens) == [(0, tokens, 2 * tokens)]
