@@ -266,7 +266,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a state as parameter": (decode(lambda p: p["inputs"][-9].update(kind="param")), "not of the kinds param, state"),
     "absurd caches": (
         lambda m: [t.update(shape=[1, 2**20, 24, 2**20]) for p in m["programs"] for t in p["inputs"] + p["outputs"]
-                   if t["kind"] == "state" and len(t["shape"]) == 4], "more numbers a position than the model has parameters",
+                   if t["kind"] == "state" and len(t["shape"]) == 4],
+        "more numbers a position than the model has parameters",
     ),
     "absurd parameters": (
         lambda m: [p["inputs"][0].update(shape=[2**40, 2**40]) for p in m["programs"]],

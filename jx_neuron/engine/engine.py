@@ -25,7 +25,7 @@ class _UnderWay(NamedTuple):
     @property
     def chooses(self) -> bool:
         """Whether the host chooses a token, which the next turn takes."""
-        return any(row.last and getattr(row.sequence.sink, "on_host", False) for row in self.turn.rows)
+        return any(row.last and row.sequence.sink.on_host for row in self.turn.rows)
 
 
 @dataclass

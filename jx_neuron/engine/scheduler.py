@@ -17,9 +17,7 @@ import numpy as np
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
-from jx_neuron.step.step_input import StepInput
-
-DRAWN_LAST = -1  # of jx_neuron.step.step, which takes JAX
+from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
 
 class Drawing(Protocol):

@@ -12,11 +12,10 @@ from jx_neuron.engine.options import Choice
 from jx_neuron.engine.processors import log_softmax
 from jx_neuron.engine.scheduler import Row, Sequence
 from jx_neuron.engine.stopping import StopStrings
+from jx_neuron.nn.sampling import NOT_FINITE
 
 if TYPE_CHECKING:
     from jx_neuron.engine.engine import Engine
-
-NOT_FINITE = -1  # of jx_neuron.nn.sampling, which takes JAX
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.nn.sampling import Sampling, greedy, sample
 from jx_neuron.nn.state import State, joined, positions_of
 from jx_neuron.step.program_key import ProgramKey
-
-DRAWN_LAST = -1
-"""In a decode step, in place of a token: the one that this slot drew last, which the state table has."""
+from jx_neuron.step.step_input import DRAWN_LAST
 
 
 def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:

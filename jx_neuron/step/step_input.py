@@ -8,6 +8,9 @@ import numpy as np
 
 from jx_neuron.step.program_key import ProgramKey
 
+DRAWN_LAST = -1
+"""In a decode step, in place of a token: the one that this slot drew last, which the state table has."""
+
 
 @dataclass(frozen=True)
 class StepInput:
