@@ -95,6 +95,8 @@ class Engine:
                 if turn.step.key.kind != "decode":
                     self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
                 output = self.runtime.run(turn.step)
+                if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # which the next run may overwrite
+                    output = output._replace(logits=np.asarray(output.logits)[..., : self.vocab_size])
             except Exception as error:
                 self._lose()
                 for row in turn.rows:
@@ -109,16 +111,15 @@ class Engine:
 
     def _read(self, steps: Iterable[_UnderWay]) -> None:
         for turn, output in steps:
-            token_b = logits = None
+            token_b = None
             for row in turn.rows:
                 sink = row.sequence.sink
                 if row.last and row.sequence.drawing is not None and token_b is None:
                     token_b = np.asarray(output.token_b1).reshape(-1)
-                if (wanted := sink.wants_logits(row)) and logits is None:
-                    logits = np.asarray(output.logits)[..., : self.vocab_size]
+                logits = output.logits[row.index] if sink.wants_logits(row) else None
                 token = 0 if token_b is None else int(token_b[row.index])
                 try:
-                    sink.take(row, token, logits[row.index] if wanted and logits is not None else None)
+                    sink.take(row, token, logits)
                 except Exception as error:  # of a tokenizer, or of what a caller chose
                     self._fail(row.sequence, error)
 

@@ -1,7 +1,7 @@
 """What a compiled program of a model is for, and what it takes beside parameters and state."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -34,10 +34,6 @@ class ProgramKey:
         kind = "decode" if self.kind == "decode" else f"context{self.tokens}"
         every = "-all" if self.kind == "score" else ""
         return f"{kind}-b{self.rows}-s{self.positions}-k{self.candidates}{every}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a manifest."""
-        return asdict(self)
 
     def inputs(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
         """Shape and dtype of each input beside parameters and state, in the program's order."""
