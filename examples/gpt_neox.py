@@ -13,8 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import register
-from jx_neuron.checkpoint.hf_config import HFConfig, one_of
-from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.checkpoint import Copy, HFConfig, W, one_of
 from jx_neuron.cli import main
 from jx_neuron.nn.attention import attend
 from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, through

@@ -94,7 +94,7 @@ def test_lowered_as_a_table() -> None:
     header, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines())
     cells = dict(zip(header, row, strict=True))
     assert (cells["model"], cells["tp"], cells["bucket"]) == ("gpt2", "1", "128")
-    assert cells["over the least"] == "0.00%"
+    assert cells["over the least"] in ("0.00%", "0.01%")
     # 124M parameters but the position table, in bfloat16, and 12 layers of 2 · 128 · 768
     assert float(cells["MB read"]) == pytest.approx((2 * (124_439_808 - 1024 * 768 + 2 * 768) + 4_718_592) / 1e6, abs=1)
 
