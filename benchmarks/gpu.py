@@ -31,6 +31,7 @@ from jx_neuron.engine.draw import Draw
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.processors import Processors
+from jx_neuron.engine.scheduler import Scheduler
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN
 from jx_neuron.nn import sharding
