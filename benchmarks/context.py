@@ -18,9 +18,9 @@ import numpy as np
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
 from jx_neuron.nn import sharding
-from jx_neuron.nn.cache import Cache, Stack
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput
 
 SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -52,16 +52,15 @@ def main() -> None:
     del params
     first, last = options.slots[0], options.slots[-1]
     pairs = [(slots, slots) for slots in options.slots] + [(first, last)]
-    caches = {pair: empty(decoder, options.batch, pair[1], dtype) for pair in pairs}
     seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
     for turn in range(options.rounds + 1):
         for pair in pairs:
-            runtime.reorder(np.arange(options.batch, dtype=np.int32), caches[pair])
-            took = step(runtime, Shape(options.batch, 1, pair[0]))
+            runtime.reset(options.batch, pair[1])
+            took = step(runtime, ProgramKey("decode", options.batch, 1, pair[0]))
             if turn:  # the first compiles
                 seconds[pair].append(took)
     median = {pair: float(np.median(took)) for pair, took in seconds.items()}
-    read = {pair: weights + sum(x.nbytes for x in jax.tree.leaves(caches[pair])) for pair in pairs}
+    read = {pair: weights + decoder.state_bytes(options.batch, pair[1], dtype.itemsize) for pair in pairs}
     rows = [
         {
             "slots": slots,
@@ -76,17 +75,13 @@ def main() -> None:
     )
 
 
-def empty(decoder: Decoder, batch: int, slots: int, dtype: np.dtype) -> Cache:
-    return Stack.of(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), decoder.abstract_cache(batch, slots, dtype)))
-
-
-def step(runtime: XlaRuntime, shape: Shape) -> float:
-    """Seconds of the step at the end of `shape`'s slots, the second of two, whose cache has been touched."""
-    token_b1, start_b = np.zeros((shape.batch, 1), np.int32), np.full(shape.batch, shape.slots - 1, np.int32)
-    inputs = {"tokens_bt": token_b1, "start_b": start_b, "length_b": np.ones_like(start_b)}
-    jax.block_until_ready(runtime.run(shape, inputs).token_b1)
+def step(runtime: XlaRuntime, key: ProgramKey) -> float:
+    """Seconds of the step at the end of `key`'s positions, the second of two, whose state table has been touched."""
+    start_b = np.full(key.rows, key.positions - 1, np.int32)
+    arrays = {"tokens_bt": np.zeros((key.rows, 1), np.int32), "start_b": start_b, "length_b": np.ones_like(start_b)}
+    jax.block_until_ready(runtime.run(StepInput(key, arrays)).token_b1)
     began = time.perf_counter()
-    jax.block_until_ready(runtime.run(shape, inputs).token_b1)
+    jax.block_until_ready(runtime.run(StepInput(key, arrays)).token_b1)
     return time.perf_counter() - began
 
 

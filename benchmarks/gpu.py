@@ -26,7 +26,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.weights import Params, joint
-from jx_neuron.engine.session import Engine, Session
+from jx_neuron.engine.answer import steps
+from jx_neuron.engine.draw import Draw
+from jx_neuron.engine.engine import Engine
+from jx_neuron.engine.options import Choice
+from jx_neuron.engine.processors import Processors
+from jx_neuron.engine.scheduler import Scheduler
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN
 from jx_neuron.nn import sharding
@@ -145,10 +150,9 @@ def our_rates(raw: dict[str, Any], options: argparse.Namespace) -> list[dict[str
     decoder, outline = Decoder.from_config(raw), Outline.of(raw)
     copied = copy_rate(mesh.devices.flat[0], 2**24 if options.tiny else 2**30, options.runs)
     runtime = XlaRuntime(decoder, Drawn(decoder), mesh, DTYPE)
-    engine = Engine(runtime, Buckets((PROMPT,), (options.bucket,)), options.batch, None, raw["vocab_size"])
     rows = []
     for batch in options.batch:
-        engine.batch_sizes = [batch]
+        engine = Engine(runtime, Scheduler(Buckets((PROMPT,), (options.bucket,)), [batch]), raw["vocab_size"])
         seconds = np.median([decode_seconds(engine, batch, options.new) for _ in range(options.runs + 1)][1:])
         read = DTYPE.itemsize * outline.read_elements(1) + outline.cache_bytes(1, batch, options.bucket, DTYPE.itemsize)
         rows.append(
@@ -165,13 +169,15 @@ def our_rates(raw: dict[str, Any], options: argparse.Namespace) -> list[dict[str
 
 
 def decode_seconds(engine: Engine, batch: int, new: int) -> float:
-    """Of one step, over `new` - 1 of them; the prompt, and the first step, which grows the cache, are not timed."""
-    session = Session(engine, list(prompts(batch, engine.vocab_size)))
-    token_b1 = session.decode(session.prefill().token_b1).token_b1.block_until_ready()
+    """Of one step, over `new` - 1 of them; the prompt and the first steps, which grow the table, are not timed."""
+    draw = Draw(1.0, 1, 1.0, 0.0, 1, 1, None)
+    choice = Choice(draw, Processors(), new + 1, (), (), None)
+    tickets = [engine.submit(row.tolist(), [choice])[0] for row in prompts(batch, engine.vocab_size)]
+    steps_ = steps(tickets, 0)
+    next(steps_), next(steps_)
     began = time.perf_counter()
-    for _ in range(new - 1):
-        token_b1 = session.decode(token_b1).token_b1
-    token_b1.block_until_ready()
+    for _ in steps_:
+        pass
     return (time.perf_counter() - began) / (new - 1)
 
 

@@ -9,7 +9,7 @@ Bytes are of one core and one step, at bfloat16, as `jx_neuron.lowering.cost` co
   of the model and its cache has a column of its own, since another degree would avoid it, and no program can
 - of tables that are looked up, the rows looked up alone; a head is read whole, and so is a table that is also the head
 - its part of the cache, as far as the bucket goes
-- written: each row's slot of the cache, its logits in float32, and its token
+- written: each row's entry of the state, its logits in float32, and its token, to the caller and to its slot
 """
 
 import argparse
@@ -27,7 +27,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.models.known import config_of
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.published import CONFIGS
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 MODELS = (
     "gpt2-xl", "facebook/opt-13b", "facebook/opt-30b", "EleutherAI/gpt-j-6B",
@@ -79,21 +79,22 @@ def steps(
     outline, decoder = Outline.of(raw), Decoder.from_config(raw, tp)
     most = decoder.config.max_positions
     bucket, capacity = (min(size, most or size) for size in (bucket, max(bucket, capacity or bucket)))
-    shapes = [Shape(batch, 1, bucket) for batch in batches]
-    for shape, program in zip(shapes, lower_model(decoder, shapes, capacity, DTYPE), strict=True):
+    for batch in batches:
+        key = ProgramKey("decode", batch, 1, bucket)
+        (program,) = lower_model(decoder, [key], batch, capacity, DTYPE)
         cost, collectives = program.cost(), program.collectives()
-        read, written = least(outline, tp, shape)
+        read, written = least(outline, tp, key)
         yield Step(
             model=model,
             tp_degree=tp,
-            batch=shape.batch,
+            batch=key.rows,
             bucket=bucket,
             capacity=capacity,
             read=cost.bytes_read,
             least_read=read,
             written=cost.bytes_written,
             least_written=written,
-            padding=tp * read / least(outline, 1, shape)[0] - 1,
+            padding=tp * read / least(outline, 1, key)[0] - 1,
             collectives=dict(Counter(c.opcode for c in collectives)),
             collective_bytes=sum(c.bytes for c in collectives),
             instructions=cost.instructions,
@@ -101,15 +102,15 @@ def steps(
         )
 
 
-def least(outline: Outline, tp: int, shape: Shape) -> tuple[int, int]:
+def least(outline: Outline, tp: int, key: ProgramKey) -> tuple[int, int]:
     """The fewest bytes that a core can read, and write, in a decode step."""
     found = outline.parameters(tp)
     embeddings = [next(p for p in found if p.is_vocabulary_table), *(p for p in found if p.is_position_table)]
-    looked_up = sum(shape.batch * table.shape[-1] for table in embeddings)
+    looked_up = sum(key.rows * table.shape[-1] for table in embeddings)
     weights = (outline.read_elements(tp) + looked_up) * DTYPE.itemsize
-    bucket, slot = (outline.cache_bytes(tp, shape.batch, s, DTYPE.itemsize) for s in (shape.slots, 1))
-    logits = 4 * shape.batch * outline.padding(tp).size("v") // tp
-    return weights + bucket, slot + logits + 4 * shape.batch
+    bucket, slot = (outline.cache_bytes(tp, key.rows, s, DTYPE.itemsize) for s in (key.positions, 1))
+    logits = 4 * key.rows * outline.padding(tp).size("v") // tp
+    return weights + bucket, slot + logits + 2 * 4 * key.rows
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron import register
-from jx_neuron.checkpoint.hf_config import HFConfig, one_of
-from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.checkpoint import Copy, HFConfig, W, one_of
 from jx_neuron.cli import main
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Span, attend, through
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, through
 from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
+from jx_neuron.nn.state import LayerState, Positions, State
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Block(nnx.Module):
         self.dense_4h_to_h = Linear((f,), (d,), bias=True, rngs=rngs)
         self.act, self.parallel = ACT[cfg.hidden_act], cfg.use_parallel_residual
 
-    def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         qkv = self.query_key_value(self.input_layernorm(x_btd))
-        a_btnh, kv = attend(rotate(qkv[:, :, 0], by), rotate(qkv[:, :, 1], by), qkv[:, :, 2], kv, at)
+        a_btnh, state = attend(rotate(qkv[:, :, 0], by), rotate(qkv[:, :, 1], by), qkv[:, :, 2], state, at)
         y_btd = x_btd + self.dense(a_btnh)
         m_btf = self.act(self.dense_h_to_4h(self.post_attention_layernorm(x_btd if self.parallel else y_btd)))
-        return y_btd + self.dense_4h_to_h(m_btf), kv
+        return y_btd + self.dense_4h_to_h(m_btf), state
 
 
 class Model(nnx.Module):
@@ -88,9 +88,9 @@ class Model(nnx.Module):
         self.final_layer_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.cfg = cfg
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
-        x_btd, cache = through(self.layers, self.embed_in(tokens_bt), cache, at, self.cfg.rope(at))
-        return self.final_layer_norm(x_btd), cache
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
+        x_btd, state = through(self.layers, self.embed_in(tokens_bt), state, at, self.cfg.rope(at))
+        return self.final_layer_norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:
         return (self.embed_in if self.embed_out is None else self.embed_out).attend(x_btd)

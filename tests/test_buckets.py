@@ -1,11 +1,10 @@
 """Bucket choice, and the plan that puts prompts of any length through them."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jx_neuron.engine.chunks import prefill_calls
+from jx_neuron.engine.scheduler import Scheduler, Sequence
 from jx_neuron.errors import InputError
 from jx_neuron.step.buckets import Buckets
 
@@ -33,20 +32,28 @@ lengths = st.lists(st.integers(1, 97), min_size=1, max_size=4)
     tokens=st.lists(st.integers(97, 200), min_size=1, max_size=3),
 )
 @settings(max_examples=300, deadline=None)
-def test_every_token_goes_through_once_its_past_has(lengths: list[int], context: object, tokens: list[int]) -> None:
+def test_every_token_goes_through_once_and_after_its_past(
+    lengths: list[int], context: object, tokens: list[int]
+) -> None:
     buckets = Buckets.of(tokens, context)  # type: ignore[arg-type]
-    rows = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
-    compiled = {(s.tokens, s.slots) for s in buckets.shapes(len(rows), 1)}
-    written = [0] * len(rows)
-    for call in prefill_calls(rows, buckets):
-        t = call.tokens_bt.shape[1]
-        assert (t, call.slots) in compiled
-        for r, row in enumerate(rows):
-            start, remaining = int(call.start_b[r]), int(call.length_b[r])
-            assert 0 <= start <= written[r]
-            assert start + t <= call.slots
-            assert start + remaining == len(row)
-            np.testing.assert_array_equal(call.tokens_bt[r, :remaining], row[start : start + t])
-            written[r] = max(written[r], min(start + t, len(row)))
-    assert written == lengths
-    assert all(s < n <= s + t for s, n in zip(call.start_b, lengths, strict=True))
+    compiled = set(buckets.programs(4, 1))
+    scheduler = Scheduler(buckets, (4,), chunk_sizes=buckets.context[-1:])
+    sequences = [Sequence(list(range(1, n + 1))) for n in lengths]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    written = dict.fromkeys(sequences, 0)
+    while turns := scheduler.plan().turns:
+        for turn in turns:
+            key, arrays = turn.step.key, turn.step.arrays
+            assert key in compiled
+            assert key.tokens < key.positions or not arrays["start_b"].any() or key.kind == "decode"
+            for row in turn.rows:
+                assert row.start == written[row.sequence]
+                assert row.start + row.count <= key.positions
+                part = row.sequence.tokens[row.start : row.start + row.count]
+                assert arrays["tokens_bt"][row.index].tolist() == part + [0] * (key.tokens - row.count)
+                assert int(arrays["start_b"][row.index]) + int(arrays["length_b"][row.index]) == len(
+                    row.sequence.tokens
+                )
+                written[row.sequence] += row.count
+    assert list(written.values()) == lengths

@@ -12,7 +12,7 @@ WORK = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jx_neuron import sharding
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.models import Decoder
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.checkpoint.weights import from_params
@@ -21,7 +21,8 @@ jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.rpar
 decoder = Decoder.from_config(dict(model_type="gpt2", n_embd=768, n_layer=3, n_head=12, vocab_size=100, n_positions=64))
 params = {path: np.full(of.shape, 0.1, np.float32) for path, of in decoder.abstract_params("float32").items()}
 source = from_params(params, decoder.rows, decoder.padding, jnp.dtype("float32"))
-XlaRuntime(decoder, source, sharding.mesh(1), "float32").compile([Shape(1, 16, 16), Shape(1, 1, 16)])
+runtime = XlaRuntime(decoder, source, sharding.mesh(1), "float32")
+runtime.load([ProgramKey("prefill", 1, 16, 16), ProgramKey("decode", 1, 1, 16)])
 print(json.dumps([hits.count("cache_hits"), hits.count("cache_misses")]))
 """
 

@@ -14,7 +14,7 @@ import typer
 
 from jx_neuron import GenerationConfig, HuggingFaceGenerationModelAdapter, NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.cli.app import app
-from jx_neuron.engine.options import request
+from jx_neuron.engine.options import choices
 from jx_neuron.models import Decoder
 from jx_neuron.planning import plan
 
@@ -109,11 +109,12 @@ def test_one_warning_beyond_what_a_model_was_trained_on() -> None:
 
 def test_how_tokens_are_chosen(tmp_path: Path) -> None:
     chosen = {face: how for face, (how,) in table("no sampling option is given to").items()}
-    how = dict(vocab_size=101, compiled=None, eos=(), pad=None, logprobs=None)
-    (top_k,) = request({}, None, 1, 1, **how).draw.top_k_b
+    how = dict(vocab_size=101, compiled=None, eos=())
+    (choice,) = choices({}, GenerationConfig(do_sample=True), 1, 1, **how)
+    top_k = choice.draw.top_k
     assert chosen["`sample()`, `stream()`"] == f"sampled from the `{top_k}` likeliest"
-    (top_k,) = request({}, GenerationConfig(), 1, 1, **how).draw.top_k_b
-    assert top_k == 1
+    (choice,) = choices({}, GenerationConfig(), 1, 1, **how)
+    assert choice.draw.top_k == 1
     assert chosen["`sample()`, `stream()` of a model made with a `GenerationConfig`"] == "greedily"
 
     folder = tiny.saved("gpt2", tmp_path / "gpt2")

@@ -43,9 +43,9 @@ kept, sizes = set(), []
 for count in (warm_up, calls):
     for _ in range(count):
         call()
-        kept |= set(model.runtime._programs)
+        kept |= set(model.runtime._compiled)
     sizes.append(resident())
-print(json.dumps([len(kept), len(model.runtime._programs), *sizes]))
+print(json.dumps([len(kept), len(model.runtime._compiled), *sizes]))
 """
 
 
@@ -71,9 +71,9 @@ def test_the_programs_used_last_are_kept_and_answers_stay(tmp_path: Path, monkey
     folder = tiny.saved("llama", tmp_path)
     model = NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=[16, 32], backend="xla")
     ids = tiny.prompts(1, 20)
-    programs = model.engine.runtime._programs  # type: ignore[attr-defined]
+    programs = model.engine.runtime._compiled  # type: ignore[attr-defined]
     long, short = model.sample(ids, 26, top_k=1), model.sample(ids[:, :5], 10, top_k=1)
-    names = [shape.name for shape, _ in programs]
+    names = [shape.name for shape, *_ in programs]
     assert names == ["context8-b1-s8-k1", "decode-b1-s16-k1"]
     first = weakref.ref(next(iter(programs.values())))
     gc.disable()

@@ -14,20 +14,21 @@ from jx_neuron.lowering.hlo import graph as hlo
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
 from jx_neuron.models.known import KNOWN
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 LAYERS = ("n_layer", "num_hidden_layers")
-SLOTS, TP = 96, 4
-DECODE, SAMPLED, PREFILL = Shape(2, 1, 64), Shape(2, 1, 64, 16), Shape(2, 32, 32, 16)
+SLOTS, POSITIONS, TP = 3, 96, 4
+DECODE, SAMPLED = ProgramKey("decode", 2, 1, 64), ProgramKey("decode", 2, 1, 64, 16)
+PREFILL = ProgramKey("prefill", 2, 32, 32, 16)
 
 
 @cache
-def programs(name: str, layers: int = 2, vocab: int = 640) -> dict[Shape, Program]:
-    """A tiny model of the family at tp 4, its cache longer than what programs read of it."""
+def programs(name: str, layers: int = 2, vocab: int = 640, slots: int = SLOTS) -> dict[ProgramKey, Program]:
+    """A tiny model of the family at tp 4, its state table larger than what programs read of it."""
     raw = tiny.CONFIGS[name]().to_dict() | {"vocab_size": vocab}
     raw |= {key: layers for key in LAYERS if key in raw}
-    shapes = [DECODE, SAMPLED, PREFILL]
-    return dict(zip(shapes, lower_model(Decoder.from_config(raw, TP), shapes, SLOTS, jnp.bfloat16), strict=True))
+    keys, decoder = [DECODE, SAMPLED, PREFILL], Decoder.from_config(raw, TP)
+    return dict(zip(keys, lower_model(decoder, keys, slots, POSITIONS, jnp.bfloat16), strict=True))
 
 
 def collectives(program: Program) -> Counter[str]:
@@ -37,8 +38,8 @@ def collectives(program: Program) -> Counter[str]:
 @pytest.mark.parametrize(("name", "per_layer"), [("gpt2", 2), ("opt", 2), ("gptj", 1), ("llama", 2)])
 def test_collectives_of_a_step(name: str, per_layer: int) -> None:
     one, two = programs(name, 1), programs(name, 2)
-    for shape in (DECODE, SAMPLED, PREFILL):
-        assert collectives(two[shape]) - collectives(one[shape]) == Counter({"all-reduce": per_layer})
+    for key in (DECODE, SAMPLED, PREFILL):
+        assert collectives(two[key]) - collectives(one[key]) == Counter({"all-reduce": per_layer})
     # the embedding's rows, then each shard's best candidates and where they stand
     fixed = Counter({"all-reduce": 1, "all-gather": 2})
     assert collectives(one[DECODE]) == fixed + Counter({"all-reduce": per_layer})
@@ -49,20 +50,20 @@ def test_collectives_of_a_step(name: str, per_layer: int) -> None:
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_what_the_head_gathers_does_not_depend_on_the_vocabulary(name: str) -> None:
-    for shape, gathered in ((DECODE, 2 * TP * (4 + 4)), (SAMPLED, 2 * TP * 16 * (4 + 4))):
+    for key, gathered in ((DECODE, 2 * TP * (4 + 4)), (SAMPLED, 2 * TP * 16 * (4 + 4))):
         for vocab in (640, 1280):
-            found = programs(name, vocab=vocab)[shape].collectives()
+            found = programs(name, vocab=vocab)[key].collectives()
             assert sum(c.bytes for c in found if c.opcode == "all-gather") == gathered
 
 
-@pytest.mark.parametrize("shape", [DECODE, SAMPLED, PREFILL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("key", [DECODE, SAMPLED, PREFILL], ids=lambda key: key.name)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
-    program = programs(name)[shape]
+def test_state_is_written_in_place(name: str, key: ProgramKey) -> None:
+    program = programs(name)[key]
     module = hlo.parse(program.hlo_module)
     caches = [n for n, spec in enumerate(program.inputs) if spec.kind == "state"]
     outputs = {n: spec.alias for n, spec in enumerate(program.outputs) if spec.alias is not None}
-    assert len(caches) == 4
+    assert len(caches) == 4 + 1  # keys and values of two layers, and the last tokens
     assert sorted(outputs.values()) == caches
     assert module.aliases == {source: output for output, source in outputs.items()}
     whole = module.entry.parameters[caches[0]].shape
@@ -70,6 +71,8 @@ def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
     same = Counter(i.opcode for i in module.entry.instructions if i.shape == whole)
     assert same in (Counter(parameter=4, scatter=4), Counter({"parameter": 4, "dynamic-update-slice": 8}))
     for source, output in module.aliases.items():
+        if program.inputs[source].name == "state.token":
+            continue
         written = module.entry.root.operands[output]
         assert written.opcode in ("scatter", "dynamic-update-slice")
         while written.opcode in ("scatter", "dynamic-update-slice"):
@@ -79,16 +82,17 @@ def test_caches_are_written_in_place(name: str, shape: Shape) -> None:
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str) -> None:
-    program = programs(name)[DECODE]
+    program = programs(name, slots=DECODE.rows)[DECODE]
     specs = {kind: [s for s in program.inputs if s.kind == kind] for kind in ("param", "state")}
     tables = [s for s in specs["param"] if s.name in ("wpe.embedding", "embed_positions.embedding")]
     weights = sum(2 * math.prod(s.shape) for s in specs["param"] if s not in tables)
-    bucket = sum(2 * math.prod(s.shape) * DECODE.slots // SLOTS for s in specs["state"])
+    *states, _ = specs["state"]
+    bucket = sum(2 * math.prod(s.shape[1:]) * DECODE.rows * DECODE.positions // POSITIONS for s in states)
     cost = program.cost()
     assert cost.bytes_read <= 1.05 * (weights + bucket)
-    row = sum(2 * math.prod(s.shape) // SLOTS for s in specs["state"])
+    entries = sum(2 * math.prod(s.shape[1:]) * DECODE.rows // POSITIONS for s in states)
     logits = sum(4 * math.prod(s.shape) for s in program.outputs if s.kind == "output")
-    assert cost.bytes_written == row + logits
+    assert cost.bytes_written == entries + logits + 4 * DECODE.rows  # and the last tokens
 
 
 def small(name: str) -> tuple[dict[str, Any], int]:
@@ -103,8 +107,8 @@ def small(name: str) -> tuple[dict[str, Any], int]:
 def test_neuron_takes_the_checkpoints_of_the_first_release(name: str) -> None:
     raw, tp = small(name)
     decoder = Decoder.from_config(raw, tp)
-    slots = decoder.config.max_positions
-    shapes = [Shape(1, 1, slots, 64), Shape(1, slots // 2, slots, 64)]
-    for program in lower_model(decoder, shapes, slots, jnp.float16):
+    s = decoder.config.max_positions
+    keys = [ProgramKey("decode", 1, 1, s, 64), ProgramKey("prefill", 1, s // 2, s, 64)]
+    for program in lower_model(decoder, keys, 2, s, jnp.float16):
         for target in ("inf2", "trn1", "trn2"):
             assert program.verify(target) == [], f"{program.name} on {target}"

@@ -16,9 +16,8 @@ from jx_neuron.integrations import parity as testing
 from jx_neuron.integrations.parity import parity
 from jx_neuron.lowering import lower
 from jx_neuron.models import Decoder
-from jx_neuron.nn import cache
 from jx_neuron.nn.layers import ACT
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
 
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -164,14 +163,15 @@ def all_reduces(options: transformers.PretrainedConfig, layers: int) -> Counter:
     raw = options.to_dict()
     raw |= {key: layers for key in ("n_layer", "num_hidden_layers") if key in raw}
     decoder = Decoder.from_config(raw, 4)
+    state = decoder.abstract_state(2, 16, jnp.float32)
     program = lower(
-        step(decoder, Shape(2, 1, 16)),
+        step(decoder, ProgramKey("decode", 2, 1, 16)),
         decoder.abstract_params(jnp.float32),
-        decoder.abstract_cache(2, 16, jnp.float32),
+        state,
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 1), (2,), (2,))),
         tp_degree=4,
-        in_specs=({row.target: row.partition for row in decoder.rows}, cache.PARTITION, P(), P(), P()),
-        out_specs=(P(), P(), cache.PARTITION),
+        in_specs=({row.target: row.partition for row in decoder.rows}, state.partition(), P(), P(), P()),
+        out_specs=(P(), P(), state.partition()),
         donate_argnums=(1,),
     )
     return Counter(c.opcode for c in program.collectives())

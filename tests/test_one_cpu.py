@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from steps import step_input
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder, llama
-from jx_neuron.nn import cache, sharding
 from jx_neuron.nn import ops as products
-from jx_neuron.nn.cache import LayerKV, Part, Stack
+from jx_neuron.nn import sharding
 from jx_neuron.nn.layers import Layered, lying_together, through
+from jx_neuron.nn.state import KV, PLAIN, State, positions_of
 from jx_neuron.runtime import xla_options as compiled
+from jx_neuron.runtime.cpu import layout
+from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.xla import XlaRuntime
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=3, n_head=12, vocab_size=1000, n_positions=64)
 LLAMA = dict(
@@ -41,9 +44,9 @@ def runtime(decoder: Decoder, dtype: str = "float32") -> XlaRuntime:
     return XlaRuntime(decoder, source, sharding.mesh(1), dtype)
 
 
-def computations(of: XlaRuntime, shape: Shape, slots: int) -> dict[str, list[str]]:
+def computations(of: XlaRuntime, key: ProgramKey, slots: int, positions: int) -> dict[str, list[str]]:
     """The instructions of what a program runs, by computation: those within fusions and reductions left out."""
-    text = of._program(shape, slots).as_text()
+    text = of._program(key, slots, positions).as_text()
     found = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
     called = set(re.findall(r"(?:calls|to_apply)=%([\w.-]+)", text))
     return {name: body.splitlines() for name, body in found.items() if name not in called}
@@ -64,11 +67,12 @@ def made(lines: list[str]) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(config, dtype, batch) -> None:
-    slots = 64
-    parts = computations(runtime(Decoder.from_config(config), dtype), Shape(batch, 1, slots), slots)
+    positions = 64
+    key = ProgramKey("decode", batch, 1, positions)
+    parts = computations(runtime(Decoder.from_config(config), dtype), key, batch, positions)
     assert sum(" while(" in line for body in parts.values() for line in body) == 1
     written = [of for body in parts.values() for of in made(body)]
-    least = min(256 * 768, batch * 4 * slots * 64)
+    least = min(256 * 768, batch * 4 * positions * 64)
     large = [line for size, line in written if size >= least]
     assert all("dynamic-update-slice" in line for line in large), large
     assert len(large) == 2 * batch  # a row of keys and of values each, in place
@@ -76,11 +80,12 @@ def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(confi
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_many_rows_are_written_in_place_by_as_many_instructions_as_a_few(dtype) -> None:
-    slots = 64
-    for batch in (cache.MOST_UNROLLED + 1, 40):
-        parts = computations(runtime(Decoder.from_config(LLAMA), dtype), Shape(batch, 1, slots), slots)
-        of_cache = 3 * batch * 4 * slots * 64
-        written = [line for body in parts.values() for size, line in made(body) if size >= of_cache]
+    positions = 64
+    for batch in (layout.MOST_UNROLLED + 1, 40):
+        key = ProgramKey("decode", batch, 1, positions)
+        parts = computations(runtime(Decoder.from_config(LLAMA), dtype), key, batch, positions)
+        of_table = 3 * batch * 4 * positions * 64
+        written = [line for body in parts.values() for size, line in made(body) if size >= of_table]
         assert all("dynamic-update-slice" in line for line in written), written
         assert len(written) in (2, 6)  # keys and values, of each layer where there is no loop over these
 
@@ -89,7 +94,7 @@ def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
     lengths = []
     for layers in (2, 5):
         decoder = Decoder.from_config(LLAMA | dict(num_hidden_layers=layers))
-        parts = computations(runtime(decoder), Shape(2, 1, 16), 16)
+        parts = computations(runtime(decoder), ProgramKey("decode", 2, 1, 16), 2, 16)
         lengths.append(sum(map(len, parts.values())))
     assert lengths[0] == lengths[1]
 
@@ -97,7 +102,8 @@ def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -> None:
     of = runtime(Decoder.from_config(LLAMA), dtype)
-    few, many = of._placed.params(Shape(1, 1, 16)), of._placed.params(Shape(1, 64, 64))
+    decode, prefill = ProgramKey("decode", 1, 1, 16), ProgramKey("prefill", 1, 64, 64)
+    few, many = of._placed.params(decode), of._placed.params(prefill)
     stack = few["layers.{i}.down_proj.kernel"]
     parts = [many[f"layers.{i}.down_proj.kernel"] for i in range(3)]
     size = parts[0].nbytes
@@ -106,22 +112,19 @@ def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -
         stack.unsafe_buffer_pointer() + i * size for i in range(3)
     ]
     if dtype == "float32":
-        (lines,) = computations(of, Shape(1, 64, 64), 64).values()
+        (lines,) = computations(of, prefill, 1, 64).values()
         assert not [line for size, line in made(lines) if size >= 1024 * 768]
 
 
 def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
-    tokens, rng = np.asarray([[7], [11]], np.int32), np.random.default_rng(0)
+    prompt = np.random.default_rng(0).integers(0, 1000, (2, 16))
     found = []
     for known in (True, False):
         if not known:
             monkeypatch.setattr("jx_neuron.nn.layers.Layered", lambda *of: None)
         of = runtime(Decoder.from_config(LLAMA))
-        prompt = dict(tokens_bt=rng.integers(0, 1000, (2, 16)), start_b=np.zeros(2), length_b=np.asarray([16, 5]))
-        rng = np.random.default_rng(0)
-        of.run(Shape(2, 16, 16), {name: np.asarray(x, np.int32) for name, x in prompt.items()})
-        at = dict(start_b=np.asarray([16, 5], np.int32), length_b=np.ones(2, np.int32))
-        found.append(np.asarray(of.run(Shape(2, 1, 32), dict(tokens_bt=tokens) | at).logits_bv))
+        of.run(step_input(ProgramKey("prefill", 2, 16, 16), [prompt[0], prompt[1, :5]]))
+        found.append(np.asarray(of.run(step_input(ProgramKey("decode", 2, 1, 32), [[7], [11]], [16, 5])).logits))
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
@@ -136,9 +139,8 @@ def test_wide_vectors_are_for_several_rows_where_the_cpu_has_them(has, monkeypat
     tokens_b1 = rng.integers(0, 1000, (8, 1)).astype(np.int32)
     logits = []
     for rows in (8, 4, 1):
-        at = dict(start_b=np.zeros(rows, np.int32), length_b=np.ones(rows, np.int32))
-        of.reset()
-        logits.append(np.asarray(of.run(Shape(rows, 1, 16), dict(tokens_bt=tokens_b1[:rows]) | at).logits_bv))
+        of.reset(0, 0)
+        logits.append(np.asarray(of.run(step_input(ProgramKey("decode", rows, 1, 16), tokens_b1[:rows])).logits))
     assert [options.get(name) for options in asked] == [512 if "avx512f" in has else None, None, None]
     for some in logits[1:]:
         np.testing.assert_allclose(some, logits[0][: len(some)], atol=2e-5)
@@ -147,11 +149,11 @@ def test_wide_vectors_are_for_several_rows_where_the_cpu_has_them(has, monkeypat
 class ByItself(llama.Model):
     """Goes through its layers without `through`."""
 
-    def __call__(self, tokens_bt, cache, at):
+    def __call__(self, tokens_bt, state, at):
         x_btd, by, written = self.embed_tokens(tokens_bt), self.rope(at), []
-        for block, kv in zip(self.layers, cache, strict=True):
-            x_btd, kv = block(x_btd, kv, at, by)  # noqa: PLW2901
-            written.append(kv)
+        for block, part in zip(self.layers, state, strict=True):
+            x_btd, part = block(x_btd, part, at, by)  # noqa: PLW2901
+            written.append(part)
         return self.norm(x_btd), tuple(written)
 
 
@@ -163,15 +165,17 @@ def test_a_model_that_goes_through_its_layers_by_itself_is_told_what_it_costs(dt
     for decoder in (own, Decoder.from_config(LLAMA)):
         of = runtime(decoder, dtype)
         answers = []
-        for shape, tokens, start in ((Shape(1, 9, 16), range(9), 0), (Shape(1, 1, 16), [3], 9)):
-            inputs = dict(tokens_bt=[list(tokens)], start_b=[start], length_b=[len(tokens)])
-            inputs = {name: np.asarray(x, np.int32) for name, x in inputs.items()}
+        for key, tokens, start in (
+            (ProgramKey("prefill", 1, 9, 16), range(9), 0),
+            (ProgramKey("decode", 1, 1, 16), [3], 9),
+        ):
+            inputs = step_input(key, [tokens], [start])
             if decoder is own:
-                with pytest.warns(UserWarning, match="llama goes through its layers by itself"):
-                    answers.append(of.run(shape, inputs).logits_bv)
+                with pytest.warns(UserWarning, match="a decoder that goes through its layers by itself"):
+                    answers.append(of.run(inputs).logits)
             else:
                 with warnings.catch_warnings(action="error"):
-                    answers.append(of.run(shape, inputs).logits_bv)
+                    answers.append(of.run(inputs).logits)
         found.append(np.asarray(answers, np.float32))
     np.testing.assert_allclose(*found, atol=1e-5 if dtype == "float32" else 0.03 * found[0].std())
 
@@ -182,8 +186,8 @@ class Widens(nnx.Module):
     def __init__(self, number: jax.Array):
         self.number = nnx.Param(number)
 
-    def __call__(self, x, kv):
-        return x.astype(jnp.float32) * self.number[...], kv
+    def __call__(self, x, part):
+        return x.astype(jnp.float32) * self.number[...], part
 
 
 def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
@@ -197,31 +201,57 @@ def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
         with products.for_cpu(), lying_together(parts):
             return through([Widens(number) for number, _ in parts], x, empty)[0]
 
-    empty = Stack.of(tuple(LayerKV(*[jnp.zeros((1, 1, 4, 2))] * 2) for _ in numbers))
+    empty = table(CPU, "float32", layers=3)
     for dtype, loops in (("float32", 1), ("bfloat16", 0)):
         x = jnp.ones(3, dtype)
         assert str(jax.make_jaxpr(call)(x, numbers)).count("scan") == loops
         np.testing.assert_array_equal(jax.jit(call)(x, numbers), np.full(3, 30.0))
 
 
+def table(of, dtype, layers, shape=(3, 2, 8, 4)) -> State:
+    """An empty state table of keys and values."""
+    shapes = of.abstract(KV, [shape] * 2, layers, jnp.dtype(dtype))
+    arrays = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return State(arrays, jnp.zeros(shape[0], jnp.int32), KV, of, jnp.dtype(dtype))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("unrolled", [3, 2], ids=["rows one by one", "rows in a loop"])
-def test_a_stack_holds_what_a_tuple_does(dtype, unrolled, monkeypatch) -> None:
+def test_a_cpu_s_table_holds_what_a_plain_one_does(dtype, unrolled, monkeypatch) -> None:
     rng = np.random.default_rng(0)
-    plain = tuple(LayerKV(*(jnp.asarray(rng.normal(size=(3, 2, 8, 4)), dtype) for _ in "kv")) for _ in range(2))
-    new = [jnp.asarray(rng.normal(size=(3, 5, 2, 4)), "float32") for _ in "kv"]
-    start_b = jnp.asarray([0, 3, 1], jnp.int32)
-    monkeypatch.setattr(cache, "MOST_UNROLLED", unrolled)
-    stack = Stack.of(plain)
-    assert (cache.batch(stack), cache.slots(stack)) == (cache.batch(plain), cache.slots(plain)) == (3, 8)
-    for other, same in (
-        (stack, plain),
-        (cache.grow(stack, 11), cache.grow(plain, 11)),
-        (cache.take(stack, jnp.asarray([2, 2])), cache.take(plain, jnp.asarray([2, 2]))),
-        (cache.write(Part(stack, 1), *new, start_b).stack, (plain[0], cache.write(plain[1], *new, start_b))),
-    ):
-        found = tuple(other)
-        assert len(found) == 2
-        jax.tree.map(np.testing.assert_array_equal, found, same)
-    for one, another in zip(cache.read(Part(stack, 1), 5), cache.read(plain[1], 5), strict=True):
-        np.testing.assert_array_equal(one, another)
+    monkeypatch.setattr(layout, "MOST_UNROLLED", unrolled)
+    states = [table(of, dtype, layers=2) for of in (CPU, PLAIN)]
+    assert states[0].arrays[0][0].shape == (2, 3, 2, 8, 4)
+    assert states[0].arrays[0][1].shape == (2, 3, 2, 4, 8)
+
+    def same(at) -> None:
+        for layer in range(2):
+            for name in "kv":
+                mine, plain = (state.of_layer(layer).read(name, at) for state in states)
+                assert (
+                    (mine.dtype, mine.shape)
+                    == (plain.dtype, plain.shape)
+                    == (jnp.dtype(dtype), (3, 2, at.positions, 4))
+                )
+                np.testing.assert_array_equal(mine, plain)
+
+    def whole(positions):
+        return positions_of(jnp.zeros(3, jnp.int32), jnp.ones(3, jnp.int32), None, 1, positions)
+
+    for start, slots in (([0, 3, 1], None), ([3, 2, 0], [2, 0, 1])):
+        slot_b = None if slots is None else jnp.asarray(slots, jnp.int32)
+        at = positions_of(jnp.asarray(start, jnp.int32), jnp.full(3, 5, jnp.int32), slot_b, 5, 8)
+        for layer in range(2):
+            k, v = (jnp.asarray(rng.normal(size=(3, 5, 2, 4)), "float32") for _ in "kv")
+            states = [state.of_layer(layer).write(at, k=k, v=v).state for state in states]
+        same(at)
+        same(whole(6))
+        same(whole(8))
+    assert np.asarray(states[1].of_layer(1).read("v", whole(5))[0]).all()  # slot 0 was written from 0 and from 2 on
+    states = [state.resize(3, 11) for state in states]
+    assert [(state.slots, state.positions) for state in states] == [(3, 11)] * 2
+    same(whole(11))
+    states = [state.copy(jnp.asarray([2, 0]), jnp.asarray([0, 2])) for state in states]
+    same(whole(11))
+    states = [state.clear(jnp.asarray([1])) for state in states]
+    same(whole(11))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from steps import step_input
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint.weights import from_params
@@ -15,7 +16,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.nn import sharding
 from jx_neuron.runtime import xla
 from jx_neuron.runtime.xla import _OneGPU, _Sharded
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 
 def config(family: str) -> dict:
@@ -29,12 +30,13 @@ def placed(kind, decoder, dtype):
     return kind(decoder, from_params(values, decoder.rows, decoder.padding, jnp.dtype(dtype)), mesh, jnp.dtype(dtype))
 
 
-def answer(of, shape, inputs):
-    """Logits of a step over an empty cache, and its dots."""
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of.cache(shape.batch, shape.slots))
-    traced = jax.jit(of.step(shape)).trace(of.params(shape), cache, *inputs.values())
+def answer(of, inputs):
+    """Logits of a step over an empty state table, and its dots."""
+    key, arrays = inputs.key, inputs.arrays.values()
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of.state(key.rows, key.positions))
+    traced = jax.jit(of.step(key)).trace(of.params(key), empty, *arrays)
     dots = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "dot_general"]
-    _, logits, _ = traced.lower().compile()(of.params(shape), cache, *inputs.values())
+    _, logits, _ = traced.lower().compile()(of.params(key), empty, *arrays)
     return np.asarray(logits), dots
 
 
@@ -43,20 +45,19 @@ def answer(of, shape, inputs):
 def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
     decoder, rng = Decoder.from_config(config(family)), np.random.default_rng(1)
     gpu, several = (placed(kind, decoder, dtype) for kind in (_OneGPU, _Sharded))
-    of_cache = 4  # queries meet keys, and weights values, in each of two layers
+    of_state = 4  # queries meet keys, and weights values, in each of two layers
     for batch, tokens in ((1, 1), (2, 1), (1, 5)):
-        shape = Shape(batch, tokens, 16)
-        tokens_bt = rng.integers(0, tiny.VOCAB, (batch, tokens)).astype(np.int32)
-        inputs = dict(tokens_bt=tokens_bt, start_b=np.zeros(batch, np.int32), length_b=np.full(batch, tokens, np.int32))
-        (found, dots), (expected, all_dots) = (answer(of, shape, inputs) for of in (gpu, several))
+        key = ProgramKey("decode" if tokens == 1 else "prefill", batch, tokens, 16)
+        inputs = step_input(key, rng.integers(0, tiny.VOCAB, (batch, tokens)))
+        (found, dots), (expected, all_dots) = (answer(of, inputs) for of in (gpu, several))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if dtype == "float32" else 0.05 * expected.std())
-        assert len(all_dots) >= of_cache + 9
+        assert len(all_dots) >= of_state + 9
         # one row: sums; the head of a prompt takes its last token alone
-        assert len(dots) == {(1, 1): of_cache, (2, 1): len(all_dots), (1, 5): len(all_dots) - 1}[batch, tokens]
+        assert len(dots) == {(1, 1): of_state, (2, 1): len(all_dots), (1, 5): len(all_dots) - 1}[batch, tokens]
 
 
 def test_a_gpu_holds_kernels_as_checkpoints_do() -> None:
-    params = placed(_OneGPU, Decoder.from_config(config("llama")), "float32").params(Shape(1, 1, 16))
+    params = placed(_OneGPU, Decoder.from_config(config("llama")), "float32").params(ProgramKey("decode", 1, 1, 16))
     assert params["layers.0.gate_up.up_proj.kernel"].shape == (90, 48)
     assert params["layers.1.qkv.k_proj.kernel"].shape == (2, 12, 48)
     assert params["layers.1.o_proj.kernel"].shape == (48, 4, 12)

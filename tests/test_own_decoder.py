@@ -16,7 +16,7 @@ from jx_neuron.integrations.parity import parity
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder, gpt2
 from jx_neuron.planning.outline import Outline
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt_neox
@@ -101,7 +101,7 @@ def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:
 def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program(parallel: bool, per_layer: int) -> None:
     fields = dict(hidden_size=48, intermediate_size=80, num_attention_heads=6, num_hidden_layers=3, vocab_size=97)
     raw = {"model_type": "gpt_neox", "use_parallel_residual": parallel, **fields}
-    (program,) = lower_model(Decoder.from_config(raw, 2), [Shape(1, 1, 16)], 16, np.float32)
+    (program,) = lower_model(Decoder.from_config(raw, 2), [ProgramKey("decode", 1, 1, 16)], 1, 16, np.float32)
     opcodes = [collective.opcode for collective in program.collectives()]
     assert Outline.of(raw).all_reduces == per_layer
     assert opcodes.count("all-reduce") == 3 * per_layer + 1

@@ -62,7 +62,7 @@ def test_logits_are_those_without_it(model, kind, length, total, reusing, monkey
     expected = model(ids)
     tokens: list[int] = []
     run = model.runtime.run
-    monkeypatch.setattr(model.runtime, "run", lambda s, inputs: tokens.append(s.tokens) or run(s, inputs))
+    monkeypatch.setattr(model.runtime, "run", lambda step: tokens.append(step.key.tokens) or run(step))
     model.keep_prefix(ids[0, :length])
     tokens.clear()
     try:

@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import step_input
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
 from jx_neuron.nn import ops as products
 from jx_neuron.nn import sharding
-from jx_neuron.nn.cache import LayerKV
-from jx_neuron.nn.layers import attend, kernels, span
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import kernels
+from jx_neuron.nn.state import KV, PLAIN, State, positions_of
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.runtime.xla_options import options
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 GPT2 = dict(model_type="gpt2", n_embd=768, n_layer=2, n_head=12, vocab_size=1000, n_positions=64)
 LLAMA = dict(
@@ -111,13 +113,12 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
     rng = np.random.default_rng(0)
     values = {path: 0.05 * rng.normal(size=leaf.shape) for path, leaf in decoder.abstract_params("float32").items()}
     tokens = rng.integers(0, 1000, (2, 8)).astype(np.int32)
-    at = dict(start_b=np.zeros(2, np.int32), length_b=np.full(2, 8, np.int32))
     found = []
     for dtype in ("float32", "bfloat16"):
         runtime = XlaRuntime(decoder, source(decoder, values, dtype), mesh, dtype)
-        prompt = runtime.run(Shape(2, 8, 16), dict(tokens_bt=tokens) | at)
-        after = dict(tokens_bt=tokens[:, :1], start_b=at["length_b"], length_b=np.ones(2, np.int32))
-        found.append([np.asarray(r.logits_bv) for r in (prompt, runtime.run(Shape(2, 1, 16), after))])
+        prompt = runtime.run(step_input(ProgramKey("prefill", 2, 8, 16), tokens))
+        after = runtime.run(step_input(ProgramKey("decode", 2, 1, 16), tokens[:, :1], [8, 8]))
+        found.append([np.asarray(output.logits) for output in (prompt, after)])
     for wide, narrow in zip(*found, strict=True):
         assert np.abs(narrow - wide).max() < 0.05 * wide.std()
 
@@ -125,11 +126,14 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
 def test_attention_in_blocks_is_that_over_all_slots() -> None:
     tokens, rng = 2 * products.BLOCK + 44, np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, n, 8)), jnp.float32) for n in (6, 3, 3))
-    empty = LayerKV(*(jnp.zeros((2, 3, tokens, 8)) for _ in range(2)))
+    arrays = ((jnp.zeros((2, 3, tokens, 8)),) * 2,)
+    empty = State(arrays, jnp.zeros(2, jnp.int32), KV, PLAIN, jnp.dtype("float32"))
     length_b = jnp.asarray([tokens, 70], jnp.int32)
 
     def attention(q, k, v):
-        return attend(q, k, v, empty, span(jnp.zeros(2, jnp.int32), length_b, tokens, tokens))[0]
+        return attend(
+            q, k, v, empty.of_layer(0), positions_of(jnp.zeros(2, jnp.int32), length_b, None, tokens, tokens)
+        )[0]
 
     assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [products.BLOCK, 2 * products.BLOCK, tokens]
     assert _traced_blocks(tokens, 2 * tokens) == [(0, tokens, 2 * tokens)]

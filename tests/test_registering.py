@@ -1,5 +1,6 @@
 """What an author of a decoder gets wrong is named: the part or the row, what would be legal, and what to do."""
 
+import dataclasses
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -311,7 +312,7 @@ class Doubled(gpt2.Model):
 
 class Shifted(gpt2.Model):
     def __call__(self, tokens_bt, cache, at):
-        return super().__call__(tokens_bt, cache, at._replace(position_bt=at.position_bt + 1))
+        return super().__call__(tokens_bt, cache, dataclasses.replace(at, position_bt=at.position_bt + 1))
 
 
 def test_a_forgotten_bias_is_named_with_its_row() -> None:

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama import Config
-from jx_neuron.nn.layers import Span, span
 from jx_neuron.nn.rope import RopeScaling, inverse_frequencies, rope_half, rope_interleaved, rotation
+from jx_neuron.nn.state import Positions, positions_of
 
 HEAD = 16
 GROWING = np.linspace(1, 8, HEAD // 2).tolist()
@@ -45,6 +45,12 @@ PARAMETERS = {
 }
 
 
+def positions(start_b: list[int], length_b: list[int], tokens: int) -> Positions:
+    """Where `tokens` tokens of each row stand."""
+    start, length = (jnp.asarray(x, jnp.int32) for x in (start_b, length_b))
+    return positions_of(start, length, None, tokens, 1)
+
+
 def hf_config(**options) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(hidden_size=4 * HEAD, num_attention_heads=4, max_position_embeddings=64, **options)
 
@@ -58,7 +64,7 @@ def hf_rotation(config: transformers.LlamaConfig, start: int, tokens: int) -> tu
 def check(rope: RopeScaling, config: transformers.LlamaConfig) -> None:
     """A prefill within the maximum, one that ends beyond it, and decode steps about it, as rows of one batch."""
     for tokens, starts in ((30, (0, 2, 3, 34, 35, 170)), (1, (31, 32, 63, 64, 65, 200))):
-        at = span(jnp.array(starts), jnp.full(len(starts), tokens), tokens, 1)
+        at = positions(starts, [tokens] * len(starts), tokens)
         cos, sin = (np.asarray(x) for x in rope(at))
         for row, start in enumerate(starts):
             for ours, hf in zip((cos, sin), hf_rotation(config, start, tokens), strict=True):
@@ -113,9 +119,9 @@ def test_a_prompt_in_chunks_turns_as_the_whole_does() -> None:
     """Every chunk is turned by what suits the length of the whole prompt, which it does not hold."""
     for name in ("dynamic", "longrope"):
         rope = RopeScaling(PARAMETERS[name], HEAD, 64)
-        whole = rope(span(jnp.zeros(1, jnp.int32), jnp.array([100]), 100, 1))
+        whole = rope(positions([0], [100], 100))
         for start in range(0, 100, 25):
-            part = rope(span(jnp.array([start]), jnp.array([100 - start]), 25, 1))
+            part = rope(positions([start], [100 - start], 25))
             np.testing.assert_allclose(part.cos_btr, whole.cos_btr[:, start : start + 25], rtol=0, atol=1e-6)
             np.testing.assert_allclose(part.sin_btr, whole.sin_btr[:, start : start + 25], rtol=0, atol=1e-6)
 
@@ -123,7 +129,7 @@ def test_a_prompt_in_chunks_turns_as_the_whole_does() -> None:
 def test_turning_agrees_with_hf() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3, HEAD)).astype(np.float32)
-    at = span(jnp.array([0, 7]), jnp.array([5, 5]), 5, 1)
+    at = positions([0, 7], [5, 5], 5)
     theirs = torch.from_numpy(x)
 
     by = rotation(at, inverse_frequencies(HEAD, 10000.0))
@@ -149,7 +155,7 @@ def test_inverse_frequencies_are_hf_s_to_the_bit(r: int, theta: float) -> None:
 
 
 def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
-    at = Span(jnp.array([[3000]]), jnp.array([3001]), jnp.ones((1, 1, 1), bool))
+    at = positions([3000], [1], 1)
     by = rotation(at, inverse_frequencies(HEAD, 10000.0))
     x = jnp.linspace(-1, 1, HEAD, dtype=jnp.bfloat16).reshape(1, 1, 1, HEAD)
     for rotate in (rope_half, rope_interleaved):
@@ -209,7 +215,7 @@ def test_what_is_no_number_of_use_is_refused_in_every_key(value: object) -> None
 @pytest.mark.parametrize("value", [1e-9, 1e15, 10**15])
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_at_the_least_and_the_greatest_numbers_nothing_overflows(name: str, value: float) -> None:
-    at = span(jnp.array([0, 2**31 - 8]), jnp.array([3, 3]), 3, 1)
+    at = positions([0, 2**31 - 8], [3, 3], 3)
     for key in {"rope_theta", *PARAMETERS[name]} - {"rope_type", "truncate"}:
         far = [value] * (HEAD // 2) if isinstance(PARAMETERS[name].get(key), list) else value
         changed = PARAMETERS[name] | {key: far}

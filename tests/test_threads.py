@@ -73,7 +73,11 @@ def test_threads_get_their_own_answers(model: GPT2ForSampling) -> None:
     with ThreadPoolExecutor(CALLERS) as threads:
         answers = list(threads.map(lambda item: item[0](model, item[1]), work))
     for (call, caller), answer in zip(work, answers, strict=True):
-        np.testing.assert_array_equal(answer, alone[call, caller], err_msg=f"{call.__name__} of caller {caller}")
+        # tokens are the same; logits are rounded as a program of more rows has them
+        atol = 1e-5 if answer.dtype.kind == "f" else 0
+        np.testing.assert_allclose(
+            answer, alone[call, caller], rtol=0, atol=atol, err_msg=f"{call.__name__} of caller {caller}"
+        )
 
 
 def test_tasks_get_their_own_answers(model: GPT2ForSampling) -> None:

@@ -1,4 +1,4 @@
-"""Whether a saved program takes and gives what its shape, and the HLO beside it, say."""
+"""Whether a saved program takes and gives what its key, and the HLO beside it, say."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.operators import CUSTOM_CALLS
 from jx_neuron.nn.sharding import padded
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.parsing import boundary
 
 KINDS = ("param", "state", "input", "rank")  # in the order of a program's inputs
@@ -21,43 +21,48 @@ KINDS = ("param", "state", "input", "rank")  # in the order of a program's input
 def check_fit(
     program: ProgramSpec,
     hlo: bytes,
-    shape: Shape,
+    key: ProgramKey,
     *,
     slots: int,
+    positions: int,
     dtype: np.dtype[Any],
     vocab_size: int,
 ) -> None:
-    """Raises ArtifactError unless `program` is a step of `shape` (`jx_neuron.step.step`) and of its HLO.
+    """Raises ArtifactError unless `program` is a step of `key` (`jx_neuron.step.step`) and of its HLO.
 
-    slots:      of the whole state.
-    dtype:      of the state.
+    slots, positions: of the state table.
+    dtype: of the state table.
     vocab_size: tokens that the logits of all cores together are of, padded to a multiple of how many those are.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):
         raise _misfit(program, f"its inputs are not of the kinds {', '.join(KINDS)}, in this order")
-    expected = [(name, dims, np.dtype(type_).name) for name, (dims, type_) in shape.inputs().items()]
+    expected = [(name, dims, np.dtype(type_).name) for name, (dims, type_) in key.inputs().items()]
     if _layouts(by_kind["input"]) != expected or any(set(tensor.partition) - {None} for tensor in by_kind["input"]):
         raise _misfit(program, f"it takes {_listed(by_kind['input'])}, not {expected}")
     if _layouts(by_kind["rank"]) not in ([], [("rank", (1,), "int32")]):
         raise _misfit(program, f"it takes the rank as {_listed(by_kind['rank'])}")
-    for tensor in by_kind["state"]:
-        rows, _, positions, _ = tensor.shape if len(tensor.shape) == 4 else (0,) * 4
-        if (rows, positions, tensor.dtype) != (shape.batch, slots, dtype.name):
-            raise _misfit(program, f"its state has {_listed([tensor])}, not {shape.batch} rows of {slots} {dtype.name}")
-    if _numbers(by_kind["state"]) > _numbers(by_kind["param"]) * shape.batch * slots:
+    tables, last = by_kind["state"][:-1], by_kind["state"][-1:]
+    if _layouts(last) != [("state.token", (slots,), "int32")]:
+        raise _misfit(program, f"its state does not end in the last token of {slots} slots")
+    for tensor in tables:
+        if (tensor.shape[:1], tensor.dtype) != ((slots,), dtype.name) or not set(tensor.shape) & {positions}:
+            raise _misfit(
+                program, f"its state has {_listed([tensor])}, not {slots} slots of {positions} positions, {dtype.name}"
+            )
+    if _numbers(tables) > _numbers(by_kind["param"]) * slots * positions:
         raise _misfit(program, "its state has more numbers a position than the model has parameters")
-    _check_outputs(program, by_kind["state"], shape, vocab_size)
+    _check_outputs(program, by_kind["state"], key, vocab_size)
     _check_hlo(program, hlo)
 
 
-def _check_outputs(program: ProgramSpec, state: Sequence[TensorSpec], shape: Shape, vocab_size: int) -> None:
-    rows = (shape.batch, shape.tokens) if shape.all_logits else (shape.batch,)
+def _check_outputs(program: ProgramSpec, state: Sequence[TensorSpec], key: ProgramKey, vocab_size: int) -> None:
+    rows = (key.rows, key.tokens) if key.kind == "score" else (key.rows,)
     kinds = [tensor.kind for tensor in program.outputs]
     if kinds != ["output", "output", *["state"] * len(state)]:
         raise _misfit(program, f"it gives {_listed(program.outputs)}, not a token, logits and its state")
     token, logits, *states = program.outputs
-    if (token.shape, token.dtype) != ((shape.batch, 1), "int32"):
+    if (token.shape, token.dtype) != ((key.rows, 1), "int32"):
         raise _misfit(program, f"its next token is {_listed([token])}")
     split = (*[None] * len(rows), *program.mesh)
     if (logits.shape[:-1], logits.dtype, logits.partition) != (rows, "float32", split):

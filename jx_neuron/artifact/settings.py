@@ -14,7 +14,7 @@ from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import RECORD, Degree
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.step.buckets import Buckets
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 MOST = 2**31 - 1  # the greatest int32
 
@@ -87,15 +87,21 @@ class Settings:
         return dtype_of(self.amp)
 
     @property
-    def shapes(self) -> list[Shape]:
+    def slots(self) -> int:
+        """Sequences that the state table has room for."""
+        return self.batch_sizes[-1]
+
+    @property
+    def programs(self) -> list[ProgramKey]:
         """Every program that such a model can call for."""
-        shapes = [shape for batch in self.batch_sizes for shape in self.buckets.shapes(batch, self.candidates)]
+        keys = [key for rows in self.batch_sizes for key in self.buckets.programs(rows, self.candidates)]
         if self.prompt_batch:
-            decoding = [shape for shape in shapes if shape.tokens == 1]
-            shapes = list(dict.fromkeys([*self.buckets.shapes(self.prompt_batch, self.candidates), *decoding]))
+            decoding = [key for key in keys if key.kind == "decode"]
+            keys = [*self.buckets.programs(self.prompt_batch, self.candidates), *decoding]
+            keys = [key for key in keys if key.kind != "decode" or key.rows in self.batch_sizes]
         if self.all_logits:
-            shapes += [dataclasses.replace(shape, all_logits=True) for shape in shapes if shape.tokens > 1]
-        return shapes
+            keys += [dataclasses.replace(key, kind="score") for key in keys if key.kind == "prefill"]
+        return list(dict.fromkeys(keys))
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name."""

@@ -77,6 +77,7 @@ def command(
         jx-neuron sample ./my-llama --chat --temperature 0.7 "Why is the sky blue?"
     """
     from jx_neuron.checkpoint.demo import demo_model
+    from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     texts = list(arguments or [])
@@ -93,13 +94,14 @@ def command(
         revision=revision,
     )
     greedy = temperature is None and top_k is None and top_p is None
-    how = dict(top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
+    sampling = SamplingParams(
+        max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
+    )
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
         for prompt in prompts:
             _check_length(prompt, max_new_tokens, model.buckets.capacity)
-        batches = [prompts[first : first + model.batch_size] for first in range(0, len(prompts), model.batch_size)]
-        return [answer for batch in batches for answer in _answer(model, batch, max_new_tokens, how, as_json)]
+        return _answers(model, prompts, sampling, as_json)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
@@ -128,39 +130,34 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
         )
 
 
-def _answer(model: Any, prompts: Sequence[Prompt], new: int, how: dict[str, Any], as_json: bool) -> list[Answer]:
-    """The answers to a batch, printed: one by itself as it is made."""
+def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool) -> list[Answer]:
+    """The answers, printed in the order of their prompts; that to a single prompt as it is made."""
     answers = [Answer(prompt.given, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
-    width = max(len(prompt.ids) for prompt in prompts)
-    ids_bt = np.array([[0] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts])
-    steps = model.stream(ids_bt, width + new, [width - len(prompt.ids) for prompt in prompts], **how)
     live = len(prompts) == 1 and not as_json
+    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)
     if live:
         typer.echo(printed[0], nl=False)
-    ended_b, first, last = np.zeros(len(prompts), bool), None, 0.0
-    for step in steps:
-        first, last = step.seconds if first is None else first, step.seconds
-        for row in np.flatnonzero(~ended_b):
-            answer, token = answers[row], int(step.tokens[row])
-            answer.tokens.append(token)
-            answer.text += step.text[row] if step.text else ""
-            answer.finish_reason = step.finish_reasons[row] or "length"
-            shown = step.text[row] if step.text else f",{token}"
-            printed[row] += shown
-            if live:
-                typer.echo(shown, nl=False)
-        ended_b = step.ended
-    if live:
-        typer.echo()
-    for answer, text in zip(answers, printed, strict=True):
-        answer.time_to_first_token = first or 0.0
-        further = len(answer.tokens) - 1
-        answer.tokens_per_second = further / (last - answer.time_to_first_token) if further else None
-        if as_json:
-            typer.echo(json.dumps(asdict(answer), ensure_ascii=False))
-        elif not live:
-            typer.echo(text + "\n")
+    ended, shown = [False] * len(prompts), 0
+    for event in events:
+        answer, text = answers[event.prompt], f",{event.token}" if event.text is None else event.text
+        answer.time_to_first_token = answer.time_to_first_token or event.seconds
+        answer.tokens.append(event.token)
+        answer.text += event.text or ""
+        printed[event.prompt] += text
+        if live:
+            typer.echo(text, nl=False)
+        if event.finish_reason is None:
+            continue
+        answer.finish_reason, ended[event.prompt] = event.finish_reason, True
+        if further := len(answer.tokens) - 1:
+            answer.tokens_per_second = further / (event.seconds - answer.time_to_first_token)
+        while shown < len(prompts) and ended[shown]:
+            if as_json:
+                typer.echo(json.dumps(asdict(answers[shown]), ensure_ascii=False))
+            else:
+                typer.echo("" if live else printed[shown] + "\n")
+            shown += 1
     return answers
 
 

@@ -1,18 +1,13 @@
-"""The answer, step by step: the next step is under way while one is read, unless the host has to choose its tokens."""
+"""The answers to a batch, step by step."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from jx_neuron.engine.draw import largest
-from jx_neuron.engine.options import Request
-from jx_neuron.engine.processors import log_softmax
-from jx_neuron.engine.session import Session
-from jx_neuron.engine.stopping import Criteria, Detokenizer, StopStrings
-from jx_neuron.nn.sampling import NOT_FINITE
+from jx_neuron.engine.stopping import Criteria, Detokenizer
+from jx_neuron.engine.ticket import Event, Ticket
 
 
 @dataclass(frozen=True)
@@ -44,106 +39,50 @@ class Step:
         return np.array([reason is not None for reason in self.finish_reasons])
 
 
-def answer(
-    session: Session,
-    asked: Request,
-    ids_bt: np.ndarray,
-    prompts: Sequence[np.ndarray],
-    tokenizer: Any = None,
-    *,
-    text: bool = False,
+def steps(
+    tickets: Sequence[Ticket],
+    pad: int,
+    texts: Sequence[Detokenizer] | None = None,
+    criteria: Criteria | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[Step]:
-    """Steps until every row has ended, or has been given `asked.steps` tokens.
+    """Steps until every row has ended.
 
-    ids_bt [b, t] is what stopping criteria see before the answer, `prompts` the real tokens of each row.
+    texts:    makes the text of each row; None for none.
+    criteria: further ends of rows, by the ids so far.
+    logprobs: of how many most likely tokens events tell; None for no log-probabilities.
     """
     began = time.perf_counter()
-    prompt_lists = [row.tolist() for row in prompts]
-    strings = StopStrings(asked.stop_strings, tokenizer, prompt_lists) if asked.stop_strings else None
-    criteria = Criteria(asked.criteria, ids_bt) if asked.criteria else None
-    texts = [Detokenizer(tokenizer, p, skip_special_tokens=True) for p in prompt_lists] if text else None
-    stopped_b = np.zeros(len(prompts), bool)
-    drawn = _on_host(session, asked, prompt_lists) if asked.on_host else _in_program(session, asked)
-    for number, (drawn_b, logits_bv) in enumerate(drawn, start=1):
-        session.require_finite(stopped_b | (drawn_b != NOT_FINITE))
-        before_b, token_b = stopped_b, np.where(stopped_b, asked.pad, drawn_b)
-        stopped_b = stopped_b | np.isin(token_b, asked.eos)
-        for found in (strings.found(token_b) if strings else False, criteria.met(token_b) if criteria else False):
-            stopped_b = stopped_b | found
-        last_b = stopped_b | (number == asked.steps)
-        grown = None
-        if texts is not None:
-            rows = zip(texts, token_b.tolist(), before_b, last_b, strict=True)
-            grown = tuple("" if over else one.add(token, last=last) for one, token, over, last in rows)
-        yield Step(
-            token_b,
-            grown,
-            *_log_probabilities(logits_bv, token_b, asked.logprobs),
-            tuple("stop" if stopped else "length" if number == asked.steps else None for stopped in stopped_b),
-            time.perf_counter() - began,
-        )
-        if stopped_b.all():
-            return
-
-
-Drawn = Iterator[tuple[np.ndarray, np.ndarray | None]]
-
-
-def _in_program(session: Session, asked: Request) -> Drawn:
-    """Tokens [n]; step i + 1 is under way before step i is read."""
-    if asked.steps < 1:
-        return
-    if session.copies == 1:
-        token_b1 = session.prefill(asked.draw, goes_on=asked.steps > 1).token_b1
-    else:
-        with session.lock:
-            logits_nv = session.first(session.prefill(goes_on=asked.steps > 1))
-        token_b1, _ = _choose(asked, logits_nv)
-    for _ in range(1, asked.steps):
-        following = session.decode(token_b1, asked.draw)
-        yield np.asarray(token_b1).reshape(-1)[: session.count], None
-        token_b1 = following.token_b1
-    yield np.asarray(token_b1).reshape(-1)[: session.count], None
-
-
-def _on_host(session: Session, asked: Request, prompts: Sequence[list[int]]) -> Drawn:
-    """Tokens [n] and the logits [n, v] that they were drawn from, before anything bent them."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    token_b: np.ndarray | None = None
-    for _ in range(asked.steps):
-        with session.lock:
-            if token_b is None:
-                logits_bv = session.first(session.prefill(goes_on=asked.steps > 1))
-            else:
-                logits_bv = session.last(session.decode(token_b))
-        token_b, logits_bv = _choose(asked, logits_bv, prompts, answers)
-        yield token_b, logits_bv
-        for row, token in zip(answers, token_b.tolist(), strict=True):
-            row.append(token)
-
-
-def _choose(
-    asked: Request,
-    logits_bv: np.ndarray,
-    prompts: Sequence[Sequence[int]] = (),
-    answers: Sequence[Sequence[int]] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n], NOT_FINITE where a row's logits are not, and logits with zeros in such rows."""
-    finite_b = np.isfinite(logits_bv).all(-1)
-    if not finite_b.all():
-        logits_bv = np.where(finite_b[:, None], logits_bv, np.float32(0))
-    bent_bv = asked.processors(logits_bv, prompts, answers) if asked.processors.active else logits_bv
-    return np.where(finite_b, asked.draw.choose(bent_bv), np.int32(NOT_FINITE)), logits_bv
+    reasons: list[str | None] = [None] * len(tickets)
+    try:
+        while not all(reasons):
+            events = [None if reason else next(ticket) for ticket, reason in zip(tickets, reasons, strict=True)]
+            tokens = np.array([pad if event is None else event.token for event in events], np.int32)
+            met = criteria.met(tokens) if criteria else np.zeros(len(tickets), bool)
+            for row, event in enumerate(events):
+                if event is not None:
+                    reasons[row] = "stop" if met[row] else event.finish_reason
+            grown = tuple(
+                "" if event is None else text.add(event.token, last=reason is not None)
+                for text, event, reason in zip(texts or (), events, reasons, strict=False)
+            )
+            seconds = time.perf_counter() - began
+            likely = _log_probabilities(events, logprobs)
+            yield Step(tokens, grown if texts else None, *likely, tuple(reasons), seconds)
+    finally:
+        for ticket in tickets:
+            ticket.close()
 
 
 def _log_probabilities(
-    logits_bv: np.ndarray | None, token_b: np.ndarray, count: int | None
+    events: Sequence[Event | None], count: int | None
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    if count is None or logits_bv is None:
+    """Of rows that have ended: 0 for the token, and nothing likely."""
+    if count is None:
         return None, None, None
-    logprobs_bv = log_softmax(logits_bv)
-    chosen_b = np.take_along_axis(logprobs_bv, token_b[:, None], axis=-1)[:, 0]
+    logprobs_b = np.array([0.0 if event is None else event.logprob for event in events], np.float32)
     if not count:
-        return chosen_b, None, None
-    top_bn = np.stack([largest(row, count) for row in logprobs_bv])
-    return chosen_b, top_bn, np.take_along_axis(logprobs_bv, top_bn, axis=-1)
+        return logprobs_b, None, None
+    tops = [((0, -np.inf),) * count if event is None else event.top for event in events]
+    ids_bn = np.array([[id for id, _ in top] for top in tops])
+    return logprobs_b, ids_bn, np.array([[logprob for _, logprob in top] for top in tops], np.float32)

@@ -2,23 +2,26 @@
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
-from typing import Any, Unpack
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint
 from jx_neuron.config import GenerationConfig, NeuronConfig
-from jx_neuron.engine import prompts, scoring
-from jx_neuron.engine.answer import Step, answer
-from jx_neuron.engine.options import Options, check_names, request
+from jx_neuron.engine import generation, prompts, scoring
+from jx_neuron.engine.answer import Step, steps
+from jx_neuron.engine.engine import Engine
+from jx_neuron.engine.generation import Generation
+from jx_neuron.engine.options import Choice, Options, SamplingParams, check_names, choices, criteria_of, pad_of
+from jx_neuron.engine.rows import Rows
 from jx_neuron.engine.scoring import Score
-from jx_neuron.engine.session import Engine, Session
+from jx_neuron.engine.stopping import Criteria, Detokenizer
+from jx_neuron.engine.ticket import Event, Ticket
 from jx_neuron.errors import ConfigError, InputError, JxNeuronError
-from jx_neuron.step.buckets import Buckets
-from jx_neuron.util.arguments import integers, plain, shown
+from jx_neuron.step.buckets import MOST_ROWS, Buckets
+from jx_neuron.util.arguments import integer, integers, plain, shown
 
 
 class Answering:
@@ -82,17 +85,18 @@ class Answering:
         ids_bt = prompts.batch_of(input_ids, self.limits)
         all_logits = self.neuron_config.output_all_logits
         if cache_ids is None:
-            self._last.session = Session(self.engine, self._rows(ids_bt, start_ids))
-            return self._last.session.logits(all_logits)
+            self._forget_last()
+            self._last.rows = Rows(self.engine, self._rows(ids_bt, start_ids))
+            return self._last.rows.logits(all_logits)
         start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
-        session: Session | None = getattr(self._last, "session", None)
-        if session is None:
+        rows: Rows | None = getattr(self._last, "rows", None)
+        if rows is None:
             raise InputError(
                 "cache_ids go on from the last call of the model in this thread, and there was none since it last "
                 "sampled or scored; begin with the whole prompt, without cache_ids"
             )
-        session.seek(start_b)
-        logits_btv = session.extend(ids_bt.astype(np.int32), all_logits)
+        rows.seek(start_b)
+        logits_btv = rows.extend(ids_bt, all_logits)
         return logits_btv if all_logits else logits_btv[:, 0]
 
     def sample(
@@ -123,19 +127,19 @@ class Answering:
         """
         ids_bt = prompts.batch_of(input_ids, self.limits)
         restore = prompts.restore_as(input_ids, self.limits.vocab_size)
-        steps = self._steps(ids_bt, sequence_length, start_ids, options)
+        answers = self._steps(ids_bt, sequence_length, start_ids, options)
         tokens = [np.repeat(ids_bt, self.copies, axis=0)]
         shown = np.asarray if isinstance(input_ids, list | tuple) else restore
         try:
-            # one call's whole turn, but where code of the user's runs within, which may wait for another thread
-            with nullcontext() if streamer or options.get("stopping_criteria_list") else self.engine.lock:
+            if streamer is not None:
+                streamer.put(shown(tokens[0]))
+            for step in answers:
+                tokens.append(step.tokens[:, None])
                 if streamer is not None:
-                    streamer.put(shown(tokens[0]))
-                for step in steps:
-                    tokens.append(step.tokens[:, None])
-                    if streamer is not None:
-                        streamer.put(shown(tokens[-1])[:, 0])
+                    streamer.put(shown(tokens[-1])[:, 0])
         finally:
+            if isinstance(answers, Generator):
+                answers.close()
             if streamer is not None:
                 streamer.end()
         return restore(np.concatenate(tokens, axis=1))
@@ -157,6 +161,73 @@ class Answering:
         ids_bt = prompts.batch_of(input_ids, self.limits)
         return self._steps(ids_bt, sequence_length, start_ids, options, logprobs=logprobs, text=True)
 
+    @overload
+    def generate(
+        self,
+        prompts: Any,
+        sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        *,
+        stream: Literal[False] = False,
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Any,
+        sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[Event]: ...
+    def generate(
+        self,
+        prompts: Any,
+        sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        *,
+        stream: bool = False,
+    ) -> list[Generation] | Iterator[Event]:
+        """Answers to any number of prompts of any lengths; as many are under way at a time as batch_size says.
+
+        prompts:  a text or token ids, or a sequence of such; texts take a tokenizer.
+        sampling: how answers are chosen and when they end; one for all, or one for each prompt.
+        stream:   gives an iterator of events, one for each token, instead of whole answers.
+
+        Raises InputError before anything runs for a prompt or a sampling that the model cannot take, and NonFiniteError
+        where logits hold a NaN or an infinity.
+        """
+        rows = [self._prompt(prompt, number) for number, prompt in enumerate(_several(prompts))]
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
+        if len(samplings) != len(rows) or not all(isinstance(one, SamplingParams) for one in samplings):
+            raise InputError(f"sampling takes a SamplingParams, or {len(rows)}, one for each prompt")
+        wishes = [self._wishes(row, one) for row, one in zip(rows, samplings, strict=True)]
+        tokenizer = self.tokenizer if any(wish[0].stop_strings for wish in wishes) else self._tokenizer_if_any()
+        self._forget_last()
+        events = generation.events(self.engine, rows, wishes, tokenizer)
+        return events if stream else generation.whole(rows, [len(wish) for wish in wishes], events)
+
+    def _prompt(self, prompt: Any, number: int) -> list[int]:
+        name = f"prompt {number}"
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        row: list[int] = prompts.row_of(ids, self.limits, name).tolist()
+        if len(row) >= self.buckets.capacity:
+            raise InputError(
+                f"{name} has {len(row)} tokens and leaves no room for an answer in n_positions="
+                f"{self.buckets.capacity}; shorten it, or make the model with a larger n_positions"
+            )
+        return row
+
+    def _wishes(self, prompt: Sequence[int], sampling: SamplingParams) -> list[Choice]:
+        room = self.buckets.capacity - len(prompt)
+        most = room if sampling.max_tokens is None else min(room, integer("max_tokens", sampling.max_tokens))
+        return choices(
+            sampling.options,
+            self.generation_config or GenerationConfig(),
+            integer("n", sampling.n, most=MOST_ROWS),
+            most,
+            vocab_size=self.settings.vocab_size,
+            compiled=None if self.backend == "xla" else self.settings.candidates,
+            eos=self.eos_token_ids,
+            logprobs=sampling.logprobs,
+        )
+
     def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.
 
@@ -168,27 +239,23 @@ class Answering:
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
-        several = plain(texts)
-        if not isinstance(several, Iterable) or isinstance(several, str | bytes | Mapping | Set):
-            several = [texts]
-        else:
-            several = list(several)
-            if several and not isinstance(plain(several[0]), Iterable):
-                several = [several]
-        rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in several]
+        rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in _several(texts)]
         return [scoring.summary(parts) for parts in self.log_likelihoods(rows, stride=stride)]
 
     def keep_prefix(self, input_ids: Any) -> None:
         """Computes tokens [t] or [1, t] once and keeps them: prompts that all start with them go on from there.
 
-        What such prompts give is what they would give without. None forgets them.
+        What such prompts give is what they would give without. On backend "xla" they have a slot of their own; on the
+        others, whose tables have one for each row of a batch, they are computed again after prompts that take all.
+        None forgets them.
         """
         if input_ids is None:
-            self.engine.prefix = None
+            self.engine.keep_prefix(None)
             return
         row = prompts.row_of(input_ids, self.limits)
         prompts.batch_of(row[None], self.limits)
-        self.engine.keep_prefix(row)
+        self._forget_last()
+        self.engine.keep_prefix(row.tolist())
 
     def update_generation_config(self, generation_config: GenerationConfig) -> None:
         """Has `sample` choose tokens so where it is not told otherwise, from now on. Nothing is compiled.
@@ -244,28 +311,34 @@ class Answering:
             sequence_length = self.buckets.capacity if told is None else told
         length = prompts.length_of(sequence_length, ids_bt.shape[1], self.limits)
         rows = self._rows(ids_bt, start_ids, options.get("attention_mask"))
-        asked = request(
+        copies, fallback = self.copies, self.generation_config or GenerationConfig(do_sample=True)
+        wishes = choices(
             options,
-            self.generation_config,
-            len(rows) * self.copies,
+            fallback,
+            len(rows) * copies,
             length - ids_bt.shape[1],
             vocab_size=self.settings.vocab_size,
             compiled=None if self.backend == "xla" else self.settings.candidates,
             eos=self.eos_token_ids,
-            pad=self.settings.generation.get("pad_token_id"),
             logprobs=logprobs,
         )
-        self._last.session = None
-        tokenizer = self.tokenizer if asked.stop_strings else self._tokenizer_if_any() if text else None
-        answers = [row for row in rows for _ in range(self.copies)]
-        return answer(
-            Session(self.engine, rows, self.copies),
-            asked,
-            np.repeat(ids_bt, self.copies, axis=0),
-            answers,
-            tokenizer,
-            text=text and tokenizer is not None,
-        )
+        criteria = criteria_of(options.get("stopping_criteria_list"))
+        criteria = Criteria(criteria, np.repeat(ids_bt, copies, axis=0)) if criteria else None
+        tokenizer = self.tokenizer if wishes[0].stop_strings else self._tokenizer_if_any() if text else None
+        self._forget_last()
+        pad = pad_of(self.settings.generation.get("pad_token_id"), wishes[0].eos, self.settings.vocab_size)
+
+        def run() -> Iterator[Step]:
+            tickets: list[Ticket] = []
+            texts: list[Detokenizer] = []
+            for row in map(np.ndarray.tolist, rows):
+                first = len(tickets)
+                tickets += self.engine.submit(row, wishes[first : first + copies], first, tokenizer)
+                if text and tokenizer is not None:
+                    texts += [Detokenizer(tokenizer, row, skip_special_tokens=True) for _ in range(copies)]
+            yield from steps(tickets, pad, texts, criteria, logprobs)
+
+        return run() if length > ids_bt.shape[1] else iter(())
 
     def log_likelihoods(self, rows: Sequence[Any], *, stride: int | None = None) -> list[scoring.Parts]:
         """What each row's tokens are worth one by one, given those before them: log-probability, and whether likeliest.
@@ -281,8 +354,15 @@ class Answering:
             )
         tokens = [prompts.row_of(row, self.limits, f"row {number}") for number, row in enumerate(rows)]
         stride = scoring.stride_of(stride, self.buckets.capacity)
-        self._last.session = None
+        self._forget_last()
         return scoring.log_likelihoods(self.engine, tokens, stride)
+
+    def _forget_last(self) -> None:
+        """Gives back the slots of this thread's last call of the model."""
+        rows: Rows | None = getattr(self._last, "rows", None)
+        if rows is not None:
+            rows.close()
+        self._last.rows = None
 
     def _tokenizer_if_any(self) -> Any:
         try:
@@ -292,3 +372,12 @@ class Answering:
 
     def _rows(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
         return prompts.rows_of(ids_bt, start_ids, attention_mask, padding_side=self.neuron_config.padding_side)
+
+
+def _several(prompts: Any) -> list[Any]:
+    """Texts or rows of token ids, where `prompts` may be one of them."""
+    several = plain(prompts)
+    if not isinstance(several, Iterable) or isinstance(several, str | bytes | Mapping | Set):
+        return [prompts]
+    several = list(several)
+    return [several] if several and not isinstance(plain(several[0]), Iterable) else several

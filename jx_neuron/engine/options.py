@@ -1,10 +1,10 @@
-"""What a user may ask of `sample` and `stream`, and what that comes to for one call."""
+"""How a user says how tokens are chosen and when an answer ends, and what that comes to for each sequence."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
@@ -58,12 +58,54 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one call asks for.
+class SamplingParams:
+    """How the answers to one prompt are chosen, and when they end.
 
-    steps:    how many tokens a row may be given.
-    eos:      tokens that end a row.
-    pad:      what an ended row goes on in.
+    What is None is as the model's `GenerationConfig` says, or else greedy: nothing is sampled unless one of top_k,
+    top_p, min_p and temperature is given.
+
+    max_tokens: most tokens of an answer; None for as many as n_positions has room for.
+    n:          how many answers; the prompt is computed once.
+    seed:       the same seed gives the same answers, whatever other prompts there are; None draws one.
+    stop:       a text or several that end an answer that comes to hold one; takes a tokenizer.
+    eos_token_id: the token or tokens that end an answer, instead of the checkpoint's; -1 for none.
+    logprobs:   gives the log-probability of each token, and those of so many of the most likely ones; None for none.
+
+    The others are those of `jx_neuron.engine.options.Options`.
+    """
+
+    max_tokens: int | None = None
+    n: int = 1
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    top_p_min_tokens: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    logprobs: int | None = None
+
+    @property
+    def options(self) -> "Options":
+        """The same as the options of `sample`."""
+        names = {"stop": "stop_strings", "eos_token_id": "eos_token_override"}
+        others = ("max_tokens", "n", "logprobs")
+        fields = {names.get(name, name): value for name, value in vars(self).items() if name not in others}
+        return cast(Options, {name: value for name, value in fields.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one sequence's tokens are chosen, and when it ends.
+
+    steps:    how many tokens it may be given.
+    eos:      tokens that end it.
     logprobs: how many of the most likely tokens to give log-probabilities of, beside the chosen; None for none at all.
     """
 
@@ -71,9 +113,7 @@ class Request:
     processors: Processors
     steps: int
     eos: Sequence[int]
-    pad: int
     stop_strings: Sequence[str]
-    criteria: Any
     logprobs: int | None
 
     @property
@@ -88,40 +128,37 @@ def check_names(options: Options) -> None:
         raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
 
 
-def request(
+def choices(
     options: Options,
-    fallback: GenerationConfig | None,
+    fallback: GenerationConfig,
     rows: int,
     steps: int,
     *,
     vocab_size: int,
     compiled: int | None,
     eos: Sequence[int],
-    pad: int | None,
-    logprobs: int | None,
-) -> Request:
-    """What `options` come to for so many rows.
+    logprobs: int | None = None,
+) -> list[Choice]:
+    """What `options` come to for each of so many rows.
 
     fallback: says what `options` do not. `compiled` is the runtime's number of candidates, None where it has any.
 
     Raises InputError for values that make no distribution, or that the compiled programs cannot draw from.
     """
-    by = fallback or GenerationConfig(do_sample=True)
     processors = _processors(options, rows, vocab_size)
     if (override := options.get("eos_token_override")) is not None:
         eos = [id for id in integers("eos_token_override", override, least=-1, most=vocab_size - 1) if id >= 0]
     if logprobs is not None:
         logprobs = integer("logprobs", logprobs, least=0, most=vocab_size)
-    return Request(
-        _draw(options, by, rows, vocab_size, None if processors.active or logprobs is not None else compiled),
-        processors,
-        steps,
-        eos,
-        next((id for id in (pad, *eos) if id is not None and 0 <= id < vocab_size), 0),
-        _stop_strings(options.get("stop_strings")),
-        _criteria(options.get("stopping_criteria_list")),
-        logprobs,
-    )
+    strings = _stop_strings(options.get("stop_strings"))
+    in_program = [logprobs is None and not processors[row].active for row in range(rows)]
+    draws = _draws(options, fallback, rows, vocab_size, [compiled if fused else None for fused in in_program])
+    return [Choice(draw, processors[row], steps, eos, strings, logprobs) for row, draw in enumerate(draws)]
+
+
+def pad_of(pad: int | None, eos: Sequence[int], vocab_size: int) -> int:
+    """What a row that has ended goes on in: the padding token, or the end token where the vocabulary has none."""
+    return next((id for id in (pad, *eos) if id is not None and 0 <= id < vocab_size), 0)
 
 
 def _stop_strings(strings: Any) -> Sequence[str]:
@@ -134,7 +171,8 @@ def _stop_strings(strings: Any) -> Sequence[str]:
     return several
 
 
-def _criteria(criteria: Any) -> Any:
+def criteria_of(criteria: Any) -> Any:
+    """`criteria`, checked. Raises InputError for what cannot be called."""
     if criteria is None or callable(criteria) or (isinstance(criteria, Sequence) and all(map(callable, criteria))):
         return criteria
     raise InputError(
@@ -143,37 +181,44 @@ def _criteria(criteria: Any) -> Any:
     )
 
 
-def _draw(options: Options, by: GenerationConfig, rows: int, vocab_size: int, compiled: int | None) -> Draw:
-    drawn = any(options.get(name) is not None for name in ("top_k", "top_p", "temperature", "min_p"))
+def _draws(
+    options: Options, fallback: GenerationConfig, rows: int, vocab_size: int, compiled: Sequence[int | None]
+) -> list[Draw]:
+    samples = any(options.get(name) is not None for name in ("top_k", "top_p", "temperature", "min_p"))
 
     def row(name: str) -> list[Any]:
         value = options.get(name)
-        return per_row(name, getattr(by, name) if value is None else value, rows, READ[name])
+        return per_row(name, getattr(fallback, name) if value is None else value, rows, READ[name])
 
-    temperature_b = np.array(row("temperature"), np.float32)
-    greedy_b = temperature_b < FLOAT32.tiny
-    if not by.do_sample and not drawn:
-        greedy_b[:] = True
-    top_k_b = np.where(greedy_b, 1, np.minimum(row("top_k"), vocab_size)).astype(np.int32)
-    temperature_b = np.where(greedy_b, np.float32(1), temperature_b)
-    top_p_b = np.array(row("top_p"), np.float32)
-    min_tokens_b = np.minimum(row("top_p_min_tokens"), vocab_size).astype(np.int32)
-    min_p_b = _number(options, "min_p", 0.0, rows, least=0, most=1)
-    streams = None if by.deterministic else drawing.streams(options.get("seed"), rows)
-    draw = Draw(temperature_b, top_k_b, top_p_b, min_p_b, min_tokens_b, 1, streams)
-    count = drawing.candidates(top_k_b, vocab_size, by.global_top_k, compiled if draw.fused else None)
-    return replace(draw, candidates=count)
+    temperatures, top_ks, top_ps, min_tokens = map(row, ("temperature", "top_k", "top_p", "top_p_min_tokens"))
+    min_ps = _numbers(options, "min_p", 0.0, rows, least=0, most=1)
+    keys = [None] * rows if fallback.deterministic else drawing.keys(options.get("seed"), rows)
+    draws = []
+    for n in range(rows):
+        greedy = np.float32(temperatures[n]) < FLOAT32.tiny or not (fallback.do_sample or samples)
+        top_k = 1 if greedy else min(top_ks[n], vocab_size)
+        draw = Draw(
+            1.0 if greedy else temperatures[n],
+            top_k,
+            top_ps[n],
+            min_ps[n],
+            min(min_tokens[n], vocab_size),
+            1,
+            keys[n],
+        )
+        count = drawing.candidates(top_k, vocab_size, fallback.global_top_k, compiled[n] if draw.fused else None)
+        draws.append(replace(draw, candidates=count))
+    return draws
 
 
-def _processors(options: Options, rows: int, vocab_size: int) -> Processors:
+def _processors(options: Options, rows: int, vocab_size: int) -> list[Processors]:
     size = options.get("no_repeat_ngram_size")
-    return Processors(
-        _logit_bias(options.get("logit_bias"), vocab_size),
-        _number(options, "repetition_penalty", 1.0, rows, above=0),
-        _number(options, "presence_penalty", 0.0, rows),
-        _number(options, "frequency_penalty", 0.0, rows),
-        0 if size is None else integer("no_repeat_ngram_size", size, least=0),
-    )
+    ngram = 0 if size is None else integer("no_repeat_ngram_size", size, least=0)
+    bias = _logit_bias(options.get("logit_bias"), vocab_size)
+    repetition = _numbers(options, "repetition_penalty", 1.0, rows, above=0)
+    presence = _numbers(options, "presence_penalty", 0.0, rows)
+    frequency = _numbers(options, "frequency_penalty", 0.0, rows)
+    return [Processors(bias, repetition[row], presence[row], frequency[row], ngram) for row in range(rows)]
 
 
 def _logit_bias(mapping: Any, vocab_size: int) -> dict[int, float]:
@@ -190,7 +235,8 @@ def _logit_bias(mapping: Any, vocab_size: int) -> dict[int, float]:
     return bias
 
 
-def _number(options: Options, name: str, neutral: float, rows: int, **legal: Any) -> np.ndarray:
-    """A number of each row, float32 [rows]; `neutral` where it is not among the options."""
+def _numbers(options: Options, name: str, neutral: float, rows: int, **legal: Any) -> list[float]:
+    """A number of each row, rounded to float32; `neutral` where it is not among the options."""
     value = options.get(name)
-    return np.array(per_row(name, neutral if value is None else value, rows, partial(real, **legal)), np.float32)
+    numbers = per_row(name, neutral if value is None else value, rows, partial(real, **legal))
+    return [float(np.float32(number)) for number in numbers]

@@ -1,7 +1,7 @@
-"""What bends the logits before a token is drawn, on the host: penalties, biases and bans, row by row."""
+"""What changes a sequence's logits before a token is drawn, on the host: penalties, biases and bans."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,57 +10,46 @@ from jx_neuron.util.arguments import FLOAT32
 
 @dataclass(frozen=True)
 class Processors:
-    """Applied in this order, as HF's `generate` does; arrays are [n], one value a row.
+    """Applied in this order, as HF's `generate` does.
 
     logit_bias:           added to the logits of these tokens; -inf bans one, whatever comes after.
-    repetition_penalty_b: divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the
+    repetition_penalty:   divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the
                           answer (Keskar et al., arXiv:1909.05858); 1 does nothing.
-    presence_penalty_b:   subtracted from the logits of tokens that are in the answer; 0 does nothing.
-    frequency_penalty_b:  subtracted once for each time that a token is in the answer; 0 does nothing.
-    no_repeat_ngram_size: bans tokens that would repeat so many in a row of the prompt or the answer; 0 bans none.
+    presence_penalty:     subtracted from the logits of tokens that are in the answer; 0 does nothing.
+    frequency_penalty:    subtracted once for each time that a token is in the answer; 0 does nothing.
+    no_repeat_ngram_size: bans tokens that would repeat an n-gram of prompt or answer; 0 bans none.
     """
 
-    logit_bias: Mapping[int, float]
-    repetition_penalty_b: np.ndarray
-    presence_penalty_b: np.ndarray
-    frequency_penalty_b: np.ndarray
-    no_repeat_ngram_size: int
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
 
     @property
     def active(self) -> bool:
         """Whether there is anything to do."""
-        return bool(
-            self.logit_bias
-            or (self.repetition_penalty_b != 1).any()
-            or self.presence_penalty_b.any()
-            or self.frequency_penalty_b.any()
-            or self.no_repeat_ngram_size
-        )
+        return self != Processors()
 
-    def __call__(
-        self, logits_bv: np.ndarray, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-    ) -> np.ndarray:
-        """The bent logits, float32 [n, v], given the tokens of each row's prompt and of its answer so far."""
-        bent_bv = logits_bv.copy()
+    def __call__(self, logits_v: np.ndarray, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """The changed logits, float32 [v], given the tokens of the prompt and of the answer so far."""
+        logits_v = logits_v.copy()
         biased, bias = list(self.logit_bias), np.array(list(self.logit_bias.values()), np.float32)
+        tokens = [*prompt, *answer]
         with np.errstate(over="ignore"):
-            bent_bv[:, biased] += bias
-            for row, (bent_v, prompt, answer) in enumerate(zip(bent_bv, prompts, answers, strict=True)):
-                self._bend(bent_v, row, prompt, answer)
-        np.clip(bent_bv, FLOAT32.min, FLOAT32.max, out=bent_bv)
-        bent_bv[:, np.array(biased, int)[np.isneginf(bias)]] = -np.inf
-        return bent_bv
-
-    def _bend(self, bent_v: np.ndarray, row: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        whole = [*prompt, *answer]
-        if (penalty := self.repetition_penalty_b[row]) != 1:
-            seen = np.unique(whole)
-            bent_v[seen] = np.where(bent_v[seen] < 0, bent_v[seen] * penalty, bent_v[seen] / penalty)
-        if answer:
-            seen, count = np.unique(answer, return_counts=True)
-            bent_v[seen] -= self.presence_penalty_b[row] + self.frequency_penalty_b[row] * count
-        if self.no_repeat_ngram_size:
-            bent_v[_repeating(whole, self.no_repeat_ngram_size)] = FLOAT32.min
+            logits_v[biased] += bias
+            if (penalty := np.float32(self.repetition_penalty)) != 1:
+                seen = np.unique(tokens)
+                logits_v[seen] = np.where(logits_v[seen] < 0, logits_v[seen] * penalty, logits_v[seen] / penalty)
+            if answer:
+                seen, count = np.unique(answer, return_counts=True)
+                penalties = np.float32(self.presence_penalty) + np.float32(self.frequency_penalty) * count
+                logits_v[seen] -= penalties.astype(np.float32)
+            if self.no_repeat_ngram_size:
+                logits_v[_repeating(tokens, self.no_repeat_ngram_size)] = FLOAT32.min
+        np.clip(logits_v, FLOAT32.min, FLOAT32.max, out=logits_v)
+        logits_v[np.array(biased, int)[np.isneginf(bias)]] = -np.inf
+        return logits_v
 
 
 def _repeating(tokens: Sequence[int], size: int) -> list[int]:

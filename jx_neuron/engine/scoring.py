@@ -1,14 +1,16 @@
 """How likely a model holds given tokens to be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from jx_neuron.engine.collector import Collector
+from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.processors import log_softmax
-from jx_neuron.engine.session import Engine, Session
+from jx_neuron.engine.scheduler import Sequence
 from jx_neuron.util.arguments import integer
 
 
@@ -41,14 +43,6 @@ class Parts:
     likeliest: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Window:
-    row: int
-    start: int
-    scored: int  # the first token that is scored, counted in the row
-    tokens: np.ndarray
-
-
 def summary(parts: Parts) -> Score:
     """The sum of a row's parts."""
     return Score(float(parts.logprobs.sum(dtype=np.float64)), len(parts.logprobs))
@@ -59,49 +53,41 @@ def stride_of(stride: Any, capacity: int) -> int:
     return max(1, capacity // 2) if stride is None else integer("stride", stride, most=capacity)
 
 
-def log_likelihoods(engine: Engine, rows: Sequence[np.ndarray], stride: int) -> list[Parts]:
-    """What the tokens of each row [t] are worth, in batches of rows of like length; `stride` as in `score`."""
-    capacity = engine.buckets.capacity
-    found = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
-    windows = [window for number, row in enumerate(rows) for window in _windows(number, row, capacity, stride)]
+def log_likelihoods(engine: Engine, rows: SequenceOf[np.ndarray], stride: int) -> list[Parts]:
+    """The log-probability of each row's tokens [t]; rows of like length go through together. `stride` as in `score`."""
+    capacity = engine.scheduler.buckets.capacity
+    parts = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
+    windows = [window for n, row in enumerate(rows) for window in _windows(engine, n, row, capacity, stride, parts[n])]
     windows.sort(key=lambda window: -len(window.tokens))
-    most = engine.most_prompts
-    for first in range(0, len(windows), most):
-        _score(engine, windows[first : first + most], found)
-    return found
+    engine.compute([Sequence(window.tokens.tolist(), every_logits=True, sink=window) for window in windows])
+    return parts
 
 
-def _windows(number: int, row: np.ndarray, capacity: int, stride: int) -> list[_Window]:
+class _Window(Collector):
+    """A window of a row, whose tokens are scored from `scored` on, counted in the row."""
+
+    def __init__(self, engine: Engine, row: int, start: int, scored: int, tokens: np.ndarray, parts: Parts):
+        super().__init__(engine, row, every=True)
+        self.tokens = tokens
+        self._start, self._scored, self._parts = start, scored, parts
+
+    def add(self, begin: int, logits_tv: np.ndarray) -> None:
+        """Scores the tokens that follow those from position `begin` on."""
+        logits_tv = logits_tv[: len(self.tokens) - 1 - begin]
+        target_t = self.tokens[begin + 1 : begin + 1 + len(logits_tv)]
+        at_t = self._start + begin + np.arange(len(target_t))
+        chosen = at_t + 1 >= self._scored
+        logprobs_t = np.take_along_axis(log_softmax(logits_tv), target_t[:, None], axis=-1)[:, 0]
+        self._parts.logprobs[at_t[chosen]] = logprobs_t[chosen]
+        self._parts.likeliest[at_t[chosen]] = (logits_tv.argmax(-1) == target_t)[chosen]
+
+
+def _windows(engine: Engine, number: int, row: np.ndarray, capacity: int, stride: int, parts: Parts) -> list[_Window]:
     windows, scored = [], 1
     for start in range(0, len(row), stride):
         end = min(start + capacity, len(row))
-        windows.append(_Window(number, start, max(scored, start + 1), row[start:end]))
+        windows.append(_Window(engine, number, start, max(scored, start + 1), row[start:end], parts))
         scored = end
         if end == len(row):
             break
     return windows
-
-
-def _score(engine: Engine, windows: Sequence[_Window], found: Sequence[Parts]) -> None:
-    session = Session(engine, [window.tokens for window in windows])
-    for call, result in session.prefill_chunks(all_logits=True):
-        logits = np.asarray(result.logits_bv)[..., : engine.vocab_size]
-        valid_b = np.minimum(call.length_b, call.tokens_bt.shape[1])
-        session.require_finite(_finite(logits[: len(windows)], valid_b))
-        for window, row, start, valid in zip(windows, logits, call.start_b, valid_b, strict=False):
-            logits_tv = row[:valid] if row.ndim == 2 else row[None]
-            first = start if row.ndim == 2 else start + valid - 1
-            logits_tv = logits_tv[: len(window.tokens) - 1 - first]
-            target_t = window.tokens[first + 1 : first + 1 + len(logits_tv)]
-            at_t = window.start + first + np.arange(len(target_t))
-            chosen = at_t + 1 >= window.scored
-            logprobs_t = np.take_along_axis(log_softmax(logits_tv), target_t[:, None], axis=-1)[:, 0]
-            parts = found[window.row]
-            parts.logprobs[at_t[chosen]] = logprobs_t[chosen]
-            parts.likeliest[at_t[chosen]] = (logits_tv.argmax(-1) == target_t)[chosen]
-
-
-def _finite(logits: np.ndarray, valid_b: np.ndarray) -> np.ndarray:
-    """Whether all logits of each row's valid tokens are finite, bool [n]; logits [n, t, v] or [n, v]."""
-    rows = (row[:valid] if row.ndim == 2 else row for row, valid in zip(logits, valid_b, strict=False))
-    return np.array([np.isfinite(row).all() for row in rows])

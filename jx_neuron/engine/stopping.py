@@ -1,4 +1,4 @@
-"""When a row has ended, and the text that its tokens make."""
+"""When an answer has ended, and the text that its tokens make."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -86,21 +86,18 @@ def _alike(one: str, other: str) -> int:
 
 
 class StopStrings:
-    """Finds texts in each row's answer, special tokens among it."""
+    """Finds texts in an answer, special tokens among it."""
 
-    def __init__(self, strings: Sequence[str], tokenizer: Any, prompts: Sequence[Sequence[int]]):
+    def __init__(self, strings: Sequence[str], tokenizer: Any, prompt: Sequence[int]):
         self._strings, self._longest = strings, max(map(len, strings))
-        self._rows = [Detokenizer(tokenizer, prompt, skip_special_tokens=False) for prompt in prompts]
-        self._tails = [""] * len(prompts)
+        self._detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=False)
+        self._tail = ""
 
-    def found(self, token_b: np.ndarray) -> np.ndarray:
-        """Whether each row's next token makes its answer hold one, bool [n]."""
-        held_b = np.zeros(len(token_b), bool)
-        for row, token in enumerate(token_b.tolist()):
-            text = self._tails[row] + self._rows[row].add(token)
-            held_b[row] = any(string in text for string in self._strings)
-            self._tails[row] = text[max(0, len(text) - self._longest + 1) :]
-        return held_b
+    def ended_by(self, token: int) -> bool:
+        """Whether the next token makes the answer hold one."""
+        text = self._tail + self._detokenizer.add(token)
+        self._tail = text[max(0, len(text) - self._longest + 1) :]
+        return any(string in text for string in self._strings)
 
 
 class Criteria:

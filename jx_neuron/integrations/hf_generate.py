@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jx_neuron.engine import prompts
-from jx_neuron.engine.session import Session
+from jx_neuron.engine.rows import Rows
 from jx_neuron.errors import InputError
 from jx_neuron.util.arguments import integer, integers, plain, shown
 
@@ -32,14 +32,14 @@ class DeviceCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.session: Session | None = None
+        self.rows: Rows | None = None
         self.width = 0
 
-    def held(self) -> Session:
+    def required(self) -> Rows:
         """The rows that have gone through. Raises InputError where there are none."""
-        if self.session is None:
+        if self.rows is None:
             raise InputError("this cache holds nothing yet; begin with a prompt")
-        return self.session
+        return self.rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many positions of HF's rows have gone through, padding among them."""
@@ -47,18 +47,18 @@ class DeviceCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i goes on from what row `beam_idx[i]` held. Raises InputError where there are not as many such rows."""
-        session = self.held()
-        index = integers("beam_idx", beam_idx, least=0, most=session.count - 1)
-        if len(index) != session.count:
-            raise InputError(f"beam_idx={shown(index)} must name {session.count} rows, one for each row of the cache")
-        session.reorder(np.array(index))
+        rows = self.required()
+        index = integers("beam_idx", beam_idx, least=0, most=rows.count - 1)
+        if len(index) != rows.count:
+            raise InputError(f"beam_idx={shown(index)} must name {rows.count} rows, one for each row of the cache")
+        rows.reorder(np.array(index))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, as many as the negative number says; a positive one is the length to keep."""
         tokens = integer("tokens_to_remove", tokens_to_remove, least=-self.width)
         forgotten = -tokens if tokens <= 0 else max(0, self.width - tokens)
         if forgotten:
-            self.held().crop(forgotten)
+            self.required().crop(forgotten)
         self.width -= forgotten
 
 
@@ -149,13 +149,13 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         mask = np.ones(shape, bool) if attention_mask is None else prompts.mask_of(attention_mask, shape)
         if positions is not None:
             _check_positions(positions, mask, ids_bt.shape)
-        if cache.session is None:
-            cache.session = Session(self.model.engine, prompts.rows_of(ids_bt, attention_mask=mask))
-            logits = cache.session.logits(kept != 1)
-            logits_btv = logits[:, None] if kept == 1 else _at_the_end(logits, cache.session.start_b, ids_bt.shape[1])
+        if cache.rows is None:
+            cache.rows = Rows(self.model.engine, prompts.rows_of(ids_bt, attention_mask=mask))
+            logits = cache.rows.logits(kept != 1)
+            logits_btv = logits[:, None] if kept == 1 else _at_the_end(logits, cache.rows.lengths, ids_bt.shape[1])
         else:
-            _check_goes_on(cache.session, mask, ids_bt.shape)
-            logits_btv = cache.session.extend(ids_bt.astype(np.int32), kept != 1)
+            _check_goes_on(cache.rows, mask, ids_bt.shape)
+            logits_btv = cache.rows.extend(ids_bt, kept != 1)
         cache.width += ids_bt.shape[1]
         return CausalLMOutputWithPast(
             logits=torch.from_numpy(logits_btv[:, -kept:]), **{CACHE: cache if use_cache else None}
@@ -167,12 +167,12 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         return prompts.batch_of(ids, self.model.limits)
 
 
-def _check_goes_on(session: Session, mask: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check_goes_on(rows: Rows, mask: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises InputError where new tokens, padding or not, do not fit the rows that went through."""
-    rows, new = shape
-    if rows != session.count:
-        raise InputError(f"input_ids has {rows} rows and the cache {session.count}; give one for each of its rows")
-    real_b, expected_b = mask.sum(-1), session.start_b[:rows] + new
+    count, new = shape
+    if count != rows.count:
+        raise InputError(f"input_ids has {count} rows and the cache {rows.count}; give one for each of its rows")
+    real_b, expected_b = mask.sum(-1), rows.lengths + new
     if (wrong_b := real_b != expected_b).any():
         row = wrong_b.argmax()
         raise InputError(

@@ -3,12 +3,14 @@
 Importing this registers the harness's model "jx-neuron". Takes the extra `eval`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jx_neuron.config import NeuronConfig
+from jx_neuron.engine.options import SamplingParams
+from jx_neuron.engine.ticket import Event
 from jx_neuron.errors import InputError
 from jx_neuron.llm import NeuronAutoModelForCausalLM
 from jx_neuron.util.arguments import integer
@@ -132,26 +134,27 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Each prompt's answer, up to the first of the texts that the task has it end at."""
         answers = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
-        batches = [
-            numbers[first : first + self.model.most_prompts]
-            for numbers in groups.values()
-            for first in range(0, len(numbers), self.model.most_prompts)
-        ]
-        for batch in track(batches, "answering", len(batches)):
-            texts = self._answers([requests[number].args[0] for number in batch], requests[batch[0]].args[1])
-            for number, text in zip(batch, texts, strict=True):
-                answers[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        prompts, samplings = zip(*(self._sampling(*request.args) for request in requests), strict=True)
+        events = self.model.generate(prompts, samplings, stream=True)
+        ends = (event for event in self._texts(events, answers) if event.finish_reason is not None)
+        for event in track(ends, "answering", len(requests)):
+            number = event.prompt
+            answers[number] = _before(answers[number], samplings[number].stop or ())
+            self.cache_hook.add_partial("generate_until", requests[number].args, answers[number])
         return answers
 
-    def _answers(self, prompts: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-        asked = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
-        until, new = asked.pop("until"), integer("max_gen_toks", asked.pop("max_gen_toks"))
-        drawn = asked.pop("do_sample")
-        if unknown := sorted(set(asked) - set(SAMPLING)):
+    def _texts(self, events: Iterator[Event], texts: list[str]) -> Iterator[Event]:
+        """The events, whose texts are added to those of their prompts."""
+        for event in events:
+            texts[event.prompt] += event.text or ""
+            yield event
+
+    def _sampling(self, prompt: str, given: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
+        """A prompt as tokens, without the beginning that leaves no room for an answer, and how it is answered."""
+        options = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+        until, new = options.pop("until"), integer("max_gen_toks", options.pop("max_gen_toks"))
+        samples = options.pop("do_sample")
+        if unknown := sorted(set(options) - set(SAMPLING)):
             raise InputError(f"{unknown[0]} is no option of answers here; there are {', '.join(SAMPLING)}")
         room = self.model.buckets.capacity - new
         if room < 1:
@@ -159,24 +162,11 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
                 f"answers of {new} tokens leave no room for a prompt in n_positions={self.model.buckets.capacity}; "
                 "make the model with a larger n_positions, or ask for a smaller max_gen_toks"
             )
-        rows = [(self.tok_encode(prompt) or [self.prefix_token_id])[-room:] for prompt in prompts]
-        width = max(map(len, rows))
-        start_ids = [width - len(row) for row in rows]
-        ids = [[0] * (width - len(row)) + row for row in rows]
-        how: dict[str, Any] = asked if drawn else dict(top_k=1)
+        how: dict[str, Any] = {"temperature": 1.0, **options} if samples else dict(top_k=1)
         legal = range(self.model.settings.vocab_size)
         ends = [id for id in (self.tokenizer.eos_token_id, *self.model.eos_token_ids) if id in legal]
-        texts = [""] * len(rows)
-        ended_b = np.zeros(len(rows), bool)
-        steps = self.model.stream(
-            ids, width + new, start_ids, eos_token_override=ends or -1, stop_strings=until or None, **how
-        )
-        for step in steps:
-            texts = [
-                text if over else text + more for text, more, over in zip(texts, step.text or (), ended_b, strict=True)
-            ]
-            ended_b = step.ended
-        return [_before(text, until) for text in texts]
+        row = (self.tok_encode(prompt) or [self.prefix_token_id])[-room:]
+        return row, SamplingParams(max_tokens=new, eos_token_id=ends or -1, stop=list(until) or None, **how)
 
 
 def _before(text: str, ends: Sequence[str]) -> str:

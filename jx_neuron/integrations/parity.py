@@ -25,10 +25,10 @@ from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.tokenizer import refusing_own_code
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
-from jx_neuron.nn.cache import Cache
-from jx_neuron.nn.layers import span
+from jx_neuron.nn.state import State, positions_of
 from jx_neuron.runtime import xla
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +162,7 @@ def _hidden_states(decoder: Decoder, source: weights.Source, mesh: Mesh, prompt:
     path = next(row.target.partition(".{i}.")[0] for row in decoder.table if ".{i}." in row.target).split(".")
     tokens = len(prompt)
 
-    def run(params: weights.Params, cache: Cache, tokens_bt: Array, length_b: Array) -> list[Array]:
+    def run(params: weights.Params, state: State, tokens_bt: Array, length_b: Array) -> list[Array]:
         model: Any = decoder.bind(params)
         entering: list[Array] = []
 
@@ -175,12 +175,12 @@ def _hidden_states(decoder: Decoder, source: weights.Source, mesh: Mesh, prompt:
 
         parent = reduce(getattr, path[:-1], model)
         vars(parent)[path[-1]] = [recorded(layer) for layer in getattr(parent, path[-1])]
-        x_btd, _ = model(tokens_bt, cache, span(jnp.zeros_like(length_b), length_b, tokens, tokens))
+        x_btd, _ = model(tokens_bt, state, positions_of(jnp.zeros_like(length_b), length_b, None, tokens, tokens))
         return [*entering, x_btd]
 
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-        decoder.abstract_cache(1, tokens, np.float32, mesh),
+        decoder.abstract_state(1, tokens, np.float32, mesh),
     )
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         states = jax.jit(run)(source.place(mesh), zeros, prompt[None], np.array([tokens], np.int32))
@@ -227,18 +227,19 @@ def _step_logits(
     batch, lengths = len(sequences), np.array([len(s) - steps for s in sequences], np.int32)
     one_b = np.ones(batch, np.int32)
     padded = -(-int(lengths.max()) // chunk) * chunk
-    slots = max(padded, int(lengths.max()) + steps)
+    positions = max(padded, int(lengths.max()) + steps)
     tokens = np.zeros((batch, padded), np.int32)
     for row, sequence, length in zip(tokens, sequences, lengths, strict=True):
         row[:length] = sequence[:length]
 
-    def logits(shape: Shape, tokens_bt: np.ndarray, start_b: np.ndarray, length_b: np.ndarray) -> np.ndarray:
-        found = runtime.run(shape, {"tokens_bt": tokens_bt, "start_b": start_b, "length_b": length_b}).logits_bv
-        return np.asarray(found)[..., :vocabulary]
+    def logits(key: ProgramKey, tokens_bt: np.ndarray, start_b: np.ndarray, length_b: np.ndarray) -> np.ndarray:
+        arrays = dict(tokens_bt=tokens_bt, start_b=start_b, length_b=length_b, slot_b=np.arange(batch, dtype=np.int32))
+        output = runtime.run(StepInput(key, {name: arrays[name].astype(np.int32) for name in key.inputs()}))
+        return np.asarray(output.logits)[..., :vocabulary]
 
-    prefill, decode = Shape(batch, chunk, slots, all_logits=True), Shape(batch, 1, slots)
+    prefill, decode = ProgramKey("score", batch, chunk, positions), ProgramKey("decode", batch, 1, positions)
     prompts = [
-        logits(prefill, tokens[:, start : start + chunk], np.full(batch, start, np.int32), lengths - start)
+        logits(prefill, tokens[:, start : start + chunk], np.full(batch, start), np.maximum(lengths - start, 0))
         for start in range(0, padded, chunk)
     ]
     following = [

@@ -21,10 +21,9 @@ from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
-from jx_neuron.nn import cache
 from jx_neuron.nn import layers as nn
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.sharding import Padding
+from jx_neuron.nn.sharding import AXIS, Padding
+from jx_neuron.nn.state import KV, PLAIN, Layout, Positions, S, State
 from jx_neuron.util.pages import uncollected
 
 __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
@@ -33,8 +32,8 @@ __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "regis
 class DecoderModule(Protocol):
     """What a family's `Model` does: hidden states of each token, then logits of those that are asked for."""
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: nn.Span) -> tuple[Array, Cache]:
-        """Hidden states [b, t, d] of tokens that `at` says where they stand, and the cache with them written."""
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
+        """Hidden states [b, t, d] of tokens that `at` says where they stand, and the state with them written."""
         ...
 
     def logits(self, x_btd: Array) -> Array:
@@ -145,6 +144,7 @@ class Decoder:
     graph: Any = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     tp_degree: int = 1
+    state: Sequence[S] = KV
 
     @classmethod
     def from_config(
@@ -171,7 +171,16 @@ class Decoder:
         shapes = _shapes(module)
         checks.table(family.WEIGHTS, config, shapes, complete=True)
         checks.splits(family.WEIGHTS, Padding(config.sizes, tp_degree))
-        return cls(model_type, config, family.WEIGHTS, family.IGNORE, nnx.graphdef(module), shapes, tp_degree)
+        return cls(
+            model_type,
+            config,
+            family.WEIGHTS,
+            family.IGNORE,
+            nnx.graphdef(module),
+            shapes,
+            tp_degree,
+            getattr(family, "STATE", KV),
+        )
 
     @classmethod
     def from_module(
@@ -229,14 +238,31 @@ class Decoder:
     def _row(self) -> dict[str, W]:
         return {row.target: row for row in self.rows}
 
-    def abstract_cache(self, batch: int, slots: int, dtype: Any, mesh: Mesh | None = None) -> Cache:
-        """The cache as shapes."""
-        shape = cache.shape(batch, self.padding.size("k"), slots, self.config.sizes["h"])
-        sharding = NamedSharding(mesh, cache.PARTITION) if mesh else None
-        leaf: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-        return tuple(LayerKV(leaf, leaf) for _ in range(self.config.layers))
+    def abstract_state(
+        self, slots: int, positions: int, dtype: Any, mesh: Mesh | None = None, layout: Layout = PLAIN
+    ) -> State:
+        """A state table as shapes, padded; sharded over `mesh` where given."""
+        sizes = {**self.config.sizes, "s": positions}
 
-    def cache_bytes(self, batch: int, slots: int, itemsize: int) -> int:
-        """Bytes of the cache that each core holds, of `itemsize` bytes an entry."""
-        leaves = jax.tree.leaves(self.abstract_cache(batch, slots, "uint8"))
-        return itemsize * sum(math.prod(leaf.shape) for leaf in leaves) // self.tp_degree
+        def shape(row: S) -> tuple[int, ...]:
+            split = (*row.partition, *[None] * len(row.letters))
+            axes = zip(row.letters, split, strict=False)
+            return (slots, *(self.padding.size(letter) if axis else sizes[letter] for letter, axis in axes))
+
+        arrays = layout.abstract(self.state, [shape(row) for row in self.state], self.config.layers, jnp.dtype(dtype))
+        token_z: Any = jax.ShapeDtypeStruct((slots,), jnp.int32)
+        state = State(arrays, token_z, tuple(self.state), layout, jnp.dtype(dtype))
+        if mesh is None:
+            return state
+        split = state.partition()
+        return jax.tree.map(lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)), state, split)
+
+    def state_bytes(self, slots: int, positions: int, itemsize: int) -> int:
+        """Bytes of a state table that each core holds, of `itemsize` bytes an entry."""
+        state = self.abstract_state(slots, positions, "uint8")
+        elements = (
+            math.prod(array.shape) // (self.tp_degree if AXIS in row.partition else 1)
+            for layer in state.arrays
+            for array, row in zip(layer, state.rows, strict=True)
+        )
+        return itemsize * sum(elements)

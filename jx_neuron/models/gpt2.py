@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.models.rows import embedding, layer_norm
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Span, attend, through
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, through
+from jx_neuron.nn.state import LayerState, Positions, State
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class Block(nnx.Module):
         self.act = ACT[cfg.activation_function]
         self.scale = cfg.scale(layer)
 
-    def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
         qkv_btcnh = self.c_attn(self.ln_1(x_btd))
         q_btnh, k_btnh, v_btnh = (qkv_btcnh[:, :, i] for i in range(3))
-        a_btnh, kv = attend(q_btnh, k_btnh, v_btnh, kv, at, self.scale)
+        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at, self.scale)
         x_btd = x_btd + self.c_proj(a_btnh)
-        return x_btd + self.mlp_c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), kv
+        return x_btd + self.mlp_c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), state
 
 
 class Model(nnx.Module):
@@ -94,10 +95,10 @@ class Model(nnx.Module):
         self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
-        x_btd, cache = through(self.h, x_btd, cache, at)
-        return self.ln_f(x_btd), cache
+        x_btd, state = through(self.h, x_btd, state, at)
+        return self.ln_f(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)

@@ -16,9 +16,10 @@ from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, through
 from jx_neuron.nn.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
+from jx_neuron.nn.state import LayerState, Positions, State
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class Block(nnx.Module):
         self.fc_out = Linear((f,), (d,), bias=True, rngs=rngs)
         self.act = ACT[cfg.activation_function]
 
-    def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         h_btd = self.ln_1(x_btd)
         q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
-        a_btnh, kv = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btnh, by), v_btnh, kv, at)
+        a_btnh, state = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btnh, by), v_btnh, state, at)
         m_btf = self.act(self.fc_in(h_btd))
-        return x_btd + self.out_proj(a_btnh) + self.fc_out(m_btf), kv
+        return x_btd + self.out_proj(a_btnh) + self.fc_out(m_btf), state
 
 
 class Model(nnx.Module):
@@ -100,11 +101,11 @@ class Model(nnx.Module):
         self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
         self.rotary = cfg.rotary
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd = self.wte(tokens_bt)
         by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
-        x_btd, cache = through(self.h, x_btd, cache, at, by)
-        return self.ln_f(x_btd), cache
+        x_btd, state = through(self.h, x_btd, state, at, by)
+        return self.ln_f(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:
         return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd) + self.lm_head_bias[...]

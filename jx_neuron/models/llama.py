@@ -12,9 +12,10 @@ from jax import Array
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.models.llama_like import LlamaLikeConfig
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, Span, attend, through
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, through
 from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.state import LayerState, Positions, State
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Block(nnx.Module):
         self.down_proj = Linear((f,), (d,), bias=cfg.mlp_bias, rngs=rngs)
         self.act = ACT[cfg.hidden_act]
 
-    def __call__(self, x_btd: Array, kv: LayerKV, at: Span, by: Rotation) -> tuple[Array, LayerKV]:
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        a_btnh, kv = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, kv, at)
+        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at)
         x_btd = x_btd + self.o_proj(a_btnh)
         gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), kv
+        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
 
 
 class Model(nnx.Module):
@@ -66,10 +67,10 @@ class Model(nnx.Module):
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.rope = cfg.rope
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
-        x_btd, cache = through(self.layers, x_btd, cache, at, by)
-        return self.norm(x_btd), cache
+        x_btd, state = through(self.layers, x_btd, state, at, by)
+        return self.norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:
         return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)

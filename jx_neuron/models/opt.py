@@ -12,8 +12,9 @@ from jax import Array
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.cache import Cache, LayerKV
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, Span, attend, through
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, through
+from jx_neuron.nn.state import LayerState, Positions, State
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
 EPSILON = 1e-5  # torch's default, which HF leaves as it is
@@ -68,16 +69,16 @@ class Block(nnx.Module):
         self.act = ACT[cfg.activation_function]
         self.pre_norm = cfg.do_layer_norm_before
 
-    def __call__(self, x_btd: Array, kv: LayerKV, at: Span) -> tuple[Array, LayerKV]:
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
         h_btd = self.self_attn_layer_norm(x_btd) if self.pre_norm else x_btd
         q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
-        a_btnh, kv = attend(q_btnh, k_btnh, v_btnh, kv, at)
+        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at)
         x_btd = x_btd + self.out_proj(a_btnh)
         if not self.pre_norm:
             x_btd = self.self_attn_layer_norm(x_btd)
         h_btd = self.final_layer_norm(x_btd) if self.pre_norm else x_btd
         x_btd = x_btd + self.fc2(self.act(self.fc1(h_btd)))
-        return (x_btd if self.pre_norm else self.final_layer_norm(x_btd)), kv
+        return (x_btd if self.pre_norm else self.final_layer_norm(x_btd)), state
 
 
 class Model(nnx.Module):
@@ -92,13 +93,13 @@ class Model(nnx.Module):
         self.project_out = Linear((d,), (e,), bias=False, rngs=rngs) if e != d else None
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, e, rngs=rngs)
 
-    def __call__(self, tokens_bt: Array, cache: Cache, at: Span) -> tuple[Array, Cache]:
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd = self.embed_tokens(tokens_bt)
         if self.project_in is not None:
             x_btd = self.project_in(x_btd)
         x_btd = x_btd + self.embed_positions(at.position_bt + OFFSET)
-        x_btd, cache = through(self.layers, x_btd, cache, at)
-        return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), cache
+        x_btd, state = through(self.layers, x_btd, state, at)
+        return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:
         x_bte = x_btd if self.project_out is None else self.project_out(x_btd)

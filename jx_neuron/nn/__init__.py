@@ -5,9 +5,10 @@ from jx_neuron.util.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "cache": "Cache LayerKV",
-        "layers": "ACT Embedding LayerNorm Linear Linears RMSNorm Span attend span through",
+        "attention": "attend",
+        "layers": "ACT Embedding LayerNorm Linear Linears RMSNorm through",
         "rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
         "sharding": "Padding request_devices",
+        "state": "Cache KV LayerKV LayerState Positions S Span State",
     },
 )

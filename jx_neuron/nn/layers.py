@@ -1,6 +1,6 @@
-"""Layers shared by the decoders, as flax nnx modules, and the attention over a cache.
+"""Layers shared by the decoders, as flax nnx modules.
 
-Array suffixes: b batch, t query tokens, s cache slots, d model width, n query
+Array suffixes: b rows, t tokens, s positions, d model width, n query
 heads, k key/value heads, h head size, f MLP width, v vocabulary. Layers take
 their sizes from their arrays, not from a config, so the same module runs with
 heads, MLP and vocabulary padded for tensor parallelism.
@@ -20,30 +20,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jx_neuron.nn import cache
-from jx_neuron.nn.cache import KV, Cache, Part, Stack
-from jx_neuron.nn.ops import barrier, mean, product, product_with_rows, query_blocks, query_key, weigh_values
-
-
-class Span(NamedTuple):
-    """The positions that one call works on.
-
-    position_bt: absolute position of each token, int32.
-    extent_b:    length of each row's sequence as far as it is known, int32; beyond the
-                 tokens of this call where a prompt goes through in chunks.
-    mask_bts:    True where token t may attend to cache slot s.
-    """
-
-    position_bt: Array
-    extent_b: Array
-    mask_bts: Array
-
-
-def span(start_b: Array, length_b: Array, tokens: int, slots: int) -> Span:
-    """The span of `tokens` tokens from `start_b` on, over the first `slots` slots of the cache."""
-    position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    mask_bts = jnp.arange(slots, dtype=jnp.int32) <= position_bt[:, :, None]
-    return Span(position_bt, start_b + length_b, mask_bts)
+from jx_neuron.nn.ops import barrier, mean, product, product_with_rows
+from jx_neuron.nn.state import State
 
 
 class Layered(NamedTuple):
@@ -67,36 +45,35 @@ def lying_together(parameters: Sequence[tuple[Array, Layered]]) -> Iterator[None
         _layered.reset(token)
 
 
-def through(layers: Sequence[Callable[..., Any]], x: Array, cache: Cache, *args: Any) -> tuple[Array, Cache]:
-    """x through a model's `layers`, modules called as layer(x, their part of the cache, *args), and the cache written.
+def through(layers: Sequence[Callable[..., Any]], x: Array, state: State, *args: Any) -> tuple[Array, State]:
+    """x through a model's `layers`, modules called as layer(x, their part of the state, *args), and the state written.
 
     For a CPU, layers that differ in their parameters alone are traced once, and where these lie together the program
     goes through them in a loop.
     """
-    if not isinstance(cache, Stack):
-        written = []
-        for layer, kv in zip(layers, cache, strict=True):
-            x, kv = layer(x, kv, *args)  # noqa: PLW2901
-            written.append(kv)
-        return x, tuple(written)
-    graphs, states = zip(*map(nnx.split, layers), strict=True)
-    if (state_at := _looped(graphs, states)) is not None:
+    if not state.layout.stacked:
+        for i, layer in enumerate(layers):
+            x, part = layer(x, state.of_layer(i), *args)
+            state = part.state
+        return x, state
+    graphs, parameters = zip(*map(nnx.split, layers), strict=True)
+    if (parameters_at := _looped(graphs, parameters)) is not None:
 
-        def layer_at(layer: Any, given: tuple[Array, Stack]) -> tuple[Array, Stack]:
-            return _layer(graphs[0], state_at(layer), layer, given, *args)
+        def layer_at(layer: Any, carry: tuple[Array, State]) -> tuple[Array, State]:
+            return _layer(graphs[0], parameters_at(layer), layer, carry, *args)
 
-        if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, cache))) == _kinds((x, cache)):
-            return jax.lax.fori_loop(0, len(states), layer_at, (x, cache))
-    for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
-        # behind the barrier, for what reads and writes the cache to be compiled once too
-        x, cache = _traced_once(graph, state, barrier(np.int32(i)), (x, cache), *args)
-    return x, cache
+        if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, state))) == _kinds((x, state)):
+            return jax.lax.fori_loop(0, len(parameters), layer_at, (x, state))
+    for i, (graph, own) in enumerate(zip(graphs, parameters, strict=True)):
+        # behind the barrier, for what reads and writes the state to be compiled once too
+        x, state = _traced_once(graph, own, barrier(np.int32(i)), (x, state), *args)
+    return x, state
 
 
-def _layer(graph: Any, state: Any, layer: Any, given: tuple[Array, Stack], *args: Any) -> tuple[Array, Stack]:
-    x, cache = given
-    x, kv = nnx.merge(graph, state)(x, Part(cache, layer), *args)
-    return x, kv.stack
+def _layer(graph: Any, parameters: Any, layer: Any, carry: tuple[Array, State], *args: Any) -> tuple[Array, State]:
+    x, state = carry
+    x, part = nnx.merge(graph, parameters)(x, state.of_layer(layer), *args)
+    return x, part.state
 
 
 _traced_once = jax.jit(_layer, static_argnums=0)
@@ -210,31 +187,6 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
-
-
-def attend(
-    q_btnh: Array, k_btkh: Array, v_btkh: Array, kv: KV, at: Span, scale: float | None = None
-) -> tuple[Array, KV]:
-    """Writes keys and values to the cache, then attends to the slots that `at` allows.
-
-    softmax(scale · q · kᵀ) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)
-    (grouped-query attention, Ainslie et al., arXiv:2305.13245). Scores and softmax are float32.
-
-    Returns the attention output [b, t, n, h] and the cache written to.
-    """
-    b, t, n, h = q_btnh.shape
-    k = k_btkh.shape[2]
-    kv = cache.write(kv, k_btkh, v_btkh, at.position_bt[:, 0])
-    k_bksh, v_bksh = cache.read(kv, at.mask_bts.shape[-1])
-    q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
-        1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
-    )
-    parts = []
-    for first, last, slots in query_blocks(t, at.mask_bts.shape[-1]):
-        w_bkgts = query_key(q_btkgh[:, first:last], k_bksh[:, :, :slots])
-        w_bkgts = jnp.where(at.mask_bts[:, None, None, first:last, :slots], w_bkgts, jnp.finfo(jnp.float32).min)
-        parts.append(weigh_values(w_bkgts, v_bksh[:, :, :slots]))
-    return jnp.concatenate(parts, axis=1).reshape(b, t, n, h), kv
 
 
 def _gelu_tanh(x: Array) -> Array:

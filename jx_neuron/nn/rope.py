@@ -13,8 +13,8 @@ from jax import Array
 
 from jx_neuron.checkpoint.hf_config import in_range
 from jx_neuron.errors import ConfigError
-from jx_neuron.nn.layers import Span
 from jx_neuron.nn.ops import once
+from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
 
 __all__ = ["RopeScaling", "Rotation", "inverse_frequencies", "rope_half", "rope_interleaved", "rotation"]
@@ -33,7 +33,7 @@ def inverse_frequencies(r: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta**exponent_r).astype(np.float32)  # numpy's float32 power is often one float32 off
 
 
-def rotation(at: Span, frequencies: Array | np.ndarray, factor: float = 1.0) -> Rotation:
+def rotation(at: Positions, frequencies: Array | np.ndarray, factor: float = 1.0) -> Rotation:
     """Angles position · frequency, for frequencies [r/2], or [b, r/2] where each row has its own."""
     frequencies = jnp.asarray(frequencies)
     angle = at.position_bt[..., None].astype(jnp.float32) * (
@@ -150,7 +150,7 @@ class RopeScaling:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
         return p | {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
 
-    def __call__(self, at: Span) -> Rotation:
+    def __call__(self, at: Positions) -> Rotation:
         base = inverse_frequencies(self.r, self.theta)
         match self.kind:
             case "linear":
@@ -194,7 +194,7 @@ class RopeScaling:
         ramp_r = np.clip((np.arange(self.r // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
         return (base / factor * ramp_r + base * (1 - ramp_r)).astype(np.float32), attention
 
-    def _longrope(self, at: Span, base: np.ndarray) -> Rotation:
+    def _longrope(self, at: Positions, base: np.ndarray) -> Rotation:
         # Ding et al., arXiv:2402.13753
         p = self.parameters
         attention = p.get("attention_factor")

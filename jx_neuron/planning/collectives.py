@@ -13,9 +13,8 @@ from jax.extend.core import Jaxpr, Literal
 
 from jx_neuron.checkpoint.weights import Params
 from jx_neuron.models import Decoder
-from jx_neuron.nn.cache import Cache
-from jx_neuron.nn.layers import span
 from jx_neuron.nn.sharding import AXIS
+from jx_neuron.nn.state import State, positions_of
 
 _ADDS = frozenset({"add", "add_any"})
 _VIEWS = frozenset(
@@ -33,10 +32,10 @@ class _Mark(NamedTuple):
 def all_reduces(decoder: Decoder) -> float:
     """All-reduces of a layer in a decode step; the mean where layers differ."""
 
-    def hidden_states(params: Params, tokens_bt: Array, state: Cache, start_b: Array) -> Array:
-        return decoder.bind(params)(tokens_bt, state, span(start_b, start_b + 1, 1, 1))[0]
+    def hidden_states(params: Params, tokens_bt: Array, state: State, start_b: Array) -> Array:
+        return decoder.bind(params)(tokens_bt, state, positions_of(start_b, start_b + 1, None, 1, 2))[0]
 
-    params, state = decoder.abstract_params("float32"), decoder.abstract_cache(1, 1, "float32")
+    params, state = decoder.abstract_params("float32"), decoder.abstract_state(1, 2, "float32")
     tokens_bt, start_b = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, 1), (1,)))
     closed = jax.make_jaxpr(hidden_states)(params, tokens_bt, state, start_b)
     row_parallel = {

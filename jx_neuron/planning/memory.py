@@ -23,7 +23,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import Instance
 from jx_neuron.planning.outline import Outline
 from jx_neuron.step.buckets import Buckets
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 CODE = 96 * 2**20
 RINGS = 0.05
@@ -73,32 +73,32 @@ def of_core(
     cache = outline.cache_bytes(tp_degree, batch_size, buckets.capacity, itemsize)
     if activations is None:
         activations = max(
-            activation_bytes(outline, tp_degree, shape, itemsize) for shape in buckets.shapes(batch_size, 1)
+            activation_bytes(outline, tp_degree, key, itemsize) for key in buckets.programs(batch_size, 1)
         )
     return Memory(weights, cache, activations, CODE * instance.device.lnc, round(RINGS * (weights + cache)))
 
 
-def activation_bytes(outline: Outline, tp_degree: int, shape: Shape, itemsize: int) -> int:
+def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize: int) -> int:
     """An upper estimate of a program's intermediate results, at the moment when they are most."""
     padding = outline.padding(tp_degree)
     d, h = outline.config.sizes["d"], outline.config.sizes["h"]
     n, k, f, v = (padding.size(letter) // tp_degree for letter in "nkfv")
-    rows, slots = shape.batch * shape.tokens, shape.slots
+    rows, positions = key.rows * key.tokens, key.positions
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
     projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
-    scores = rows * n * slots * (4 + itemsize)  # float32, then as probabilities
-    read = 2 * shape.batch * k * slots * h * itemsize  # a layer's part of the cache
+    scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
+    read = 2 * key.rows * k * positions * h * itemsize  # a layer's part of the cache
     mlp = rows * 3 * f * itemsize
-    logits = shape.batch * (shape.tokens if shape.all_logits else 1) * 2 * v * 4
+    logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
     return residual + max(projections + scores + read, mlp, logits)
 
 
-def lowered_activation_bytes(decoder: Decoder, shape: Shape, slots: int, dtype: np.dtype[Any]) -> int:
-    """The most that the lowered program of `shape` needs at one time for what does not fuse: a lower bound.
+def lowered_activation_bytes(decoder: Decoder, key: ProgramKey, positions: int, dtype: np.dtype[Any]) -> int:
+    """The most that the lowered program of `key` needs at one time for what does not fuse: a lower bound.
 
     Raises LoweringError where it cannot be lowered.
     """
-    (program,) = lower_model(decoder, [shape], slots, dtype)
+    (program,) = lower_model(decoder, [key], key.rows, positions, dtype)
     return peak_bytes(parse(program.hlo_module).entry)
 
 

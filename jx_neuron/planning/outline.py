@@ -113,7 +113,7 @@ class Outline:
     def cache_bytes(self, tp_degree: int, batch: int, slots: int, itemsize: int) -> int:
         """Bytes of keys and values that each core holds."""
         decoder = self.at_degree(tp_degree)
-        return decoder.cache_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
+        return decoder.state_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
 
     def read_elements(self, tp_degree: int) -> int:
         """Parameters that a decode step reads on each core: all but those of tables it looks single rows up in."""

@@ -225,8 +225,8 @@ def _why_nowhere(request: Request, tp_degree: int | None) -> str:
 
 def _lowered(model: Mapping[str, Any] | Decoder, request: Request, tp_degree: int, amp: str) -> int:
     at = replace(model, tp_degree=tp_degree) if isinstance(model, Decoder) else Decoder.from_config(model, tp_degree)
-    shapes = request.buckets.shapes(request.batch_size, 1)
-    largest = max(shapes, key=lambda shape: shape.tokens * shape.slots)
+    keys = request.buckets.programs(request.batch_size, 1)
+    largest = max(keys, key=lambda key: key.tokens * key.positions)
     return lowered_activation_bytes(at, largest, request.buckets.capacity, dtype_of(amp))
 
 

@@ -8,20 +8,20 @@ import numpy as np
 
 from jx_neuron.errors import InputError
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A lowered model.
 
-    programs:   by the shape each is for.
+    programs:   by the key of each.
     hlo:        gives a program's serialized HloModuleProto by name.
     neff:       gives a program's NEFF by name, or None.
     parameters: each rank's part of each, by name; they may be read when they are asked for.
     """
 
-    programs: Mapping[Shape, ProgramSpec]
+    programs: Mapping[ProgramKey, ProgramSpec]
     hlo: Callable[[str], bytes] = field(repr=False)
     neff: Callable[[str], bytes | None] = field(repr=False)
     parameters: Mapping[str, Sequence[np.ndarray]] = field(repr=False)
@@ -34,16 +34,16 @@ class Bundle:
     @property
     def candidates(self) -> int:
         """How many candidates its programs sample from."""
-        return max(shape.candidates for shape in self.programs)
+        return max(key.candidates for key in self.programs)
 
-    def find(self, shape: Shape) -> ProgramSpec:
-        """The program of `shape`. Raises InputError that lists those there are."""
-        if shape not in self.programs:
+    def find(self, key: ProgramKey) -> ProgramSpec:
+        """The program of `key`. Raises InputError that lists those there are."""
+        if key not in self.programs:
             raise InputError(
-                f"no program {shape.name} was compiled; there are {', '.join(sorted(s.name for s in self.programs))}. "
+                f"no program {key.name} was compiled; there are {', '.join(sorted(k.name for k in self.programs))}. "
                 "Compile the model anew with the batch size, buckets and options that this call needs"
             )
-        return self.programs[shape]
+        return self.programs[key]
 
     def of_kind(self, kind: str) -> list[TensorSpec]:
         """The inputs of a kind, "param" or "state", in order; they are the same in every program."""

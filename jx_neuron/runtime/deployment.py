@@ -24,9 +24,10 @@ from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
 from jx_neuron.lowering.signature import ProgramSpec
 from jx_neuron.lowering.verify.checking import Violation, verify
 from jx_neuron.lowering.verify.rules import target_of
-from jx_neuron.runtime import Runtime, neuron
+from jx_neuron.runtime import neuron
+from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.bundle import Bundle
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.temporary import temporary_folder
 
 BACKENDS = ("xla", "host", "neuron")
@@ -55,10 +56,10 @@ def target_for(asked: str | None) -> str:
 
 @dataclass
 class Deployment:
-    """Programs of a model, lowered and perhaps compiled, by shape."""
+    """Programs of a model, lowered and perhaps compiled, by key."""
 
     settings: Settings
-    programs: Mapping[Shape, ProgramSpec]
+    programs: Mapping[ProgramKey, ProgramSpec]
     hlo: Callable[[str], bytes]
     neffs: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
@@ -106,7 +107,7 @@ class Deployment:
             self.compile(jobs=jobs)
             self._check_machine()
             runtime = neuron.NeuronRuntime(self.bundle(parameters))
-            runtime.compile(list(self.programs))
+            runtime.load(self.programs)
             return runtime
         from jx_neuron.runtime.host import HostRuntime
 
@@ -124,10 +125,11 @@ def lower(decoder: Any, settings: Settings, workers: int = 2) -> Deployment:
     """Lowers every program of `settings`."""
     from jx_neuron.lowering.model import lower_model
 
-    shapes = settings.shapes
-    lowered = list(lower_model(decoder, shapes, settings.buckets.capacity, settings.dtype, workers))
+    keys = settings.programs
+    slots, positions = settings.slots, settings.buckets.capacity
+    lowered = list(lower_model(decoder, keys, slots, positions, settings.dtype, workers))
     by_name = {program.name: program.hlo_module for program in lowered}
-    return Deployment(settings, dict(zip(shapes, lowered, strict=True)), by_name.__getitem__)
+    return Deployment(settings, dict(zip(keys, lowered, strict=True)), by_name.__getitem__)
 
 
 def save(
@@ -177,18 +179,19 @@ class Saved:
         buckets = settings.buckets
         if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(saved):
             raise self._refusal(f"it has {len(saved)} programs, which is fewer than its buckets")
-        programs: dict[Shape, ProgramSpec] = {}
-        for shape in settings.shapes:
-            if shape.name not in saved:
-                raise self._refusal(f"it lacks the program {shape.name}")
-            programs[shape] = saved[shape.name]
-            hlo = self.artifact.hlo(shape.name)
+        programs: dict[ProgramKey, ProgramSpec] = {}
+        for key in settings.programs:
+            if key.name not in saved:
+                raise self._refusal(f"it lacks the program {key.name}")
+            programs[key] = saved[key.name]
+            hlo = self.artifact.hlo(key.name)
             with self._named():
                 check_fit(
-                    programs[shape],
+                    programs[key],
                     hlo,
-                    shape,
-                    slots=buckets.capacity,
+                    key,
+                    slots=settings.slots,
+                    positions=buckets.capacity,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
                 )

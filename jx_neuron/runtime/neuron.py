@@ -6,7 +6,7 @@ https://github.com/aws-neuron/transformers-neuronx/blob/main/src/transformers_ne
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from jx_neuron.compiler.neuronx_cc import INSTALL
 from jx_neuron.errors import CompilerError
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.rules import TARGETS
-from jx_neuron.runtime import Result
 from jx_neuron.runtime.bundle import Bundle, Joined
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.progress import track
 
 DEVICES = Path("/dev")
@@ -40,13 +40,13 @@ def target() -> str | None:
 
 
 class NeuronRuntime:
-    """Holds weights and cache on NeuronCores, shared by all programs; programs are loaded when first needed.
+    """Holds parameters and state on NeuronCores, shared by all programs; programs are loaded when first needed.
 
     Raises CompilerError where torch-neuronx is not installed.
     """
 
     def __init__(self, bundle: Bundle):
-        self._torch, self._bundle, self._runs, self._rows = _torch(), bundle, 0, 0
+        self._torch, self._bundle, self._runs = _torch(), bundle, 0
         self._torch.ops.neuron._init_neuron()
         self._executors: dict[str, Any] = {}
         self._buffers: dict[tuple[str, tuple[int, ...], str], Any] = {}
@@ -59,54 +59,41 @@ class NeuronRuntime:
         self._rank = self._put([np.array([rank], np.int32) for rank in range(tp)])
 
     @property
-    def candidates(self) -> int:
-        return self._bundle.candidates
+    def programs(self) -> frozenset[ProgramKey]:
+        return frozenset(self._bundle.programs)
 
-    def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
-        program = self._bundle.find(shape)
-        executor = self._executor(program)
-        given = [self._host_tensor(np.asarray(inputs[t.name], t.dtype)) for t in program.inputs if t.kind == "input"]
-        (token,) = self._torch.ops.neuron._parallel_executor_run(executor, given, FIRST_RANK)
-        self._runs, self._rows = self._runs + 1, shape.batch
-        first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
-        return Result(first.numpy(), _Logits(self, _outputs(program)[1]))
-
-    def reset(self, slots: int = 0) -> None:
-        """The cache keeps its memory; positions yet to be written are masked."""
-
-    def keep(self) -> Any:
-        """The cache as each rank's arrays on the host, by name."""
-        return {tensor.name: self._read(self._cache(tensor, self._rows)) for tensor in self._bundle.of_kind("state")}
-
-    def restore(self, kept: Any) -> None:
-        for tensor in self._bundle.of_kind("state"):
-            self._torch.ops.neuron._parallel_write_neuron(
-                self._cache(tensor, len(kept[tensor.name][0])), kept[tensor.name]
-            )
-        self._rows = len(next(iter(kept.values()))[0])
-
-    def clear(self) -> None:
-        caches = {tensor.name for tensor in self._bundle.of_kind("state")}
-        for (name, shape, dtype), buffer in self._buffers.items():
-            if name in caches:
-                zeros = [self._host_tensor(np.zeros(shape, dtype)) for _ in range(self._bundle.tp_degree)]
-                self._torch.ops.neuron._parallel_write_neuron(buffer, zeros)
-
-    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
-        """Through the host, as transformers-neuronx broadcasts its cache."""
-        if kept is None and np.array_equal(index_b, np.arange(self._rows)):
-            return
-        index = self._torch.from_numpy(np.asarray(index_b, np.int64))
-        kept = self.keep() if kept is None else kept
-        for tensor in self._bundle.of_kind("state"):
-            rows = [rank.index_select(0, index) for rank in kept[tensor.name]]
-            self._torch.ops.neuron._parallel_write_neuron(self._cache(tensor, len(index)), rows)
-        self._rows = len(index)
-
-    def compile(self, shapes: Sequence[Shape]) -> None:
-        wanted = [of for of in map(self._bundle.find, shapes) if of.name not in self._executors]
-        for program in track(wanted, "loading programs", len(wanted)):
+    def load(self, programs: Iterable[ProgramKey]) -> None:
+        missing = [spec for spec in map(self._bundle.find, programs) if spec.name not in self._executors]
+        for program in track(missing, "loading programs", len(missing)):
             self._executor(program)
+
+    def run(self, step: StepInput) -> StepOutput:
+        program = self._bundle.find(step.key)
+        executor = self._executor(program)
+        inputs = [
+            self._host_tensor(np.asarray(step.arrays[t.name], t.dtype)) for t in program.inputs if t.kind == "input"
+        ]
+        (token,) = self._torch.ops.neuron._parallel_executor_run(executor, inputs, FIRST_RANK)
+        self._runs += 1
+        first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
+        return StepOutput(first.numpy(), _Logits(self, _outputs(program)[1]))
+
+    def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
+        """Through the host, as transformers-neuronx broadcasts its cache."""
+        source, target = (self._torch.from_numpy(np.asarray(slots, np.int64)) for slots in (source_n, target_n))
+        self._rewrite(lambda rank: rank.index_copy(0, target, rank.index_select(0, source)))
+
+    def clear(self, slot_n: np.ndarray) -> None:
+        slots = self._torch.from_numpy(np.asarray(slot_n, np.int64))
+        self._rewrite(lambda rank: rank.index_fill(0, slots, 0))
+
+    def reset(self, slots: int, positions: int) -> None:
+        """The table keeps its memory; positions yet to be written are masked."""
+
+    def _rewrite(self, change: Callable[[Any], Any]) -> None:
+        for tensor in self._bundle.of_kind("state"):
+            buffer = self._device_tensor(tensor)
+            self._torch.ops.neuron._parallel_write_neuron(buffer, [change(rank) for rank in self._read(buffer)])
 
     def _executor(self, program: ProgramSpec) -> Any:
         if program.name not in self._executors:
@@ -134,15 +121,12 @@ class NeuronRuntime:
         return found
 
     def _device_tensor(self, tensor: TensorSpec) -> Any:
-        """What a program reads or writes: its outputs take the cache's memory; programs of a batch share it."""
+        """What a program reads or writes: its outputs take the state's memory; all programs share it."""
         if tensor.kind == "rank":
             return self._rank
         if tensor.name in self._held:
             return self._held[tensor.name]
         return self._buffer(tensor.name, tensor.shape, tensor.dtype)
-
-    def _cache(self, tensor: TensorSpec, rows: int) -> Any:
-        return self._buffer(tensor.name, (rows, *tensor.shape[1:]), tensor.dtype)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         key = (name, shape, dtype)

@@ -1,7 +1,7 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,18 +12,16 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.weights import Params, Source
-from jx_neuron.errors import InputError
 from jx_neuron.lowering import _jaxlib
 from jx_neuron.models import Decoder
-from jx_neuron.nn import cache as kv
-from jx_neuron.nn import ops as products
-from jx_neuron.nn import sharding
-from jx_neuron.nn.cache import Cache
-from jx_neuron.runtime import Result
-from jx_neuron.runtime import xla_options as compiled
-from jx_neuron.runtime.cpu import OneCPU
-from jx_neuron.step.shape import Shape
+from jx_neuron.nn import ops, sharding
+from jx_neuron.nn.sharding import AXIS
+from jx_neuron.nn.state import State
+from jx_neuron.runtime import xla_options
+from jx_neuron.runtime.cpu.weights import OneCPU
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
+from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.pages import check_room, give_back, uncollected
 from jx_neuron.util.progress import side_by_side
 
@@ -45,101 +43,109 @@ def mesh(tp_degree: int) -> Mesh:
 class XlaRuntime:
     """Programs are compiled when first needed, and the `MOST_PROGRAMS` that were used last are kept.
 
-    The cache is as long as `reset` said, and grows with larger buckets.
+    The state table has the size that `reset` said, and grows with the slots and positions that steps need.
     """
 
-    candidates = None
+    programs = None
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: Any):
-        compiled.keep_between_processes()
+        xla_options.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
         self._platform = mesh.devices.flat[0].platform
         alone: dict[str, type[OneCPU | _OneGPU]] = {"cpu": OneCPU, "gpu": _OneGPU}
         placed = alone.get(self._platform, _Sharded) if mesh.size == 1 else _Sharded
         self._placed: OneCPU | _Sharded = placed(decoder, source, mesh, self.dtype)
         give_back()
-        self._programs: OrderedDict[tuple[Shape, int], Any] = OrderedDict()
-        self._cache: Cache | None = None
-        self._least_slots = 0
+        self._compiled: OrderedDict[tuple[ProgramKey, int, int], Any] = OrderedDict()
+        self._state: State | None = None
+        self._sizes = 0, 0
 
-    def run(self, shape: Shape, inputs: Mapping[str, Any]) -> Result:
-        cache = self._cache_for(shape)
-        program = self._program(shape, kv.slots(cache))
-        self._cache = None
-        token_b1, logits, self._cache = program(
-            self._placed.params(shape), cache, *(inputs[name] for name in shape.inputs())
-        )
-        return Result(token_b1, logits)
+    def load(self, programs: Iterable[ProgramKey]) -> None:
+        keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
+        side_by_side(lambda key: self._program(*key), [key for key in keys if key not in self._compiled], "compiling")
 
-    def reset(self, slots: int = 0) -> None:
-        self._cache, self._least_slots = None, slots
+    def run(self, step: StepInput) -> StepOutput:
+        key = step.key
+        state = self._table(key, int(step.arrays["slot_b"].max()) + 1 if "slot_b" in step.arrays else key.rows)
+        program = self._program(key, state.slots, state.positions)
+        self._state = None
+        arrays = (step.arrays[name] for name in key.inputs())
+        token_b1, logits, self._state = program(self._placed.params(key), state, *arrays)
+        return StepOutput(token_b1, logits)
 
-    def keep(self) -> Any:
-        kept, self._cache = self._cache, None
-        return kept
+    def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
+        if self._state is not None:
+            state = self._grown(self._state, int(target_n.max()) + 1, 0)
+            with jax.set_mesh(self.mesh):
+                self._state = _copy(state, source_n, target_n)
 
-    def restore(self, kept: Any) -> None:
-        self._cache = kept
+    def clear(self, slot_n: np.ndarray) -> None:
+        if self._state is not None:
+            with jax.set_mesh(self.mesh):
+                self._state = _clear(self._state, slot_n)
 
-    def clear(self) -> None:
-        self._cache = None
+    def reset(self, slots: int, positions: int) -> None:
+        self._state, self._sizes = None, (slots, positions)
 
-    def reorder(self, index_b: np.ndarray, kept: Any = None) -> None:
+    def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
+        """Slots and positions of the table that a program is to run on."""
+        if self._state is None:
+            least_slots, least_positions = self._sizes
+        else:
+            least_slots, least_positions = self._state.slots, self._state.positions
+        return max(slots, key.rows, least_slots), max(key.positions, least_positions)
+
+    def _table(self, key: ProgramKey, slots: int) -> State:
+        slots, positions = self._sizes_for(key, slots)
+        if self._state is not None:
+            return self._grown(self._state, slots, positions)
+        empty = self._placed.state(slots, positions)
+        self._check_room(empty)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
+        return jax.device_put(zeros, jax.tree.map(_sharding, empty))
+
+    def _grown(self, state: State, slots: int, positions: int) -> State:
+        slots, positions = max(slots, state.slots), max(positions, state.positions)
+        if (slots, positions) == (state.slots, state.positions):
+            return state
+        self._check_room(self._placed.state(slots, positions))
         with jax.set_mesh(self.mesh):
-            self._cache = _take(self._cache if kept is None else kept, index_b)
+            return _resize(state, slots, positions)
 
-    def compile(self, shapes: list[Shape]) -> None:
-        wanted = dict.fromkeys((shape, max(shape.slots, self._least_slots)) for shape in shapes)
-        side_by_side(lambda of: self._program(*of), [of for of in wanted if of not in self._programs], "compiling")
+    def _check_room(self, table: State) -> None:
+        if self._platform == "cpu":
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(table))
+            check_room(size, f"the keys and values of {table.slots} rows and {table.positions} positions take")
 
-    def _program(self, shape: Shape, slots: int) -> Any:
-        """The program of `shape` over a cache of `slots` slots."""
-        key = shape, slots
-        program = self._programs.get(key) or self._compiled(shape, slots)
-        self._programs[key] = program
-        self._programs.move_to_end(key)
-        while len(self._programs) > MOST_PROGRAMS:
-            self._programs.popitem(last=False)
+    def _program(self, key: ProgramKey, slots: int, positions: int) -> Any:
+        """The program of `key` over a table of so many slots and positions."""
+        sizes = key, slots, positions
+        program = self._compiled.get(sizes) or self._compile(*sizes)
+        self._compiled[sizes] = program
+        self._compiled.move_to_end(sizes)
+        while len(self._compiled) > MOST_PROGRAMS:
+            self._compiled.popitem(last=False)
         return program
 
-    def _compiled(self, shape: Shape, slots: int) -> Any:
+    def _compile(self, key: ProgramKey, slots: int, positions: int) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if shape.all_logits else 1), "tp"))
-        cache = self._placed.cache(shape.batch, slots)
-        several = products.are_several(shape.batch * shape.tokens)
+        split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS))
+        state = self._placed.state(slots, positions)
+        several = ops.are_several(key.rows * key.tokens)
         program = jax.jit(
-            self._placed.step(shape),
+            self._placed.step(key),
             donate_argnums=1,
-            out_shardings=(everywhere, split, jax.tree.map(_sharding, cache)),
-            compiler_options=compiled.options(self._platform, self.mesh.size == 1, several),
+            out_shardings=(everywhere, split, jax.tree.map(_sharding, state)),
+            compiler_options=xla_options.options(self._platform, self.mesh.size == 1, several),
         )
-        inputs = [jax.ShapeDtypeStruct(*of, sharding=everywhere) for of in shape.inputs().values()]
+        inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in key.inputs().values()]
         give_back()
-        with jax.set_mesh(self.mesh), compiled.precision(self._platform, self.dtype):
+        with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
             with uncollected():
-                lowered = program.lower(self._placed.params(shape), cache, *inputs)
+                lowered = program.lower(self._placed.params(key), state, *inputs)
             executable = lowered.compile()
         give_back()
         return executable
-
-    def _cache_for(self, shape: Shape) -> Cache:
-        cache = self._cache
-        if cache is not None and (rows := kv.batch(cache)) != shape.batch:
-            raise InputError(
-                f"the cache holds {rows} rows, padding counted, and this call goes on from it with {shape.batch}; "
-                "go on with as many rows as the call before had, or begin again with whole prompts"
-            )
-        if cache is not None and kv.slots(cache) >= shape.slots:
-            return cache
-        slots = max(shape.slots, self._least_slots) if cache is None else shape.slots
-        empty = self._placed.cache(shape.batch, slots)
-        if self._platform == "cpu":
-            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
-            check_room(size, f"the keys and values of {shape.batch} rows and {slots} positions take")
-        if cache is not None:
-            return _grow(cache, slots)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-        return jax.device_put(zeros, jax.tree.map(_sharding, empty))
 
 
 class _Sharded:
@@ -152,17 +158,17 @@ class _Sharded:
     def _place(self, source: Source) -> Params:
         return source.place(self._mesh)
 
-    def cache(self, batch: int, slots: int) -> Cache:
-        """The cache as shapes."""
-        return self._decoder.abstract_cache(batch, slots, self._dtype, self._mesh)
+    def state(self, slots: int, positions: int) -> State:
+        """A state table as shapes."""
+        return self._decoder.abstract_state(slots, positions, self._dtype, self._mesh)
 
-    def params(self, shape: Shape) -> Params:
-        """What the step of `shape` takes for parameters."""
+    def params(self, key: ProgramKey) -> Params:
+        """What the step of `key` takes for parameters."""
         return self._params
 
-    def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
-        """The step of `shape`, over `params` of it."""
-        return step(self._decoder, shape)
+    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
+        """The step of `key`, over `params` of it."""
+        return step(self._decoder, key)
 
 
 class _OneGPU(_Sharded):
@@ -170,7 +176,7 @@ class _OneGPU(_Sharded):
 
     def _place(self, source: Source) -> Params:
         def put_first(axes: int, kernels: Sequence[Any]) -> Any:
-            return products.outputs_first(kernels[0], axes)
+            return ops.outputs_first(kernels[0], axes)
 
         return source.place(self._mesh, {(path,): partial(put_first, axes) for path, axes in self._axes.items()})
 
@@ -179,16 +185,15 @@ class _OneGPU(_Sharded):
         """Of each kernel, how many input axes it has."""
         return {path: axes for paths, axes in self._decoder.kernels.items() for path in paths}
 
-    def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
-        traced, axes = super().step(shape), self._axes
+    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
+        traced, axes = super().step(key), self._axes
 
-        def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
+        def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
             values = {
-                path: products.inputs_first(array, axes[path]) if path in axes else array
-                for path, array in params.items()
+                path: ops.inputs_first(array, axes[path]) if path in axes else array for path, array in params.items()
             }
-            with products.for_gpu():
-                return traced(values, cache, *inputs)
+            with ops.for_gpu():
+                return traced(values, state, *inputs)
 
         return run
 
@@ -197,5 +202,6 @@ def _sharding(leaf: Any) -> Any:
     return leaf.sharding
 
 
-_take = jax.jit(kv.take)
-_grow = jax.jit(kv.grow, static_argnums=1)
+_copy = jax.jit(State.copy, donate_argnums=0)
+_clear = jax.jit(State.clear, donate_argnums=0)
+_resize = jax.jit(State.resize, static_argnums=(1, 2))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jx_neuron.errors import InputError
-from jx_neuron.step.shape import Shape
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.arguments import integers
 
 SMALLEST = 128
@@ -83,23 +83,24 @@ class Buckets:
         """The longest sequence, prompt and answer together."""
         return self.tokens[-1]
 
-    def slots(self, length: int) -> int:
+    def positions(self, length: int) -> int:
         """The smallest token bucket that holds `length` positions.
 
-        >>> Buckets.of(600).slots(130)
+        >>> Buckets.of(600).positions(130)
         256
         """
         return fit(self.tokens, length)
 
-    def shapes(self, batch: int, candidates: int) -> list[Shape]:
+    def programs(self, rows: int, candidates: int) -> list[ProgramKey]:
         """Every program that prompts and answers up to the capacity can call for.
 
-        >>> [shape.name for shape in Buckets.of([64]).shapes(batch=1, candidates=8)]
+        >>> [key.name for key in Buckets.of([64]).programs(rows=1, candidates=8)]
         ['context32-b1-s32-k8', 'context32-b1-s64-k8', 'decode-b1-s64-k8']
         """
-        prefill = [Shape(batch, t, t, candidates) for t in self.context if t > 1]
-        chunked = [Shape(batch, self.context[-1], s, candidates) for s in self.tokens if s > self.context[-1] > 1]
-        return prefill + chunked + [Shape(batch, 1, s, candidates) for s in self.tokens]
+        chunk = self.context[-1]
+        prefill = [ProgramKey("prefill", rows, t, t, candidates) for t in self.context if t > 1]
+        chunked = [ProgramKey("prefill", rows, chunk, s, candidates) for s in self.tokens if s > chunk > 1]
+        return prefill + chunked + [ProgramKey("decode", rows, 1, s, candidates) for s in self.tokens]
 
 
 def fit(buckets: Iterable[int], length: int) -> int:

@@ -1,7 +1,6 @@
-"""A model on one CPU: how its weights and cache lie in memory, and its steps over them."""
+"""A model on one CPU: how its weights are laid out in memory, and its steps over them."""
 
 import re
-import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from threading import Lock
@@ -16,8 +15,9 @@ from jx_neuron.checkpoint.weights import Params, Source, joint
 from jx_neuron.models import Decoder
 from jx_neuron.nn import layers as nn
 from jx_neuron.nn import ops as products
-from jx_neuron.nn.cache import Cache, Stack
-from jx_neuron.step.shape import Shape
+from jx_neuron.nn.state import State
+from jx_neuron.runtime.cpu.layout import CPU
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
 from jx_neuron.util.pages import Pages
 
@@ -102,20 +102,20 @@ class OneCPU:
         paths = self._paths[name]
         return _Held(tuple(self._decoder.shapes[path] for path in paths), self._decoder.kernels.get(paths), self._dtype)
 
-    def cache(self, batch: int, slots: int) -> Cache:
-        """The cache as shapes."""
-        found = jax.eval_shape(Stack.of, self._decoder.abstract_cache(batch, slots, self._dtype))
-        return jax.tree.map(lambda leaf: leaf.update(sharding=self._everywhere), found)
+    def state(self, slots: int, positions: int) -> State:
+        """A state table as shapes."""
+        state = self._decoder.abstract_state(slots, positions, self._dtype, layout=CPU)
+        return jax.tree.map(lambda leaf: leaf.update(sharding=self._everywhere), state)
 
-    def params(self, shape: Shape) -> Params:
-        """What the step of `shape` takes for parameters."""
-        return self._together if products.are_few(shape.batch * shape.tokens, self._dtype) else self._params
+    def params(self, key: ProgramKey) -> Params:
+        """What the step of `key` takes for parameters."""
+        return self._together if products.are_few(key.rows * key.tokens, self._dtype) else self._params
 
-    def step(self, shape: Shape) -> Callable[..., tuple[Array, Array, Cache]]:
-        """The step of `shape`, over `params` of it."""
-        traced = step(self._decoder, shape)
+    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
+        """The step of `key`, over `params` of it."""
+        traced = step(self._decoder, key)
 
-        def run(params: Params, cache: Cache, *inputs: Array) -> tuple[Array, Array, Cache]:
+        def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
             values: Params = {}
             layered = []
             with products.for_cpu():
@@ -130,15 +130,6 @@ class OneCPU:
                         values |= zip(self._paths[one], parts, strict=True)
                         layered += [(part, nn.Layered(of, which, i)) for which, part in enumerate(parts)]
                 with nn.lying_together(layered):
-                    token_b1, logits, cache = traced(values, cache, *inputs)
-            if not isinstance(cache, Stack):
-                warnings.warn(
-                    f"{self._decoder.model_type} goes through its layers by itself, and a CPU then copies the cache at "
-                    "every step; jx_neuron.nn.layers.through does not",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                cache = Stack.of(cache)
-            return token_b1, logits, cache
+                    return traced(values, state, *inputs)
 
         return run

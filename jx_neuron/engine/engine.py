@@ -1,0 +1,183 @@
+"""The engine: sequences of any number of callers go through one runtime, a turn at a time."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jx_neuron.engine.collector import Collector
+from jx_neuron.engine.options import Choice
+from jx_neuron.engine.scheduler import Scheduler, Sequence, Turn
+from jx_neuron.engine.ticket import Ticket
+from jx_neuron.errors import NonFiniteError
+from jx_neuron.runtime.base import Runtime
+from jx_neuron.step.step_input import StepOutput
+
+
+class _UnderWay(NamedTuple):
+    turn: Turn
+    output: StepOutput
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the host chooses a token, which the next turn takes."""
+        return any(row.last and row.sequence.sink.on_host for row in self.turn.rows)
+
+
+@dataclass
+class Engine:
+    """Requests go in, and come out as events; who waits for one has the engine step.
+
+    Threads share it: whoever holds `lock` steps, for all.
+
+    first_not_finite: names the first tensor that holds a NaN or an infinity, None where none does.
+    """
+
+    runtime: Runtime
+    scheduler: Scheduler
+    vocab_size: int
+    first_not_finite: Callable[[], str | None] = lambda: None
+    lock: RLock = field(default_factory=RLock)
+    closing: deque[Sequence] = field(default_factory=deque)  # which any thread may append to, whoever has the lock
+    _under_way: list[_UnderWay] = field(default_factory=list)
+
+    def submit(
+        self,
+        prompt: SequenceOf[int],
+        choices: SequenceOf[Choice],
+        row: int = 0,
+        tokenizer: Any = None,
+    ) -> list[Ticket]:
+        """Asks for an answer to a prompt by each of `choices`; the prompt is computed once.
+
+        row:       of the first, in errors.
+        tokenizer: needed where a choice has stop strings.
+        """
+        tokens = [int(token) for token in prompt]
+        tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
+        tickets[0].siblings = tickets[1:]
+        if tickets[1:]:
+            tickets[0].sequence.drawing = None  # until the host has chosen the first token of each
+        with self.lock:
+            self.scheduler.submit(tickets[0].sequence)
+        return tickets
+
+    def step(self) -> None:
+        """Dispatches a turn, then reads the one before it; where the host chooses a token of that, reads it first."""
+        with self.lock:
+            try:
+                while self.closing:
+                    self.scheduler.close(self.closing.popleft())
+                previous, self._under_way = self._under_way, []
+                if any(under_way.chooses for under_way in previous):
+                    self._read(previous)
+                    previous = []
+                if self._dispatch():
+                    self._read(previous)
+            except BaseException:
+                self._lose()
+                raise
+
+    def _dispatch(self) -> bool:
+        """Runs the next turn; False where that failed, and with it the requests in it."""
+        if self.runtime.programs is None and (sizes := self.scheduler.sizes()) is not None:
+            self.runtime.reset(*sizes)
+            self.scheduler.forget()
+        plan = self.scheduler.plan()
+        for source, target in plan.copies:
+            self.runtime.copy(np.array([source], np.int32), np.array([target], np.int32))
+        for turn in plan.turns:
+            try:
+                if turn.step.key.kind != "decode":
+                    self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
+                output = self.runtime.run(turn.step)
+                if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # which the next run may overwrite
+                    output = output._replace(logits=np.asarray(output.logits)[..., : self.vocab_size])
+            except Exception as error:
+                self._lose()
+                for row in turn.rows:
+                    self._fail(row.sequence, error)
+                return False
+            self._under_way.append(_UnderWay(turn, output))
+        return True
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self.scheduler.close(sequence)
+        sequence.sink.fail(error)
+
+    def _read(self, steps: Iterable[_UnderWay]) -> None:
+        for turn, output in steps:
+            token_b = None
+            for row in turn.rows:
+                sink = row.sequence.sink
+                if row.last and row.sequence.drawing is not None and token_b is None:
+                    token_b = np.asarray(output.token_b1).reshape(-1)
+                logits = output.logits[row.index] if sink.wants_logits(row) else None
+                token = 0 if token_b is None else int(token_b[row.index])
+                try:
+                    sink.take(row, token, logits)
+                except Exception as error:  # of a tokenizer, or of what a caller chose
+                    self._fail(row.sequence, error)
+
+    def compute(self, sequences: SequenceOf[Sequence]) -> None:
+        """Steps until all tokens of `sequences` are computed, and their sinks have what they want of them.
+
+        Raises what went wrong with one of them.
+        """
+        with self.lock:
+            for sequence in sequences:
+                self.scheduler.submit(sequence)
+        try:
+            while True:
+                with self.lock:
+                    for sequence in sequences:
+                        if sequence.sink.error is not None:
+                            raise sequence.sink.error
+                    if all(sequence.sink.done for sequence in sequences):
+                        return
+                    self.step()
+        finally:
+            with self.lock:
+                for sequence in sequences:
+                    self.scheduler.pause(sequence)
+
+    def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
+        """Computes tokens once, for the sequences that start with them; None forgets those before."""
+        with self.lock:
+            self.scheduler.keep_prefix(None, aside=False)
+            if tokens is None:
+                return
+            sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
+            self.compute([sequence])
+            kept = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            if kept is not None:
+                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([kept], np.int32))
+            self.scheduler.close(sequence)
+
+    def poison(self, sequence: Sequence) -> None:
+        """Zeros in the slot of a sequence whose numbers are not finite."""
+        if sequence.slot is not None:
+            self.runtime.clear(np.array([sequence.slot], np.int32))
+            sequence.computed = 0
+
+    def not_finite(self, row: int) -> NonFiniteError:
+        """The error of logits that are not finite; all weights are read, for the tensor at fault."""
+        tensor = self.first_not_finite()
+        why = (
+            f"so does tensor {tensor}: load a sound checkpoint"
+            if tensor
+            else "no tensor of the model does: a sum grew beyond what the dtype holds. "
+            "Make the model with amp='bf16' or 'f32'"
+        )
+        return NonFiniteError(f"the logits of row {row} hold a number that is not finite (NaN or infinity), and {why}")
+
+    def _lose(self) -> None:
+        """After a fault nothing is known of the state table: everything is computed again."""
+        self._under_way = []
+        self.scheduler.forget()
+        slots, positions = self.scheduler.sizes() or (1, 1)
+        self.runtime.reset(slots, positions)

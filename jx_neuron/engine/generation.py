@@ -1,0 +1,105 @@
+"""Answers to prompts of any lengths, more than there are slots for: as events, and whole."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jx_neuron.engine.engine import Engine
+from jx_neuron.engine.options import Choice
+from jx_neuron.engine.stopping import Detokenizer
+from jx_neuron.engine.ticket import Event
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    ids:              its tokens, the end token among them where one ended it.
+    text:             None where the model has no tokenizer.
+    finish_reason:    "stop" where an end token or a stop string ended it, "length" where it was cut short.
+    logprobs:         log-probability of each token by the model itself, natural; None where not asked for.
+    top_logprobs:     of each token the most likely ones, most likely first, with their log-probabilities.
+    seconds_to_first: from the call to its first token.
+    seconds:          from the call to its last token.
+    """
+
+    ids: tuple[int, ...]
+    text: str | None
+    finish_reason: str
+    logprobs: tuple[float, ...] | None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None
+    seconds_to_first: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers to one prompt, whose tokens are `prompt_ids`."""
+
+    prompt_ids: tuple[int, ...]
+    answers: tuple[Answer, ...]
+
+    @property
+    def text(self) -> str | None:
+        """Of the first answer."""
+        return self.answers[0].text
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of the first answer."""
+        return self.answers[0].ids
+
+
+def events(
+    engine: Engine, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]], tokenizer: Any
+) -> Iterator[Event]:
+    """Every token of every answer as it comes; several answers are under way at a time.
+
+    choices:   for each prompt one for each of its answers.
+    tokenizer: None for events without text.
+    """
+    live = [
+        (prompt, answer, ticket, Detokenizer(tokenizer, tokens, skip_special_tokens=True) if tokenizer else None)
+        for prompt, (tokens, wishes) in enumerate(zip(prompts, choices, strict=True))
+        for answer, ticket in enumerate(engine.submit(tokens, wishes, prompt, tokenizer))
+    ]
+    try:
+        while live:
+            ready = [entry for entry in live if entry[2].ready]
+            if not ready:
+                engine.step()
+                continue
+            for entry in ready:
+                prompt, answer, ticket, detokenizer = entry
+                event = next(ticket)
+                last = event.finish_reason is not None
+                text = None if detokenizer is None else detokenizer.add(event.token, last=last)
+                if last:
+                    live.remove(entry)
+                yield replace(event, prompt=prompt, answer=answer, text=text)
+    finally:
+        for _, _, ticket, _ in live:
+            ticket.close()
+
+
+def whole(prompts: Sequence[Sequence[int]], counts: Sequence[int], stream: Iterator[Event]) -> list[Generation]:
+    """The answers that events make; `counts` of them for each prompt."""
+    made: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
+    for event in stream:
+        made[event.prompt][event.answer].append(event)
+    return [
+        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, made, strict=True)
+    ]
+
+
+def _answer(stream: Sequence[Event]) -> Answer:
+    scored, last = stream[0].logprob is not None, stream[-1]
+    return Answer(
+        tuple(event.token for event in stream),
+        None if last.text is None else "".join(event.text or "" for event in stream),
+        last.finish_reason or "stop",
+        tuple(event.logprob or 0.0 for event in stream) if scored else None,
+        tuple(event.top for event in stream) if scored else None,
+        stream[0].seconds,
+        last.seconds,
+    )

@@ -1,0 +1,92 @@
+"""Rows of tokens that a caller continues: calling the model, and HF's `generate()`."""
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from jx_neuron.engine import prompts
+from jx_neuron.engine.collector import Collector
+from jx_neuron.engine.engine import Engine
+from jx_neuron.engine.scheduler import Sequence
+from jx_neuron.errors import InputError
+
+
+class Rows:
+    """Sequences whose tokens are given, all at first and then more.
+
+    They keep slots of the engine's state table while nobody else needs them; one that lost its slot is computed again
+    when it goes on.
+    """
+
+    def __init__(self, engine: Engine, rows: SequenceOf[np.ndarray]):
+        self._engine = engine
+        self._sequences = [Sequence(row.tolist(), sink=Collector(engine)) for row in rows]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self._sequences)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens each row has, int32 [n]."""
+        return np.array([len(sequence.tokens) for sequence in self._sequences], np.int32)
+
+    def logits(self, every: bool = False) -> np.ndarray:
+        """Logits after each row's last token, float32 [n, v]; of every token [n, t, v], 0 behind a row's end."""
+        first_n = np.zeros(self.count, int) if every else self.lengths - 1
+        logits_ntv = self._compute(first_n, every)
+        return logits_ntv if every else logits_ntv[:, 0]
+
+    def extend(self, tokens_nt: np.ndarray, every: bool = False) -> np.ndarray:
+        """Puts tokens [n, t] behind each row. Returns logits float32 [n, t, v], or of the last alone, [n, 1, v].
+
+        Raises InputError where they exceed the capacity.
+        """
+        capacity = self._engine.scheduler.buckets.capacity
+        prompts.check_end(int(self.lengths.max()) + tokens_nt.shape[1], capacity)
+        first_n = self.lengths
+        for sequence, tokens in zip(self._sequences, tokens_nt.tolist(), strict=True):
+            sequence.extend(tokens)
+        return self._compute(first_n if every else self.lengths - 1, every)
+
+    def reorder(self, index_n: np.ndarray) -> None:
+        """Row i goes on from what row `index_n[i]` is."""
+        sequences: list[Sequence] = []
+        for index in index_n.tolist():
+            source = self._sequences[index]
+            sequences.append(source.fork() if source in sequences else source)
+        self._engine.closing.extend(sequence for sequence in self._sequences if sequence not in sequences)
+        self._sequences = sequences
+
+    def crop(self, tokens: int) -> None:
+        """Forgets each row's last `tokens` tokens."""
+        for sequence in self._sequences:
+            sequence.crop(max(len(sequence.tokens) - tokens, 0))
+
+    def seek(self, start_n: np.ndarray) -> None:
+        """Has each row's next token stand at `start_n` [n]. Raises InputError where that leaves a gap."""
+        if len(start_n) != self.count or (start_n > self.lengths).any():
+            raise InputError(
+                f"{len(start_n)} rows cannot go on at positions {start_n.tolist()}: the last call left {self.count} "
+                f"rows of {self.lengths.tolist()} tokens; go on with as many, at most at those positions"
+            )
+        for sequence, start in zip(self._sequences, start_n.tolist(), strict=True):
+            sequence.crop(start)
+
+    def close(self) -> None:
+        """Gives the slots back."""
+        self._engine.closing.extend(self._sequences)
+
+    def _compute(self, first_n: np.ndarray, every: bool) -> np.ndarray:
+        """Logits [n, t, v] of each row's tokens from position `first_n` on."""
+        sinks = [Collector(self._engine, n, every=every, first=first) for n, first in enumerate(first_n.tolist())]
+        for sequence, sink in zip(self._sequences, sinks, strict=True):
+            sequence.sink, sequence.every_logits = sink, every
+        self._engine.compute(self._sequences)
+        width = int((self.lengths - first_n).max())
+        logits_ntv = np.zeros((self.count, width, self._engine.vocab_size), np.float32)
+        for row_tv, sink, first in zip(logits_ntv, sinks, first_n.tolist(), strict=True):
+            for begin, part_tv in sink.parts:
+                row_tv[begin - first : begin - first + len(part_tv)] = part_tv
+        return logits_ntv

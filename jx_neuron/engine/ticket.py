@@ -1,0 +1,167 @@
+"""One answer under way: its tokens, and why it ended."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jx_neuron.engine.draw import largest
+from jx_neuron.engine.options import Choice
+from jx_neuron.engine.processors import log_softmax
+from jx_neuron.engine.scheduler import Row, Sequence
+from jx_neuron.engine.stopping import StopStrings
+from jx_neuron.nn.sampling import NOT_FINITE
+
+if TYPE_CHECKING:
+    from jx_neuron.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one answer.
+
+    token:          its id.
+    logprob:        log-probability of the token by the model itself, natural; None where not asked for.
+    top:            the most likely tokens, most likely first, and their log-probabilities; empty where not asked for.
+    finish_reason:  None while the answer goes on; "stop" where an end token or whatever else ends it, and "length".
+    seconds:        since the prompt was submitted.
+    prompt, answer: which prompt of the call, and which of its answers, from 0.
+    text:           what the answer's text grew by; None where there is no tokenizer. A character that takes several
+                    tokens comes with the last of them.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+    finish_reason: str | None
+    seconds: float
+    prompt: int = 0
+    answer: int = 0
+    text: str | None = None
+
+
+class Ticket:
+    """An answer under way: iterate over it for its events.
+
+    Raises what went wrong with it, such as NonFiniteError, when it is iterated over.
+    """
+
+    def __init__(self, engine: "Engine", prompt: list[int], choice: Choice, row: int, tokenizer: Any):
+        self._engine, self._choice, self._row = engine, choice, row
+        self._began = time.perf_counter()
+        self._strings = StopStrings(choice.stop_strings, tokenizer, prompt) if choice.stop_strings else None
+        self._prompt, self._answer = prompt, list[int]()
+        self._events = deque[Event]()
+        self._error: BaseException | None = None
+        self.closed = False
+        self.siblings: list[Ticket] = []
+        self._drawing = None if choice.on_host else choice.draw
+        self.sequence = Sequence(list(prompt), len(prompt) + choice.steps, self._drawing, sink=self)
+
+    def __iter__(self) -> "Ticket":
+        return self
+
+    def __next__(self) -> Event:
+        while True:
+            with self._engine.lock:
+                if self._events:
+                    return self._events.popleft()
+                if self._error is not None:
+                    error, self._error = self._error, None
+                    raise error
+                if self.closed:
+                    raise StopIteration
+                self._engine.step()
+
+    @property
+    def ready(self) -> bool:
+        """Whether an event, or an error, is there without a step."""
+        return bool(self._events) or self._error is not None
+
+    def close(self) -> None:
+        """Ends the answer where it is; the prompt is still computed where other answers wait for it."""
+        self.closed = True
+        if not self.siblings:
+            self._engine.closing.append(self.sequence)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the next token is chosen from logits that the host reads."""
+        return self._choice.on_host or bool(self.siblings)
+
+    def wants_logits(self, row: Row) -> bool:
+        """Whether it reads the logits of a step's row."""
+        return row.last and self.on_host and (not self.closed or bool(self.siblings))
+
+    def take(self, row: Row, token: int, logits_v: np.ndarray | None) -> None:
+        """What a step gave for its row: the token that the program drew, and logits [v] where it wants them."""
+        siblings = self.siblings
+        if not row.last or (self.closed and not siblings):
+            return
+        if logits_v is not None and not np.isfinite(logits_v).all():
+            token = NOT_FINITE
+        elif logits_v is not None:
+            token = self._choose(logits_v)
+        if token == NOT_FINITE:
+            self._engine.poison(self.sequence)
+            self.fail(self._engine.not_finite(self._row))
+            return
+        self.siblings = []
+        if self.closed:
+            self.close()
+        else:
+            self._engine.scheduler.take(self.sequence, token)
+            self.sequence.drawing = self._drawing
+            self._add(token, logits_v)
+        for sibling in reversed(siblings):
+            assert logits_v is not None
+            sibling.begin(self.sequence, logits_v)
+
+    def begin(self, source: Sequence, logits_v: np.ndarray) -> None:
+        """Goes on from a prompt that `source` has computed, and its logits [v]."""
+        if self.closed:
+            return
+        token = self._choose(logits_v)
+        self._add(token, logits_v)
+        if not self.closed:
+            self.sequence.tokens.append(token)
+            self.sequence.source = source
+            self._engine.scheduler.submit(self.sequence, first=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the answer with an error, for whoever iterates over it."""
+        siblings, self.siblings = self.siblings, []
+        for ticket in (self, *siblings):
+            ticket._error = error
+            ticket.close()
+
+    def _choose(self, logits_v: np.ndarray) -> int:
+        choice = self._choice
+        if choice.processors.active:
+            logits_v = choice.processors(logits_v, self._prompt, self._answer)
+        return choice.draw.choose(logits_v, len(self._answer))
+
+    def _add(self, token: int, logits_v: np.ndarray | None) -> None:
+        choice = self._choice
+        self._answer.append(token)
+        ended = token in choice.eos
+        if self._strings is not None and self._strings.ended_by(token):
+            ended = True
+        full = len(self._answer) >= choice.steps
+        reason = "stop" if ended else "length" if full else None
+        logprob, top = _log_probabilities(logits_v, token, choice.logprobs)
+        self._events.append(Event(token, logprob, top, reason, time.perf_counter() - self._began))
+        if reason is not None:
+            self.close()
+
+
+def _log_probabilities(
+    logits_v: np.ndarray | None, token: int, count: int | None
+) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    if count is None or logits_v is None:
+        return None, ()
+    logprobs_v = log_softmax(logits_v)
+    most = largest(logprobs_v, count).tolist() if count else []
+    return float(logprobs_v[token]), tuple((id, float(logprobs_v[id])) for id in most)

@@ -1,0 +1,67 @@
+"""Attention over the state of a slot. Array suffixes are those of jx_neuron.nn.layers, g query heads of a key head."""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from jx_neuron.nn.ops import query_blocks, query_key, weigh_values
+from jx_neuron.nn.state import LayerState, Positions
+
+
+def attend(
+    q_btnh: Array,
+    k_btkh: Array,
+    v_btkh: Array,
+    state: LayerState,
+    at: Positions,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_n: Array | None = None,
+    bias_ns: Array | None = None,
+) -> tuple[Array, LayerState]:
+    """Writes keys and values to the state, then attends to the positions that `at` allows.
+
+    softmax(scale · q · kᵀ + bias) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)
+    (grouped-query attention, Ainslie et al., arXiv:2305.13245). Scores and softmax are float32.
+
+    window:   attends to the last so many positions, the token's own among them (HF's sliding_window).
+    soft_cap: scores become cap · tanh(scores / cap), before the bias (Gemma 2, arXiv:2408.00118).
+    sinks_n:  a logit of each head [n] that takes part in the softmax and has no value (gpt-oss, arXiv:2309.17453).
+    bias_ns:  added to the scores of each head and position, [n, s] for all s of `at.positions` (ALiBi,
+              arXiv:2108.12409: softmax is the same for slope · position as for slope · distance).
+
+    Returns the attention output [b, t, n, h] and the state written to.
+    """
+    b, t, n, h = q_btnh.shape
+    k, s = k_btkh.shape[2], at.positions
+    state = state.write(at, k=k_btkh, v=v_btkh)
+    if t == s:  # whole prompts, of which the state has nothing yet
+        k_bksh, v_bksh = k_btkh.swapaxes(1, 2), v_btkh.swapaxes(1, 2)
+    else:
+        k_bksh, v_bksh = state.read("k", at), state.read("v", at)
+    q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
+        1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
+    )
+    mask_bts = at.mask_bts
+    if window is not None:
+        mask_bts &= jnp.arange(s, dtype=jnp.int32) > at.position_bt[:, :, None] - window
+    parts = []
+    for first, last, seen in query_blocks(t, s):
+        w_bkgts = query_key(q_btkgh[:, first:last], k_bksh[:, :, :seen])
+        if soft_cap is not None:
+            w_bkgts = soft_cap * jnp.tanh(w_bkgts / soft_cap)
+        if bias_ns is not None:
+            w_bkgts += bias_ns.reshape(k, n // k, 1, s)[..., :seen].astype(jnp.float32)
+        w_bkgts = jnp.where(mask_bts[:, None, None, first:last, :seen], w_bkgts, jnp.finfo(jnp.float32).min)
+        v_bksh_seen = v_bksh[:, :, :seen]
+        if sinks_n is not None:  # a position more, whose value is zero
+            sink_bkgt1 = jnp.broadcast_to(
+                sinks_n.astype(jnp.float32).reshape(1, k, n // k, 1, 1), (*w_bkgts.shape[:-1], 1)
+            )
+            w_bkgts = jnp.concatenate([w_bkgts, sink_bkgt1], axis=-1)
+            v_bksh_seen = jnp.pad(v_bksh_seen, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        parts.append(weigh_values(w_bkgts, v_bksh_seen))
+    return jnp.concatenate(parts, axis=1).reshape(b, t, n, h), state

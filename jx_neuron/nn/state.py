@@ -1,0 +1,304 @@
+"""What a decoder keeps of the sequences that went through it: STATE rows, and the state table that they describe.
+
+A model file declares STATE, a row for each array that every layer keeps. A state table has z slots, each for one
+sequence; an array of it is [z, *axes], where the axis s counts positions, and a row without s has one entry a slot,
+as recurrent layers have. How arrays lie in memory is a `Layout`'s matter: a backend may have its own.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+
+@dataclass(frozen=True)
+class S:
+    """One row of STATE: `name`, the `axes` of a slot as letters of `Config.sizes`, and how these are split.
+
+    "k s h" keeps an entry of k heads and h numbers for each of s positions.
+    """
+
+    name: str
+    axes: str
+    partition: P = field(default_factory=P)
+
+    @property
+    def letters(self) -> list[str]:
+        """The axes of a slot."""
+        return self.axes.split()
+
+    @property
+    def position_axis(self) -> int | None:
+        """Which axis of [z, *axes] counts positions; None for a row of one entry a slot."""
+        return 1 + self.letters.index("s") if "s" in self.letters else None
+
+    @property
+    def split(self) -> P:
+        """How [z, *axes] is split: slots are whole on every core."""
+        return P(None, *self.partition)
+
+
+KV = (S("k", "k s h", P("tp")), S("v", "k s h", P("tp")))
+"""Keys and values of attention."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["position_bt", "extent_b", "length_b", "slot_b"],
+    meta_fields=["positions"],
+)
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens [b, t] of one step stand.
+
+    position_bt: absolute position of each token, int32; those of a row follow each other.
+    extent_b:    length of each row's sequence as far as it is known, int32; beyond the tokens of this step where a
+                 prompt goes through in chunks.
+    length_b:    how many of the t tokens are real, int32; those after are padding. 0 leaves the row's slot as it is.
+    slot_b:      each row's slot, int32, all different; None where row i is slot i.
+    positions:   how many positions of a slot attention sees, s. A step with s = t begins at position 0.
+    """
+
+    position_bt: Array
+    extent_b: Array
+    length_b: Array
+    slot_b: Array | None
+    positions: int
+
+    @property
+    def start_b(self) -> Array:
+        """Position of each row's first token."""
+        return self.position_bt[:, 0]
+
+    @property
+    def real_bt(self) -> Array:
+        """True for real tokens, False for padding."""
+        return jnp.arange(self.position_bt.shape[1], dtype=jnp.int32) < self.length_b[:, None]
+
+    @property
+    def mask_bts(self) -> Array:
+        """True where token t may attend to position s."""
+        return jnp.arange(self.positions, dtype=jnp.int32) <= self.position_bt[:, :, None]
+
+
+def positions_of(start_b: Array, length_b: Array, slot_b: Array | None, tokens: int, positions: int) -> Positions:
+    """The positions of `tokens` tokens from `start_b` on. `length_b` counts each sequence's tokens from there, which
+    may exceed `tokens`."""
+    position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    return Positions(position_bt, start_b + length_b, jnp.minimum(length_b, tokens), slot_b, positions)
+
+
+Arrays = tuple[tuple[Array, ...], ...]
+
+
+class Layout:
+    """State tables as the chip and several devices have them: for each layer and row of STATE one array [z, *axes]."""
+
+    slot_axis = 0
+    stacked = False
+    """Whether layers' arrays are stacked, so that a loop may go through the layers."""
+
+    def abstract(self, rows: Sequence[S], shapes: Sequence[Sequence[int]], layers: int, dtype: Any) -> Arrays:
+        """The arrays as shapes; `shapes` of [z, *axes], one a row."""
+        return tuple(tuple(jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in shapes) for _ in range(layers))
+
+    def position_axis(self, row: S) -> int | None:
+        """Which axis of an array counts positions."""
+        return row.position_axis
+
+    def read(self, state: "State", row: int, layer: Array | int, at: Positions) -> Array:
+        """[b, *axes] of the step's slots, of s positions."""
+        array, axis = state.arrays[layer][row], state.rows[row].position_axis
+        b = len(at.length_b)
+        array = array[:b] if at.slot_b is None else jnp.take(array, at.slot_b, axis=0, mode="clip")
+        return array if axis is None else lax.slice_in_dim(array, 0, at.positions, axis=axis)
+
+    def write(self, state: "State", row: int, layer: Array | int, new: Array, at: Positions) -> Arrays:
+        """The arrays with [b, *axes], of t positions, written to the step's slots."""
+        array, axis = state.arrays[layer][row], state.rows[row].position_axis
+        slot_b = jnp.arange(len(new), dtype=jnp.int32) if at.slot_b is None else at.slot_b
+        new = new.astype(array.dtype)
+        if axis is None:
+            real_b = (at.length_b > 0).reshape(-1, *[1] * (new.ndim - 1))
+            written = array.at[slot_b].set(jnp.where(real_b, new, jnp.take(array, slot_b, axis=0, mode="clip")))
+        else:
+            new, real_bt, start_b = within(new, at, axis, array.shape[axis])
+            index = jnp.stack([slot_b, start_b], axis=1)
+            window = tuple(range(1, array.ndim))
+            old = lax.gather(
+                array,
+                index,
+                lax.GatherDimensionNumbers(window, (0,), (0, axis)),
+                (1, *new.shape[1:]),
+                mode="promise_in_bounds",
+            )
+            real = real_bt.reshape(*real_bt.shape[:1], *[-1 if i == axis else 1 for i in range(1, new.ndim)])
+            written = lax.scatter(
+                array,
+                index,
+                jnp.where(real, new, old),
+                lax.ScatterDimensionNumbers(window, (0,), (0, axis)),
+                unique_indices=True,
+                mode="promise_in_bounds",
+            )
+        changed = (*state.arrays[layer][:row], written, *state.arrays[layer][row + 1 :])
+        return (*state.arrays[:layer], changed, *state.arrays[layer + 1 :])
+
+    def joined(self, layers: "Sequence[LayerState]") -> "State":
+        """One table of each layer's part, where a decoder went through its layers by itself."""
+        arrays = tuple(part.state.arrays[layer] for layer, part in enumerate(layers))
+        return dataclasses.replace(layers[0].state, arrays=arrays)
+
+
+def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array, Array, Array]:
+    """A window of t positions that ends within a slot of `positions`: what is new there, what of it is real, and where
+    it starts, for `new` [b, …, t, …] with t at `axis`.
+
+    A window that would end beyond starts earlier, with the new entries at its end.
+    """
+    b, t = at.position_bt.shape
+    if t in (1, at.positions):
+        return new, at.real_bt, at.start_b
+    start_b = jnp.minimum(at.start_b, positions - t)
+    from_bt = jnp.arange(t, dtype=jnp.int32) - (at.start_b - start_b)[:, None]
+    real_bt = (from_bt >= 0) & (from_bt < at.length_b[:, None])
+    index = from_bt.reshape(b, *[t if i == axis else 1 for i in range(1, new.ndim)])
+    return jnp.take_along_axis(new, index, axis=axis, mode="clip"), real_bt, start_b
+
+
+PLAIN = Layout()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays", "token_z"], meta_fields=["rows", "layout", "dtype"])
+@dataclass(frozen=True)
+class State:
+    """The state table of a model.
+
+    arrays:  as `layout` has them.
+    token_z: the token that each slot drew last, int32 [z].
+    dtype:   of what STATE describes.
+    """
+
+    arrays: Arrays
+    token_z: Array
+    rows: tuple[S, ...] = field(metadata=dict(static=True))
+    layout: Layout = field(metadata=dict(static=True))
+    dtype: Any = field(metadata=dict(static=True))
+
+    @property
+    def slots(self) -> int:
+        """How many sequences have room."""
+        return int(self.token_z.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """How many positions a slot has room for; 0 where no row counts any."""
+        for row, array in zip(self.rows, self.arrays[0], strict=True):
+            if (axis := self.layout.position_axis(row)) is not None:
+                return int(array.shape[axis])
+        return 0
+
+    def partition(self) -> "State":
+        """How each array is split, in the same tree."""
+        arrays: Any = tuple(tuple(row.split for row in self.rows) for _ in self.arrays)
+        token_z: Any = P()
+        return dataclasses.replace(self, arrays=arrays, token_z=token_z)
+
+    def of_layer(self, layer: Array | int) -> "LayerState":
+        """One layer's part."""
+        return LayerState(self, layer)
+
+    def resize(self, slots: int, positions: int) -> "State":
+        """The same table with room for as many slots and positions, at least what it has."""
+
+        def padded(array: Array, row: S) -> Array:
+            widths = [(0, 0)] * array.ndim
+            widths[self.layout.slot_axis] = (0, slots - self.slots)
+            if (axis := self.layout.position_axis(row)) is not None:
+                widths[axis] = (0, positions - array.shape[axis])
+            return jnp.pad(array, widths)
+
+        token_z = jnp.pad(self.token_z, (0, slots - self.slots))
+        return self._replaced(padded, token_z)
+
+    def copy(self, source_n: Array, target_n: Array) -> "State":
+        """Slot target_n[i] becomes what slot source_n[i] was."""
+        axis = self.layout.slot_axis
+
+        def copied(array: Array, row: S) -> Array:
+            sources = [lax.dynamic_slice_in_dim(array, source, 1, axis) for source in source_n]
+            for target, source in zip(target_n, sources, strict=True):
+                array = lax.dynamic_update_slice_in_dim(array, source, target, axis)
+            return array
+
+        return self._replaced(copied, self.token_z.at[target_n].set(self.token_z[source_n]))
+
+    def clear(self, slot_n: Array) -> "State":
+        """Zeros in the slots `slot_n`."""
+        axis = self.layout.slot_axis
+
+        def cleared(array: Array, row: S) -> Array:
+            zeros = jnp.zeros_like(lax.slice_in_dim(array, 0, 1, axis=axis))
+            for slot in slot_n:
+                array = lax.dynamic_update_slice_in_dim(array, zeros, slot, axis)
+            return array
+
+        return self._replaced(cleared, self.token_z)
+
+    def _replaced(self, change: Any, token_z: Array) -> "State":
+        arrays = tuple(
+            tuple(change(array, row) for array, row in zip(layer, self.rows, strict=True)) for layer in self.arrays
+        )
+        return dataclasses.replace(self, arrays=arrays, token_z=token_z)
+
+    def __iter__(self) -> "Iterator[LayerState]":
+        """Each layer's part; for a decoder that goes through its layers by itself, and gives a tuple of them back."""
+        count = self.arrays[0][0].shape[0] if self.layout.stacked else len(self.arrays)
+        return (LayerState(self, layer) for layer in range(count))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state", "layer"], meta_fields=[])
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's part of a state table."""
+
+    state: State
+    layer: Array | int
+
+    def read(self, name: str, at: Positions) -> Array:
+        """[b, *axes] of the step's slots; of `at.positions` positions where the row counts them."""
+        return self.state.layout.read(self.state, self._row(name), self.layer, at)
+
+    def write(self, at: Positions, **new: Array) -> "LayerState":
+        """The state with new entries, by name of the row.
+
+        A row that counts positions takes [b, t, *other axes], as layers make them; any other [b, *axes]. Padding and
+        rows without tokens leave what was there.
+        """
+        state = self.state
+        for name, array in new.items():
+            row = self._row(name)
+            axis = state.rows[row].position_axis
+            moved = array if axis is None else jnp.moveaxis(array, 1, axis)
+            arrays = state.layout.write(state, row, self.layer, moved, at)
+            state = dataclasses.replace(state, arrays=arrays)
+        return LayerState(state, self.layer)
+
+    def _row(self, name: str) -> int:
+        return [row.name for row in self.state.rows].index(name)
+
+
+def joined(layers: "State | Sequence[LayerState]") -> State:
+    """The state table of what a decoder gives: a State, or each layer's part as it came of one table."""
+    if isinstance(layers, State):
+        return layers
+    return layers[0].state.layout.joined(layers)
+
+
+Cache, LayerKV, Span = State, LayerState, Positions  # names that decoders of one's own may have been written with

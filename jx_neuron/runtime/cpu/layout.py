@@ -1,0 +1,113 @@
+"""A state table as one CPU reads and writes it fastest."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jx_neuron.nn.ops import barrier, bits, from_bits
+from jx_neuron.nn.state import Arrays, LayerState, Layout, Positions, S, State, within
+
+POSITIONS_LAST = frozenset({"v"})
+"""Rows that are summed over positions, and so read fastest with these in the last axis."""
+
+MOST_UNROLLED = 16
+"""Rows that are written by an instruction each; more by a loop, since XLA takes half a second for each of them."""
+
+
+class CpuLayout(Layout):
+    """For each row of STATE one array of all layers, [l, z, *axes], as `bits`."""
+
+    slot_axis = 1
+    stacked = True
+
+    def abstract(self, rows: Sequence[S], shapes: Sequence[Sequence[int]], layers: int, dtype: Any) -> Arrays:
+        stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
+        arrays = []
+        for row, (z, *axes) in zip(rows, shapes, strict=True):
+            order = self._order(row)
+            arrays.append(jax.ShapeDtypeStruct((layers, z, *(axes[axis - 1] for axis in order[1:])), stored))
+        return (tuple(arrays),)
+
+    def position_axis(self, row: S) -> int | None:
+        axis = row.position_axis
+        return None if axis is None else 1 + self._order(row).index(axis)
+
+    def _order(self, row: S) -> list[int]:
+        """Which axis of [z, *axes] each axis of a layer's array is."""
+        order = list(range(1 + len(row.letters)))
+        if row.name in POSITIONS_LAST and row.position_axis is not None:
+            order.append(order.pop(row.position_axis))
+        return order
+
+    def read(self, state: State, row: int, layer: Array | int, at: Positions) -> Array:
+        s = state.rows[row]
+        array = lax.dynamic_index_in_dim(state.arrays[0][row], layer, keepdims=False)
+        if at.slot_b is None:
+            array = array[: len(at.length_b)]
+        else:
+            slots = [lax.dynamic_slice_in_dim(array, slot, 1) for slot in at.slot_b]
+            array = jnp.concatenate(slots)
+        if (axis := self.position_axis(s)) is not None:
+            array = lax.slice_in_dim(array, 0, at.positions, axis=axis - 1)
+        order = self._order(s)
+        return jnp.transpose(from_bits(array, state.dtype), [order.index(axis) for axis in range(len(order))])
+
+    def write(self, state: State, row: int, layer: Array | int, new: Array, at: Positions) -> Arrays:
+        """In place, where XLA copies what it fuses with other uses, and widens 16-bit tables whole to write."""
+        s, buffer = state.rows[row], state.arrays[0][row]
+        axis, order, start_b, b = s.position_axis, self._order(s), jnp.zeros_like(at.length_b), len(new)
+        real = (at.length_b > 0).reshape(-1, *[1] * (new.ndim - 1))
+        if axis is not None:
+            new, real_bt, start_b = within(new, at, axis, buffer.shape[self.position_axis(s) or 0])
+            real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
+        new, real = (jnp.transpose(x, order) for x in (bits(new.astype(state.dtype)), real))
+        slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
+
+        def place(n: Array | int) -> list[Array]:
+            index = [jnp.asarray(layer, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
+            if (position_axis := self.position_axis(s)) is not None:
+                index[position_axis] = start_b[n]
+            return index
+
+        def entry(n: Array | int) -> Array:
+            return lax.dynamic_slice(buffer, place(n), (1, 1, *new.shape[1:]))[0, 0]
+
+        def put(n: Array | int, buffer: Array) -> Array:
+            return lax.dynamic_update_slice(buffer, lax.dynamic_slice_in_dim(written, n, 1)[None], place(n))
+
+        # all that was there is read before any row is written, or each row would take a copy of the table
+        few = b <= MOST_UNROLLED
+        old = jnp.stack([entry(n) for n in range(b)]) if few else lax.map(entry, jnp.arange(b, dtype=jnp.int32))
+        written = jnp.where(real, new, old)
+        # one row of the table's memory a head, or XLA would keep the order of what makes it, and copy it twice
+        written = barrier(written.reshape(*new.shape[:2], -1)).reshape(new.shape)
+        table = buffer
+        if few:
+            for n in range(b):
+                table = put(n, table)
+        else:
+            table = lax.fori_loop(0, b, put, table)
+        (arrays,) = state.arrays
+        return ((*arrays[:row], barrier(table), *arrays[row + 1 :]),)
+
+    def joined(self, layers: Sequence[LayerState]) -> State:
+        """A copy: each layer's part comes of a table of its own."""
+        warnings.warn(
+            "a decoder that goes through its layers by itself has a CPU copy the state table at every step; "
+            "jx_neuron.nn.through does not",
+            UserWarning,
+            stacklevel=2,
+        )
+        arrays = tuple(
+            jnp.stack([part.state.arrays[0][row][layer] for layer, part in enumerate(layers)])
+            for row in range(len(layers[0].state.rows))
+        )
+        return dataclasses.replace(layers[0].state, arrays=(arrays,))
+
+
+CPU = CpuLayout()

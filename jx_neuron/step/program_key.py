@@ -1,0 +1,48 @@
+"""What a compiled program of a model is for, and what it takes beside parameters and state."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["prefill", "decode", "score"]
+
+SAMPLING = ("temperature_b", "top_k_b", "top_p_b", "uniform_b")
+
+
+@dataclass(frozen=True, order=True)
+class ProgramKey:
+    """One program.
+
+    kind:       "prefill" puts tokens of prompts into slots, and gives the logits of each row's last token; "score"
+                gives those of every token; "decode" takes one token of each of the first slots: row i is slot i.
+    rows:       sequences, b.
+    tokens:     tokens of a row, t: a context bucket, or 1 to decode.
+    positions:  positions that attention sees, s: a token bucket. With s = t, rows begin at position 0.
+    candidates: how many of the most likely tokens are sampled from; 1 is greedy.
+    """
+
+    kind: Kind
+    rows: int
+    tokens: int
+    positions: int
+    candidates: int = 1
+
+    @property
+    def name(self) -> str:
+        """The program's name, in lists and file names."""
+        kind = "decode" if self.kind == "decode" else f"context{self.tokens}"
+        every = "-all" if self.kind == "score" else ""
+        return f"{kind}-b{self.rows}-s{self.positions}-k{self.candidates}{every}"
+
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and dtype of each input beside parameters and state, in the program's order."""
+        b = (self.rows,)
+        integers = ("start_b", "length_b") if self.kind == "decode" else ("slot_b", "start_b", "length_b")
+        inputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "tokens_bt": ((self.rows, self.tokens), np.int32)
+        }
+        inputs |= dict.fromkeys(integers, (b, np.int32))
+        if self.candidates > 1:
+            inputs |= {name: (b, np.int32 if name == "top_k_b" else np.float32) for name in SAMPLING}
+        return inputs

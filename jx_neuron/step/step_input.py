@@ -1,0 +1,31 @@
+"""What one step takes and gives, as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jx_neuron.step.program_key import ProgramKey
+
+DRAWN_LAST = -1
+"""In a decode step, in place of a token: the one that this slot drew last, which the state table has."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The inputs of one program: numpy arrays of the shapes and dtypes of `key.inputs()`, by name."""
+
+    key: ProgramKey
+    arrays: Mapping[str, np.ndarray]
+
+
+class StepOutput(NamedTuple):
+    """What one program gave; arrays that may still be computed until they are read with numpy.
+
+    token_b1: the next token of each row, int32 [b, 1].
+    logits:   float32 [b, v], or [b, t, v] of a "score"; v padded to the tensor-parallel degree.
+    """
+
+    token_b1: Any
+    logits: Any

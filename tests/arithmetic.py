@@ -1,0 +1,102 @@
+"""A runtime made of arithmetic, strict about what it is given: a token follows from all tokens before it, and a
+uniform number, by a sum."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jx_neuron.engine.draw import Draw
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput, StepOutput
+
+VOCAB = 97
+NOTHING = -7  # where nothing was written
+SPREAD = 5  # of how many tokens a draw may take one
+
+
+def likely(tokens: Sequence[int]) -> list[int]:
+    """The tokens that may follow, all as likely, ascending."""
+    first = sum((i + 1) * (token + 3) for i, token in enumerate(tokens)) % VOCAB
+    return sorted((first + i) % VOCAB for i in range(SPREAD))
+
+
+def base(tokens: Sequence[int]) -> int:
+    """The first token that may follow."""
+    return likely(tokens)[0]
+
+
+def following(tokens: Sequence[int], draw: Draw, index: int) -> int:
+    """The token that follows `tokens`, where `index` tokens of the answer are among them."""
+    return likely(tokens)[int(draw.uniform(index) * SPREAD) if draw.top_k > 1 else 0]
+
+
+class Arithmetic:
+    """The state of a slot is the tokens that were put there."""
+
+    def __init__(self, slots: int, positions: int, programs: frozenset[ProgramKey] | None = None):
+        self.programs, self._most = programs, (slots, positions)
+        self.table = np.full((0, positions), NOTHING)
+        self.last = np.full(0, NOTHING)
+        self.runs: list[StepInput] = []
+        if programs is not None:
+            self._grow(slots)
+
+    def load(self, programs: Iterable[ProgramKey]) -> None:
+        for key in programs:
+            assert self.programs is None or key in self.programs, key.name
+
+    def run(self, step: StepInput) -> StepOutput:
+        key, arrays = step.key, step.arrays
+        self.load([key])
+        self.runs.append(step)
+        layouts = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        assert layouts == {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in key.inputs().items()}
+        slot_b = arrays.get("slot_b", np.arange(key.rows))
+        assert len(set(slot_b.tolist())) == key.rows, "two rows name one slot"
+        self._grow(int(slot_b.max()) + 1)
+        token_b1 = np.zeros((key.rows, 1), np.int32)
+        logits = np.full((key.rows, key.tokens, VOCAB), -1e9, np.float32)
+        for row, slot in enumerate(slot_b.tolist()):
+            start, length = int(arrays["start_b"][row]), int(arrays["length_b"][row])
+            count = min(length, key.tokens)
+            if not count:
+                continue
+            assert start + count <= key.positions
+            assert start == 0 or key.tokens == 1 or key.tokens < key.positions, "a whole prompt begins at 0"
+            assert key.positions <= self._most[1]
+            tokens = arrays["tokens_bt"][row, :count].copy()
+            if key.kind == "decode" and tokens[0] == -1:
+                tokens[0] = self.last[slot]
+            assert (tokens >= 0).all()
+            self.table[slot, start : start + count] = tokens
+            for t in range(count):
+                before = self.table[slot, : start + t + 1].tolist()
+                assert NOTHING not in before, f"slot {slot} has a gap"
+                tokens_k = likely(before)
+                logits[row, t, tokens_k] = 10
+            draws = "uniform_b" in arrays and arrays["top_k_b"][row] > 1
+            token_b1[row, 0] = tokens_k[int(arrays["uniform_b"][row] * SPREAD) if draws else 0]
+            self.last[slot] = token_b1[row, 0]
+        if key.kind == "score":
+            return StepOutput(token_b1, logits)
+        last_b = np.clip(arrays["length_b"], 1, key.tokens) - 1
+        return StepOutput(token_b1, logits[np.arange(key.rows), last_b])
+
+    def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
+        self._grow(int(target_n.max()) + 1)
+        self.table[target_n], self.last[target_n] = self.table[source_n], self.last[source_n]
+
+    def clear(self, slot_n: np.ndarray) -> None:
+        self.table[slot_n] = NOTHING
+
+    def reset(self, slots: int, positions: int) -> None:
+        assert slots <= self._most[0]
+        assert positions <= self._most[1]
+        self.table, self.last = self.table[:0], self.last[:0]
+        if self.programs is not None:
+            self._grow(self._most[0])
+
+    def _grow(self, slots: int) -> None:
+        more = max(0, slots - len(self.table))
+        self.table = np.vstack([self.table, np.full((more, self.table.shape[1]), NOTHING)])
+        self.last = np.append(self.last, np.full(more, NOTHING))
