@@ -1,9 +1,12 @@
-"""Inputs of programs, for tests that run them without an engine."""
+"""Inputs of programs and state tables, for tests that run them without an engine."""
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jx_neuron.nn.state import KV, Layout, S, State
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput
 
@@ -29,3 +32,17 @@ def step_input(
         uniform_b=[0.5] * key.rows,
     )
     return StepInput(key, {name: np.asarray(values[name], dtype) for name, (_, dtype) in key.inputs().items()})
+
+
+def table(
+    layout: Layout,
+    shape: Sequence[int],
+    rows: Sequence[S] = KV,
+    dtype: str = "float32",
+    layers: int = 2,
+    fill: float = 0.0,
+) -> State:
+    """A state table whose arrays are of `shape`, [z, *axes], and hold `fill`, which is 0 unless it is of float32."""
+    shapes = layout.abstract(rows, [shape] * len(rows), layers, jnp.dtype(dtype))
+    arrays = jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), shapes)
+    return State(arrays, jnp.zeros(shape[0], jnp.int32), tuple(rows), layout, jnp.dtype(dtype))

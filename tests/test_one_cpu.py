@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from steps import step_input
+from steps import step_input, table
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder, llama
 from jx_neuron.nn import ops as products
 from jx_neuron.nn import sharding
 from jx_neuron.nn.layers import Layered, lying_together, through
-from jx_neuron.nn.state import KV, PLAIN, State, positions_of
+from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime import xla_options as compiled
 from jx_neuron.runtime.cpu import layout
 from jx_neuron.runtime.cpu.layout import CPU
@@ -201,18 +201,11 @@ def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
         with products.for_cpu(), lying_together(parts):
             return through([Widens(number) for number, _ in parts], x, empty)[0]
 
-    empty = table(CPU, "float32", layers=3)
+    empty = table(CPU, (1, 1, 4, 2), layers=3)
     for dtype, loops in (("float32", 1), ("bfloat16", 0)):
         x = jnp.ones(3, dtype)
         assert str(jax.make_jaxpr(call)(x, numbers)).count("scan") == loops
         np.testing.assert_array_equal(jax.jit(call)(x, numbers), np.full(3, 30.0))
-
-
-def table(of, dtype, layers, shape=(3, 2, 8, 4)) -> State:
-    """An empty state table of keys and values."""
-    shapes = of.abstract(KV, [shape] * 2, layers, jnp.dtype(dtype))
-    arrays = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return State(arrays, jnp.zeros(shape[0], jnp.int32), KV, of, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -220,7 +213,7 @@ def table(of, dtype, layers, shape=(3, 2, 8, 4)) -> State:
 def test_a_cpu_s_table_holds_what_a_plain_one_does(dtype, unrolled, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     monkeypatch.setattr(layout, "MOST_UNROLLED", unrolled)
-    states = [table(of, dtype, layers=2) for of in (CPU, PLAIN)]
+    states = [table(of, (3, 2, 8, 4), dtype=dtype) for of in (CPU, PLAIN)]
     assert states[0].arrays[0][0].shape == (2, 3, 2, 8, 4)
     assert states[0].arrays[0][1].shape == (2, 3, 2, 4, 8)
 
