@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from steps import table
 
-from jx_neuron.nn import ops
+from jx_neuron.nn.ops import using
+from jx_neuron.runtime.cpu.ops import CpuOps
 from jx_neuron.nn.attention import attend
 from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime.cpu.layout import CPU
@@ -77,7 +78,7 @@ def test_attention_is_the_formula_s(layout, kind, options) -> None:
     def traced(*arrays):
         if layout is PLAIN:
             return run(*arrays)
-        with ops.for_cpu():
+        with using(CpuOps()):
             return run(*arrays)
 
     out_btnh = jax.jit(traced)(*(jnp.asarray(x, jnp.float32) for x in (k_bskh, v_bskh, q_btnh)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jx_neuron.lowering import Cost, lower
-from jx_neuron.nn.ops import query_key, weigh_values
+from jx_neuron.nn.ops import PLAIN
 
 X_BD, TABLE_VD = np.zeros((2, 16), np.float32), np.zeros((64, 16), np.float32)
 
@@ -52,5 +52,5 @@ def test_what_is_only_put_elsewhere(fn: Callable[..., object], moved: int) -> No
 @pytest.mark.parametrize("group", [1, 4])
 def test_attention_of_a_step_leaves_scores_and_cache_where_they_are(group: int) -> None:
     q_btkgh, k_bksh = np.zeros((2, 1, 3, group, 8), np.float32), np.zeros((2, 3, 64, 8), np.float32)
-    assert cost(query_key, q_btkgh, k_bksh).bytes_moved == 0
-    assert cost(weigh_values, np.zeros((2, 3, group, 1, 64), np.float32), k_bksh).bytes_moved == 0
+    assert cost(PLAIN.attention_scores, q_btkgh, k_bksh).bytes_moved == 0
+    assert cost(PLAIN.attention_values, np.zeros((2, 3, group, 1, 64), np.float32), k_bksh).bytes_moved == 0

@@ -1,4 +1,4 @@
-"""A model on one CPU: weights and cache that lie together, read where they lie, and layers gone through in a loop."""
+"""A model on one CPU: stacked weights and state, read in place, and a loop over the layers."""
 
 import re
 import warnings
@@ -12,9 +12,8 @@ from steps import step_input, table
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder, llama
-from jx_neuron.nn import ops as products
 from jx_neuron.nn import sharding
-from jx_neuron.nn.layers import Layered, lying_together, through
+from jx_neuron.nn.layers import Layers
 from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime import xla_options as compiled
 from jx_neuron.runtime.cpu import layout
@@ -104,8 +103,8 @@ def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -
     of = runtime(Decoder.from_config(LLAMA), dtype)
     decode, prefill = ProgramKey("decode", 1, 1, 16), ProgramKey("prefill", 1, 64, 64)
     few, many = of._placed.params(decode), of._placed.params(prefill)
-    stack = few["layers.{i}.down_proj.kernel"]
-    parts = [many[f"layers.{i}.down_proj.kernel"] for i in range(3)]
+    stack = few["layers.0.down_proj.kernel"].w_nk
+    parts = [many[f"layers.{i}.down_proj.kernel"].w_nk for i in range(3)]
     size = parts[0].nbytes
     assert stack.nbytes == 3 * size
     assert [part.unsafe_buffer_pointer() for part in parts] == [
@@ -118,14 +117,17 @@ def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -
 
 def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
     prompt = np.random.default_rng(0).integers(0, 1000, (2, 16))
-    found = []
-    for known in (True, False):
-        if not known:
-            monkeypatch.setattr("jx_neuron.nn.layers.Layered", lambda *of: None)
-        of = runtime(Decoder.from_config(LLAMA))
-        of.run(step_input(ProgramKey("prefill", 2, 16, 16), [prompt[0], prompt[1, :5]]))
-        found.append(np.asarray(of.run(step_input(ProgramKey("decode", 2, 1, 32), [[7], [11]], [16, 5])).logits))
-    np.testing.assert_allclose(*found, atol=1e-6)
+    logits = []
+    for stacked in (True, False):
+        if not stacked:
+            monkeypatch.setattr(Layers, "stack", lambda self: None)
+        model = runtime(Decoder.from_config(LLAMA))
+        model.run(step_input(ProgramKey("prefill", 2, 16, 16), [prompt[0], prompt[1, :5]]))
+        decode = ProgramKey("decode", 2, 1, 32)
+        logits.append(np.asarray(model.run(step_input(decode, [[7], [11]], [16, 5])).logits))
+        loops = [line for body in computations(model, decode, 2, 32).values() for line in body if " while(" in line]
+        assert len(loops) == int(stacked)
+    np.testing.assert_allclose(*logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("has", ["fpu avx2 avx512f", "fpu avx2", ""])
@@ -147,7 +149,7 @@ def test_wide_vectors_are_for_several_rows_where_the_cpu_has_them(has, monkeypat
 
 
 class ByItself(llama.Model):
-    """Goes through its layers without `through`."""
+    """Applies its blocks in a loop of its own."""
 
     def __call__(self, tokens_bt, state, at):
         x_btd, by, written = self.embed_tokens(tokens_bt), self.rope(at), []
@@ -158,7 +160,7 @@ class ByItself(llama.Model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_that_goes_through_its_layers_by_itself_is_told_what_it_costs(dtype) -> None:
+def test_a_model_that_loops_over_its_blocks_itself_is_warned_of_the_cost(dtype) -> None:
     config = llama.Config.from_hf(LLAMA)
     own = Decoder.from_module(nnx.eval_shape(lambda: ByItself(config, nnx.Rngs(0))), config, llama.WEIGHTS)
     found = []
@@ -171,7 +173,7 @@ def test_a_model_that_goes_through_its_layers_by_itself_is_told_what_it_costs(dt
         ):
             inputs = step_input(key, [tokens], [start])
             if decoder is own:
-                with pytest.warns(UserWarning, match="a decoder that goes through its layers by itself"):
+                with pytest.warns(UserWarning, match="a decoder that applies its blocks in a loop of its own"):
                     answers.append(of.run(inputs).logits)
             else:
                 with warnings.catch_warnings(action="error"):
@@ -180,32 +182,51 @@ def test_a_model_that_goes_through_its_layers_by_itself_is_told_what_it_costs(dt
     np.testing.assert_allclose(*found, atol=1e-5 if dtype == "float32" else 0.03 * found[0].std())
 
 
-class Widens(nnx.Module):
-    """A layer whose answer is of another dtype than what it is given."""
+class Times(nnx.Module):
+    """x · number + 10 · (layer's place in a period); `wide`, in float32 whatever x is."""
 
-    def __init__(self, number: jax.Array):
-        self.number = nnx.Param(number)
+    def __init__(self, number, place: int = 0, *, wide: bool = False):
+        self.number, self.place, self.wide = nnx.Param(jnp.asarray(number, jnp.float32)), place, wide
 
     def __call__(self, x, part):
-        return x.astype(jnp.float32) * self.number[...], part
+        x = x.astype(jnp.float32) if self.wide else x
+        return x * self.number[...].astype(x.dtype) + 10 * self.place, part
 
 
-def test_layers_that_change_a_dtype_are_gone_through_one_by_one() -> None:
-    numbers = jnp.asarray([2.0, 3.0, 5.0])
+def stacked(blocks: list[Times]) -> Layers:
+    """The blocks as a CPU's program has them."""
+    layers = Layers(map(nnx.clone, blocks))
+    period = layers.stack()
+    if period:
+        for i in range(period):
+            layers._get_elem(i).number = nnx.Param(jnp.stack([block.number[...] for block in blocks[i::period]]))
+    return layers
 
-    def call(x, numbers):
-        def of(layer):
-            return [numbers[layer]]
 
-        parts = [(*of(i), Layered(of, 0, i)) for i in range(3)]
-        with products.for_cpu(), lying_together(parts):
-            return through([Widens(number) for number, _ in parts], x, empty)[0]
+@pytest.mark.parametrize(("depth", "period"), [(6, 1), (6, 2), (7, 3), (8, 3), (5, 3), (1, 1), (3, 3)])
+def test_blocks_that_alternate_are_looped_over_by_their_period(depth, period) -> None:
+    blocks = [Times(2 + i % 5, i % period) for i in range(depth)]
+    empty, x = table(CPU, (1, 1, 4, 2), layers=depth), jnp.asarray([1.0, -2.0])
+    layers = stacked(blocks)
+    assert Layers(blocks).period == period
+    expected = x
+    for block in blocks:
+        expected, _ = block(expected, None)
+    loops = str(jax.make_jaxpr(lambda x: layers(x, empty)[0])(x)).count("scan")
+    assert loops == int(depth >= 2 * period)
+    np.testing.assert_array_equal(layers(x, empty)[0], expected)
+    assert len(layers) == depth
+    assert [float(block.number[...]) for block in layers] == [float(block.number[...]) for block in blocks]
+    assert [block.place for block in layers[-2:]] == [block.place for block in blocks[-2:]]
 
+
+def test_blocks_that_change_a_dtype_are_applied_one_by_one() -> None:
+    layers = stacked([Times(number, wide=True) for number in (2, 3, 5)])
     empty = table(CPU, (1, 1, 4, 2), layers=3)
     for dtype, loops in (("float32", 1), ("bfloat16", 0)):
         x = jnp.ones(3, dtype)
-        assert str(jax.make_jaxpr(call)(x, numbers)).count("scan") == loops
-        np.testing.assert_array_equal(jax.jit(call)(x, numbers), np.full(3, 30.0))
+        assert str(jax.make_jaxpr(lambda x: layers(x, empty)[0])(x)).count("scan") == loops
+        np.testing.assert_array_equal(jax.jit(lambda x: layers(x, empty)[0])(x), np.full(3, 30.0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,7 +15,8 @@ from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder
 from jx_neuron.nn import sharding
 from jx_neuron.runtime import xla
-from jx_neuron.runtime.xla import _OneGPU, _Sharded
+from jx_neuron.runtime.gpu import OneGPU
+from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
 
 
@@ -44,7 +45,7 @@ def answer(of, inputs):
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
     decoder, rng = Decoder.from_config(config(family)), np.random.default_rng(1)
-    gpu, several = (placed(kind, decoder, dtype) for kind in (_OneGPU, _Sharded))
+    gpu, several = (placed(kind, decoder, dtype) for kind in (OneGPU, Sharded))
     of_state = 4  # queries meet keys, and weights values, in each of two layers
     for batch, tokens in ((1, 1), (2, 1), (1, 5)):
         key = ProgramKey("decode" if tokens == 1 else "prefill", batch, tokens, 16)
@@ -57,10 +58,10 @@ def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
 
 
 def test_a_gpu_holds_kernels_as_checkpoints_do() -> None:
-    params = placed(_OneGPU, Decoder.from_config(config("llama")), "float32").params(ProgramKey("decode", 1, 1, 16))
-    assert params["layers.0.gate_up.up_proj.kernel"].shape == (90, 48)
-    assert params["layers.1.qkv.k_proj.kernel"].shape == (2, 12, 48)
-    assert params["layers.1.o_proj.kernel"].shape == (48, 4, 12)
+    params = placed(OneGPU, Decoder.from_config(config("llama")), "float32").params(ProgramKey("decode", 1, 1, 16))
+    assert params["layers.0.gate_up.up_proj.kernel"].array.shape == (90, 48)
+    assert params["layers.1.qkv.k_proj.kernel"].array.shape == (2, 12, 48)
+    assert params["layers.1.o_proj.kernel"].array.shape == (48, 4, 12)
     assert params["lm_head.embedding"].shape == (101, 48)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
@@ -31,14 +30,13 @@ __all__ = [
     "flatten",
     "from_checkpoint",
     "from_params",
-    "joint",
     "match",
     "present",
     "rows_of",
 ]
 
-Params = dict[str, Array]
-"""A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel"."""
+Params = dict[str, Any]
+"""A model's parameters by dotted path, such as "h.0.attn.c_attn.kernel": arrays, or kernels of jx_neuron.nn.kernel."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +166,8 @@ def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
         )
 
 
-Join = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""Makes one array of several."""
-
-
-def joint(paths: Sequence[str]) -> str:
-    """The name of parameters that are placed as one array."""
-    return " ".join(paths)
+Packing = Mapping[str, tuple[Sequence[str], Callable[[Sequence[np.ndarray]], np.ndarray]]]
+"""Arrays made of parameters, by the path of each: those parameters' paths, and the function of their arrays."""
 
 
 @dataclass(frozen=True)
@@ -195,30 +188,32 @@ class Source:
     def place(
         self,
         mesh: Mesh,
-        joined: Mapping[tuple[str, ...], Join] | None = None,
+        packing: Packing | None = None,
         put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
         """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
 
-        Those of a key of `joined`, which are whole on every device, are placed as the one array that its function makes
-        of them, under the name that `joint` gives them. `put` copies an array of that name to where a device is to take
-        it; two threads call it.
+        What `packing` makes of parameters is placed in their stead, whole on every device. `put` copies the array of a
+        path to where a device is to take it; two threads call it.
         """
-        joins = joined or {}
-        of = {path: paths for paths in joins for path in paths}
-        wanted = list(dict.fromkeys(of.get(path, (path,)) for path in self.paths))
+        packing = packing or {}
+        packed = {part: path for path, (parts, _) in packing.items() for part in parts}
+        paths = list(dict.fromkeys(packed.get(path, path) for path in self.paths))
 
-        def read(paths: tuple[str, ...]) -> np.ndarray:
+        def read(path: str) -> np.ndarray:
             with scratch() if put else nullcontext():
-                arrays = [self.read(path) for path in paths]
-                array = joins[paths](arrays) if paths in joins else arrays[0]
-                return put(joint(paths), array) if put else np.ascontiguousarray(array)
+                if path in packing:
+                    parts, pack = packing[path]
+                    array = pack([self.read(part) for part in parts])
+                else:
+                    array = self.read(path)
+                return put(path, array) if put else np.ascontiguousarray(array)
 
         placed: Params = {}
-        arrays = zip(track(wanted, "loading weights", len(wanted)), ahead(read, wanted), strict=True)
-        for paths, array in arrays:
-            sharding = NamedSharding(mesh, REPLICATED if paths in joins else self.split(paths[0]))
-            placed[joint(paths)] = jax.device_put(array, sharding).block_until_ready()
+        arrays = zip(track(paths, "loading weights", len(paths)), ahead(read, paths), strict=True)
+        for path, array in arrays:
+            sharding = NamedSharding(mesh, REPLICATED if path in packing else self.split(path))
+            placed[path] = jax.device_put(array, sharding).block_until_ready()
         return dict(sorted(placed.items()))
 
     def parts(self, tp_degree: int) -> Mapping[str, list[np.ndarray]]:

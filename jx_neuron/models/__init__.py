@@ -21,7 +21,6 @@ from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
-from jx_neuron.nn import layers as nn
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.nn.state import KV, PLAIN, Layout, Positions, S, State
 from jx_neuron.util.pages import uncollected
@@ -213,11 +212,6 @@ class Decoder:
             tuple(int(p) if p.isdigit() else p for p in path.split(".")): nnx.Param(a) for path, a in params.items()
         }
         return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(cast(Any, flat))))
-
-    @cached_property
-    def kernels(self) -> dict[tuple[str, ...], int]:
-        """The kernels, those of one input together, and how many input axes they have."""
-        return nn.kernels(cast(nnx.Module, self.bind(self.abstract_params(jnp.float32))))
 
     def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters as shapes, padded; sharded over `mesh` where given."""

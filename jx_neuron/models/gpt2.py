@@ -16,7 +16,7 @@ from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.models.rows import embedding, layer_norm
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, through
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear
 from jx_neuron.nn.state import LayerState, Positions, State
 
 
@@ -91,13 +91,13 @@ class Model(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
         self.wpe = Embedding(cfg.n_positions, cfg.n_embd, rngs=rngs)
-        self.h = nnx.List(Block(cfg, i, rngs) for i in range(cfg.n_layer))
+        self.h = Layers(Block(cfg, i, rngs) for i in range(cfg.n_layer))
         self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
-        x_btd, state = through(self.h, x_btd, state, at)
+        x_btd, state = self.h(x_btd, state, at)
         return self.ln_f(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:

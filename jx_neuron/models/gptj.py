@@ -17,7 +17,7 @@ from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, through
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
 from jx_neuron.nn.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
 from jx_neuron.nn.state import LayerState, Positions, State
 
@@ -95,7 +95,7 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
-        self.h = nnx.List(Block(cfg, rngs) for _ in range(cfg.n_layer))
+        self.h = Layers(Block(cfg, rngs) for _ in range(cfg.n_layer))
         self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
         self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
@@ -104,7 +104,7 @@ class Model(nnx.Module):
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd = self.wte(tokens_bt)
         by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
-        x_btd, state = through(self.h, x_btd, state, at, by)
+        x_btd, state = self.h(x_btd, state, at, by)
         return self.ln_f(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:

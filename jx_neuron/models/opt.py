@@ -13,7 +13,7 @@ from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, Linears, through
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
 from jx_neuron.nn.state import LayerState, Positions, State
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
@@ -88,7 +88,7 @@ class Model(nnx.Module):
         self.embed_tokens = Embedding(v, e, rngs=rngs)
         self.embed_positions = Embedding(s, d, rngs=rngs)
         self.project_in = Linear((e,), (d,), bias=False, rngs=rngs) if e != d else None
-        self.layers = nnx.List(Block(cfg, rngs) for _ in range(cfg.layers))
+        self.layers = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
         self.final_layer_norm = LayerNorm(d, EPSILON, affine=cfg.layer_norm_elementwise_affine) if final_norm else None
         self.project_out = Linear((d,), (e,), bias=False, rngs=rngs) if e != d else None
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, e, rngs=rngs)
@@ -98,7 +98,7 @@ class Model(nnx.Module):
         if self.project_in is not None:
             x_btd = self.project_in(x_btd)
         x_btd = x_btd + self.embed_positions(at.position_bt + OFFSET)
-        x_btd, state = through(self.layers, x_btd, state, at)
+        x_btd, state = self.layers(x_btd, state, at)
         return x_btd if self.final_layer_norm is None else self.final_layer_norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "attention": "attend",
-        "layers": "ACT Embedding LayerNorm Linear Linears RMSNorm through",
+        "layers": "ACT Embedding LayerNorm Layers Linear Linears RMSNorm through",
         "rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
         "sharding": "Padding request_devices",
         "state": "Cache KV LayerKV LayerState Positions S Span State",

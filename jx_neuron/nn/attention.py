@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jx_neuron.nn.ops import query_blocks, query_key, weigh_values
+from jx_neuron.nn.ops import ops
 from jx_neuron.nn.state import LayerState, Positions
 
 
@@ -49,8 +49,8 @@ def attend(
     if window is not None:
         mask_bts &= jnp.arange(s, dtype=jnp.int32) > at.position_bt[:, :, None] - window
     parts = []
-    for first, last, seen in query_blocks(t, s):
-        w_bkgts = query_key(q_btkgh[:, first:last], k_bksh[:, :, :seen])
+    for first, last, seen in ops().query_blocks(t, s):
+        w_bkgts = ops().attention_scores(q_btkgh[:, first:last], k_bksh[:, :, :seen])
         if soft_cap is not None:
             w_bkgts = soft_cap * jnp.tanh(w_bkgts / soft_cap)
         if bias_ns is not None:
@@ -63,5 +63,5 @@ def attend(
             )
             w_bkgts = jnp.concatenate([w_bkgts, sink_bkgt1], axis=-1)
             v_bksh_seen = jnp.pad(v_bksh_seen, ((0, 0), (0, 0), (0, 1), (0, 0)))
-        parts.append(weigh_values(w_bkgts, v_bksh_seen))
+        parts.append(ops().attention_values(w_bkgts, v_bksh_seen))
     return jnp.concatenate(parts, axis=1).reshape(b, t, n, h), state

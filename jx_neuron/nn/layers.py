@@ -7,12 +7,9 @@ heads, MLP and vocabulary padded for tensor parallelism.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,83 +17,103 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jx_neuron.nn.ops import barrier, mean, product, product_with_rows
+from jx_neuron.nn.kernel import Kernel, matmul
+from jx_neuron.nn.ops import barrier, ops
 from jx_neuron.nn.state import State
 
 
-class Layered(NamedTuple):
-    """A parameter of one of a model's layers, where what each layer has of them lies in one array: of(layer)[which]."""
+class Layers(nnx.List[Any]):
+    """A model's blocks, applied one after the other.
 
-    of: Callable[[Any], Sequence[Array]]
-    which: int
-    layer: int
+    On a CPU, blocks that repeat with a period (most models' have one of 1) are stacked, and a program loops over the
+    periods: its size does not grow with the number of layers.
+    """
+
+    def __init__(self, blocks: Iterable[nnx.Module] = ()):
+        self._depth: int | None = None
+        super().__init__(blocks)
+
+    def __call__(self, x: Array, state: State, *args: Any) -> tuple[Array, State]:
+        """x through every block, called as block(x, its layer's state, *args), and the state written."""
+        if self._depth is None:
+            return through(list(self), x, state, *args)
+        period, periods = self._length, self._depth // self._length
+
+        def apply_period(number: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
+            x, state = carry
+            for index in range(period):
+                x, part = self._block(index, number)(x, state.of_layer(number * period + index), *args)
+                state = part.state
+            return x, state
+
+        if _avals(jax.eval_shape(apply_period, np.int32(0), (x, state))) != _avals((x, state)):
+            return through(list(self), x, state, *args)
+        x, state = jax.lax.fori_loop(0, periods, apply_period, (x, state))
+        return through(self[period * periods :], x, state, *args, first=period * periods)
+
+    @property
+    def period(self) -> int:
+        """The least p such that block i is like block i mod p: of the same graph and shapes."""
+        blocks = [(graph, _avals(params)) for graph, params in map(nnx.split, self)]
+        return next(p for p in range(1, len(self) + 1) if all(one == blocks[i % p] for i, one in enumerate(blocks)))
+
+    def stack(self) -> int | None:
+        """Keeps one period of blocks, each to hold the parameters of every block like it along a first axis, which the
+        caller gives them. Returns the period; None, with nothing changed, where no two periods fit."""
+        depth, period = len(self), self.period if len(self) else 1
+        if depth < 2 * period:
+            return None
+        del self[period:]
+        self._depth = depth
+        return period
+
+    def _block(self, index: int, number: Array | int) -> Any:
+        """The block at `index` of a period."""
+        graph, params = nnx.split(self._get_elem(index))
+        of_period = partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        return nnx.merge(graph, jax.tree.map(of_period, params))
+
+    def __len__(self) -> int:
+        return self._length if self._depth is None else self._depth
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._depth is None:
+            return super().__getitem__(index)
+        if isinstance(index, slice):
+            return [self[i] for i in range(self._depth)[index]]
+        layer = range(self._depth)[index]
+        return self._block(layer % self._length, layer // self._length)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
 
-_layered: ContextVar[Mapping[int, Layered]] = ContextVar("_layered", default=MappingProxyType({}))
+def through(
+    blocks: Sequence[Callable[..., Any]], x: Array, state: State, *args: Any, first: int = 0
+) -> tuple[Array, State]:
+    """What `Layers` does, of any sequence of blocks, one by one; `first` is the layer of the first.
 
-
-@contextmanager
-def lying_together(parameters: Sequence[tuple[Array, Layered]]) -> Iterator[None]:
-    """Tells `through`, in this context, which parameters of a bound model lie together."""
-    token = _layered.set({id(array): of for array, of in parameters})
-    try:
-        yield
-    finally:
-        _layered.reset(token)
-
-
-def through(layers: Sequence[Callable[..., Any]], x: Array, state: State, *args: Any) -> tuple[Array, State]:
-    """x through a model's `layers`, modules called as layer(x, their part of the state, *args), and the state written.
-
-    For a CPU, layers that differ in their parameters alone are traced once, and where these lie together the program
-    goes through them in a loop.
+    For a CPU, blocks that differ in their parameters alone are traced once.
     """
     if not state.layout.stacked:
-        for i, layer in enumerate(layers):
-            x, part = layer(x, state.of_layer(i), *args)
+        for layer, block in enumerate(blocks, first):
+            x, part = block(x, state.of_layer(layer), *args)
             state = part.state
         return x, state
-    graphs, parameters = zip(*map(nnx.split, layers), strict=True)
-    if (parameters_at := _looped(graphs, parameters)) is not None:
-
-        def layer_at(layer: Any, carry: tuple[Array, State]) -> tuple[Array, State]:
-            return _layer(graphs[0], parameters_at(layer), layer, carry, *args)
-
-        if _kinds(jax.eval_shape(layer_at, np.int32(0), (x, state))) == _kinds((x, state)):
-            return jax.lax.fori_loop(0, len(parameters), layer_at, (x, state))
-    for i, (graph, own) in enumerate(zip(graphs, parameters, strict=True)):
+    for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
         # behind the barrier, for what reads and writes the state to be compiled once too
-        x, state = _traced_once(graph, own, barrier(np.int32(i)), (x, state), *args)
+        x, state = _apply(graph, params, barrier(np.int32(layer)), x, state, *args)
     return x, state
 
 
-def _layer(graph: Any, parameters: Any, layer: Any, carry: tuple[Array, State], *args: Any) -> tuple[Array, State]:
-    x, state = carry
-    x, part = nnx.merge(graph, parameters)(x, state.of_layer(layer), *args)
+@partial(jax.jit, static_argnums=0)
+def _apply(graph: Any, params: Any, layer: Array, x: Array, state: State, *args: Any) -> tuple[Array, State]:
+    x, part = nnx.merge(graph, params)(x, state.of_layer(layer), *args)
     return x, part.state
 
 
-_traced_once = jax.jit(_layer, static_argnums=0)
-
-
-def _looped(graphs: Sequence[Any], states: Sequence[Any]) -> Callable[[Any], Any] | None:
-    """What gives the state of any layer, where layers are alike and their parameters lie together."""
-    known = _layered.get()
-    leaves = [[known.get(id(leaf)) for leaf in jax.tree.leaves(state)] for state in states]
-    first = [layered for layered in leaves[0] if layered is not None]
-    for i, (graph, layer) in enumerate(zip(graphs, leaves, strict=True)):
-        if graph != graphs[0] or layer != [layered._replace(layer=i) for layered in first]:
-            return None
-
-    def state_at(layer: Any) -> Any:
-        found = {of: of(layer) for of in dict.fromkeys(layered.of for layered in first)}
-        return jax.tree.unflatten(jax.tree.structure(states[0]), [found[of][which] for of, which, _ in first])
-
-    return state_at
-
-
-def _kinds(given: Any) -> list[tuple[tuple[int, ...], Any]]:
-    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given)]
+def _avals(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -104,8 +121,8 @@ def _normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
     return scale * jax.random.normal(key, shape)
 
 
-class Linear(nnx.Module):
-    """y = x · kernel + bias, over the last axes of x; kernel [*inputs, *outputs], bias [*outputs]."""
+class LinearParams(nnx.Module):
+    """kernel [*inputs, *outputs], or as a backend stores it (jx_neuron.nn.kernel), and bias [*outputs]."""
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
@@ -113,36 +130,45 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
         self.axes = len(inputs)
 
+
+class Linear(LinearParams):
+    """y = x · kernel + bias, over the last axes of x."""
+
     def __call__(self, x: Array) -> Array:
-        return _products(x, [self])[0]
+        return _biased(matmul(x, self.kernel.get_value(), self.axes), self)
 
 
 class Linears(nnx.Module):
-    """Linear layers of one input, by name; a CPU computes them as one product, over kernels that lie together."""
+    """Linear layers of one input, by name; a CPU stores their kernels as one, for one product."""
 
     def __init__(self, inputs: Sequence[int], outputs: Mapping[str, Sequence[int]], *, bias: bool, rngs: nnx.Rngs):
         self.names = tuple(outputs)
-        for name, of in outputs.items():
-            setattr(self, name, Linear(inputs, of, bias=bias, rngs=rngs))
+        self.fused: nnx.Param[Kernel] | None = nnx.data(None)
+        for name, sizes in outputs.items():
+            setattr(self, name, LinearParams(inputs, sizes, bias=bias, rngs=rngs))
+
+    @property
+    def layers(self) -> list[LinearParams]:
+        """Each layer's parameters, in the order of their names."""
+        return [getattr(self, name) for name in self.names]
 
     def __call__(self, x: Array) -> list[Array]:
         """What each gives, in the order of their names."""
-        return _products(x, [getattr(self, name) for name in self.names])
+        if self.fused is None:
+            products = [matmul(x, layer.kernel.get_value(), layer.axes) for layer in self.layers]
+        else:
+            products = self.fused.get_value().matmul(x)
+        return [_biased(y, layer) for y, layer in zip(products, self.layers, strict=True)]
+
+    def fuse(self, kernel: Kernel) -> None:
+        """Stores `kernel`, which holds the kernels of all layers, in their place."""
+        for layer in self.layers:
+            del layer.kernel
+        self.fused = nnx.Param(kernel)
 
 
-def _products(x: Array, linears: Sequence[Linear]) -> list[Array]:
-    found = product(x, [linear.kernel[...] for linear in linears], linears[0].axes)
-    return [y if linear.bias is None else y + linear.bias[...] for y, linear in zip(found, linears, strict=True)]
-
-
-def kernels(module: nnx.Module) -> dict[tuple[str, ...], int]:
-    """The kernels of a model by dotted path, those of a `Linears` together, and how many input axes they have."""
-    nodes = [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, Linear | Linears)]
-    several = {path: node for path, node in nodes if isinstance(node, Linears)}
-    alone = {path: node for path, node in nodes if isinstance(node, Linear) and path[:-1] not in several}
-    found = {tuple((*path, name) for name in of.names): getattr(of, of.names[0]).axes for path, of in several.items()}
-    found |= {(path,): node.axes for path, node in alone.items()}
-    return {tuple(".".join(map(str, (*path, "kernel"))) for path in of): axes for of, axes in found.items()}
+def _biased(y: Array, layer: LinearParams) -> Array:
+    return y if layer.bias is None else y + layer.bias[...]
 
 
 class Embedding(nnx.Module):
@@ -156,7 +182,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x_btd: Array) -> Array:
         """Logits [b, t, v] = x · tableᵀ."""
-        return product_with_rows(x_btd, self.embedding[...])
+        return ops().matmul_rows(x_btd, self.embedding[...])
 
 
 class LayerNorm(nnx.Module):
@@ -169,8 +195,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y - mean(y)
-        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
+        y = y - ops().mean(y)
+        y = y * jax.lax.rsqrt(ops().mean(y * y) + self.eps)
         if self.scale is not None and self.bias is not None:
             y = y * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
@@ -185,7 +211,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
+        y = y * jax.lax.rsqrt(ops().mean(y * y) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
 
 

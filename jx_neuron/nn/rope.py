@@ -13,7 +13,7 @@ from jax import Array
 
 from jx_neuron.checkpoint.hf_config import in_range
 from jx_neuron.errors import ConfigError
-from jx_neuron.nn.ops import once
+from jx_neuron.nn.ops import ops
 from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
 
@@ -39,7 +39,7 @@ def rotation(at: Positions, frequencies: Array | np.ndarray, factor: float = 1.0
     angle = at.position_bt[..., None].astype(jnp.float32) * (
         frequencies if frequencies.ndim == 1 else frequencies[:, None]
     )
-    return once(Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+    return ops().once(Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor))
 
 
 def rope_half(x_btnh: Array, by: Rotation) -> Array:

@@ -1,26 +1,26 @@
 """The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron.checkpoint.weights import Params, Source
+from jx_neuron.checkpoint.weights import Source
 from jx_neuron.lowering import _jaxlib
 from jx_neuron.models import Decoder
-from jx_neuron.nn import ops, sharding
+from jx_neuron.nn import sharding
 from jx_neuron.nn.sharding import AXIS
 from jx_neuron.nn.state import State
 from jx_neuron.runtime import xla_options
+from jx_neuron.runtime.cpu.kernel import are_several
 from jx_neuron.runtime.cpu.weights import OneCPU
+from jx_neuron.runtime.gpu import OneGPU
+from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
-from jx_neuron.step.step import step
 from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.pages import check_room, give_back, uncollected
 from jx_neuron.util.progress import side_by_side
@@ -52,9 +52,8 @@ class XlaRuntime:
         xla_options.keep_between_processes()
         self.decoder, self.mesh, self.dtype = decoder, mesh, jnp.dtype(dtype)
         self._platform = mesh.devices.flat[0].platform
-        alone: dict[str, type[OneCPU | _OneGPU]] = {"cpu": OneCPU, "gpu": _OneGPU}
-        placed = alone.get(self._platform, _Sharded) if mesh.size == 1 else _Sharded
-        self._placed: OneCPU | _Sharded = placed(decoder, source, mesh, self.dtype)
+        on_one = {"cpu": OneCPU, "gpu": OneGPU}.get(self._platform, Sharded)
+        self._placed: Sharded = (on_one if mesh.size == 1 else Sharded)(decoder, source, mesh, self.dtype)
         give_back()
         self._compiled: OrderedDict[tuple[ProgramKey, int, int], Any] = OrderedDict()
         self._state: State | None = None
@@ -131,7 +130,7 @@ class XlaRuntime:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS))
         state = self._placed.state(slots, positions)
-        several = ops.are_several(key.rows * key.tokens)
+        several = are_several(key.rows * key.tokens)
         program = jax.jit(
             self._placed.step(key),
             donate_argnums=1,
@@ -146,56 +145,6 @@ class XlaRuntime:
             executable = lowered.compile()
         give_back()
         return executable
-
-
-class _Sharded:
-    """A model on several devices, or on a chip."""
-
-    def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
-        self._decoder, self._mesh, self._dtype = decoder, mesh, dtype
-        self._params = self._place(source)
-
-    def _place(self, source: Source) -> Params:
-        return source.place(self._mesh)
-
-    def state(self, slots: int, positions: int) -> State:
-        """A state table as shapes."""
-        return self._decoder.abstract_state(slots, positions, self._dtype, self._mesh)
-
-    def params(self, key: ProgramKey) -> Params:
-        """What the step of `key` takes for parameters."""
-        return self._params
-
-    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
-        """The step of `key`, over `params` of it."""
-        return step(self._decoder, key)
-
-
-class _OneGPU(_Sharded):
-    """A model on one GPU. Kernels lie with their outputs first, as most checkpoints have them."""
-
-    def _place(self, source: Source) -> Params:
-        def put_first(axes: int, kernels: Sequence[Any]) -> Any:
-            return ops.outputs_first(kernels[0], axes)
-
-        return source.place(self._mesh, {(path,): partial(put_first, axes) for path, axes in self._axes.items()})
-
-    @cached_property
-    def _axes(self) -> dict[str, int]:
-        """Of each kernel, how many input axes it has."""
-        return {path: axes for paths, axes in self._decoder.kernels.items() for path in paths}
-
-    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
-        traced, axes = super().step(key), self._axes
-
-        def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
-            values = {
-                path: ops.inputs_first(array, axes[path]) if path in axes else array for path, array in params.items()
-            }
-            with ops.for_gpu():
-                return traced(values, state, *inputs)
-
-        return run
 
 
 def _sharding(leaf: Any) -> Any:

@@ -35,7 +35,7 @@ _WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 def options(platform: str, alone: bool, several: bool = False) -> dict[str, Any]:
     """XLA's options for a platform.
 
-    `alone`, for programs of one device, with the products of jx_neuron/nn/ops.py; `several`, where `are_several` is
+    `alone`, for programs of one device, with the products of jx_neuron/runtime/cpu; `several`, where `are_several` is
     true of their rows.
     """
     if platform == "cpu":

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jx_neuron.nn.ops import barrier, bits, from_bits
+from jx_neuron.nn.ops import barrier
 from jx_neuron.nn.state import Arrays, LayerState, Layout, Positions, S, State, within
+from jx_neuron.runtime.cpu.kernel import from_bits, to_bits
 
 POSITIONS_LAST = frozenset({"v"})
 """Rows that are summed over positions, and so read fastest with these in the last axis."""
@@ -20,7 +21,7 @@ MOST_UNROLLED = 16
 
 
 class CpuLayout(Layout):
-    """For each row of STATE one array of all layers, [l, z, *axes], as `bits`."""
+    """For each row of STATE one array of all layers, [l, z, *axes], as `to_bits`."""
 
     slot_axis = 1
     stacked = True
@@ -65,7 +66,7 @@ class CpuLayout(Layout):
         if axis is not None:
             new, real_bt, start_b = within(new, at, axis, buffer.shape[self.position_axis(s) or 0])
             real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
-        new, real = (jnp.transpose(x, order) for x in (bits(new.astype(state.dtype)), real))
+        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(state.dtype)), real))
         slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
 
         def place(n: Array | int) -> list[Array]:
@@ -98,8 +99,8 @@ class CpuLayout(Layout):
     def joined(self, layers: Sequence[LayerState]) -> State:
         """A copy: each layer's part comes of a table of its own."""
         warnings.warn(
-            "a decoder that goes through its layers by itself has a CPU copy the state table at every step; "
-            "jx_neuron.nn.through does not",
+            "a decoder that applies its blocks in a loop of its own has a CPU copy the state table at every step; "
+            "jx_neuron.nn.Layers does not",
             UserWarning,
             stacklevel=2,
         )

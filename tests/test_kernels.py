@@ -8,11 +8,15 @@ from steps import step_input
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
-from jx_neuron.nn import ops as products
 from jx_neuron.nn import sharding
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import kernels
+from jx_neuron.nn.kernel import matmul
+from jx_neuron.nn.ops import PLAIN as PLAIN_OPS
+from jx_neuron.nn.ops import using
 from jx_neuron.nn.state import KV, PLAIN, State, positions_of
+from jx_neuron.runtime.cpu.kernel import Packed, pack
+from jx_neuron.runtime.cpu.ops import BLOCK, CpuOps
+from jx_neuron.runtime.cpu.weights import OneCPU
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.runtime.xla_options import options
 from jx_neuron.step.program_key import ProgramKey
@@ -31,7 +35,7 @@ LLAMA = dict(
 
 def for_cpu(function, *args):
     def call(*args):
-        with products.for_cpu():
+        with using(CpuOps()):
             return function(*args)
 
     return np.asarray(jax.jit(call, compiler_options=options("cpu", alone=True))(*args), np.float64)
@@ -48,60 +52,65 @@ def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
     for found, expected, most in (
         *(
             (
-                for_cpu(lambda x, *w, i=i: products.product(x, w, len(inputs))[i], x, *kernels),
+                for_cpu(lambda x, packed, i=i: packed.matmul(x)[i], x, packed(kernels, len(inputs))),
                 np.tensordot(wide_x, wide_kernel, len(inputs)),
                 4,
             )
             for i, wide_kernel in enumerate(wide_kernels)
         ),
-        (for_cpu(products.product_with_rows, x, table), wide_x @ wide_table.T, 8),
+        (for_cpu(CpuOps().matmul_rows, x, table), wide_x @ wide_table.T, 8),
     ):
         assert found.shape == expected.shape
         error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
         assert error < most * float(jnp.finfo(dtype).eps)
 
 
-def test_outside_of_a_cpu_s_programs_a_product_is_one_dot() -> None:
+def packed(kernels, axes: int) -> Packed:
+    w_nk = jnp.asarray(pack([np.asarray(kernel) for kernel in kernels], axes))
+    return Packed(w_nk, tuple(kernel.shape for kernel in kernels), axes, kernels[0].dtype)
+
+
+def test_off_a_cpu_a_product_is_one_dot() -> None:
     x, kernel = jnp.ones((1, 1, 768)), jnp.ones((768, 12, 64))
-    traced = jax.make_jaxpr(lambda x, w: products.product(x, [w], 1))(x, kernel)
-    assert [str(e.primitive) for e in traced.eqns if str(e.primitive) not in ("reshape", "transpose")] == [
-        "dot_general"
-    ]
-
-
-def test_kernels_are_put_together_and_taken_apart() -> None:
-    for dtype, held in (("float32", "float32"), ("bfloat16", "uint16")):
-        numbers = np.arange(2 * 3 * 5 * 7 + 2 * 3 * 4).astype(jnp.dtype(dtype))
-        kernels = [numbers[: 2 * 3 * 5 * 7].reshape(2, 3, 5, 7), numbers[2 * 3 * 5 * 7 :].reshape(2, 3, 4)]
-        joined = products.together(kernels, 2)
-        assert isinstance(joined, np.ndarray)
-        assert (joined.shape, joined.dtype) == ((5 * 7 + 4, 2 * 3), held)
-        assert joined.view(jnp.dtype(dtype))[7 + 2, 3 + 2] == kernels[0][1, 2, 1, 2]
-        shapes = [kernel.shape for kernel in kernels]
-        for found, kernel in zip(products.apart(jnp.asarray(joined), shapes, 2, dtype), kernels, strict=True):
-            np.testing.assert_array_equal(found, kernel)
-
-
-def test_the_kernels_of_a_model_are_those_of_its_linear_layers() -> None:
-    for config, block, expected in (
-        (GPT2, "h", {"c_attn": 1, "c_proj": 2, "c_fc": 1, "mlp_c_proj": 1}),
-        (
-            LLAMA,
-            "layers",
-            {
-                "qkv.q_proj qkv.k_proj qkv.v_proj": 1,
-                "o_proj": 2,
-                "gate_up.gate_proj gate_up.up_proj": 1,
-                "down_proj": 1,
-            },
-        ),
+    for traced in (
+        jax.make_jaxpr(lambda x, w: matmul(x, w, 1))(x, kernel),
+        jax.make_jaxpr(PLAIN_OPS.matmul_rows)(x, jnp.ones((40, 768))),
     ):
-        decoder = Decoder.from_config(config)
-        assert kernels(decoder.bind(decoder.abstract_params("float32"))) == {
-            tuple(f"{block}.{i}.{name}.kernel" for name in names.split()): axes
-            for i in range(2)
-            for names, axes in expected.items()
-        }
+        assert [str(e.primitive) for e in traced.eqns if str(e.primitive) not in ("reshape", "transpose")] == [
+            "dot_general"
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "float32"), ("bfloat16", "uint16")])
+def test_packed_kernels_are_outputs_first_and_unpack_as_they_were(dtype, stored) -> None:
+    numbers = np.arange(2 * 3 * 5 * 7 + 2 * 3 * 4).astype(jnp.dtype(dtype))
+    kernels = [numbers[: 2 * 3 * 5 * 7].reshape(2, 3, 5, 7), numbers[2 * 3 * 5 * 7 :].reshape(2, 3, 4)]
+    w_nk = pack(kernels, 2)
+    assert isinstance(w_nk, np.ndarray)
+    assert (w_nk.shape, w_nk.dtype) == ((5 * 7 + 4, 2 * 3), stored)
+    assert w_nk.view(jnp.dtype(dtype))[7 + 2, 3 + 2] == kernels[0][1, 2, 1, 2]
+    for unpacked, kernel in zip(packed(kernels, 2).unpack(), kernels, strict=True):
+        np.testing.assert_array_equal(unpacked, kernel)
+    np.testing.assert_array_equal(packed(kernels[1:], 2)[0, 1:], kernels[1][0, 1:])
+
+
+@pytest.mark.parametrize(
+    ("config", "block", "expected"),
+    [
+        (GPT2, "h", {"c_attn.kernel": 1, "c_proj.kernel": 1, "c_fc.kernel": 1, "mlp_c_proj.kernel": 1}),
+        (LLAMA, "layers", {"qkv.fused": 3, "o_proj.kernel": 1, "gate_up.fused": 2, "down_proj.kernel": 1}),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_a_cpu_packs_the_kernels_of_linear_layers_and_those_of_one_input_as_one(config, block, expected) -> None:
+    decoder = Decoder.from_config(config)
+    values = {path: np.ones(leaf.shape) for path, leaf in decoder.abstract_params("float32").items()}
+    params = OneCPU(decoder, source(decoder, values, "float32"), sharding.mesh(1), np.dtype("float32")).params(
+        ProgramKey("prefill", 1, 64, 64)
+    )
+    assert {path: len(kernel.shapes) for path, kernel in params.items() if isinstance(kernel, Packed)} == {
+        f"{block}.{i}.{name}": count for i in range(2) for name, count in expected.items()
+    }
 
 
 def source(decoder, values, dtype):
@@ -124,7 +133,7 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
 
 
 def test_attention_in_blocks_is_that_over_all_slots() -> None:
-    tokens, rng = 2 * products.BLOCK + 44, np.random.default_rng(0)
+    tokens, rng = 2 * BLOCK + 44, np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, n, 8)), jnp.float32) for n in (6, 3, 3))
     arrays = ((jnp.zeros((2, 3, tokens, 8)),) * 2,)
     empty = State(arrays, jnp.zeros(2, jnp.int32), KV, PLAIN, jnp.dtype("float32"))
@@ -135,7 +144,7 @@ def test_attention_in_blocks_is_that_over_all_slots() -> None:
             q, k, v, empty.of_layer(0), positions_of(jnp.zeros(2, jnp.int32), length_b, None, tokens, tokens)
         )[0]
 
-    assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [products.BLOCK, 2 * products.BLOCK, tokens]
+    assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [BLOCK, 2 * BLOCK, tokens]
     assert _traced_blocks(tokens, 2 * tokens) == [(0, tokens, 2 * tokens)]
     wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, *(jnp.repeat(x, 2, axis=2) for x in (k, v))))
     scores = np.einsum("btnh,bsnh->bnts", wide_q, wide_k) / np.sqrt(8)
@@ -145,5 +154,4 @@ def test_attention_in_blocks_is_that_over_all_slots() -> None:
 
 
 def _traced_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
-    with products.for_cpu():
-        return products.query_blocks(tokens, slots)
+    return CpuOps().query_blocks(tokens, slots)

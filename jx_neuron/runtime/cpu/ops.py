@@ -1,0 +1,84 @@
+"""The equations of jx_neuron.nn.ops as one CPU computes them fastest (docs/notes/cpu-decode.md and cpu-prefill.md)."""
+
+import math
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jx_neuron.nn.ops import Ops, barrier
+from jx_neuron.runtime.cpu.kernel import FEW, matmul_packed, sums, to_bits, widen
+
+BLOCK = 128
+"""Queries that go through attention at a time, where later positions can be left out."""
+
+LANES = 32
+"""A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
+
+T = TypeVar("T")
+
+
+class CpuOps(Ops):
+    """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
+
+    def once(self, x: T) -> T:
+        return barrier(x)
+
+    def mean(self, x: Array) -> Array:
+        lanes = math.gcd(x.shape[-1], LANES)
+        if lanes == 1:
+            return super().mean(x)
+        in_lanes = barrier(x.reshape(*x.shape[:-1], -1, lanes).sum(-2))  # or XLA would join both sums
+        return in_lanes.sum(-1, keepdims=True) / x.shape[-1]
+
+    def matmul_rows(self, x: Array, table_nk: Array) -> Array:
+        # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
+        alone_nk = to_bits(barrier(table_nk))
+        return matmul_packed(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype).reshape(*x.shape[:-1], -1)
+
+    def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
+        """Where as many tokens as positions go through, they stand at these, and none sees those behind it."""
+        if tokens != positions:
+            return super().query_blocks(tokens, positions)
+        ends = [*range(BLOCK, tokens, BLOCK), tokens]
+        return [(first, end, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+    def attention_scores(self, q_btkgh: Array, k_bksh: Array) -> Array:
+        b, t, k, g, h = q_btkgh.shape
+        if g * t <= FEW:
+            w_bkrs = _matmul_few(widen(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh)
+        else:  # tokens last, as products leave them
+            q_bkhr = widen(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
+            w_bkrs = _dot(q_bkhr, widen(k_bksh), 2, 3)
+        return w_bkrs.reshape(b, k, g, t, -1)
+
+    def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:
+        if v_bksh.dtype.itemsize == 4:  # the sum divides the result, which is smaller than the weights
+            e_bkgts = jnp.exp(w_bkgts - w_bkgts.max(-1, keepdims=True))
+            return _weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
+        p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
+        return _weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
+
+
+def _weighted(p_bkgts: Array, v_bksh: Array) -> Array:
+    b, k, g, t, s = p_bkgts.shape
+    p_bkrs = widen(p_bkgts).reshape(b, k, g * t, s)
+    a_bkrh = _matmul_few(p_bkrs, v_bksh.swapaxes(2, 3)) if g * t <= FEW else _dot(p_bkrs, widen(v_bksh), 3, 2)
+    return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
+
+
+def _matmul_few(x_bkrc: Array, y_bknc: Array) -> Array:
+    """x · yᵀ of few rows x, over c, in one reduction that reads y once: [b, k, r, n]."""
+    r = x_bkrc.shape[2]
+    x_rbkc = barrier(jnp.moveaxis(x_bkrc, 2, 0))
+    if r == 1:  # a reduction of one result is read at half the rate
+        x_rbkc = jnp.pad(x_rbkc, ((0, 1), (0, 0), (0, 0), (0, 0)))
+    rows = sums([widen(y_bknc) * x_bkc[:, :, None] for x_bkc in x_rbkc])
+    return jnp.stack(rows, 2) if r > 1 else (rows[0] + rows[1])[:, :, None]
+
+
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    """x · y over an axis of each, all but the last two in common; XLA neither swaps nor fuses it."""
+    common = tuple(range(x.ndim - 2))
+    return barrier(jax.lax.dot_general(barrier(x), y, (((x_axis,), (y_axis,)), (common, common))))

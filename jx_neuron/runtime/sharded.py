@@ -1,0 +1,51 @@
+"""A model on several devices, or on a chip: parameters are arrays, split over a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jx_neuron.checkpoint.weights import Params, Source
+from jx_neuron.models import Decoder
+from jx_neuron.nn.ops import Ops, using
+from jx_neuron.nn.state import State
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step import step
+
+
+class Sharded:
+    """A decoder's parameters where programs take them, and its steps over them."""
+
+    ops = Ops()
+    """The equations that its steps are traced with."""
+
+    def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
+        self._decoder, self._mesh, self._dtype = decoder, mesh, dtype
+        self._params = self._place(source)
+
+    def _place(self, source: Source) -> Params:
+        return source.place(self._mesh)
+
+    def state(self, slots: int, positions: int) -> State:
+        """A state table as shapes."""
+        return self._decoder.abstract_state(slots, positions, self._dtype, self._mesh)
+
+    def params(self, key: ProgramKey) -> Params:
+        """What the step of `key` takes for parameters."""
+        return self._params
+
+    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
+        """The step of `key`, over `params` of it."""
+        traced = step(self._decoder_of(key), key)
+
+        def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
+            with using(self.ops):
+                return traced(params, state, *inputs)
+
+        return run
+
+    def _decoder_of(self, key: ProgramKey) -> Decoder:
+        """The decoder that binds `params` of `key`."""
+        return self._decoder
