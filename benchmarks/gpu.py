@@ -14,7 +14,7 @@ of runs.
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jx_neuron.checkpoint.weights import Params, joint
+from jx_neuron.checkpoint.weights import Packing, Params
 from jx_neuron.engine.answer import steps
 from jx_neuron.engine.draw import Draw
 from jx_neuron.engine.engine import Engine
@@ -68,19 +68,19 @@ class Drawn:
     def place(
         self,
         mesh: Mesh,
-        joined: Mapping[tuple[str, ...], Callable[[Any], Any]] | None = None,
+        packing: Packing | None = None,
         put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
-        """All parameters on the one device of `mesh`; `joined` and `put` as of weights.Source.place."""
+        """All parameters on the one device of `mesh`; `packing` and `put` as of weights.Source.place."""
 
         def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             return 0.02 * jax.random.normal(key, shape, DTYPE)
 
         drawn = jax.jit(draw, static_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
         shapes = sorted(self.decoder.abstract_params(DTYPE).items())
-        placed = {path: drawn(jax.random.key(n), of.shape) for n, (path, of) in enumerate(shapes)}
-        for paths, join in (joined or {}).items():
-            placed[joint(paths)] = join([placed.pop(path) for path in paths])
+        placed: Params = {path: drawn(jax.random.key(n), leaf.shape) for n, (path, leaf) in enumerate(shapes)}
+        for path, (parts, pack) in (packing or {}).items():
+            placed[path] = pack([placed.pop(part) for part in parts])
         if put:
             placed = {name: jax.device_put(put(name, np.asarray(array))) for name, array in placed.items()}
         return dict(sorted(placed.items()))

@@ -1,4 +1,4 @@
-"""Matrix products as jx_neuron/nn/ops.py writes them for a CPU, beside x @ W[in, out] under JAX's defaults.
+"""Matrix products as jx_neuron/runtime/cpu/kernel.py writes them, beside x @ W[in, out] under JAX's defaults.
 
     python benchmarks/products.py --rows 1 4 8 64 512
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron.nn import ops as products
+from jx_neuron.runtime.cpu.kernel import Packed, are_several, pack
 from jx_neuron.runtime.xla_options import options
 from jx_neuron.util.pages import Pages
 
@@ -51,8 +51,8 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
             exact = exact @ w.astype(np.float64)
     plain = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
     pages = Pages()
-    laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(products.together([np.asarray(w)], 1))), plain)
-    how = options("cpu", alone=True, several=products.are_several(rows))
+    laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(pack([np.asarray(w)], 1))), plain)
+    how = options("cpu", alone=True, several=are_several(rows))
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
         "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=how), laid_out),
@@ -84,11 +84,10 @@ def chain(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, we
 
 def ours(x: jax.Array, weights: Any, dtype: str) -> jax.Array:
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        kernels = products.apart(w, [w.shape[::-1]], 1, jnp.dtype(dtype))
-        return products.product(x, kernels, 1)[0]
+        (y,) = Packed(w, (w.shape[::-1],), 1, jnp.dtype(dtype)).matmul(x)
+        return y
 
-    with products.for_cpu():
-        return chain(product, x, weights)
+    return chain(product, x, weights)
 
 
 if __name__ == "__main__":

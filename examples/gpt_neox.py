@@ -16,7 +16,7 @@ from jx_neuron import register
 from jx_neuron.checkpoint import Copy, HFConfig, W, one_of
 from jx_neuron.cli import main
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Linear, through
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear
 from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.nn.state import LayerState, Positions, State
 
@@ -84,12 +84,12 @@ class Model(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         self.embed_in = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.embed_out = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.layers = nnx.List(Block(cfg, rngs) for _ in range(cfg.layers))
+        self.layers = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
         self.final_layer_norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.cfg = cfg
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd, state = through(self.layers, self.embed_in(tokens_bt), state, at, self.cfg.rope(at))
+        x_btd, state = self.layers(self.embed_in(tokens_bt), state, at, self.cfg.rope(at))
         return self.final_layer_norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:

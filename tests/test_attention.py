@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from steps import table
 
-from jx_neuron.nn.ops import using
-from jx_neuron.runtime.cpu.ops import CpuOps
 from jx_neuron.nn.attention import attend
+from jx_neuron.nn.ops import using
 from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime.cpu.layout import CPU
+from jx_neuron.runtime.cpu.ops import CpuOps
 
 N, K, H, S, SLOTS, POSITIONS = 6, 3, 8, 16, 4, 20
 START = {"decode": [9, 0, 15], "chunk": [3, 0, 11], "prompt": [0, 0, 0]}

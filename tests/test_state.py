@@ -19,7 +19,7 @@ from jx_neuron.checkpoint.weights import W
 from jx_neuron.integrations.parity import ModelTensors
 from jx_neuron.models import Decoder
 from jx_neuron.nn import sharding
-from jx_neuron.nn.layers import Embedding, through
+from jx_neuron.nn.layers import Embedding, Layers
 from jx_neuron.nn.state import PLAIN, S, positions_of
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.xla import XlaRuntime
@@ -197,10 +197,10 @@ class Layer(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List(Layer(config.hidden_size) for _ in range(config.num_hidden_layers))
+        self.layers = Layers(Layer(config.hidden_size) for _ in range(config.num_hidden_layers))
 
     def __call__(self, tokens_bt, state, at):
-        return through(self.layers, self.embed(tokens_bt), state, at)
+        return self.layers(self.embed(tokens_bt), state, at)
 
     def logits(self, x_btd):
         return self.embed.attend(x_btd)

@@ -25,6 +25,7 @@ from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.tokenizer import refusing_own_code
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
+from jx_neuron.nn.layers import through
 from jx_neuron.nn.state import State, positions_of
 from jx_neuron.runtime import xla
 from jx_neuron.step.program_key import ProgramKey
@@ -174,7 +175,7 @@ def _hidden_states(decoder: Decoder, source: weights.Source, mesh: Mesh, prompt:
             return call
 
         parent = reduce(getattr, path[:-1], model)
-        vars(parent)[path[-1]] = [recorded(layer) for layer in getattr(parent, path[-1])]
+        vars(parent)[path[-1]] = _Blocks(map(recorded, getattr(parent, path[-1])))
         x_btd, _ = model(tokens_bt, state, positions_of(jnp.zeros_like(length_b), length_b, None, tokens, tokens))
         return [*entering, x_btd]
 
@@ -185,6 +186,13 @@ def _hidden_states(decoder: Decoder, source: weights.Source, mesh: Mesh, prompt:
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         states = jax.jit(run)(source.place(mesh), zeros, prompt[None], np.array([tokens], np.int32))
     return [np.asarray(state)[0] for state in states]
+
+
+class _Blocks(list[Any]):
+    """Blocks that are no modules, in the place of `Layers`."""
+
+    def __call__(self, x_btd: Array, state: State, *args: Any) -> tuple[Array, State]:
+        return through(self, x_btd, state, *args)
 
 
 def _original_hidden_states(model: Any, prompt: np.ndarray) -> list[np.ndarray]:
