@@ -20,7 +20,7 @@ from jx_neuron.checkpoint.weights import Copy, W
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, gpt2, llama, opt
-from jx_neuron.nn.layers import Linear
+from jx_neuron.nn.layers import Layers, Linear
 
 NAME = "my_gpt2"
 SIZES = dict(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)
@@ -294,7 +294,7 @@ class Model(gpt2.Model):
 
     def __init__(self, cfg, rngs):
         super().__init__(cfg, rngs)
-        self.h = nnx.List(self.block(cfg, i, rngs) for i in range(cfg.n_layer))
+        self.h = Layers(self.block(cfg, i, rngs) for i in range(cfg.n_layer))
 
 
 class OfBiasless(Model):
