@@ -15,7 +15,7 @@ from mutations import damaged_bytes, damaged_json, limits
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.artifact.manifest import MOST_BYTES, UNSEALED, read_manifest
 from jx_neuron.errors import ArtifactError
-from jx_neuron.runtime.deployment import Saved
+from jx_neuron.runtime.saved import SavedModel
 
 FEW, MANY = 200, 1500  # mutations of each kind
 IDS = tiny.prompts(1, 9)
@@ -38,7 +38,7 @@ def expected(saved: Path) -> dict[str, Any]:
 
 def contents(folder: Path) -> dict[str, Any]:
     """All that running the model takes."""
-    model = Saved.open(folder)
+    model = SavedModel.open(folder)
     programs = model.deployment.programs
     return {
         "programs": {shape.name: hashlib.sha256(model.artifact.hlo(shape.name)).hexdigest() for shape in programs},

@@ -46,7 +46,7 @@ def fuzz(name: str, seeds: range, folder: Path) -> tuple[int, int]:
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     sound = NeuronAutoModelForCausalLM.from_pretrained(folder)
-    logits = {repr(sound._decoder.config): np.asarray(sound(IDS)[0])}  # all that bears on them
+    logits = {repr(sound._origin.decoder.config): np.asarray(sound(IDS)[0])}  # all that bears on them
     plain = hf_logits(folder)
     assert plain is not None
     refused = right = 0  # right to 1e-3: some damage multiplies angles by 1e5, and their rounding with them
@@ -55,7 +55,7 @@ def fuzz(name: str, seeds: range, folder: Path) -> tuple[int, int]:
         try:
             with limits():
                 model = NeuronAutoModelForCausalLM.from_pretrained(folder)
-            key = repr(model._decoder.config)
+            key = repr(model._origin.decoder.config)
             ours = logits[key] if key in logits else logits.setdefault(key, np.asarray(model(IDS)[0]))
         except JxNeuronError:
             refused += 1
@@ -64,7 +64,7 @@ def fuzz(name: str, seeds: range, folder: Path) -> tuple[int, int]:
         if theirs is not None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3, err_msg=f"seed {seed}")
             right += 1
-        elif model._decoder.config == sound._decoder.config:  # HF dislikes a field of no account
+        elif model._origin.decoder.config == sound._origin.decoder.config:  # HF dislikes a field of no account
             np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3, err_msg=f"seed {seed}")
         else:
             assert np.isfinite(ours).all(), f"seed {seed}"

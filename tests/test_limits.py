@@ -121,7 +121,7 @@ def test_weights_and_the_smallest_cache_are_held_against_the_memory_here(
     with pytest.raises(InputError, match=f"2 rows and {slots} positions take .* GiB of memory"):
         model.to_neuron()
     monkeypatch.setattr(pages, "room_here", lambda: size)
-    check_host(model._decoder, 1, 2, slots, 4)
+    check_host(model._origin.decoder, 1, 2, slots, 4)
     if backend == "xla":
         assert isinstance(model.runtime, XlaRuntime)
 

@@ -100,7 +100,7 @@ def test_a_checkpoint_is_read_once_whatever_the_degree(
 
     monkeypatch.setattr(Checkpoint, "read", read)
     model = NeuronAutoModelForCausalLM.from_pretrained(checkpoint, n_positions=16, tp_degree=tp, backend="host")
-    tensors = set(model._checkpoint.names())
+    tensors = set(model._origin.checkpoint.names())
     reads.clear()
     model.to_neuron()
     assert reads == dict.fromkeys(tensors, 1)

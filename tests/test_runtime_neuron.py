@@ -118,7 +118,8 @@ def test_weights_and_cache_are_on_the_cores_once(model: NeuronAutoModelForCausal
     program = model.lowered().programs[DECODE]
     params = {tensor.name: tensor for tensor in program.inputs if tensor.kind == "param"}
     for tensor in params.values():
-        assert sum(model._parameters[tensor.name][0].tobytes() == t.read()[0].tobytes() for t in neuron.tensors) == 1
+        part = model._origin.parameters()[tensor.name][0].tobytes()
+        assert sum(part == t.read()[0].tobytes() for t in neuron.tensors) == 1
     held = caches(neuron)
     assert len(held) == 4
     before = len(neuron.tensors)

@@ -10,7 +10,6 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from jx_neuron.config import dtype_of
-from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import RECORD, Degree
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.step.buckets import Buckets
@@ -92,6 +91,11 @@ class Settings:
         return self.batch_sizes[-1]
 
     @property
+    def token_ids(self) -> dict[str, Any] | None:
+        """The end and padding tokens that are known; None where neither is."""
+        return {name: ids for name, ids in self.generation.items() if ids is not None} or None
+
+    @property
     def programs(self) -> list[ProgramKey]:
         """Every program that such a model can call for."""
         keys = [key for rows in self.batch_sizes for key in self.buckets.programs(rows, self.candidates)]
@@ -103,22 +107,8 @@ class Settings:
             keys += [dataclasses.replace(key, kind="score") for key in keys if key.kind == "prefill"]
         return list(dict.fromkeys(keys))
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dataclasses.asdict(self)
-
-    def require(
-        self, tp_degree: int, amp: str, batch_size: Any, n_positions: Any, context_length_estimate: Any
-    ) -> None:
-        """Raises ArtifactError for an argument of from_pretrained that is given, and not what was saved."""
-        tokens = None if n_positions is None else Buckets.of(n_positions).tokens
-        context = None if context_length_estimate is None else Buckets.of(self.buckets.tokens, context_length_estimate)
-        for name, value, default, saved in (
-            ("tp_degree", tp_degree, 1, self.tp_degree),
-            ("amp", dtype_of(amp), dtype_of("f32"), self.dtype),
-            ("batch_size", tuple(np.atleast_1d(batch_size).tolist()), (1,), tuple(self.batch_sizes)),
-            ("n_positions", tokens, None, self.buckets.tokens),
-            ("context_length_estimate", context and context.context, None, self.buckets.context),
-        ):
-            if value not in (default, saved):
-                raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
+    def differences(self, asked: "Settings") -> list[str]:
+        """What programs of these settings lack for those `asked`, a field a text; token ids and target do not count."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("generation", "target")]
+        pairs = {name: (getattr(self, name), getattr(asked, name)) for name in names}
+        return [f"{name}={own!r} and not {other!r}" for name, (own, other) in pairs.items() if own != other]

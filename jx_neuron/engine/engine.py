@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jx_neuron.artifact.settings import Settings
 from jx_neuron.engine.collector import Collector
 from jx_neuron.engine.options import Choice
+from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.scheduler import Scheduler, Sequence, Turn
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
@@ -44,6 +46,21 @@ class Engine:
     lock: RLock = field(default_factory=RLock)
     closing: deque[Sequence] = field(default_factory=deque)  # which any thread may append to, whoever has the lock
     _under_way: list[_UnderWay] = field(default_factory=list)
+
+    @classmethod
+    def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
+        """The engine of a model that was made for `settings`; where `runtime` compiles on demand, prompts may go
+        through in chunks of any context bucket, and rows sample from any number of candidates."""
+        on_demand, buckets = runtime.programs is None, settings.buckets
+        scheduler = Scheduler(
+            buckets,
+            settings.batch_sizes,
+            [settings.prompt_batch] if settings.prompt_batch else None,
+            None if on_demand else buckets.context[-1:],
+            candidates=None if on_demand else settings.candidates,
+            rotations=None if settings.rotations is None else Rotations(*settings.rotations),
+        )
+        return cls(runtime, scheduler, settings.vocab_size, first_not_finite)
 
     def submit(
         self,

@@ -1,6 +1,6 @@
 """What goes into a model, checked: token ids as users hold them (lists, numpy, jax, torch), and where rows begin."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,15 @@ class Limits:
     batch: int
     vocab_size: int
     capacity: int
+
+
+def several(prompts: Any) -> list[Any]:
+    """A list of texts and rows of token ids, where `prompts` may be one of them."""
+    items = plain(prompts)
+    if not isinstance(items, Iterable) or isinstance(items, str | bytes | Mapping | Set):
+        return [prompts]
+    items = list(items)
+    return [items] if items and not isinstance(plain(items[0]), Iterable) else items
 
 
 def batch_of(ids: Any, limits: Limits) -> np.ndarray:

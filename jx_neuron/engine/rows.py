@@ -1,5 +1,6 @@
 """Rows of tokens that a caller continues: calling the model, and HF's `generate()`."""
 
+import threading
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -90,3 +91,30 @@ class Rows:
             for begin, part_tv in sink.parts:
                 row_tv[begin - first : begin - first + len(part_tv)] = part_tv
         return logits_ntv
+
+
+class LastRows(threading.local):
+    """The rows that a thread's last call of the model left, for its next call to continue."""
+
+    _rows: Rows | None = None
+
+    def begin(self, engine: Engine, rows: SequenceOf[np.ndarray]) -> Rows:
+        """New ones."""
+        self._rows = Rows(engine, rows)
+        return self._rows
+
+    def at(self, start_n: np.ndarray) -> Rows:
+        """Them, so that each row's next token stands at `start_n` [n]. Raises InputError where there are none."""
+        if self._rows is None:
+            raise InputError(
+                "cache_ids go on from the last call of the model in this thread, and there was none since it last "
+                "sampled or scored; begin with the whole prompt, without cache_ids"
+            )
+        self._rows.seek(start_n)
+        return self._rows
+
+    def close(self) -> None:
+        """Gives their slots back."""
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = None

@@ -1,23 +1,19 @@
-"""Between a decoder and what runs it: lowering, checking, compiling, saving, and opening what was saved."""
+"""Between a decoder and what runs it: lowering, checking, compiling and saving."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jx_neuron import artifact
-from jx_neuron.artifact.fit import check_fit
-from jx_neuron.artifact.folder import Artifact
-from jx_neuron.artifact.manifest import neff_file
 from jx_neuron.artifact.settings import Settings
-from jx_neuron.checkpoint.folder import CONFIG, TOKENIZER_FILES
+from jx_neuron.checkpoint.folder import CONFIG
 from jx_neuron.compiler import neuronx_cc
 from jx_neuron.compiler.neuronx_cc import CompilerOptions
 from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
@@ -137,11 +133,14 @@ def save(
     deployment: Deployment,
     config: Mapping[str, Any],
     parameters: Mapping[str, Sequence[np.ndarray]] | None,
-    save_tokenizer: Callable[[Path], Sequence[Path]] | None,
+    save_tokenizer: Callable[[Path], Sequence[Path]],
 ) -> Path:
-    """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and parameters where given."""
+    """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and parameters where given.
+
+    save_tokenizer: writes the tokenizer's files into a folder, and returns their paths.
+    """
     with temporary_folder() as folder:
-        extra = {path.name: path.read_bytes() for path in (save_tokenizer(folder) if save_tokenizer else ())}
+        extra = {path.name: path.read_bytes() for path in save_tokenizer(folder)}
     extra[CONFIG] = json.dumps(dict(config), indent=1).encode()
     return artifact.write(
         directory,
@@ -153,83 +152,6 @@ def save(
         neffs={name: neff() for name, neff in deployment.neffs.items()},
         extra_files=extra,
     )
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A model opened from an artifact: all that is needed to run it."""
-
-    artifact: Artifact
-
-    @classmethod
-    def open(cls, directory: Path | str) -> "Saved":
-        """Raises ArtifactError with the reason where it is not whole."""
-        return cls(artifact.read(directory))
-
-    @property
-    def settings(self) -> Settings:
-        """What it was lowered for."""
-        return self.artifact.manifest.settings
-
-    @cached_property
-    def deployment(self) -> Deployment:
-        """Raises ArtifactError unless each program that the settings call for is there, and is what its name says."""
-        settings = self.settings
-        saved = {program.name: program for program in self.artifact.manifest.programs}
-        buckets = settings.buckets
-        if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(saved):
-            raise self._refusal(f"it has {len(saved)} programs, which is fewer than its buckets")
-        programs: dict[ProgramKey, ProgramSpec] = {}
-        for key in settings.programs:
-            if key.name not in saved:
-                raise self._refusal(f"it lacks the program {key.name}")
-            programs[key] = saved[key.name]
-            hlo = self.artifact.hlo(key.name)
-            with self._named():
-                check_fit(
-                    programs[key],
-                    hlo,
-                    key,
-                    slots=settings.slots,
-                    positions=buckets.capacity,
-                    dtype=settings.dtype,
-                    vocab_size=settings.vocab_size,
-                )
-        files = self.artifact.manifest.files
-        neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}
-        return Deployment(settings, programs, self.artifact.hlo, neffs)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Has errors name the folder."""
-        try:
-            yield
-        except ArtifactError as error:
-            raise self._refusal(str(error)) from error
-
-    def _refusal(self, reason: str) -> ArtifactError:
-        return ArtifactError(f"artifact {self.artifact.directory}: {reason}; save it again")
-
-    @property
-    def parameters(self) -> Mapping[str, Sequence[np.ndarray]] | None:
-        """Each rank's part of each parameter, read when asked for; None where they were not saved."""
-        return self.artifact.parameters() if self.artifact.manifest.weights else None
-
-    def tokenizer(self) -> Any:
-        """The tokenizer of the listed files, checked. Raises ArtifactError where there is none."""
-        from jx_neuron.checkpoint.tokenizer import load_tokenizer
-
-        directory, manifest = self.artifact.directory, self.artifact.manifest
-        if not set(TOKENIZER_FILES) & set(manifest.files):
-            raise ArtifactError(f"artifact {directory} was saved without a tokenizer; use token ids")
-        return load_tokenizer(directory, manifest.config, self.save_tokenizer, ArtifactError)
-
-    def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the listed files of the tokenizer, checked, into `folder`."""
-        paths = [folder / name for name in TOKENIZER_FILES if name in self.artifact.manifest.files]
-        for path in paths:
-            path.write_bytes(self.artifact.file(path.name))
-        return paths
 
 
 def config_of(model: str | os.PathLike[str], **options: Any) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""A model's calls: their arguments are checked, and requests go to the engine."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jx_neuron.artifact.settings import Settings
+from jx_neuron.config import NeuronConfig
+from jx_neuron.engine import generation, prompts, scoring
+from jx_neuron.engine.answer import Step, steps
+from jx_neuron.engine.defaults import SamplingDefaults
+from jx_neuron.engine.engine import Engine
+from jx_neuron.engine.generation import Generation
+from jx_neuron.engine.options import Choice, Options, SamplingParams, check_names, criteria_of
+from jx_neuron.engine.rows import LastRows
+from jx_neuron.engine.stopping import Criteria, Detokenizer
+from jx_neuron.engine.ticket import Event, Ticket
+from jx_neuron.errors import InputError, JxNeuronError
+from jx_neuron.step.buckets import MOST_ROWS
+from jx_neuron.util.arguments import integer
+
+
+@dataclass
+class Client:
+    """Checks what a model is asked for, and has an engine compute it.
+
+    settings:  what the model was made for.
+    defaults:  how tokens are chosen where a call does not say.
+    engine:    gives the engine; called once the arguments are found legal.
+    tokenizer: gives the tokenizer. Raises a JxNeuronError where there is none.
+    last:      what a thread's last call of the model left.
+    """
+
+    settings: Settings
+    neuron_config: NeuronConfig
+    defaults: SamplingDefaults
+    engine: Callable[[], Engine]
+    tokenizer: Callable[[], Any]
+    last: LastRows = field(default_factory=LastRows)
+
+    @property
+    def limits(self) -> prompts.Limits:
+        """What a call may hold."""
+        most_prompts = self.settings.prompt_batch or self.settings.slots
+        return prompts.Limits(most_prompts, self.settings.vocab_size, self.settings.buckets.capacity)
+
+    @property
+    def copies(self) -> int:
+        """How many answers each prompt is given."""
+        return self.settings.slots // self.limits.batch
+
+    def logits(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> np.ndarray:
+        """Logits of prompts, or of what follows a thread's last call, as calling the model gives them."""
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        every = self.neuron_config.output_all_logits
+        if cache_ids is None:
+            self.last.close()
+            rows = self._rows(ids_bt, start_ids)
+            return self.last.begin(self.engine(), rows).logits(every)
+        start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
+        logits_btv = self.last.at(start_b).extend(ids_bt, every)
+        return logits_btv if every else logits_btv[:, 0]
+
+    def sample(
+        self, input_ids: Any, sequence_length: int | None, start_ids: Any, options: Options, streamer: Any
+    ) -> Any:
+        """Prompts and answers, in the kind of `input_ids`."""
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        restore = prompts.restore_as(input_ids, self.settings.vocab_size)
+        streamed = np.asarray if isinstance(input_ids, list | tuple) else restore
+        answers = self.steps(ids_bt, sequence_length, start_ids, options)
+        parts = [np.repeat(ids_bt, self.copies, axis=0)]
+        try:
+            with closing(answers):
+                if streamer is not None:
+                    streamer.put(streamed(parts[0]))
+                for step in answers:
+                    parts.append(step.tokens[:, None])
+                    if streamer is not None:
+                        streamer.put(streamed(parts[-1])[:, 0])
+        finally:
+            if streamer is not None:
+                streamer.end()
+        return restore(np.concatenate(parts, axis=1))
+
+    def steps(
+        self,
+        input_ids: Any,
+        sequence_length: int | None,
+        start_ids: Any,
+        options: Options,
+        *,
+        logprobs: int | None = None,
+        text: bool = False,
+    ) -> Generator[Step, None, None]:
+        """The answers to a batch of prompts, step by step; nothing runs before the first is asked for."""
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        check_names(options)
+        if sequence_length is None:
+            sequence_length = self.defaults.max_length
+        length = prompts.length_of(
+            self.limits.capacity if sequence_length is None else sequence_length, ids_bt.shape[1], self.limits
+        )
+        rows = self._rows(ids_bt, start_ids, options.get("attention_mask"))
+        copies, room = self.copies, length - ids_bt.shape[1]
+        choices = self.defaults.choices(options, len(rows) * copies, room, samples=True, logprobs=logprobs)
+        criteria = criteria_of(options.get("stopping_criteria_list"))
+        criteria = Criteria(criteria, np.repeat(ids_bt, copies, axis=0)) if criteria else None
+        tokenizer = self._tokenizer_for(choices, text)
+        pad = self.defaults.pad_token_id(choices[0])
+        self.last.close()
+
+        def run() -> Generator[Step, None, None]:
+            tickets: list[Ticket] = []
+            texts: list[Detokenizer] = []
+            for row in map(np.ndarray.tolist, rows if room else ()):
+                first = len(tickets)
+                tickets += self.engine().submit(row, choices[first : first + copies], first, tokenizer)
+                if text and tokenizer is not None:
+                    texts += [Detokenizer(tokenizer, row, skip_special_tokens=True) for _ in range(copies)]
+            yield from steps(tickets, pad, texts, criteria, logprobs)
+
+        return run()
+
+    def events(self, several: Any, sampling: Any) -> Iterator[Event]:
+        """Every token of the answers to any number of prompts, as it comes."""
+        return self._generation(several, sampling)[1]
+
+    def generations(self, several: Any, sampling: Any) -> list[Generation]:
+        """The whole answers to any number of prompts."""
+        requests, events = self._generation(several, sampling)
+        return generation.whole([prompt for prompt, _ in requests], [len(choices) for _, choices in requests], events)
+
+    def _generation(
+        self, several: Any, sampling: Any
+    ) -> tuple[list[tuple[list[int], Sequence[Choice]]], Iterator[Event]]:
+        rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts.several(several))]
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
+        if len(samplings) != len(rows) or not all(isinstance(params, SamplingParams) for params in samplings):
+            raise InputError(f"sampling takes a SamplingParams, or {len(rows)}, one for each prompt")
+        requests = [(row, self._choices(row, params)) for row, params in zip(rows, samplings, strict=True)]
+        tokenizer = self._tokenizer_for([choices[0] for _, choices in requests], text=True)
+        self.last.close()
+        return requests, generation.events(self.engine(), rows, [choices for _, choices in requests], tokenizer)
+
+    def _prompt(self, prompt: Any, number: int) -> list[int]:
+        name, capacity = f"prompt {number}", self.limits.capacity
+        ids = self.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        row: list[int] = prompts.row_of(ids, self.limits, name).tolist()
+        if len(row) >= capacity:
+            raise InputError(
+                f"{name} has {len(row)} tokens and leaves no room for an answer in n_positions="
+                f"{capacity}; shorten it, or make the model with a larger n_positions"
+            )
+        return row
+
+    def _choices(self, prompt: Sequence[int], sampling: SamplingParams) -> Sequence[Choice]:
+        """One for each answer to a prompt."""
+        room = self.limits.capacity - len(prompt)
+        steps = room if sampling.max_tokens is None else min(room, integer("max_tokens", sampling.max_tokens))
+        answers = integer("n", sampling.n, most=MOST_ROWS)
+        return self.defaults.choices(sampling.options, answers, steps, samples=False, logprobs=sampling.logprobs)
+
+    def log_likelihoods(self, rows: Sequence[Any], stride: int | None) -> list[scoring.Parts]:
+        """What each row's tokens are worth one by one, given those before them."""
+        if self.defaults.candidates is not None and not self.settings.all_logits:
+            raise InputError(
+                "scores take the logits of every token, and the programs give the last one's; "
+                "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
+            )
+        tokens = [prompts.row_of(row, self.limits, f"row {number}") for number, row in enumerate(rows)]
+        stride = scoring.stride_of(stride, self.limits.capacity)
+        self.last.close()
+        return scoring.log_likelihoods(self.engine(), tokens, stride)
+
+    def keep_prefix(self, input_ids: Any) -> None:
+        """Computes one row of tokens and keeps it; None forgets those before."""
+        if input_ids is None:
+            self.engine().keep_prefix(None)
+            return
+        row = prompts.row_of(input_ids, self.limits)
+        prompts.batch_of(row[None], self.limits)
+        self.last.close()
+        self.engine().keep_prefix(row.tolist())
+
+    def _tokenizer_for(self, choices: Sequence[Choice], text: bool) -> Any:
+        """The tokenizer, where stop strings need it, or where there is one for a text; else None."""
+        if any(choice.stop_strings for choice in choices):
+            return self.tokenizer()
+        if not text:
+            return None
+        try:
+            return self.tokenizer()
+        except JxNeuronError:
+            return None
+
+    def _rows(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
+        return prompts.rows_of(ids_bt, start_ids, attention_mask, padding_side=self.neuron_config.padding_side)

@@ -1,0 +1,278 @@
+"""What a model was made from: a checkpoint, a module, a config alone, or a saved model."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from jx_neuron.artifact.settings import Settings
+from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
+from jx_neuron.config import dtype_of
+from jx_neuron.errors import CheckpointError, InputError
+from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, settings_of
+from jx_neuron.runtime import deployment as deploy
+from jx_neuron.runtime.base import Runtime
+from jx_neuron.runtime.deployment import Deployment
+from jx_neuron.util.arguments import integer
+
+if TYPE_CHECKING:  # running a saved model needs no model code
+    from flax import nnx
+
+    from jx_neuron.checkpoint.hf_config import HFConfig
+    from jx_neuron.checkpoint.weights import Source, W
+    from jx_neuron.models import Decoder
+
+
+class Origin(Protocol):
+    """What a model was made from. `jx_neuron.runtime.saved.SavedModel` is one, and so are the others here."""
+
+    @property
+    def settings(self) -> Settings:
+        """What the model was made for."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What its config.json says."""
+        ...
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """What its generation_config.json says, or else its end and padding tokens; None without either."""
+        ...
+
+    @property
+    def path(self) -> Path | None:
+        """Where its files are; None where it has none."""
+        ...
+
+    @property
+    def deployment(self) -> Deployment:
+        """Its programs, lowered or read when first asked for."""
+        ...
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes the model, whatever else it says."""
+        ...
+
+    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
+        """What runs it, with its weights on the devices; `deployment` gives the programs, to the backends that need it.
+
+        jobs: how many programs the compiler works on at once.
+        """
+        ...
+
+    def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
+        """Each rank's part of each parameter, read when asked for."""
+        ...
+
+    def first_not_finite(self) -> str | None:
+        """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, an HF one. Raises a JxNeuronError where there is none."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> Sequence[Path]:
+        """Writes the tokenizer's files into `folder`, and returns their paths: none where there is none."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOrigin(ABC):
+    """A decoder whose programs are traced from its code."""
+
+    decoder: "Decoder"
+    settings: Settings
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def weights(self) -> "Source":
+        """Where its parameters come from. Raises CheckpointError where there are none."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer, an HF one. Raises a JxNeuronError where there is none."""
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """Its end and padding tokens; None without either."""
+        return self.settings.token_ids
+
+    @property
+    def path(self) -> Path | None:
+        """None: it has no files."""
+        return None
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """Its programs, lowered when first asked for."""
+        return deploy.lower(self.decoder, self.settings)
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json describes the decoder."""
+        return type(self.decoder.config).from_hf(config) == self.decoder.config
+
+    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
+        """What runs it. Raises InputError where this machine cannot hold the weights and the smallest cache."""
+        settings = self.settings
+        if backend == "xla":
+            from jx_neuron.runtime import xla
+
+            mesh = xla.mesh(settings.tp_degree)
+            if mesh.devices.flat[0].platform == "cpu":
+                self._check_host(settings.buckets.tokens[0])
+            return xla.XlaRuntime(self.decoder, self.weights(), mesh, settings.dtype)
+        if backend == "host":
+            self._check_host(settings.buckets.capacity)
+        parameters = self.parameters()
+        return deployment().run_on(backend, parameters, jobs)
+
+    def _check_host(self, positions: int) -> None:
+        from jx_neuron.planning import limits
+
+        settings = self.settings
+        rows = settings.batch_sizes[0]
+        limits.check_host(self.decoder, settings.tp_degree, rows, positions, settings.dtype.itemsize)
+
+    def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
+        """Each rank's part of each parameter, read when asked for."""
+        return self.weights().parts(self.settings.tp_degree)
+
+    def first_not_finite(self) -> str | None:
+        """The first tensor that holds a NaN or an infinity, by its name in the checkpoint."""
+        from jx_neuron.checkpoint.weights import first_not_finite
+
+        source = self.weights()
+        path = first_not_finite(source.parts(1))
+        return None if path is None else source.name(path)
+
+    def save_tokenizer(self, folder: Path) -> Sequence[Path]:
+        """None: there is no tokenizer."""
+        return []
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointOrigin(DecoderOrigin):
+    """A checkpoint, whose weights `source` reads."""
+
+    source: "Source"
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        options: CheckpointOptions,
+        backend: str,
+        check_family: Callable[[Any], None],
+    ) -> Self:
+        """Opens a checkpoint, and matches its tensors with the decoder's parameters.
+
+        check_family: is given the config's model_type, to refuse it before anything is made of it.
+        """
+        from jx_neuron.models import Decoder
+
+        dtype = dtype_of(options["amp"])
+        checkpoint = open_checkpoint(
+            path,
+            revision=options["revision"],
+            token=options["token"],
+            local_files_only=options["local_files_only"],
+            cache_dir=options["cache_dir"],
+        )
+        config = checkpoint.config
+        check_family(config.get("model_type"))
+        decoder = Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), checkpoint)
+        ids = _end_and_padding(config, checkpoint.generation_config or {})
+        settings = settings_of(decoder, options, backend, ids)
+        return cls(decoder, settings, config, decoder.source(checkpoint, dtype), checkpoint)
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """What its generation_config.json says; None without one."""
+        return self.checkpoint.generation_config
+
+    @property
+    def path(self) -> Path | None:
+        """A folder, or a GGUF file."""
+        return self.checkpoint.path
+
+    def weights(self) -> "Source":
+        """Where its parameters come from."""
+        return self.source
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer. Raises CheckpointError where there is none."""
+        return self.checkpoint.tokenizer()
+
+    def save_tokenizer(self, folder: Path) -> Sequence[Path]:
+        """Writes the tokenizer's files into `folder`."""
+        return self.checkpoint.save_tokenizer(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleOrigin(DecoderOrigin):
+    """A module with its parameters in memory."""
+
+    source: "Source"
+
+    @classmethod
+    def of(
+        cls, module: "nnx.Module", config: "HFConfig", weights: "Sequence[W]", options: ModelOptions, backend: str
+    ) -> Self:
+        """Takes a module, and its weight table `weights`."""
+        from jx_neuron.checkpoint.weights import flatten, from_params
+        from jx_neuron.models import Decoder
+
+        decoder = Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"]))
+        settings = settings_of(decoder, options, backend)
+        source = from_params(flatten(module), decoder.rows, decoder.padding, settings.dtype)
+        return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source)
+
+    def weights(self) -> "Source":
+        """Where its parameters come from."""
+        return self.source
+
+    def tokenizer(self) -> Any:
+        """Raises InputError."""
+        raise InputError("this model was made from a module, without a checkpoint, and has no tokenizer")
+
+
+@dataclass(frozen=True, eq=False)
+class ConfigOrigin(DecoderOrigin):
+    """A config alone, without weights: its programs can be lowered, compiled and saved."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], options: LoweringOptions) -> Self:
+        """Takes what a config.json says."""
+        from jx_neuron.models import Decoder
+
+        decoder = Decoder.from_config(config, integer("tp_degree", options["tp_degree"]))
+        return cls(decoder, settings_of(decoder, options, "host", _end_and_padding(config)), config)
+
+    def weights(self) -> "Source":
+        """Raises CheckpointError."""
+        raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
+
+    def tokenizer(self) -> Any:
+        """Raises InputError."""
+        raise InputError("this model was made from a config alone, without a checkpoint, and has no tokenizer")
+
+
+def _end_and_padding(*configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the end and padding tokens: of a config.json, and of a generation_config.json that comes before it.
+
+    Raises CheckpointError for what are no ids.
+    """
+    ids = [token_ids(config, "the config") for config in reversed(configs)]
+    return {
+        name: next((fields[name] for fields in ids if fields.get(name) is not None), None)
+        for name in ("eos_token_id", "pad_token_id")
+    }

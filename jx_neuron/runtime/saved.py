@@ -1,0 +1,134 @@
+"""Saved models: opened from an artifact, and all that is needed to run them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jx_neuron import artifact
+from jx_neuron.artifact.fit import check_fit
+from jx_neuron.artifact.folder import Artifact
+from jx_neuron.artifact.manifest import neff_file
+from jx_neuron.artifact.settings import Settings
+from jx_neuron.checkpoint.folder import TOKENIZER_FILES
+from jx_neuron.errors import ArtifactError
+from jx_neuron.lowering.signature import ProgramSpec
+from jx_neuron.runtime.base import Runtime
+from jx_neuron.runtime.deployment import Deployment
+from jx_neuron.step.program_key import ProgramKey
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model opened from an artifact. Needs no model code."""
+
+    artifact: Artifact
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "SavedModel":
+        """Raises ArtifactError with the reason where it is not whole."""
+        return cls(artifact.read(directory))
+
+    @property
+    def path(self) -> Path:
+        """The folder of the artifact."""
+        return self.artifact.directory
+
+    @property
+    def settings(self) -> Settings:
+        """What it was lowered for."""
+        return self.artifact.manifest.settings
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config.json of its checkpoint."""
+        return self.artifact.manifest.config
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """The end and padding tokens of its checkpoint; None without any."""
+        return self.settings.token_ids
+
+    @cached_property
+    def deployment(self) -> Deployment:
+        """Raises ArtifactError unless each program that the settings call for is there, and is what its name says."""
+        settings = self.settings
+        saved = {program.name: program for program in self.artifact.manifest.programs}
+        buckets = settings.buckets
+        if len(settings.batch_sizes) * max(len(buckets.tokens), len(buckets.context) - 1) > len(saved):
+            raise self._refusal(f"it has {len(saved)} programs, which is fewer than its buckets")
+        programs: dict[ProgramKey, ProgramSpec] = {}
+        for key in settings.programs:
+            if key.name not in saved:
+                raise self._refusal(f"it lacks the program {key.name}")
+            programs[key] = saved[key.name]
+            hlo = self.artifact.hlo(key.name)
+            with self._errors_name_folder():
+                check_fit(
+                    programs[key],
+                    hlo,
+                    key,
+                    slots=settings.slots,
+                    positions=buckets.capacity,
+                    dtype=settings.dtype,
+                    vocab_size=settings.vocab_size,
+                )
+        files = self.artifact.manifest.files
+        neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}
+        return Deployment(settings, programs, self.artifact.hlo, neffs)
+
+    def require_complete(self) -> None:
+        """Raises ArtifactError unless its weights and every program are there."""
+        if not self.artifact.manifest.weights:
+            raise ArtifactError(
+                f"{self.path} was saved without weights; make the model from its checkpoint and load() this folder, "
+                "or save with sharded_weights=True"
+            )
+        _ = self.deployment
+
+    @contextmanager
+    def _errors_name_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except ArtifactError as error:
+            raise self._refusal(str(error)) from error
+
+    def _refusal(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"artifact {self.path}: {reason}; save it again")
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is the one of its checkpoint."""
+        return config == self.config
+
+    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
+        """A runtime, "host" or "neuron", of the programs of `deployment` with these weights."""
+        return deployment().run_on(backend, self.parameters(), jobs)
+
+    def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
+        """Each rank's part of each parameter, read when asked for. Raises ArtifactError where they were not saved."""
+        return self.artifact.parameters()
+
+    def first_not_finite(self) -> str | None:
+        """The first parameter that holds a NaN or an infinity; None where none does."""
+        from jx_neuron.checkpoint.weights import first_not_finite
+
+        return first_not_finite(self.parameters())
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the listed files, checked. Raises ArtifactError where there is none."""
+        from jx_neuron.checkpoint.tokenizer import load_tokenizer
+
+        if not set(TOKENIZER_FILES) & set(self.artifact.manifest.files):
+            raise ArtifactError(f"artifact {self.path} was saved without a tokenizer; use token ids")
+        return load_tokenizer(self.path, self.config, self.save_tokenizer, ArtifactError)
+
+    def save_tokenizer(self, folder: Path) -> list[Path]:
+        """Writes the listed files of the tokenizer, checked, into `folder`."""
+        paths = [folder / name for name in TOKENIZER_FILES if name in self.artifact.manifest.files]
+        for path in paths:
+            path.write_bytes(self.artifact.file(path.name))
+        return paths
