@@ -80,9 +80,10 @@ def test_state_is_written_in_place(name: str, key: ProgramKey) -> None:
         assert written is module.entry.parameters[source]
 
 
+@pytest.mark.parametrize("slots", [DECODE.rows, SLOTS])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str) -> None:
-    program = programs(name, slots=DECODE.rows)[DECODE]
+def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str, slots: int) -> None:
+    program = programs(name, slots=slots)[DECODE]
     specs = {kind: [s for s in program.inputs if s.kind == kind] for kind in ("param", "state")}
     tables = [s for s in specs["param"] if s.name in ("wpe.embedding", "embed_positions.embedding")]
     weights = sum(2 * math.prod(s.shape) for s in specs["param"] if s not in tables)

@@ -115,9 +115,12 @@ class Layout:
     def read(self, state: "State", row: int, layer: Array | int, at: Positions) -> Array:
         """[b, *axes] of the step's slots, of s positions."""
         array, axis = state.arrays[layer][row], state.rows[row].position_axis
-        b = len(at.length_b)
-        array = array[:b] if at.slot_b is None else jnp.take(array, at.slot_b, axis=0, mode="clip")
-        return array if axis is None else lax.slice_in_dim(array, 0, at.positions, axis=axis)
+        if at.slot_b is not None:
+            array = jnp.take(array, at.slot_b, axis=0, mode="clip")
+        limits = [len(at.length_b), *array.shape[1:]]
+        if axis is not None:
+            limits[axis] = at.positions
+        return lax.slice(array, [0] * array.ndim, limits)  # one slice, which reads nothing else
 
     def write(self, state: "State", row: int, layer: Array | int, new: Array, at: Positions) -> Arrays:
         """The arrays with [b, *axes], of t positions, written to the step's slots."""
