@@ -1,5 +1,6 @@
 """Inputs of programs and state tables, for tests that run them without an engine."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -41,8 +42,18 @@ def table(
     dtype: str = "float32",
     layers: int = 2,
     fill: float = 0.0,
+    windows: Sequence[int | None] | None = None,
 ) -> State:
-    """A state table whose arrays are of `shape`, [z, *axes], and hold `fill`, which is 0 unless it is of float32."""
-    shapes = layout.abstract(rows, [shape] * len(rows), layers, jnp.dtype(dtype))
-    arrays = jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), shapes)
-    return State(arrays, jnp.zeros(shape[0], jnp.int32), tuple(rows), layout, jnp.dtype(dtype))
+    """A state table whose arrays are of `shape`, [z, *axes], and hold `fill`, which is 0 unless it is of float32.
+
+    Positions are the third of `shape`, the axis s of KV; layers of `windows` keep so many of them.
+    """
+    positions = shape[2] if len(shape) > 2 else 0
+
+    def shape_of(row: S, size: int) -> tuple[int, ...]:
+        return tuple(size if i == row.position_axis else length for i, length in enumerate(shape))
+
+    windows = [None] * layers if windows is None else windows
+    state = State.abstract(rows, shape_of, shape[0], positions, windows, jnp.dtype(dtype), layout)
+    arrays = jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), state.arrays)
+    return dataclasses.replace(state, arrays=arrays, token_z=jnp.zeros(shape[0], jnp.int32))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import step_input
+from steps import step_input, table
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
@@ -13,7 +13,7 @@ from jx_neuron.nn.attention import attend
 from jx_neuron.nn.kernel import matmul
 from jx_neuron.nn.ops import PLAIN as PLAIN_OPS
 from jx_neuron.nn.ops import using
-from jx_neuron.nn.state import KV, PLAIN, State, positions_of
+from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime.cpu.kernel import Packed, pack
 from jx_neuron.runtime.cpu.ops import BLOCK, CpuOps
 from jx_neuron.runtime.cpu.weights import OneCPU
@@ -135,8 +135,7 @@ def test_what_bfloat16_gives_is_near_float32() -> None:
 def test_attention_in_blocks_is_that_over_all_slots() -> None:
     tokens, rng = 2 * BLOCK + 44, np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, n, 8)), jnp.float32) for n in (6, 3, 3))
-    arrays = ((jnp.zeros((2, 3, tokens, 8)),) * 2,)
-    empty = State(arrays, jnp.zeros(2, jnp.int32), KV, PLAIN, jnp.dtype("float32"))
+    empty = table(PLAIN, (2, 3, tokens, 8), layers=1)
     length_b = jnp.asarray([tokens, 70], jnp.int32)
 
     def attention(q, k, v):

@@ -236,16 +236,14 @@ class Decoder:
         self, slots: int, positions: int, dtype: Any, mesh: Mesh | None = None, layout: Layout = PLAIN
     ) -> State:
         """A state table as shapes, padded; sharded over `mesh` where given."""
-        sizes = {**self.config.sizes, "s": positions}
 
-        def shape(row: S) -> tuple[int, ...]:
+        def shape(row: S, positions: int) -> tuple[int, ...]:
+            sizes = {**self.config.sizes, "s": positions}
             split = (*row.partition, *[None] * len(row.letters))
             axes = zip(row.letters, split, strict=False)
             return (slots, *(self.padding.size(letter) if axis else sizes[letter] for letter, axis in axes))
 
-        arrays = layout.abstract(self.state, [shape(row) for row in self.state], self.config.layers, jnp.dtype(dtype))
-        token_z: Any = jax.ShapeDtypeStruct((slots,), jnp.int32)
-        state = State(arrays, token_z, tuple(self.state), layout, jnp.dtype(dtype))
+        state = State.abstract(self.state, shape, slots, positions, self.config.windows, jnp.dtype(dtype), layout)
         if mesh is None:
             return state
         split = state.partition()

@@ -36,25 +36,40 @@ def attend(
     Returns the attention output [b, t, n, h] and the state written to.
     """
     b, t, n, h = q_btnh.shape
-    k, s = k_btkh.shape[2], at.positions
-    state = state.write(at, k=k_btkh, v=v_btkh)
-    if t == s:  # whole prompts, of which the state has nothing yet
-        k_bksh, v_bksh = k_btkh.swapaxes(1, 2), v_btkh.swapaxes(1, 2)
+    k = k_btkh.shape[2]
+    k_bksh, v_bksh = k_btkh.swapaxes(1, 2), v_btkh.swapaxes(1, 2)
+    position_bs = at.position_bt
+    if t == at.positions:  # whole prompts, of which the state has nothing yet
+        state, position_bs = state.write(at, k=k_btkh, v=v_btkh), jnp.arange(t, dtype=jnp.int32)[None]
+    elif t > 1 and state.is_ring(at):  # the last tokens take the place of what the first may attend to
+        k_bksh, v_bksh = (
+            jnp.concatenate([state.read(name, at), new], axis=2) for name, new in (("k", k_bksh), ("v", v_bksh))
+        )
+        position_bs = jnp.concatenate([state.position_bs(at, written=False), position_bs], axis=1)
+        state = state.write(at, k=k_btkh, v=v_btkh)
     else:
+        state = state.write(at, k=k_btkh, v=v_btkh)
         k_bksh, v_bksh = state.read("k", at), state.read("v", at)
+        position_bs = state.position_bs(at, written=True)
+    s = k_bksh.shape[2]
     q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
         1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype
     )
-    mask_bts = at.mask_bts
+    mask_bts = position_bs[:, None] <= at.position_bt[:, :, None]
     if window is not None:
-        mask_bts &= jnp.arange(s, dtype=jnp.int32) > at.position_bt[:, :, None] - window
+        mask_bts &= position_bs[:, None] > at.position_bt[:, :, None] - window
+    if state.is_ring(at):
+        mask_bts &= position_bs[:, None] >= 0
+    if bias_ns is not None:
+        bias_bns = bias_ns[:, position_bs].swapaxes(0, 1) if state.is_ring(at) else bias_ns[None]
+        bias_bkg1s = bias_bns.astype(jnp.float32).reshape(-1, k, n // k, 1, s)
     parts = []
     for first, last, seen in ops().query_blocks(t, s):
         w_bkgts = ops().attention_scores(q_btkgh[:, first:last], k_bksh[:, :, :seen])
         if soft_cap is not None:
             w_bkgts = soft_cap * jnp.tanh(w_bkgts / soft_cap)
         if bias_ns is not None:
-            w_bkgts += bias_ns.reshape(k, n // k, 1, s)[..., :seen].astype(jnp.float32)
+            w_bkgts += bias_bkg1s[..., :seen]
         w_bkgts = jnp.where(mask_bts[:, None, None, first:last, :seen], w_bkgts, jnp.finfo(jnp.float32).min)
         v_bksh_seen = v_bksh[:, :, :seen]
         if sinks_n is not None:  # a position more, whose value is zero

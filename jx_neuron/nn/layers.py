@@ -6,6 +6,7 @@ their sizes from their arrays, not from a config, so the same module runs with
 heads, MLP and vocabulary padded for tensor parallelism.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from jax import Array
 
 from jx_neuron.nn.kernel import Kernel, matmul
 from jx_neuron.nn.ops import barrier, ops
-from jx_neuron.nn.state import State
+from jx_neuron.nn.state import LayerState, State
 
 
 class Layers(nnx.List[Any]):
@@ -42,11 +43,14 @@ class Layers(nnx.List[Any]):
         def apply_period(number: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
             x, state = carry
             for index in range(period):
-                x, part = self._block(index, number)(x, state.of_layer(number * period + index), *args)
+                x, part = self._block(index, number)(x, state.of_period(number, index, period), *args)
                 state = part.state
             return x, state
 
-        if _avals(jax.eval_shape(apply_period, np.int32(0), (x, state))) != _avals((x, state)):
+        windows = state.windows[: period * periods]
+        if windows != windows[:period] * periods or _avals(
+            jax.eval_shape(apply_period, np.int32(0), (x, state))
+        ) != _avals((x, state)):
             return through(list(self), x, state, *args)
         x, state = jax.lax.fori_loop(0, periods, apply_period, (x, state))
         return through(self[period * periods :], x, state, *args, first=period * periods)
@@ -100,15 +104,20 @@ def through(
             x, part = block(x, state.of_layer(layer), *args)
             state = part.state
         return x, state
+    like = {window: layer for layer, window in reversed(list(enumerate(state.windows)))}
     for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
-        # behind the barrier, for what reads and writes the state to be compiled once too
-        x, state = _apply(graph, params, barrier(np.int32(layer)), x, state, *args)
+        # behind the barrier, and as a layer of the same window, for what reads and writes the state to be compiled once
+        part = state.of_layer(layer)
+        index = barrier(np.int32(part.index))
+        x, state = _apply(
+            graph, params, dataclasses.replace(part, index=index, layer=like[state.windows[layer]]), x, *args
+        )
     return x, state
 
 
 @partial(jax.jit, static_argnums=0)
-def _apply(graph: Any, params: Any, layer: Array, x: Array, state: State, *args: Any) -> tuple[Array, State]:
-    x, part = nnx.merge(graph, params)(x, state.of_layer(layer), *args)
+def _apply(graph: Any, params: Any, part: LayerState, x: Array, *args: Any) -> tuple[Array, State]:
+    x, part = nnx.merge(graph, params)(x, part, *args)
     return x, part.state
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jx_neuron.nn.ops import barrier
-from jx_neuron.nn.state import Arrays, LayerState, Layout, Positions, S, State, within
+from jx_neuron.nn.state import Arrays, LayerState, Layout, Positions, S, Shape, State, kept, within
 from jx_neuron.runtime.cpu.kernel import from_bits, to_bits
 
 POSITIONS_LAST = frozenset({"v"})
@@ -21,18 +22,26 @@ MOST_UNROLLED = 16
 
 
 class CpuLayout(Layout):
-    """For each row of STATE one array of all layers, [l, z, *axes], as `to_bits`."""
+    """For each row of STATE one array of all layers of a window, [l, z, *axes], as `to_bits`."""
 
     slot_axis = 1
     stacked = True
 
-    def abstract(self, rows: Sequence[S], shapes: Sequence[Sequence[int]], layers: int, dtype: Any) -> Arrays:
+    def abstract(
+        self, rows: Sequence[S], shape: Shape, windows: Sequence[int | None], positions: int, dtype: Any
+    ) -> Arrays:
         stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
-        arrays = []
-        for row, (z, *axes) in zip(rows, shapes, strict=True):
-            order = self._order(row)
-            arrays.append(jax.ShapeDtypeStruct((layers, z, *(axes[axis - 1] for axis in order[1:])), stored))
-        return (tuple(arrays),)
+
+        def array(row: S, layers: int, window: int | None) -> Any:
+            z, *axes = shape(row, kept(window, positions))
+            return jax.ShapeDtypeStruct((layers, z, *(axes[axis - 1] for axis in self._order(row)[1:])), stored)
+
+        groups = Counter(windows).items()
+        return tuple(tuple(array(row, layers, window) for row in rows) for window, layers in groups)
+
+    def place(self, windows: Sequence[int | None], layer: int) -> tuple[int, int]:
+        window = windows[layer]
+        return list(dict.fromkeys(windows)).index(window), windows[:layer].count(window)
 
     def position_axis(self, row: S) -> int | None:
         axis = row.position_axis
@@ -45,9 +54,9 @@ class CpuLayout(Layout):
             order.append(order.pop(row.position_axis))
         return order
 
-    def read(self, state: State, row: int, layer: Array | int, at: Positions) -> Array:
-        s = state.rows[row]
-        array = lax.dynamic_index_in_dim(state.arrays[0][row], layer, keepdims=False)
+    def read(self, layer: LayerState, row: int, at: Positions) -> Array:
+        s = layer.state.rows[row]
+        array = lax.dynamic_index_in_dim(layer.array(row), layer.index, keepdims=False)
         if at.slot_b is None:
             array = array[: len(at.length_b)]
         else:
@@ -56,21 +65,21 @@ class CpuLayout(Layout):
         if (axis := self.position_axis(s)) is not None:
             array = lax.slice_in_dim(array, 0, at.positions, axis=axis - 1)
         order = self._order(s)
-        return jnp.transpose(from_bits(array, state.dtype), [order.index(axis) for axis in range(len(order))])
+        return jnp.transpose(from_bits(array, layer.state.dtype), [order.index(axis) for axis in range(len(order))])
 
-    def write(self, state: State, row: int, layer: Array | int, new: Array, at: Positions) -> Arrays:
+    def write(self, layer: LayerState, row: int, new: Array, at: Positions) -> Array:
         """In place, where XLA copies what it fuses with other uses, and widens 16-bit tables whole to write."""
-        s, buffer = state.rows[row], state.arrays[0][row]
+        s, buffer = layer.state.rows[row], layer.array(row)
         axis, order, start_b, b = s.position_axis, self._order(s), jnp.zeros_like(at.length_b), len(new)
         real = (at.length_b > 0).reshape(-1, *[1] * (new.ndim - 1))
         if axis is not None:
             new, real_bt, start_b = within(new, at, axis, buffer.shape[self.position_axis(s) or 0])
             real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
-        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(state.dtype)), real))
+        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(layer.state.dtype)), real))
         slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
 
         def place(n: Array | int) -> list[Array]:
-            index = [jnp.asarray(layer, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
+            index = [jnp.asarray(layer.index, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
             if (position_axis := self.position_axis(s)) is not None:
                 index[position_axis] = start_b[n]
             return index
@@ -93,8 +102,7 @@ class CpuLayout(Layout):
                 table = put(n, table)
         else:
             table = lax.fori_loop(0, b, put, table)
-        (arrays,) = state.arrays
-        return ((*arrays[:row], barrier(table), *arrays[row + 1 :]),)
+        return barrier(table)
 
     def joined(self, layers: Sequence[LayerState]) -> State:
         """A copy: each layer's part comes of a table of its own."""
@@ -104,11 +112,16 @@ class CpuLayout(Layout):
             UserWarning,
             stacklevel=2,
         )
+        state = layers[0].state
+
+        def stacked(group: int, row: int) -> Array:
+            own = [layer for layer in layers if self.place(state.windows, layer.layer)[0] == group]
+            return jnp.stack([layer.array(row)[layer.index] for layer in own])
+
         arrays = tuple(
-            jnp.stack([part.state.arrays[0][row][layer] for layer, part in enumerate(layers)])
-            for row in range(len(layers[0].state.rows))
+            tuple(stacked(group, row) for row in range(len(state.rows))) for group in range(len(state.arrays))
         )
-        return dataclasses.replace(layers[0].state, arrays=(arrays,))
+        return dataclasses.replace(state, arrays=arrays)
 
 
 CPU = CpuLayout()
