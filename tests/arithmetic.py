@@ -31,12 +31,14 @@ def following(tokens: Sequence[int], draw: Draw, index: int) -> int:
 
 
 class Arithmetic:
-    """The state of a slot is the tokens that were put there."""
+    """The state of a slot is the tokens that were put there; of the last `window` of these where it is given."""
 
-    def __init__(self, slots: int, positions: int, programs: frozenset[ProgramKey] | None = None):
-        self.programs, self._most = programs, (slots, positions)
+    def __init__(
+        self, slots: int, positions: int, programs: frozenset[ProgramKey] | None = None, window: int | None = None
+    ):
+        self.programs, self._most, self._window = programs, (slots, positions), window
         self.table = np.full((0, positions), NOTHING)
-        self.last = np.full(0, NOTHING)
+        self.last, self.end = np.full(0, NOTHING), np.zeros(0, np.int64)
         self.runs: list[StepInput] = []
         if programs is not None:
             self._grow(slots)
@@ -68,6 +70,11 @@ class Arithmetic:
             if key.kind == "decode" and tokens[0] == -1:
                 tokens[0] = self.last[slot]
             assert (tokens >= 0).all()
+            if start and self._window is not None:
+                lost = max(0, self.end[slot] - self._window)  # the first positions, from which others took their place
+                needed = max(0, start - max(self._window - 1, 0)) if self._window else start
+                assert lost <= needed, f"slot {slot} has lost what position {start} needs"
+            self.end[slot] = max(self.end[slot] if start else 0, start + count)
             self.table[slot, start : start + count] = tokens
             for t in range(count):
                 before = self.table[slot, : start + t + 1].tolist()
@@ -85,6 +92,7 @@ class Arithmetic:
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         self._grow(int(target_n.max()) + 1)
         self.table[target_n], self.last[target_n] = self.table[source_n], self.last[source_n]
+        self.end[target_n] = self.end[source_n]
 
     def clear(self, slot_n: np.ndarray) -> None:
         self.table[slot_n] = NOTHING
@@ -92,7 +100,7 @@ class Arithmetic:
     def reset(self, slots: int, positions: int) -> None:
         assert slots <= self._most[0]
         assert positions <= self._most[1]
-        self.table, self.last = self.table[:0], self.last[:0]
+        self.table, self.last, self.end = self.table[:0], self.last[:0], self.end[:0]
         if self.programs is not None:
             self._grow(self._most[0])
 
@@ -100,3 +108,4 @@ class Arithmetic:
         more = max(0, slots - len(self.table))
         self.table = np.vstack([self.table, np.full((more, self.table.shape[1]), NOTHING)])
         self.last = np.append(self.last, np.full(more, NOTHING))
+        self.end = np.append(self.end, np.zeros(more, np.int64))

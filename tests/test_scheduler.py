@@ -23,7 +23,14 @@ CHOICE = Choice(GREEDY, Processors(), 8, (), (), None)
 
 
 def engine_of(
-    batch_sizes=(1, 2, 4), tokens=(16, 32, 64), context=(4, 8), *, compiled=None, budget=None, prompt_rows=None
+    batch_sizes=(1, 2, 4),
+    tokens=(16, 32, 64),
+    context=(4, 8),
+    *,
+    compiled=None,
+    budget=None,
+    prompt_rows=None,
+    window=None,
 ) -> Engine:
     """An engine; `compiled` is how many candidates programs have, where they are made beforehand."""
     buckets = Buckets(tuple(context), tuple(tokens))
@@ -41,9 +48,11 @@ def engine_of(
         prompt_rows,
         None if compiled is None else buckets.context[-1:],
         candidates=compiled,
+        window=window,
         budget=budget,
     )
-    return Engine(Arithmetic(batch_sizes[-1] + (compiled is None), tokens[-1], programs), scheduler, VOCAB)
+    runtime = Arithmetic(batch_sizes[-1] + (compiled is None), tokens[-1], programs, window)
+    return Engine(runtime, scheduler, VOCAB)
 
 
 def alone(prompt: list[int], choice: Choice) -> list[int]:
@@ -80,10 +89,11 @@ def choice_of(rng: random.Random, room: int) -> Choice:
 
 @pytest.mark.parametrize("compiled", [None, 8], ids=["on demand", "compiled"])
 @pytest.mark.parametrize("budget", [None, 5, 40])
-@pytest.mark.parametrize("turns", [1500, pytest.param(17_000, marks=pytest.mark.slow)])
-def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, turns) -> None:
+@pytest.mark.parametrize("window", [None, 9, 0])
+@pytest.mark.parametrize("turns", [700, pytest.param(17_000, marks=pytest.mark.slow)])
+def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, window, turns) -> None:
     rng = random.Random(f"{compiled} {budget}")
-    engine = engine_of(compiled=compiled, budget=budget)
+    engine = engine_of(compiled=compiled, budget=budget, window=window)
     capacity = engine.scheduler.buckets.capacity
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(3)]
     callers: list[Caller] = []

@@ -56,6 +56,7 @@ class Settings:
     target:       the instance family that the programs were checked and compiled for; None before that.
     prompt_batch: rows of the programs that take prompts, where those that decode have more.
     rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
+    window:       how many of a sequence's last positions every layer keeps; None for all.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -72,6 +73,7 @@ class Settings:
     target: Annotated[str, _legal(target_of)] | None = None
     prompt_batch: Positive | None = None
     rotations: tuple[Positive, bool] | None = None
+    window: Annotated[int, Field(ge=0, le=MOST)] | None = None
 
     __pydantic_config__ = RECORD
 

@@ -59,6 +59,7 @@ class Engine:
             None if on_demand else buckets.context[-1:],
             candidates=None if on_demand else settings.candidates,
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),
+            window=settings.window,
         )
         return cls(runtime, scheduler, settings.vocab_size, first_not_finite)
 

@@ -48,6 +48,7 @@ class Sequence:
     source:       a sequence that begins with the same tokens, to copy them from.
     extents:      of each given token, the length of the sequence that it was computed in, which RoPE may depend on.
     computed:     how many tokens the slot holds, or will once the steps under way have run.
+    written:      how many it held at most; more than `computed` where tokens were forgotten since.
     pending:      how many tokens were drawn and are not known yet.
     sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
     """
@@ -62,6 +63,7 @@ class Sequence:
     sink: Any = None
     slot: int | None = None
     computed: int = 0
+    written: int = 0
     pending: int = 0
     used: int = 0
 
@@ -130,6 +132,7 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)
     prompt: int = 0
     former: "weakref.ref[Sequence] | None" = None
+    written: int = 0
 
     @property
     def sequence(self) -> Sequence | None:
@@ -144,6 +147,8 @@ class Scheduler:
     chunk_sizes:  tokens of steps that go on behind others.
     candidates:   how many candidates every program samples from; None where a program may have any number.
     rotations:    how RoPE depends on a prompt's length, None where it does not.
+    window:       how many of a sequence's last positions every layer keeps; None for all. A slot that was written further
+                  can go back by one token, and where the window is 0, as with recurrent layers, by none.
     budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
     """
 
@@ -155,12 +160,13 @@ class Scheduler:
         chunk_sizes: SequenceOf[int] | None = None,
         candidates: int | None = None,
         rotations: Rotations | None = None,
+        window: int | None = None,
         budget: int | None = None,
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
-        self._candidates, self._rotations, self._budget = candidates, rotations, budget
+        self._candidates, self._rotations, self._window, self._budget = candidates, rotations, window, budget
         self._slots = [_Slot() for _ in range(batch_sizes[-1])]
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -208,7 +214,7 @@ class Scheduler:
         self.prefix = [] if sequence is None else list(sequence.tokens)
         if sequence is None or not aside:
             return None
-        self._slots.append(_Slot(None, self.prefix, sequence.prompt))
+        self._slots.append(_Slot(None, self.prefix, sequence.prompt, written=sequence.written))
         return len(self._slots) - 1
 
     def sizes(self) -> tuple[int, int] | None:
@@ -235,6 +241,9 @@ class Scheduler:
         """The next turn; no steps where nothing can go on."""
         self._clock += 1
         copies = self._admit()
+        for sequence in self._running:
+            if self._is_lost(sequence.computed, sequence.written):
+                sequence.computed = 0
         ready = [sequence for sequence in self._running if sequence.remaining > 0]
         stepwise = [sequence for sequence in ready if self._count(sequence) == 1]
         copies += self._compact(stepwise)
@@ -267,7 +276,7 @@ class Scheduler:
             number, source, length = choice
             if source not in (None, number):
                 copies.append((source, number))
-            self._take(sequence, number, length)
+            self._take(sequence, number, length, self._slots[number if source is None else source])
             self._running.append(sequence)
         return copies
 
@@ -292,11 +301,23 @@ class Scheduler:
         number = min(free, key=lambda number: (self._keeps_prefix(self._slots[number]), number))
         return number, source if reusable[source] else None, reusable[source]
 
+    def _is_lost(self, count: int, written: int) -> bool:
+        """Whether a slot that was written up to `written` holds no longer what follows on `count` tokens."""
+        if self._window is None or written <= self._window:
+            return False
+        return count < written - (1 if self._window else 0)
+
     def _reusable(self, sequence: Sequence, slot: _Slot) -> int:
         """How many tokens of a sequence may be taken from a slot.
 
         Of its source or the kept prefix any number; else whole chunks of a prompt, as it would compute them itself.
+        None where the slot has lost what would follow on them.
         """
+        written = slot.written if slot.sequence is None else slot.sequence.written
+        count = self._common(sequence, slot)
+        return 0 if self._is_lost(count, written) else count
+
+    def _common(self, sequence: Sequence, slot: _Slot) -> int:
         if sequence.every_logits and sequence.source is None:
             return 0
         owner = slot.sequence
@@ -323,14 +344,18 @@ class Scheduler:
     def _keeps_prefix(self, slot: _Slot) -> bool:
         return bool(self.prefix) and slot.tokens[: len(self.prefix)] == self.prefix
 
-    def _take(self, sequence: Sequence, number: int, computed: int) -> None:
+    def _take(self, sequence: Sequence, number: int, computed: int, source: _Slot) -> None:
+        written = source.written if source.sequence is None else source.sequence.written
         self._slots[number] = _Slot(weakref.ref(sequence))
         sequence.slot, sequence.computed, sequence.pending, sequence.source = number, computed, 0, None
+        sequence.written = written if computed else 0
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             valid = min(sequence.computed, len(sequence.tokens))
-            self._slots[sequence.slot] = _Slot(None, sequence.tokens[:valid], sequence.prompt, weakref.ref(sequence))
+            self._slots[sequence.slot] = _Slot(
+                None, sequence.tokens[:valid], sequence.prompt, weakref.ref(sequence), sequence.written
+            )
             sequence.slot = None
 
     def _compact(self, stepwise: SequenceOf[Sequence]) -> list[tuple[int, int]]:
@@ -419,6 +444,7 @@ class Scheduler:
                 arrays["uniform_b"][index] = drawing.uniform(sequence.length - sequence.prompt)
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
+            sequence.written = max(sequence.written if start else 0, sequence.computed)
             if last and sequence.drawing is not None:
                 sequence.pending += 1
         return Turn(StepInput(key, arrays), tuple(turn_rows))

@@ -249,6 +249,13 @@ class Decoder:
         split = state.partition()
         return jax.tree.map(lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)), state, split)
 
+    @property
+    def window(self) -> int | None:
+        """How many of a sequence's last positions every layer keeps: 0 with recurrent layers, None for all."""
+        if any(row.position_axis is None for row in self.state):
+            return 0
+        return min((window for window in self.config.windows if window is not None), default=None)
+
     def state_bytes(self, slots: int, positions: int, itemsize: int) -> int:
         """Bytes of a state table that each core holds, of `itemsize` bytes an entry."""
         state = self.abstract_state(slots, positions, "uint8")
