@@ -147,8 +147,8 @@ class Scheduler:
     chunk_sizes:  tokens of steps that go on behind others.
     candidates:   how many candidates every program samples from; None where a program may have any number.
     rotations:    how RoPE depends on a prompt's length, None where it does not.
-    window:       how many of a sequence's last positions every layer keeps; None for all. A slot that was written further
-                  can go back by one token, and where the window is 0, as with recurrent layers, by none.
+    window:       how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
+                  that can go back by one token; by none where the window is 0, as with recurrent layers.
     budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
     """
 
