@@ -33,7 +33,8 @@ class W:
     `source` is the name of HF's tensor, or a function of the config that computes the parameter. `source` and `target`
     may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along an axis e, before those of the
     tensor. `layout` is an einops pattern from HF's axes to ours, in the letters of the family's `Config.sizes`:
-    "(n h) d -> d n h". In a sum, brackets take a part of a fused axis: "(n h + [k h] + k h) d -> d k h".
+    "(n h) d -> d n h". In a sum, brackets take a part of a fused axis: "(n h + [k h] + k h) d -> d k h". A quotient
+    n/k before the arrow is the heads of each of k groups: "(k n/k h) d -> d n h".
     `partition` names the axis of ours that is split, "tp".
     """
 
@@ -83,6 +84,9 @@ class W:
                 f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
                 "Write one of these, or add the letter to Config.sizes"
             )
+        for a, b in self._layout.quotients:
+            if sizes[a] % sizes[b]:
+                raise self._refusal(f"{a}={sizes[a]} is not divisible by {b}={sizes[b]}, and the layout has {a}/{b}")
         letters = self.letters
         split = [axis for axis in self.partition if axis is not None]
         if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):

@@ -51,9 +51,14 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family | str] = {
+    "bloom": "jx_neuron.models.bloom",
+    "codegen": "jx_neuron.models.codegen",
     "gpt2": "jx_neuron.models.gpt2",
+    "gpt_bigcode": "jx_neuron.models.gpt_bigcode",
+    "gpt_neo": "jx_neuron.models.gpt_neo",
     "gptj": "jx_neuron.models.gptj",
     "llama": "jx_neuron.models.llama",
+    "mpt": "jx_neuron.models.mpt",
     "opt": "jx_neuron.models.opt",
 }
 

@@ -9,6 +9,11 @@ from jx_neuron.nn.ops import query_blocks, query_key, weigh_values
 from jx_neuron.nn.state import LayerState, Positions
 
 
+def alibi_bias(slopes_n: Array, at: Positions) -> Array:
+    """ALiBi as `attend` adds it to scores: slope · position, float32 [n, s] (Press et al., arXiv:2108.12409)."""
+    return slopes_n.astype(jnp.float32)[:, None] * jnp.arange(at.positions, dtype=jnp.float32)
+
+
 def attend(
     q_btnh: Array,
     k_btkh: Array,
