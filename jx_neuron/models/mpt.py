@@ -58,11 +58,7 @@ class Config(HFConfig):
         "emb_pdrop embedding_fraction init_config init_device learned_pos_emb norm_type resid_pdrop verbose".split()
     )
     # MosaicML's code honours these, and HF's has these values in any case
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "expansion_ratio": (4,),
-        "logit_scale": (None,),
-        "no_bias": (True,),
-    }
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = dict(expansion_ratio=(4,), logit_scale=(None,), no_bias=(True,))
 
     def __post_init__(self) -> None:
         divisible("mpt", "d_model", self.d_model, "n_heads", self.n_heads)

@@ -73,7 +73,7 @@ def attention(
 
 
 def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
-    """Query, key and value `Linears` that HF has in one: of each key/value head its query heads, its key and its value."""
+    """Query, key and value `Linears` that HF has in one: of each key/value head its queries, its key and its value."""
     return (
         *_column_parallel(source, f"{target}.q_proj", "(k ([n/k h] + h + h))", "n h", bias),
         *_column_parallel(source, f"{target}.k_proj", "(k (n/k h + [h] + h))", "k h", bias),
