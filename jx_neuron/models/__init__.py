@@ -50,10 +50,20 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family | str] = {
+    "bloom": "jx_neuron.models.bloom",
+    "codegen": "jx_neuron.models.codegen",
+    "falcon": "jx_neuron.models.falcon",
     "gpt2": "jx_neuron.models.gpt2",
+    "gpt_bigcode": "jx_neuron.models.gpt_bigcode",
+    "gpt_neo": "jx_neuron.models.gpt_neo",
+    "gpt_neox": "jx_neuron.models.gpt_neox",
     "gptj": "jx_neuron.models.gptj",
     "llama": "jx_neuron.models.llama",
+    "mpt": "jx_neuron.models.mpt",
     "opt": "jx_neuron.models.opt",
+    "phi": "jx_neuron.models.phi",
+    "stablelm": "jx_neuron.models.stablelm",
+    "starcoder2": "jx_neuron.models.starcoder2",
 }
 
 

@@ -43,11 +43,13 @@ def rotation(at: Positions, frequencies: Array | np.ndarray, factor: float = 1.0
 
 
 def rope_half(x_btnh: Array, by: Rotation) -> Array:
-    """Rotates the pairs (i, i + h/2), as Llama does."""
+    """Rotates the pairs (i, i + r/2) of the first r entries of each head and leaves the rest, as GPT-NeoX does."""
     cos, sin = (jnp.concatenate([angle, angle], axis=-1)[:, :, None] for angle in by)
-    x = x_btnh.astype(jnp.float32)
+    r = cos.shape[-1]
+    x = x_btnh[..., :r].astype(jnp.float32)
     a, b = jnp.split(x, 2, axis=-1)
-    return (x * cos + jnp.concatenate([-b, a], axis=-1) * sin).astype(x_btnh.dtype)
+    y = (x * cos + jnp.concatenate([-b, a], axis=-1) * sin).astype(x_btnh.dtype)
+    return y if r == x_btnh.shape[-1] else jnp.concatenate([y, x_btnh[..., r:]], axis=-1)
 
 
 def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
@@ -79,11 +81,27 @@ _POSITIONS = 1, 2**31 - 1
 _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
 
 
+def _rotated(h: int, factor: Any, default: float | None) -> int:
+    """How many entries of a head are rotated. Raises ConfigError unless they make pairs."""
+    factor = default if factor is None else factor
+    if default is None and factor not in (None, 1.0):
+        raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
+    in_range("partial_rotary_factor", factor := 1.0 if factor is None else factor, 0, 1)
+    r = int(h * factor)
+    if r < 2 or r % 2:
+        raise ConfigError(
+            f"partial_rotary_factor={factor} of the head size {h} is {r} entries, and RoPE rotates pairs; "
+            f"legal are those of which {h} times is an even number"
+        )
+    return r
+
+
 class RopeScaling:
     """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a span.
 
-    `r` is the size of a head. `rope_theta` and `original_max_position_embeddings` are the config's own: the first
-    stands in where `parameters` has none, the second goes before that of `parameters`, as in HF.
+    `h` is the size of a head. The other numbers are the config's own: `original_max_position_embeddings` goes before
+    that of `parameters`, and the others stand in where `parameters` has none, as in HF. The first
+    int(h · partial_rotary_factor) entries of a head are rotated; where it is None, a decoder rotates the whole head.
 
     `unread` names the keys of `parameters` that HF does not read for their `rope_type`.
 
@@ -94,13 +112,15 @@ class RopeScaling:
     def __init__(
         self,
         parameters: Mapping[str, Any],
-        r: int,
+        h: int,
         max_position_embeddings: int,
         rope_theta: float = 10000.0,
         original_max_position_embeddings: int | None = None,
+        partial_rotary_factor: float | None = None,
     ):
         p = {key: value for key, value in parameters.items() if value is not None}
-        self.kind, self.r, self.max_positions = p.get("rope_type", p.get("type", "default")), r, max_position_embeddings
+        self.kind, self.max_positions = p.get("rope_type", p.get("type", "default")), max_position_embeddings
+        self.r = _rotated(h, p.get("partial_rotary_factor"), partial_rotary_factor)
         p = self._checked(p)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
@@ -134,7 +154,9 @@ class RopeScaling:
         p = {key: p[key] for key in set(p).difference(self.unread)}
         for key in _LISTS & set(p):
             if not isinstance(p[key], list) or len(p[key]) != r // 2:
-                raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers for heads of size {r}")
+                raise ConfigError(
+                    f"rope_parameters: {key} should be {r // 2} numbers for heads of which {r} entries are rotated"
+                )
         numbers = set(p) - {"rope_type", "type", "finetuned", "truncate"}
         for key in numbers:
             limits = _POSITIONS if key == "original_max_position_embeddings" else _NUMBERS
@@ -142,8 +164,6 @@ class RopeScaling:
                 in_range(f"rope_parameters: {key}", value, *limits)
         if not isinstance(p.get("truncate", True), bool):
             raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
-        if p.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
         if kind == "dynamic" and r < 4:
             raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
         if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:

@@ -1,0 +1,174 @@
+"""Every family against HF: saved by HF, loaded here, and run as users run it, in the configs of tests/families_*.py.
+
+Prompts of different lengths go through in chunks, and are continued beyond every window that the configs have.
+"""
+
+import dataclasses
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
+from jx_neuron.integrations.hf_generate import CACHE
+from jx_neuron.models import family, model_types
+
+LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 18, 64
+TOLERANCE = 1e-5  # of the largest logit
+TARGETS = ("inf2", "trn1", "trn2")
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {}
+for path in sorted(Path(__file__).parent.glob("families_*.py")):
+    for name, options in import_module(path.stem).OPTIONS.items():
+        OPTIONS.setdefault(name, []).extend(options)
+FIRST = [pytest.param(name, options[0], id=name) for name, options in OPTIONS.items()]
+OTHERS = [
+    pytest.param(name, options, id=f"{name}-{number}")
+    for name, several in OPTIONS.items()
+    for number, options in enumerate(several[1:], start=1)
+]
+
+
+def random_model(model_type: str, options: dict[str, Any]) -> Any:
+    """HF's model, every parameter random: matrices keep the scale of what they multiply, norms are near 1 and biases
+    far from 0, and so are buffers that checkpoints have."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **options))
+    model = model.float().eval()
+    saved = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1 / math.sqrt(parameter.shape[-1]))
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(1, 0.3)
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(0.3 * torch.randn_like(buffer))
+    return model
+
+
+class Original:
+    """HF's model saved in `folder`, and what it gives for a ragged batch of prompts, each row by itself."""
+
+    def __init__(self, model_type: str, options: dict[str, Any], folder: Path):
+        self.folder, self.model = folder, random_model(model_type, options)
+        self.model.save_pretrained(folder)
+        rng = np.random.default_rng(0)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        self.prompts = [rng.integers(0, vocabulary, length).tolist() for length in LENGTHS]
+        self.answers, self.logits = zip(*map(self._greedy, self.prompts), strict=True)
+        self.largest = max(float(np.abs(logits).max()) for logits in self.logits)
+
+    def _greedy(self, prompt: list[int]) -> tuple[list[int], np.ndarray]:
+        """The tokens that continue `prompt`, and the logits [t, v] of each of its tokens and of theirs."""
+        answer: list[int] = []
+        logits = []
+        with torch.inference_mode():
+            self.model(torch.tensor([prompt[:1]]))  # HF's dynamic RoPE keeps the longest length of earlier calls
+            out = self.model(torch.tensor([prompt]), use_cache=True)
+            for _ in range(STEPS):
+                logits.append(out.logits[0])
+                answer.append(int(out.logits[0, -1].argmax()))
+                out = self.model(torch.tensor([answer[-1:]]), use_cache=True, **{CACHE: out[CACHE]})
+        return answer, torch.cat(logits).numpy()
+
+    def load(self, **options: Any) -> NeuronAutoModelForCausalLM:
+        return NeuronAutoModelForCausalLM.from_pretrained(
+            self.folder,
+            batch_size=len(LENGTHS),
+            n_positions=POSITIONS,
+            context_length_estimate=CHUNK,
+            neuron_config=NeuronConfig(output_all_logits=True),
+            **options,
+        )
+
+    def check_tokens(self, model: NeuronAutoModelForCausalLM) -> None:
+        """Holds `model` to HF's greedy answers."""
+        answers = model.generate(self.prompts, SamplingParams(max_tokens=STEPS, eos_token_id=-1))
+        assert [list(answer.ids) for answer in answers] == list(self.answers)
+
+    def check_logits(self, model: NeuronAutoModelForCausalLM) -> None:
+        """Holds `model` to HF's logits of every token, those of prompts and, one by one, of HF's answers."""
+        padded = max(LENGTHS)
+        ids_bt = np.array([[0] * (padded - len(prompt)) + prompt for prompt in self.prompts])
+        start_b = [padded - length for length in LENGTHS]
+        steps = [model(ids_bt, start_ids=start_b)]
+        for step in range(STEPS - 1):
+            tokens_b1 = np.array([answer[step : step + 1] for answer in self.answers])
+            steps.append(model(tokens_b1, cache_ids=padded + step, start_ids=start_b))
+        for row, expected in enumerate(self.logits):
+            prompt, *answer = (logits_btv[row] for logits_btv in steps)
+            ours = np.concatenate([prompt[: LENGTHS[row]], *answer])
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE * self.largest)
+
+
+@pytest.mark.parametrize(("model_type", "options"), FIRST)
+def test_logits_and_greedy_tokens_are_hfs(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    original = Original(model_type, options, tmp_path)
+    model = original.load()
+    original.check_logits(model)
+    original.check_tokens(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "options"), OTHERS)
+def test_other_options(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    original = Original(model_type, options, tmp_path)
+    model = original.load()
+    original.check_logits(model)
+    original.check_tokens(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "options"), FIRST + OTHERS)
+def test_four_cores(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Heads, MLP and vocabulary split over four devices: by XLA, and by the lowered programs that the compiler gets."""
+    original = Original(model_type, options, tmp_path)
+    original.check_logits(original.load(tp_degree=4))
+    lowered = original.load(tp_degree=4, backend="host")
+    original.check_tokens(lowered)
+    for target in TARGETS:
+        lowered.lowered().check(target)
+
+
+def test_every_family_is_here() -> None:
+    assert set(model_types()) - set(OPTIONS) <= {"gpt2", "gptj", "opt"}
+
+
+@st.composite
+def drawn(draw: st.DrawFn, model_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with other sizes, of those that it gives, and with the switches of the family's Config at random."""
+    heads, groups, size = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from([8, 12, 16]))
+    sizes = {
+        "num_attention_heads": heads * groups,
+        "num_key_value_heads": heads,
+        "head_dim": size,
+        "hidden_size": heads * groups * size,
+        "intermediate_size": draw(st.integers(5, 90)),
+        "vocab_size": draw(st.integers(50, 120)),
+    }
+    switches = [field for field in dataclasses.fields(family(model_type).Config) if isinstance(field.default, bool)]
+    flipped = {field.metadata.get("hf", field.name): draw(st.booleans()) for field in switches}
+    return options | {name: size for name, size in sizes.items() if name in options} | flipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "options"), FIRST)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_drawn_configs(
+    model_type: str, options: dict[str, Any], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = data.draw(drawn(model_type, options))
+    original = Original(model_type, config, tmp_path_factory.mktemp(model_type))
+    original.check_logits(original.load())
