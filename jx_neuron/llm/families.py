@@ -3,6 +3,12 @@
 from jx_neuron.llm.model import NeuronAutoModelForCausalLM
 
 
+class BloomForSampling(NeuronAutoModelForCausalLM):
+    """BLOOM."""
+
+    MODEL_TYPE = "bloom"
+
+
 class GPT2ForSampling(NeuronAutoModelForCausalLM):
     """GPT-2."""
 
@@ -13,6 +19,12 @@ class GPTJForSampling(NeuronAutoModelForCausalLM):
     """GPT-J."""
 
     MODEL_TYPE = "gptj"
+
+
+class GPTNeoXForSampling(NeuronAutoModelForCausalLM):
+    """GPT-NeoX and Pythia."""
+
+    MODEL_TYPE = "gpt_neox"
 
 
 class LlamaForSampling(NeuronAutoModelForCausalLM):
