@@ -55,6 +55,8 @@ _FAMILIES: dict[str, Family | str] = {
     "gptj": "jx_neuron.models.gptj",
     "llama": "jx_neuron.models.llama",
     "opt": "jx_neuron.models.opt",
+    "qwen2": "jx_neuron.models.qwen2",
+    "qwen3": "jx_neuron.models.qwen3",
 }
 
 
