@@ -51,12 +51,23 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family | str] = {
+    "apertus": "jx_neuron.models.apertus",
+    "arcee": "jx_neuron.models.arcee",
+    "ernie4_5": "jx_neuron.models.ernie4_5",
     "gpt2": "jx_neuron.models.gpt2",
     "gptj": "jx_neuron.models.gptj",
+    "granite": "jx_neuron.models.granite",
+    "helium": "jx_neuron.models.helium",
+    "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
     "llama": "jx_neuron.models.llama",
+    "ministral3": "jx_neuron.models.ministral3",
+    "mistral": "jx_neuron.models.mistral",
     "opt": "jx_neuron.models.opt",
+    "phi3": "jx_neuron.models.phi3",
     "qwen2": "jx_neuron.models.qwen2",
     "qwen3": "jx_neuron.models.qwen3",
+    "seed_oss": "jx_neuron.models.seed_oss",
+    "smollm3": "jx_neuron.models.smollm3",
 }
 
 

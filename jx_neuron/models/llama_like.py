@@ -22,8 +22,10 @@ class LlamaLikeConfig(HFConfig):
     Sizes have no defaults of their own here: a family's `Config` gives those of its HF class. A family whose heads are
     rotated in part has a field `partial_rotary_factor`, with HF's default.
 
-    ROPE_KEYS:    keys of rope_parameters that the family itself reads, all numbers.
-    ROPE_BY_TYPE: rope_parameters may have an entry for each layer type.
+    ACT:          the activations that it may have.
+    ROPE_KEYS:    keys of rope_parameters that HF has for this family alone, all numbers.
+    ROPE_USUAL:   rope_parameters where the config has none.
+    ROPE_BY_TYPE: whether rope_parameters may have an entry for each layer type.
     """
 
     vocab_size: int
@@ -44,12 +46,14 @@ class LlamaLikeConfig(HFConfig):
 
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
     USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
+    ACT: ClassVar[Mapping[str, Any]] = ACT
     ROPE_KEYS: ClassVar[frozenset[str]] = frozenset()
+    ROPE_USUAL: ClassVar[Mapping[str, Any]] = {}
     ROPE_BY_TYPE: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
-        one_of(family, "hidden_act", self.hidden_act, ACT)
+        one_of(family, "hidden_act", self.hidden_act, self.ACT)
         n, k = self.sizes["n"], self.sizes["k"]
         if self.head_dim is None:
             divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
@@ -86,8 +90,8 @@ class LlamaLikeConfig(HFConfig):
         }
 
     @property
-    def _rope_parameters(self) -> dict[str, Any]:
-        return self.rope_scaling or self.rope_parameters or {}
+    def _rope_parameters(self) -> Mapping[str, Any]:
+        return self.rope_scaling or (self.ROPE_USUAL if self.rope_parameters is None else self.rope_parameters)
 
     @property
     def _has_rope_by_type(self) -> bool:
