@@ -45,7 +45,7 @@ class LlamaLikeConfig(HFConfig):
     original_max_position_embeddings: int | None = None
 
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
-    USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
+    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
     ACT: ClassVar[Mapping[str, Any]] = ACT
     ROPE_KEYS: ClassVar[frozenset[str]] = frozenset()
     ROPE_USUAL: ClassVar[Mapping[str, Any]] = {}
@@ -75,7 +75,7 @@ class LlamaLikeConfig(HFConfig):
     @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
-        return self._scaling(self._rope_parameters, self.original_max_position_embeddings)
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings)
 
     @property
     def ropes(self) -> dict[str, RopeScaling | None]:
@@ -83,19 +83,20 @@ class LlamaLikeConfig(HFConfig):
         types = list(dict.fromkeys(self.types))
         if not self._has_rope_by_type:
             return dict.fromkeys(types, self.rope)
-        entries = by_layer_type(self._rope_parameters, types)
+        entries = by_layer_type(self.rope_fields, types)
         return {
             kind: None if entry is None else self._scaling(_without_truncate(entry), None)
             for kind, entry in entries.items()
         }
 
     @property
-    def _rope_parameters(self) -> Mapping[str, Any]:
+    def rope_fields(self) -> Mapping[str, Any]:
+        """rope_parameters, or rope_scaling as older configs have it."""
         return self.rope_scaling or (self.ROPE_USUAL if self.rope_parameters is None else self.rope_parameters)
 
     @property
     def _has_rope_by_type(self) -> bool:
-        return self.ROPE_BY_TYPE and any(kind in self._rope_parameters for kind in self.types)
+        return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
 
     def _scaling(self, parameters: Mapping[str, Any], original: int | None) -> RopeScaling:
         return RopeScaling(
@@ -127,7 +128,7 @@ class LlamaLikeConfig(HFConfig):
             f"rope_parameters.{kind}.{key}"
             for kind, rope in self.ropes.items()
             if rope is not None
-            for key in (*rope.unread, *({"truncate"} & set(self._rope_parameters[kind])))
+            for key in (*rope.unread, *({"truncate"} & set(self.rope_fields[kind])))
         ]
 
     @property

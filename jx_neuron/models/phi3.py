@@ -39,13 +39,12 @@ class Config(LlamaLikeConfig):
     COMPLETE: ClassVar[bool] = True
     LAYERS_ALIKE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset("attention_dropout embd_pdrop resid_pdrop".split())
-    USUAL: ClassVar[Mapping[str, Any]] = {
+    USUAL: ClassVar[dict[str, Any]] = LlamaLikeConfig.USUAL | {
         "attention_bias": False,
         "full_attn_mod": 1,
         "interpolate_factor": 1,
         "lm_head_bias": False,
         "mlp_bias": False,
-        "rope_interleaved": False,
     }
 
     def __post_init__(self) -> None:
@@ -54,11 +53,11 @@ class Config(LlamaLikeConfig):
             raise ConfigError(f"phi3: rope_type {self.rope.kind!r} is not supported, only default and longrope")
 
     @property
-    def _rope_parameters(self) -> Mapping[str, Any]:
-        # "su" and "yarn" are what LongRoPE was called in the first checkpoints
-        parameters = super()._rope_parameters
-        older = parameters.get("rope_type", parameters.get("type")) in ("su", "yarn")
-        return {**parameters, "rope_type": "longrope"} if older else parameters
+    def rope_fields(self) -> Mapping[str, Any]:
+        fields = super().rope_fields
+        # what LongRoPE was called in the first checkpoints
+        older = fields.get("rope_type", fields.get("type")) in ("su", "yarn")
+        return {**fields, "rope_type": "longrope"} if older else fields
 
     @property
     def windows(self) -> list[int | None]:
