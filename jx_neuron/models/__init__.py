@@ -63,6 +63,8 @@ _FAMILIES: dict[str, Family | str] = {
     "mpt": "jx_neuron.models.mpt",
     "opt": "jx_neuron.models.opt",
     "phi": "jx_neuron.models.phi",
+    "qwen2": "jx_neuron.models.qwen2",
+    "qwen3": "jx_neuron.models.qwen3",
     "stablelm": "jx_neuron.models.stablelm",
     "starcoder2": "jx_neuron.models.starcoder2",
 }
