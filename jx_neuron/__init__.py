@@ -19,8 +19,8 @@ __getattr__, _names, __all__ = _lazy.exports(
         "engine.scoring": "Score",
         "errors": "InputError JxNeuronError",
         "integrations.hf_generate": _WITH_TORCH,
-        "llm": "GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling LlamaForSampling "
-        "NeuronAutoModelForCausalLM OPTForSampling",
+        "llm": "BloomForSampling GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling "
+        "GPTNeoXForSampling LlamaForSampling NeuronAutoModelForCausalLM OPTForSampling",
         "models": "model_types register",
         "nn.sharding": "request_devices",
     },
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from jx_neuron.errors import InputError, JxNeuronError
     from jx_neuron.integrations.hf_generate import HuggingFaceGenerationModelAdapter
     from jx_neuron.llm import (
+        BloomForSampling,
         GPT2ForSampling,
         GPT2ForSamplingWithContextBroadcasting,
         GPTJForSampling,
+        GPTNeoXForSampling,
         LlamaForSampling,
         NeuronAutoModelForCausalLM,
         OPTForSampling,

@@ -388,6 +388,12 @@ class NeuronAutoModelForCausalLM(Answering):
         raise InputError("this model was made from a module, without a checkpoint, and has no tokenizer")
 
 
+class BloomForSampling(NeuronAutoModelForCausalLM):
+    """BLOOM."""
+
+    MODEL_TYPE = "bloom"
+
+
 class GPT2ForSampling(NeuronAutoModelForCausalLM):
     """GPT-2."""
 
@@ -398,6 +404,12 @@ class GPTJForSampling(NeuronAutoModelForCausalLM):
     """GPT-J."""
 
     MODEL_TYPE = "gptj"
+
+
+class GPTNeoXForSampling(NeuronAutoModelForCausalLM):
+    """GPT-NeoX and Pythia."""
+
+    MODEL_TYPE = "gpt_neox"
 
 
 class LlamaForSampling(NeuronAutoModelForCausalLM):

@@ -38,7 +38,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 RUN = ("python", "sh")
 # what documents name, and the tiny random model that stands there in its stead; nothing else is found
 ON_THE_HUB = {"openai-community/gpt2": "gpt2"}
-FOLDERS = {"my-llama": "llama", "pythia-70m": "gpt_neox"}
+FOLDERS = {"my-llama": "llama", "persimmon-8b": "persimmon"}
 REVISION = "0" * 40
 NO_TESTS_IN_TESTS = "--collect-only -qq"  # a test that ran all tests would run itself
 LEFT_OUT = shutil.ignore_patterns(".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "site")
@@ -94,14 +94,14 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer for each of the names of ON_THE_HUB and FOLDERS."""
     folder = tmp_path_factory.mktemp("models")
-    for name in {*ON_THE_HUB.values(), *FOLDERS.values()} - {"gpt_neox"}:
+    for name in {*ON_THE_HUB.values(), *FOLDERS.values()} - {"persimmon"}:
         tiny.saved(name, folder / name)
     torch.manual_seed(0)
-    neox = transformers.GPTNeoXConfig(
+    persimmon = transformers.PersimmonConfig(
         **tiny.SPECIAL, vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=128,
     )  # fmt: skip
-    transformers.GPTNeoXForCausalLM(neox).save_pretrained(folder / "gpt_neox")
+    transformers.PersimmonForCausalLM(persimmon).save_pretrained(folder / "persimmon")
     for path in folder.iterdir():
         tiny.tokenizer().save_pretrained(path)
     return folder
@@ -119,7 +119,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     here = tmp_path / "here"
     for name, model in FOLDERS.items():
         shutil.copytree(models / model, here / name)
-    shutil.copy(ROOT / "examples" / "gpt_neox.py", here)
+    shutil.copy(ROOT / "examples" / "persimmon.py", here)
     monkeypatch.setenv("HF_HOME", str(hub.parent))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))

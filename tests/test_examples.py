@@ -87,7 +87,7 @@ def test_every_example_is_in_the_index_and_its_links_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py") if path.name != "gpt_neox.py"])
+@pytest.mark.parametrize("name", [path.name for path in EXAMPLES.glob("*.py") if path.name != "persimmon.py"])
 def test_help_says_what_it_is_and_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         script(name, "--help")
@@ -206,13 +206,13 @@ def test_plan_instance(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_the_decoder_of_one_s_own_as_a_program(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
+    config = transformers.PersimmonConfig(
         vocab_size=tiny.VOCAB, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80,
         max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    transformers.PersimmonForCausalLM(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    command = [sys.executable, EXAMPLES / "gpt_neox.py", "sample", tmp_path, PROMPT, "--max-new-tokens", str(NEW)]
+    command = [sys.executable, EXAMPLES / "persimmon.py", "sample", tmp_path, PROMPT, "--max-new-tokens", str(NEW)]
     how = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=how)
     assert done.returncode == 0, done.stderr

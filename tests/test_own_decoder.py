@@ -1,4 +1,4 @@
-"""A decoder of one's own, from examples/gpt_neox.py: parity, lowering, and a module with no checkpoint."""
+"""A decoder of one's own, from examples/persimmon.py: parity, lowering, and a module with no checkpoint."""
 
 import sys
 from pathlib import Path
@@ -19,31 +19,31 @@ from jx_neuron.planning.outline import Outline
 from jx_neuron.step.program_key import ProgramKey
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import gpt_neox
+import persimmon
 
 
-def original(parallel: bool = True, tied: bool = False) -> transformers.GPTNeoXForCausalLM:
+def original(normed: bool = True, tied: bool = False) -> transformers.PersimmonForCausalLM:
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
+    config = transformers.PersimmonConfig(
         vocab_size=97,
         hidden_size=48,
         num_hidden_layers=2,
         num_attention_heads=6,
         intermediate_size=80,
         max_position_embeddings=64,
-        use_parallel_residual=parallel,
+        qk_layernorm=normed,
         tie_word_embeddings=tied,
     )
-    model = transformers.GPTNeoXForCausalLM(config).eval()
+    model = transformers.PersimmonForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
     return model
 
 
-@pytest.mark.parametrize(("parallel", "tp_degree"), [(True, 1), (False, 1), (True, 4)])
-def test_it_is_hf_s(tmp_path: Path, parallel: bool, tp_degree: int) -> None:
-    original(parallel).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("normed", "tp_degree"), [(True, 1), (False, 1), (True, 4)])
+def test_it_is_hf_s(tmp_path: Path, normed: bool, tp_degree: int) -> None:
+    original(normed).save_pretrained(tmp_path)
     assert parity(tmp_path, tp_degree=tp_degree).worst < 1e-5
 
 
@@ -56,16 +56,16 @@ def test_a_model_in_memory_is_hf_s_and_so_is_a_tied_head(tmp_path: Path, tied: b
 
 
 def test_it_is_short() -> None:
-    assert len(Path(gpt_neox.__file__).read_text().splitlines()) < 120
+    assert len(Path(persimmon.__file__).read_text().splitlines()) < 120
 
 
 def test_the_fields_of_checkpoints_before_transformers_5_mean_the_same() -> None:
-    told = gpt_neox.Config.from_hf({"rotary_pct": 0.5, "rotary_emb_base": 5000}).rope
-    now = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000}
-    rope = gpt_neox.Config.from_hf({"rope_parameters": now}).rope
-    assert (told.r, told.theta) == (rope.r, rope.theta) == (48, 5000)
+    told = persimmon.Config.from_hf({"partial_rotary_factor": 0.25, "rope_theta": 5000.0}).rope
+    now = {"rope_type": "default", "partial_rotary_factor": 0.25, "rope_theta": 5000}
+    rope = persimmon.Config.from_hf({"rope_parameters": now}).rope
+    assert (told.r, told.theta) == (rope.r, rope.theta) == (16, 5000)
     with pytest.raises(ConfigError, match="hidden_act='prelu'"):
-        gpt_neox.Config.from_hf({"hidden_act": "prelu"})
+        persimmon.Config.from_hf({"hidden_act": "prelu"})
 
 
 def test_the_command_line_knows_it(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_command_line_knows_it(tmp_path: Path) -> None:
 
 
 def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:
-    assert "gpt_neox" in model_types()
+    assert "persimmon" in model_types()
     hf = original()
     hf.save_pretrained(tmp_path / "checkpoint")
     ids = np.random.default_rng(0).integers(1, 97, (1, 9))
@@ -97,14 +97,13 @@ def test_it_is_loaded_lowered_saved_and_sampled(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.sample(ids, 40, top_k=1, eos_token_override=-1), expected)
 
 
-@pytest.mark.parametrize(("parallel", "per_layer"), [(True, 1), (False, 2)])
-def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program(parallel: bool, per_layer: int) -> None:
+def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program() -> None:
     fields = dict(hidden_size=48, intermediate_size=80, num_attention_heads=6, num_hidden_layers=3, vocab_size=97)
-    raw = {"model_type": "gpt_neox", "use_parallel_residual": parallel, **fields}
+    raw = {"model_type": "persimmon", **fields}
     (program,) = lower_model(Decoder.from_config(raw, 2), [ProgramKey("decode", 1, 1, 16)], 1, 16, np.float32)
     opcodes = [collective.opcode for collective in program.collectives()]
-    assert Outline.of(raw).all_reduces == per_layer
-    assert opcodes.count("all-reduce") == 3 * per_layer + 1
+    assert Outline.of(raw).all_reduces == 2
+    assert opcodes.count("all-reduce") == 3 * 2 + 1
 
 
 @pytest.mark.parametrize("table", [(), gpt2.WEIGHTS], ids=["without table", "with table"])

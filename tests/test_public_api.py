@@ -17,7 +17,7 @@ import jx_neuron
 
 PUBLIC = {
     "jx_neuron": """
-        __version__ Answer Event Generation SamplingParams
+        __version__ Answer BloomForSampling Event GPTNeoXForSampling Generation SamplingParams
         GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling GQA GenerationConfig
         InputError JxNeuronError LlamaForSampling NeuronAutoModelForCausalLM NeuronConfig OPTForSampling Score Step
         model_types register request_devices

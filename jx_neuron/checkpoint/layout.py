@@ -13,6 +13,8 @@ from einops.parsing import ParsedExpression
 PARTS = "parts"  # stands for the sum in `Layout.before`
 _SUM = re.compile(r"\(([^()]*\+[^()]*)\)")
 _BRACKETS = re.compile(r"\[([^][]*)\]")
+_QUOTIENT = re.compile(r"\b(\w)/(\w)\b")
+_NAME = re.compile(r"\b(\w)_by_(\w)\b")  # n/k as an identifier
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Layout:
     """An einops pattern, "(n h) d -> d n h", where a sum is an axis that several parameters take parts of.
 
     "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
-    second one.
+    second one. n/k is n divided by k: "(k n/k h) d -> d n h" has the n heads in k groups, and
+    "(k ([n/k h] + h + h)) d -> d n h" takes those of each group from what lies beside them.
 
     before: the tensor's axes, with `PARTS` for the sum.
     after:  the parameter's axes.
@@ -46,11 +49,13 @@ class Layout:
     def check(self) -> None:
         """Raises EinopsError or ValueError that says what is not legal."""
         letters = ParsedExpression(self.taken).identifiers
-        after = ParsedExpression(self.after)
+        after = ParsedExpression(self.composed)
         for part in self.parts:
             ParsedExpression(part)
         ParsedExpression(self.before)
         axes_of_one = "1" in self.axes or not all(after.composition) or "()" in self.before.replace(" ", "")
+        if _NAME.search(self.after):
+            raise ValueError("a quotient stands before the arrow alone")
         if letters != after.identifiers or after.has_ellipsis or axes_of_one or "(" in self.after:
             raise ValueError(
                 "there should be the same letters before and after the arrow, no other axes, and no parentheses after "
@@ -60,16 +65,32 @@ class Layout:
     @property
     def letters(self) -> set[str]:
         """All letters, those of other parts too."""
-        return {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
+        letters = {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
+        return {letter for name in letters for letter in name.split("_by_")}
+
+    @property
+    def quotients(self) -> list[tuple[str, str]]:
+        """The letters of each quotient, dividend and divisor."""
+        return sorted(set(_NAME.findall(" ".join((self.before, *self.parts)))))
+
+    @property
+    def composed(self) -> str:
+        """The parameter's axes, those that quotients are of composed of their groups."""
+        return " ".join(
+            next((f"({b} {a}_by_{b})" for a, b in _NAME.findall(self.taken) if a == letter), letter)
+            for letter in self.after.split()
+        )
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that the tensor must have."""
+        sizes = self._with_quotients(sizes)
         sizes = {**sizes, PARTS: sum(self._lengths(sizes))}
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.before)
         return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
 
     def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The tensor, or the part of it that is taken, as the parameter."""
+        sizes = self._with_quotients(sizes)
         if self.parts:
             lengths, axes = self._lengths(sizes), self.axes
             whole = {axis: sizes[axis] for axis in axes if axis != PARTS}
@@ -77,8 +98,11 @@ class Layout:
             start = sum(lengths[: self.part])
             part = slice(start, start + lengths[self.part])
             tensor = tensor[tuple(part if axis == PARTS else slice(None) for axis in axes)]
-        used = {letter: sizes[letter] for letter in self.after.split()}
-        return einops.rearrange(tensor, f"{self.taken} -> {self.after}", **used)
+        used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
+        return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
+
+    def _with_quotients(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {**sizes, **{f"{a}_by_{b}": sizes[a] // sizes[b] for a, b in self.quotients}}
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
@@ -87,7 +111,7 @@ class Layout:
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layout:
     """The layout that `text` writes. Raises ValueError unless it has one arrow, and in a sum one part in brackets."""
-    before, after = (side.strip() for side in text.split("->"))
+    before, after = (_QUOTIENT.sub(r"\1_by_\2", side).strip() for side in text.split("->"))
     total = _SUM.search(before)
     if total is None:
         return Layout(before, after)

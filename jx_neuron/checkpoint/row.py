@@ -32,8 +32,10 @@ class W:
 
     `source` is the name of HF's tensor, or a function of the config that computes the parameter. `source` and `target`
     may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along an axis e, before those of the
-    tensor. `layout` is an einops pattern from HF's axes to ours, in the letters of the family's `Config.sizes`:
-    "(n h) d -> d n h". In a sum, brackets take a part of a fused axis: "(n h + [k h] + k h) d -> d k h".
+    tensor, and {n} or {k} those of all heads. `layout` is an einops pattern from HF's axes to ours, in the letters of
+    the family's `Config.sizes`: "(n h) d -> d n h". In a sum, brackets take a part of a fused axis:
+    "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow is the heads of each of k groups:
+    "(k n/k h) d -> d n h".
     `partition` names the axis of ours that is split, "tp".
     """
 
@@ -57,24 +59,29 @@ class W:
         return self.source if isinstance(self.source, str) else self.target
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether the tensors of all experts are stacked."""
-        return "{e}" in self.name
+    def stacked(self) -> str:
+        """The letter of the axis along which tensors are stacked; "" where one tensor is read."""
+        return next(iter(re.findall(r"\{([ekn])\}", self.name)), "")
+
+    def of(self, index: int | str) -> str:
+        """HF's name of one of the stacked tensors."""
+        return self.name.replace(f"{{{self.stacked}}}", str(index))
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raises ConfigError that names this row unless layers, layout, letters and partition are legal."""
-        for name, legal in ((self.name, ("{i}", "{e}")), (self.target, ("{i}",))):
+        for name, legal in ((self.name, ("{i}", f"{{{self.stacked}}}")), (self.target, ("{i}",))):
             if re.search("[{}]", re.sub("|".join(map(re.escape, legal)), "", name)):
                 raise self._refusal(
                     f"{name!r} has braces; legal are {{i}}, which stands for the layer, and in HF's name {{e}}, for "
-                    "each expert"
+                    "each expert, or {{n}} or {{k}}, for each head"
                 )
         if "{i}" in self.name and "{i}" not in self.target:
             raise self._refusal(f"the layer {{i}} of {self.name!r} is missing from {self.target!r}; write it in both")
         try:
             self._layout.check()
         except (EinopsError, ValueError) as error:
-            stacked = "; {e} puts an axis e before those of the tensor" * self.is_stacked
+            letter = self.stacked
+            stacked = f"; {{{letter}}} puts an axis {letter} before those of the tensor" if letter else ""
             raise self._refusal(
                 f"the layout {self.layout!r} is no einops pattern of that form ({error}){stacked}; {LAYOUT}"
             ) from error
@@ -83,6 +90,9 @@ class W:
                 f"Config.sizes has no letter {', '.join(map(repr, unknown))}; it has {', '.join(sorted(sizes))}. "
                 "Write one of these, or add the letter to Config.sizes"
             )
+        for a, b in self._layout.quotients:
+            if sizes[a] % sizes[b]:
+                raise self._refusal(f"{a}={sizes[a]} is not divisible by {b}={sizes[b]}, and the layout has {a}/{b}")
         letters = self.letters
         split = [axis for axis in self.partition if axis is not None]
         if not set(split) <= {AXIS} or len(split) > 1 or len(self.partition) > len(letters):
@@ -96,7 +106,7 @@ class W:
 
     @property
     def _layout(self) -> Layout:
-        return parse(f"e {self.layout}" if self.is_stacked else self.layout)
+        return parse(f"{self.stacked} {self.layout}" if self.stacked else self.layout)
 
     @property
     def letters(self) -> list[str]:
@@ -123,15 +133,15 @@ class W:
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)))
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
-        """The tensors that are read: one, one an expert, or none."""
-        if self.is_stacked:
-            yield from (self.name.replace("{e}", str(expert)) for expert in range(sizes["e"]))
+        """The tensors that are read: one, one an expert or head, or none."""
+        if self.stacked:
+            yield from map(self.of, range(sizes[self.stacked]))
         elif not self.is_computed:
             yield self.name
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that HF's tensor must have, or what is computed."""
-        return self._layout.shape(sizes)[self.is_stacked :]
+        return self._layout.shape(sizes)[len(self.stacked) :]
 
     def target_shape(self, padding: Padding) -> tuple[int, ...]:
         """The shape of ours, padded where it is split."""
@@ -149,7 +159,7 @@ class W:
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
         arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(config.sizes))]
-        return self._layout.apply(np.stack(arrays) if self.is_stacked else arrays[0], config.sizes)
+        return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], config.sizes)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
         """Our layout, padded where it is split."""

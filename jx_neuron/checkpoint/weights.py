@@ -91,7 +91,7 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
         expected = row.source_shape(sizes)
         if missing := list(islice((name for name in row.names(sizes) if name not in names), 7)):
             raise CheckpointError(
-                f"the config calls for {sizes['e']} experts and the checkpoint lacks {_some(missing)}; {_OTHERS}"
+                f"the config calls for {_stacked(row, sizes)} and the checkpoint lacks {_some(missing)}; {_OTHERS}"
             )
         for name in row.names(sizes):
             if (actual := tuple(tensors.shape(name))) != expected:
@@ -135,6 +135,10 @@ def match(
 _OTHERS = "config.json and weights are not of the same model"
 
 
+def _stacked(row: W, sizes: Mapping[str, int]) -> str:
+    return f"{sizes[row.stacked]} {'experts' if row.stacked == 'e' else 'heads'}"
+
+
 def _prefixes(table: Sequence[W]) -> set[str]:
     return {row.name.split(".")[0] + "." for row in table if not row.is_computed and row.name.count(".") > 1}
 
@@ -143,17 +147,17 @@ def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
     """Why no parameter takes the tensor `name`, and what to do."""
 
     def names(row: W) -> bool:
-        return not row.is_computed and f".{row.name.replace('{e}', expert)}".endswith(f".{name}")
+        return not row.is_computed and f".{row.of(index)}".endswith(f".{name}")
 
-    expert = next(iter(re.findall(r"\.(\d+)\.", name)[-1:]), "")
+    index = next(iter(re.findall(r"\.(\d+)\.", name)[-1:]), "")
     row = next((row for row in rows_of(table, config.layers) if names(row)), None)
     if row is None:
         return (
             "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
             "Model and a row in WEIGHTS, or a pattern in IGNORE"
         )
-    if row.is_stacked and int(expert) >= config.sizes["e"]:
-        return f"row {row} stacks the {config.sizes['e']} experts that the config calls for; {_OTHERS}"
+    if row.stacked and int(index) >= config.sizes[row.stacked]:
+        return f"row {row} stacks the {_stacked(row, config.sizes)} that the config calls for; {_OTHERS}"
     return (
         f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, "
         "or Model does (a Linear with bias=False has no bias, a tied head no table of its own)"

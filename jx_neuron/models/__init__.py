@@ -53,8 +53,14 @@ class Family(Protocol):
 _FAMILIES: dict[str, Family | str] = {
     "apertus": "jx_neuron.models.apertus",
     "arcee": "jx_neuron.models.arcee",
+    "bloom": "jx_neuron.models.bloom",
+    "codegen": "jx_neuron.models.codegen",
     "ernie4_5": "jx_neuron.models.ernie4_5",
+    "falcon": "jx_neuron.models.falcon",
     "gpt2": "jx_neuron.models.gpt2",
+    "gpt_bigcode": "jx_neuron.models.gpt_bigcode",
+    "gpt_neo": "jx_neuron.models.gpt_neo",
+    "gpt_neox": "jx_neuron.models.gpt_neox",
     "gptj": "jx_neuron.models.gptj",
     "granite": "jx_neuron.models.granite",
     "helium": "jx_neuron.models.helium",
@@ -62,12 +68,16 @@ _FAMILIES: dict[str, Family | str] = {
     "llama": "jx_neuron.models.llama",
     "ministral3": "jx_neuron.models.ministral3",
     "mistral": "jx_neuron.models.mistral",
+    "mpt": "jx_neuron.models.mpt",
     "opt": "jx_neuron.models.opt",
+    "phi": "jx_neuron.models.phi",
     "phi3": "jx_neuron.models.phi3",
     "qwen2": "jx_neuron.models.qwen2",
     "qwen3": "jx_neuron.models.qwen3",
     "seed_oss": "jx_neuron.models.seed_oss",
     "smollm3": "jx_neuron.models.smollm3",
+    "stablelm": "jx_neuron.models.stablelm",
+    "starcoder2": "jx_neuron.models.starcoder2",
 }
 
 

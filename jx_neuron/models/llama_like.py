@@ -1,4 +1,4 @@
-"""The config of Llama and the decoders that descend from it."""
+"""The config of Llama and the decoders that descend from it, and what all that have RoPE share."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,56 +10,44 @@ from jx_neuron.nn.layers import ACT
 from jx_neuron.nn.rope import RopeScaling, by_layer_type
 from jx_neuron.util.arguments import shown
 
-__all__ = ["FULL", "SLIDING", "LlamaLikeConfig", "full_every", "layer_types", "layer_windows", "sliding_from"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "LlamaLikeConfig",
+    "RopeConfig",
+    "full_every",
+    "layer_types",
+    "layer_windows",
+    "sliding_from",
+]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-@dataclass(frozen=True)
-class LlamaLikeConfig(HFConfig):
-    """The fields that these decoders share, with the RoPE fields as transformers 5 writes them and as older ones did.
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig(HFConfig):
+    """The fields of RoPE, as transformers 5 writes them and as older ones did.
 
-    Sizes have no defaults of their own here: a family's `Config` gives those of its HF class. A family whose heads are
-    rotated in part has a field `partial_rotary_factor`, with HF's default.
+    A family whose heads are rotated in part has a field `partial_rotary_factor`, with HF's default.
 
-    ACT:          the activations that it may have.
     ROPE_KEYS:    keys of rope_parameters that HF has for this family alone, all numbers.
     ROPE_USUAL:   rope_parameters where the config has none.
     ROPE_BY_TYPE: whether rope_parameters may have an entry for each layer type.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_theta: float = 10000.0
     original_max_position_embeddings: int | None = None
 
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
-    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
-    ACT: ClassVar[Mapping[str, Any]] = ACT
     ROPE_KEYS: ClassVar[frozenset[str]] = frozenset()
     ROPE_USUAL: ClassVar[Mapping[str, Any]] = {}
     ROPE_BY_TYPE: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        family = self.MODEL_TYPE
-        one_of(family, "hidden_act", self.hidden_act, self.ACT)
-        n, k = self.sizes["n"], self.sizes["k"]
-        if self.head_dim is None:
-            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
-        divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
         if self.rope_scaling and self.rope_parameters and self.rope_scaling != self.rope_parameters:
-            raise ConfigError(f"{family}: rope_scaling and rope_parameters differ; keep the one that is meant")
+            raise ConfigError(f"{self.MODEL_TYPE}: rope_scaling and rope_parameters differ; keep the one that is meant")
         _ = self.ropes, self.windows
 
     @property
@@ -110,13 +98,6 @@ class LlamaLikeConfig(HFConfig):
         )
 
     @property
-    def sizes(self) -> dict[str, int]:
-        d, n = self.hidden_size, self.num_attention_heads
-        k = n if self.num_key_value_heads is None else self.num_key_value_heads
-        h = d // n if self.head_dim is None else self.head_dim
-        return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
-
-    @property
     def max_positions(self) -> None:
         return None
 
@@ -138,6 +119,47 @@ class LlamaLikeConfig(HFConfig):
             return None
         lengths, by_length = zip(*limits, strict=True)
         return min(lengths), any(by_length) or len(limits) > 1
+
+
+@dataclass(frozen=True)
+class LlamaLikeConfig(RopeConfig):
+    """The fields that these decoders share.
+
+    Sizes have no defaults of their own here: a family's `Config` gives those of its HF class.
+
+    ACT: the activations that it may have.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
+    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
+    ACT: ClassVar[Mapping[str, Any]] = ACT
+
+    def __post_init__(self) -> None:
+        family = self.MODEL_TYPE
+        one_of(family, "hidden_act", self.hidden_act, self.ACT)
+        n, k = self.sizes["n"], self.sizes["k"]
+        if self.head_dim is None:
+            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
+        divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
+        super().__post_init__()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        d, n = self.hidden_size, self.num_attention_heads
+        k = n if self.num_key_value_heads is None else self.num_key_value_heads
+        h = d // n if self.head_dim is None else self.head_dim
+        return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
 
 
 def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:

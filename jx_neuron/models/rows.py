@@ -4,12 +4,25 @@ https://github.com/NVIDIA/Megatron-LM: a column-parallel projection has its outp
 one its inputs, so that a pair of them needs one all-reduce (Shoeybi et al., arXiv:1909.08053).
 """
 
+from typing import Any
+
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.nn.sharding import AXIS
 
-__all__ = ["attention", "column_parallel", "embedding", "gated_mlp", "layer_norm", "rms_norm", "row_parallel"]
+__all__ = [
+    "alibi",
+    "attention",
+    "column_parallel",
+    "embedding",
+    "gated_mlp",
+    "grouped_qkv",
+    "layer_norm",
+    "rms_norm",
+    "row_parallel",
+]
 
 Q, K, V = "[n h] + k h + k h", "n h + [k h] + k h", "n h + k h + [k h]"  # of a fused projection
 GATE, UP = "[f] + f", "f + [f]"
@@ -25,17 +38,16 @@ def rms_norm(source: str, target: str, width: str = "d") -> W:
     return W(f"{source}.weight", f"{target}.scale", f"{width} -> {width}")
 
 
-def layer_norm(source: str, target: str) -> tuple[W, W]:
+def layer_norm(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
     """Scale and bias over the model's width."""
-    return rms_norm(source, target), W(f"{source}.bias", f"{target}.bias", "d -> d")
+    return (rms_norm(source, target), W(f"{source}.bias", f"{target}.bias", "d -> d"))[: 1 + bias]
 
 
 def column_parallel(source: str, target: str, outputs: str, *, bias: bool = True) -> tuple[W, ...]:
     """A torch Linear from "d" to `outputs`, such as "n h", whose first axis is split; "[f] + f" takes a part of one."""
-    letters = outputs.partition("[")[2].partition("]")[0] or outputs
-    rest = [None] * (len(letters.split()) - 1)
-    kernel = W(f"{source}.weight", f"{target}.kernel", f"{_axis(outputs)} d -> d {letters}", P(None, AXIS, *rest))
-    return (kernel, W(f"{source}.bias", f"{target}.bias", f"{_axis(outputs)} -> {letters}", P(AXIS, *rest)))[: 1 + bias]
+    return _column_parallel(
+        source, target, _axis(outputs), outputs.partition("[")[2].partition("]")[0] or outputs, bias
+    )
 
 
 def row_parallel(source: str, target: str, inputs: str, *, bias: bool = True) -> tuple[W, ...]:
@@ -67,6 +79,15 @@ def attention(
     )
 
 
+def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
+    """Query, key and value `Linears` that HF has in one: of each key/value head its queries, its key and its value."""
+    return (
+        *_column_parallel(source, f"{target}.q_proj", "(k ([n/k h] + h + h))", "n h", bias),
+        *_column_parallel(source, f"{target}.k_proj", "(k (n/k h + [h] + h))", "k h", bias),
+        *_column_parallel(source, f"{target}.v_proj", "(k (n/k h + h + [h]))", "k h", bias),
+    )
+
+
 def gated_mlp(source: str, target: str, *, fused: str | None = None, bias: bool = True) -> tuple[W, ...]:
     """down_proj(act(gate_proj(x)) · up_proj(x)), with `Linears` named gate_up; `fused` as in `attention`."""
     projections = dict(gate_proj=GATE, up_proj=UP) if fused else dict(gate_proj="f", up_proj="f")
@@ -74,6 +95,28 @@ def gated_mlp(source: str, target: str, *, fused: str | None = None, bias: bool 
         *_linears(source, f"{target}gate_up.", projections, fused, bias),
         *row_parallel(f"{source}down_proj", f"{target}down_proj", "f", bias=bias),
     )
+
+
+def alibi(target: str) -> W:
+    """The slopes of ALiBi, by head."""
+    return W(alibi_slopes, target, "n -> n", P(AXIS))
+
+
+def alibi_slopes(config: Any) -> np.ndarray:
+    """2^(-8i/n) for i = 1 … n, float32 [n], where n is a power of two (Press et al., arXiv:2108.12409).
+
+    Otherwise, as the paper's code has it, those of the largest power of two p below n, then every second one of 2p.
+    """
+    n = config.sizes["n"]
+    p = 1 << (n.bit_length() - 1)
+    i = np.concatenate([np.arange(1, p + 1), np.arange(1, 2 * (n - p) + 1, 2) / 2])
+    return np.exp2(-8 * i / p).astype(np.float32)
+
+
+def _column_parallel(source: str, target: str, axis: str, letters: str, bias: bool) -> tuple[W, ...]:
+    rest = [None] * (len(letters.split()) - 1)
+    kernel = W(f"{source}.weight", f"{target}.kernel", f"{axis} d -> d {letters}", P(None, AXIS, *rest))
+    return (kernel, W(f"{source}.bias", f"{target}.bias", f"{axis} -> {letters}", P(AXIS, *rest)))[: 1 + bias]
 
 
 def _linears(source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool) -> list[W]:

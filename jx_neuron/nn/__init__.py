@@ -5,7 +5,7 @@ from jx_neuron.util.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "attention": "attend",
+        "attention": "alibi_bias attend",
         "layers": "ACT Embedding LayerNorm Linear Linears RMSNorm through",
         "rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
         "sharding": "Padding request_devices",

@@ -4,9 +4,15 @@ import math
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jx_neuron.nn.ops import query_blocks, query_key, weigh_values
 from jx_neuron.nn.state import LayerState, Positions
+
+
+def alibi_bias(slopes_n: Array, at: Positions, dtype: DTypeLike = jnp.float32) -> Array:
+    """ALiBi as `attend` adds it to scores: slope · position, [n, s], in `dtype` (Press et al., arXiv:2108.12409)."""
+    return slopes_n.astype(dtype)[:, None] * jnp.arange(at.positions, dtype=dtype)
 
 
 def attend(

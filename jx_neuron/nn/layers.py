@@ -160,19 +160,24 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) · scale + bias over the last axis, in float32 (Ba et al., arXiv:1607.06450)."""
+    """(x - mean) / sqrt(var + eps) · scale + bias over the last axis, in float32 (Ba et al., arXiv:1607.06450).
 
-    def __init__(self, d: int, eps: float, *, affine: bool = True):
-        self.scale = nnx.Param(jnp.ones((d,))) if affine else None
-        self.bias = nnx.Param(jnp.zeros((d,))) if affine else None
+    `shape` is of scale and bias: the last axis, or several, such as (n, h) where each head has its own.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float, *, affine: bool = True, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones(shape)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(shape)) if affine and bias else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y - mean(y)
         y = y * jax.lax.rsqrt(mean(y * y) + self.eps)
-        if self.scale is not None and self.bias is not None:
-            y = y * self.scale[...] + self.bias[...]
+        if self.scale is not None:
+            y = y * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
         return y.astype(x.dtype)
 
 
