@@ -42,7 +42,14 @@ def models() -> str:
         if getattr(of, "__name__", "").startswith("jx_neuron."):
             known = [f"`{name}`" for name, config in sorted(KNOWN.items()) if config["model_type"] == model_type]
             described = (inspect.getdoc(of) or "").splitlines()[0].rstrip(".")
-            rows.append((f"`{model_type}`", f"`{classes[model_type]}`", described, ", ".join(known)))
+            rows.append(
+                (
+                    f"`{model_type}`",
+                    f"`{classes.get(model_type, 'NeuronAutoModelForCausalLM')}`",
+                    described,
+                    ", ".join(known),
+                )
+            )
     return _table(("model_type", "class", "decoder", "known by name, without a network"), rows)
 
 

@@ -185,7 +185,7 @@ def test_every_family_is_tested() -> None:
             {"layer_types": ["full_attention", "mamba"]},
             "layer_types=.*'mamba'.* only None or 'full_attention'",
         ),
-        ("llama", {"rope_scaling": {"type": "proportional"}}, "rope_type 'proportional' is not supported"),
+        ("llama", {"rope_scaling": {"type": "axial"}}, "rope_type 'axial' is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs factor"),
         ("llama", {"rope_scaling": [1]}, "it should be dict or null"),
         (

@@ -1,6 +1,8 @@
 """Rotary embeddings against HF's, type by type, within and beyond the lengths they were made for."""
 
 import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,14 @@ import transformers
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotate
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama import Config
-from jx_neuron.nn.rope import RopeScaling, inverse_frequencies, rope_half, rope_interleaved, rotation
+from jx_neuron.models.llama_like import FULL, SLIDING, layer_types, layer_windows
+from jx_neuron.nn.rope import RopeScaling, inverse_frequencies, query_scale, rope_half, rope_interleaved, rotation
 from jx_neuron.nn.state import Positions, positions_of
 
 HEAD = 16
@@ -42,6 +48,22 @@ PARAMETERS = {
     "longrope-attention": LONGROPE | {"original_max_position_embeddings": 32, "attention_factor": 1.5},
     "llama3": LLAMA3 | {"original_max_position_embeddings": 32},
     "llama3-own-max": LLAMA3,
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 1e6},
+    "proportional-factor": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "factor": 8.0},
+    "proportional-whole": {"rope_type": "proportional", "original_max_position_embeddings": 32},
+}
+HALF = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": PARAMETERS["dynamic"],
+    "yarn": PARAMETERS["yarn-betas"],
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": SHRINKING[:4],
+        "long_factor": GROWING[:4],
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": PARAMETERS["llama3"],
 }
 
 
@@ -55,19 +77,18 @@ def hf_config(**options) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(hidden_size=4 * HEAD, num_attention_heads=4, max_position_embeddings=64, **options)
 
 
-def hf_rotation(config: transformers.LlamaConfig, start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def hf_rotation(embedding: Any, start: int, tokens: int, *layer_type: str) -> list[np.ndarray]:
     position = torch.arange(start, start + tokens)[None]
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), position)
-    return cos[0, :, : HEAD // 2].numpy(), sin[0, :, : HEAD // 2].numpy()
+    return [angle[0, :, : angle.shape[-1] // 2].numpy() for angle in embedding(torch.zeros(1), position, *layer_type)]
 
 
-def check(rope: RopeScaling, config: transformers.LlamaConfig) -> None:
+def check(rope: RopeScaling, config: Any, kind: Any = LlamaRotaryEmbedding, *layer_type: str) -> None:
     """A prefill within the maximum, one that ends beyond it, and decode steps about it, as rows of one batch."""
     for tokens, starts in ((30, (0, 2, 3, 34, 35, 170)), (1, (31, 32, 63, 64, 65, 200))):
         at = positions(starts, [tokens] * len(starts), tokens)
         cos, sin = (np.asarray(x) for x in rope(at))
         for row, start in enumerate(starts):
-            for ours, hf in zip((cos, sin), hf_rotation(config, start, tokens), strict=True):
+            for ours, hf in zip((cos, sin), hf_rotation(kind(config), start, tokens, *layer_type), strict=True):
                 # an angle is as exact as its frequency, 1e-7 of it, is times the position
                 np.testing.assert_allclose(ours[row], hf, rtol=0, atol=3e-7 * (start + tokens) + 3e-7)
 
@@ -76,6 +97,96 @@ def check(rope: RopeScaling, config: transformers.LlamaConfig) -> None:
 def test_types_agree_with_hf(name: str) -> None:
     parameters = PARAMETERS[name]
     check(RopeScaling(parameters, HEAD, 64), hf_config(rope_parameters=dict(parameters) or None))
+
+
+@pytest.mark.parametrize("part", [0.1, 0.2])
+def test_pairs_are_rotated(part: float) -> None:
+    with pytest.raises(ConfigError, match=f"partial_rotary_factor={part} would rotate .* even number from 2 to 16"):
+        RopeScaling({}, HEAD, 64, partial_rotary_factor=part)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_types_agree_with_hf_where_half_of_a_head_is_rotated(name: str) -> None:
+    config = transformers.StableLmConfig(
+        hidden_size=4 * HEAD,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        rope_parameters=dict(HALF[name]) | {"rope_theta": 5e4},
+        partial_rotary_factor=0.5,
+    )
+    ours = RopeScaling(HALF[name], HEAD, 64, 5e4, partial_rotary_factor=0.5)
+    assert ours.r == HEAD // 2
+    check(ours, config, StableLmRotaryEmbedding)
+    own = RopeScaling(HALF[name] | {"partial_rotary_factor": 0.5}, HEAD, 64, 5e4, partial_rotary_factor=1.0)
+    check(own, config, StableLmRotaryEmbedding)
+
+
+@dataclass(frozen=True)
+class Layered(Config):
+    """A decoder with layers of two types, and rope_parameters for each."""
+
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    ROPE_BY_TYPE: ClassVar[bool] = True
+
+    @property
+    def types(self) -> list[str]:
+        return layer_types(self, self.layer_types, [FULL, SLIDING])
+
+    @property
+    def windows(self) -> list[int | None]:
+        return layer_windows(self, self.types, self.sliding_window)
+
+
+BY_TYPE = {
+    SLIDING: {"rope_type": "linear", "factor": 2.0},
+    FULL: PARAMETERS["yarn-betas"] | {"rope_theta": 5e5, "truncate": False, "alpha": 1.0},
+}
+SIZES = {"hidden_size": 4 * HEAD, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
+
+
+def test_each_layer_type_has_its_own() -> None:
+    raw = SIZES | {"layer_types": [SLIDING, FULL], "sliding_window": 8, "rope_theta": 3e4, "rope_parameters": BY_TYPE}
+    with pytest.warns(UserWarning, match=r"ignored: 'rope_parameters.full_attention.alpha', '.*full_attention.trunc"):
+        config = Layered.from_hf(raw)
+    assert config.windows == [8, None]
+    theirs = transformers.Olmo3Config(**raw)
+    for kind, rope in config.ropes.items():
+        check(rope, theirs, Olmo3RotaryEmbedding, kind)
+    assert config.rotations is None
+
+
+def test_one_for_all_layer_types() -> None:
+    config = Layered(**SIZES, sliding_window=8, rope_parameters=PARAMETERS["dynamic"])
+    assert {kind: rope.kind for kind, rope in config.ropes.items()} == {FULL: "dynamic", SLIDING: "dynamic"}
+    assert config.rotations == (64, True)
+    nowhere = Layered(**SIZES, sliding_window=8, rope_parameters={FULL: None, SLIDING: LONGROPE})
+    assert nowhere.ropes[FULL] is None
+    assert nowhere.rotations == (64, False)
+    both = Layered(**SIZES, sliding_window=8, rope_parameters={FULL: PARAMETERS["longrope"], SLIDING: LONGROPE})
+    assert both.rotations == (32, True)  # between 32 and 64, one of the two may differ
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": {FULL: {}}}, f"rope_parameters: {SLIDING}=None is not supported.*an object for each"),
+        ({"rope_parameters": {FULL: {}, SLIDING: 3.0}}, f"rope_parameters: {SLIDING}=3.0 is not supported"),
+        ({"rope_parameters": {FULL: {}, SLIDING: {"rope_type": "su"}}}, "'su' is not supported"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries for 2 layers"),
+        ({"layer_types": [FULL, "conv"]}, "may hold full_attention and sliding_attention, and not 'conv'"),
+        ({"sliding_window": None}, "sliding_window is null"),
+    ],
+)
+def test_refusals_of_layer_types(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Layered(**SIZES | {"sliding_window": 8} | fields)
+
+
+def test_queries_grow_as_hfs() -> None:
+    at = positions([0, 90], [40, 40], 40)
+    theirs = get_llama_4_attn_scale(torch.from_numpy(np.array(at.position_bt)), 0.3, 16)
+    np.testing.assert_allclose(query_scale(at, 0.3, 16)[:, :, 0, 0], theirs[:, 0, :, 0], rtol=2e-7)
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
@@ -142,6 +253,9 @@ def test_turning_agrees_with_hf() -> None:
     expected = torch.cat([gptj_rotate(theirs[..., :6], sin, cos), theirs[..., 6:]], -1)
     np.testing.assert_allclose(rope_interleaved(jnp.asarray(x), by), expected, atol=1e-6)
 
+    expected, _ = llama_rotate(theirs[..., :6], theirs[..., :6], *(angle.tile(2) for angle in (cos, sin)), 2)
+    np.testing.assert_allclose(rope_half(jnp.asarray(x), by), torch.cat([expected, theirs[..., 6:]], -1), atol=1e-6)
+
 
 @pytest.mark.parametrize("theta", [1e4, 1e5, 5e5, 1e6])
 @pytest.mark.parametrize("r", [64, 80, 128])
@@ -167,7 +281,7 @@ def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "proportional"}, "'proportional' is not supported.*llama3"),
+        ({"rope_type": "axial"}, "'axial' is not supported.*llama3"),
         ({"type": "su"}, "'su' is not supported"),
         ({"rope_type": "linear"}, "'linear' needs factor"),
         ({"rope_type": "linear", "factor": None}, "'linear' needs factor"),
@@ -181,7 +295,8 @@ def test_bfloat16_is_turned_in_float32_and_keeps_its_type() -> None:
         ({"rope_type": "linear", "factor": 0.0}, "factor=0.0 should be a number from 1e-09 to"),
         ({"rope_type": "linear", "factor": "2"}, "factor='2' should be a number"),
         (LONGROPE | {"long_factor": 2.0}, "long_factor should be 8 numbers"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is supported as 1.0 alone"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 should be a number from 1e-09 to 1$"),
         ({"rope_type": ["linear"]}, "is not supported"),
         (PARAMETERS["yarn"] | {"truncate": 1}, "truncate=1 should be true, false or null"),
         (PARAMETERS["yarn"] | {"rope_theta": 1}, "'yarn' needs a rope_theta other than 1"),
@@ -203,7 +318,7 @@ def test_what_is_no_number_of_use_is_refused_in_every_key(value: object) -> None
     for parameters in PARAMETERS.values():
         for key in {"rope_theta", "original_max_position_embeddings", *parameters} - {"rope_type", "truncate"}:
             wrong = [value] * (HEAD // 2) if isinstance(parameters.get(key), list) else value
-            with pytest.raises(ConfigError, match=rf"{key}=.* a number from (1e-09 to 1e\+15|1 to 2147483647)$"):
+            with pytest.raises(ConfigError, match=rf"{key}=.* a number from (1e-09 to 1(e\+15)?|1 to 2147483647)$"):
                 RopeScaling(parameters | {key: wrong}, HEAD, 64)
             tried += 1
     assert tried > 2 * len(PARAMETERS)
@@ -225,10 +340,12 @@ def test_at_the_least_and_the_greatest_numbers_nothing_overflows(name: str, valu
             changed |= {"low_freq_factor": value, "high_freq_factor": 1.0}
         elif key == "original_max_position_embeddings":
             changed |= {key: 2 if value < 1 else 2**31 - 1}
+        elif key == "partial_rotary_factor":
+            changed |= {key: min(value, 1)}
         for angle in RopeScaling(changed, HEAD, 64)(at):
             assert np.isfinite(angle).all(), (key, value)
 
 
 def test_dynamic_needs_two_pairs() -> None:
-    with pytest.raises(ConfigError, match="size 4 or more"):
+    with pytest.raises(ConfigError, match="4 or more rotated entries"):
         RopeScaling({"rope_type": "dynamic", "factor": 2.0}, 2, 64)

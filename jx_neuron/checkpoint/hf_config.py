@@ -214,20 +214,24 @@ class HFConfig:
                 )
             elif value not in (None, {}, cls.USUAL.get(key)):
                 ignored.append(key)
+        _check_layers(cls.MODEL_TYPE, [values.get(fields[name].name, 0) for name in _LAYERS if name in fields])
         try:
             config = cls(**values)
         except TypeError as error:
             raise ConfigError(f"{cls.MODEL_TYPE}: {error}") from error
-        if config.layers > _MOST_LAYERS:
-            raise ConfigError(
-                f"{cls.MODEL_TYPE}: {config.layers} layers are too many; at most {_MOST_LAYERS} are built"
-            )
+        _check_layers(cls.MODEL_TYPE, [config.layers])
         if ignored := [*ignored, *config.unread]:
             names = ", ".join(repr(name[:_MOST_NAMES]) for name in sorted(ignored)[:_MOST_NAMES])
             more = f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
             message = f"{cls.MODEL_TYPE}: fields of config.json that HF does not read are ignored: {names}{more}"
             warnings.warn(message, UserWarning, stacklevel=2)
         return config
+
+
+def _check_layers(model_type: str, counts: Sequence[int]) -> None:
+    """Raises ConfigError where one of `counts` is more layers than are built."""
+    if most := next((count for count in counts if count > _MOST_LAYERS), None):
+        raise ConfigError(f"{model_type}: {most} layers are too many; at most {_MOST_LAYERS} are built")
 
 
 def _read(name: str, value: object, hint: Any, field: "dataclasses.Field[Any]") -> object:

@@ -33,7 +33,7 @@ class Config(RopeConfig):
     use_parallel_residual: bool = True
     attention_bias: bool = True
     tie_word_embeddings: bool = False
-    rotary_pct: float = 0.25
+    partial_rotary_factor: float = field(default=0.25, metadata={"hf": "rotary_pct"})
     rope_theta: float = field(default=10000.0, metadata={"hf": "rotary_emb_base"})
 
     MODEL_TYPE: ClassVar[str] = "gpt_neox"
@@ -45,10 +45,6 @@ class Config(RopeConfig):
         one_of("gpt_neox", "hidden_act", self.hidden_act, ACT)
         divisible("gpt_neox", "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         super().__post_init__()
-
-    @property
-    def rotary(self) -> float:
-        return self.rotary_pct
 
     @property
     def sizes(self) -> dict[str, int]:

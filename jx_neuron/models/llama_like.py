@@ -1,20 +1,39 @@
-"""The config of Llama and the decoders that descend from it, and what those with RoPE share."""
+"""The config of Llama and the decoders that descend from it, and what all that have RoPE share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.layers import ACT
-from jx_neuron.nn.rope import RopeScaling
+from jx_neuron.nn.rope import RopeScaling, by_layer_type
+from jx_neuron.util.arguments import shown
 
-__all__ = ["LlamaLikeConfig", "RopeConfig"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "LlamaLikeConfig",
+    "RopeConfig",
+    "full_every",
+    "layer_types",
+    "layer_windows",
+    "sliding_from",
+]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig(HFConfig):
-    """The fields of RoPE, as transformers 5 writes them and as older ones did."""
+    """The fields of RoPE, as transformers 5 writes them and as older ones did.
+
+    A family whose heads are rotated in part has a field `partial_rotary_factor`, with HF's default.
+
+    ROPE_KEYS:    keys of rope_parameters that HF has for this family alone, all numbers.
+    ROPE_USUAL:   rope_parameters where the config has none.
+    ROPE_BY_TYPE: whether rope_parameters may have an entry for each layer type.
+    """
 
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
@@ -22,26 +41,60 @@ class RopeConfig(HFConfig):
     rope_theta: float = 10000.0
     original_max_position_embeddings: int | None = None
 
+    ROPE_KEYS: ClassVar[frozenset[str]] = frozenset()
+    ROPE_USUAL: ClassVar[Mapping[str, Any]] = {}
+    ROPE_BY_TYPE: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.rope_scaling and self.rope_parameters and self.rope_scaling != self.rope_parameters:
             raise ConfigError(f"{self.MODEL_TYPE}: rope_scaling and rope_parameters differ; keep the one that is meant")
-        _ = self.rope
+        _ = self.ropes, self.windows
 
     @property
-    def rotary(self) -> float | None:
-        """The part of a head that is rotated where `rope_parameters` does not say; None where the whole always is."""
-        return None
+    def types(self) -> list[str]:
+        """The type of each layer, as HF's layer_types has them."""
+        return [FULL] * self.layers
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How many positions each layer attends to; None for all."""
+        return [None] * self.layers
 
     @property
     def rope(self) -> RopeScaling:
-        """Gives the rotation of a span. Raises ConfigError for what RoPE cannot have."""
+        """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings)
+
+    @property
+    def ropes(self) -> dict[str, RopeScaling | None]:
+        """Those of each layer type; None where it has no positions."""
+        types = list(dict.fromkeys(self.types))
+        if not self._has_rope_by_type:
+            return dict.fromkeys(types, self.rope)
+        entries = by_layer_type(self.rope_fields, types)
+        return {
+            kind: None if entry is None else self._scaling(_without_truncate(entry), None)
+            for kind, entry in entries.items()
+        }
+
+    @property
+    def rope_fields(self) -> Mapping[str, Any]:
+        """rope_parameters, or rope_scaling as older configs have it."""
+        return self.rope_scaling or (self.ROPE_USUAL if self.rope_parameters is None else self.rope_parameters)
+
+    @property
+    def _has_rope_by_type(self) -> bool:
+        return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
+
+    def _scaling(self, parameters: Mapping[str, Any], original: int | None) -> RopeScaling:
         return RopeScaling(
-            self.rope_scaling or self.rope_parameters or {},
+            parameters,
             self.sizes["h"],
             self.max_position_embeddings,
             self.rope_theta,
-            self.original_max_position_embeddings,
-            self.rotary,
+            original,
+            partial_rotary_factor=getattr(self, "partial_rotary_factor", None),
+            also=self.ROPE_KEYS,
         )
 
     @property
@@ -50,11 +103,22 @@ class RopeConfig(HFConfig):
 
     @property
     def unread(self) -> list[str]:
-        return [f"rope_parameters.{key}" for key in self.rope.unread]
+        if not self._has_rope_by_type:
+            return [f"rope_parameters.{key}" for key in self.rope.unread]
+        return [
+            f"rope_parameters.{kind}.{key}"
+            for kind, rope in self.ropes.items()
+            if rope is not None
+            for key in (*rope.unread, *({"truncate"} & set(self.rope_fields[kind])))
+        ]
 
     @property
     def rotations(self) -> tuple[int, bool] | None:
-        return self.rope.rotations
+        limits = {rope.rotations for rope in self.ropes.values() if rope is not None and rope.rotations}
+        if not limits:
+            return None
+        lengths, by_length = zip(*limits, strict=True)
+        return min(lengths), any(by_length) or len(limits) > 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +126,8 @@ class LlamaLikeConfig(RopeConfig):
     """The fields that these decoders share.
 
     Sizes have no defaults of their own here: a family's `Config` gives those of its HF class.
+
+    ACT: the activations that it may have.
     """
 
     vocab_size: int
@@ -76,17 +142,16 @@ class LlamaLikeConfig(RopeConfig):
     tie_word_embeddings: bool = False
 
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
-    USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
+    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
+    ACT: ClassVar[Mapping[str, Any]] = ACT
 
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
-        one_of(family, "hidden_act", self.hidden_act, ACT)
-        n, k, h = (self.sizes[c] for c in "nkh")
+        one_of(family, "hidden_act", self.hidden_act, self.ACT)
+        n, k = self.sizes["n"], self.sizes["k"]
         if self.head_dim is None:
             divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
         divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
-        if h % 2:
-            raise ConfigError(f"{family}: the head size {h} is odd, and RoPE rotates pairs; set an even head_dim")
         super().__post_init__()
 
     @property
@@ -95,3 +160,44 @@ class LlamaLikeConfig(RopeConfig):
         k = n if self.num_key_value_heads is None else self.num_key_value_heads
         h = d // n if self.head_dim is None else self.head_dim
         return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
+
+
+def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an entry for a layer type HF reads all but this, which it looks for beside the entries."""
+    return {key: value for key, value in parameters.items() if key != "truncate"}
+
+
+def full_every(period: int, layers: int) -> list[str]:
+    """Types of layers of which each `period`-th sees all positions and the others a window (sliding_window_pattern)."""
+    return [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(layers)]
+
+
+def sliding_from(first: int, layers: int) -> list[str]:
+    """Types of layers of which those from `first` on see a window (max_window_layers)."""
+    return [FULL if layer < first else SLIDING for layer in range(layers)]
+
+
+def layer_types(config: HFConfig, types: Sequence[str] | None, usual: Iterable[str]) -> list[str]:
+    """HF's `layer_types`, or where it is null the `usual` ones: FULL or SLIDING for each layer.
+
+    Raises ConfigError for others, and for more or fewer than there are layers.
+    """
+    types = list(usual) if types is None else list(types)
+    if wrong := next((kind for kind in types if kind not in (FULL, SLIDING)), None):
+        raise ConfigError(f"{config.MODEL_TYPE}: layer_types may hold {FULL} and {SLIDING}, and not {shown(wrong)}")
+    if len(types) != config.layers:
+        raise ConfigError(f"{config.MODEL_TYPE}: layer_types has {len(types)} entries for {config.layers} layers")
+    return types
+
+
+def layer_windows(config: HFConfig, types: Sequence[str], window: int | None) -> list[int | None]:
+    """How many positions the layers of each type attend to: `window` where they are SLIDING, and None for all.
+
+    Raises ConfigError where a layer is sliding and there is no window.
+    """
+    if window is None and SLIDING in types:
+        raise ConfigError(
+            f"{config.MODEL_TYPE}: layer_types has {SLIDING} and sliding_window is null or switched off; give it a "
+            f"number of positions, or make all layers {FULL}"
+        )
+    return [window if kind == SLIDING else None for kind in types]

@@ -50,10 +50,6 @@ class Config(RopeConfig):
         super().__post_init__()
 
     @property
-    def rotary(self) -> float:
-        return self.partial_rotary_factor
-
-    @property
     def sizes(self) -> dict[str, int]:
         d, n = self.hidden_size, self.num_attention_heads
         k = n if self.num_key_value_heads is None else self.num_key_value_heads

@@ -33,9 +33,9 @@ def embedding(source: str, target: str, width: str = "d") -> W:
     return W(f"{source}.weight", f"{target}.embedding", f"v {width} -> v {width}", P(AXIS, None))
 
 
-def rms_norm(source: str, target: str) -> W:
-    """A scale over the model's width."""
-    return W(f"{source}.weight", f"{target}.scale", "d -> d")
+def rms_norm(source: str, target: str, width: str = "d") -> W:
+    """A scale over the model's width, or each head's, "h"."""
+    return W(f"{source}.weight", f"{target}.scale", f"{width} -> {width}")
 
 
 def layer_norm(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
@@ -58,17 +58,24 @@ def row_parallel(source: str, target: str, inputs: str, *, bias: bool = True) ->
 
 
 def attention(
-    source: str, target: str, *, out: str = "o_proj", fused: str | None = None, bias: bool = True
+    source: str,
+    target: str,
+    *,
+    out: str = "o_proj",
+    fused: str | None = None,
+    bias: bool = True,
+    out_bias: bool | None = None,
 ) -> tuple[W, ...]:
     """The projections of grouped-query attention into `Linears` named qkv and a `Linear` named `out`.
 
-    HF has them as q_proj, k_proj and v_proj, or end to end in one that is called `fused`.
+    HF has them as q_proj, k_proj and v_proj, or end to end in one that is called `fused`. `out_bias` is `bias` unless
+    given.
     """
     outputs = (Q, K, V) if fused else ("n h", "k h", "k h")
     projections = dict(zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True))
     return (
         *_linears(source, f"{target}qkv.", projections, fused, bias),
-        *row_parallel(source + out, target + out, "n h", bias=bias),
+        *row_parallel(source + out, target + out, "n h", bias=bias if out_bias is None else out_bias),
     )
 
 

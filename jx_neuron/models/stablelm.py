@@ -52,10 +52,6 @@ class Config(RopeConfig):
         super().__post_init__()
 
     @property
-    def rotary(self) -> float:
-        return self.partial_rotary_factor
-
-    @property
     def sizes(self) -> dict[str, int]:
         d, n, k = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         return dict(d=d, n=n, k=k, h=d // n, f=self.intermediate_size, v=self.vocab_size)
@@ -108,7 +104,7 @@ HF, OURS = "model.layers.{i}.", "layers.{i}."
 WEIGHTS = (
     embedding("model.embed_tokens", "embed_tokens"),
     *layer_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
+    *attention(HF + "self_attn.", OURS, out_bias=False),
     W(HF + "self_attn.q_layernorm.norms.{n}.weight", OURS + "q_layernorm.scale", "h -> n h", P("tp", None)),
     W(HF + "self_attn.k_layernorm.norms.{k}.weight", OURS + "k_layernorm.scale", "h -> k h", P("tp", None)),
     *layer_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),

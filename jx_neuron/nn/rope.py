@@ -4,7 +4,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,16 @@ from jx_neuron.nn.ops import ops
 from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
 
-__all__ = ["RopeScaling", "Rotation", "inverse_frequencies", "rope_half", "rope_interleaved", "rotation"]
+__all__ = [
+    "RopeScaling",
+    "Rotation",
+    "by_layer_type",
+    "inverse_frequencies",
+    "query_scale",
+    "rope_half",
+    "rope_interleaved",
+    "rotation",
+]
 
 
 class Rotation(NamedTuple):
@@ -43,13 +52,13 @@ def rotation(at: Positions, frequencies: Array | np.ndarray, factor: float = 1.0
 
 
 def rope_half(x_btnh: Array, by: Rotation) -> Array:
-    """Rotates the pairs (i, i + r/2) of the first r entries of each head and leaves the rest, as GPT-NeoX does."""
+    """Rotates the pairs (i, i + r/2) of the first r entries of each head and leaves the rest, as Llama does."""
     cos, sin = (jnp.concatenate([angle, angle], axis=-1)[:, :, None] for angle in by)
     r = cos.shape[-1]
     x = x_btnh[..., :r].astype(jnp.float32)
     a, b = jnp.split(x, 2, axis=-1)
     y = (x * cos + jnp.concatenate([-b, a], axis=-1) * sin).astype(x_btnh.dtype)
-    return y if r == x_btnh.shape[-1] else jnp.concatenate([y, x_btnh[..., r:]], axis=-1)
+    return jnp.concatenate([y, x_btnh[..., r:]], axis=-1) if r < x_btnh.shape[-1] else y
 
 
 def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
@@ -60,6 +69,15 @@ def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
     a, b = x[..., 0::2], x[..., 1::2]
     y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x_btnh.dtype)
     return jnp.concatenate([y, x_btnh[..., r:]], axis=-1)
+
+
+def query_scale(at: Positions, beta: float, original: int) -> Array:
+    """1 + beta · ln(1 + floor(position / original)), float32 [b, t, 1, 1]: grows queries as Llama 4 and Ministral 3 do.
+
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/ministral3/modeling_ministral3.py
+    """
+    stretch_bt = (at.position_bt // original).astype(jnp.float32)
+    return once(1 + beta * jnp.log(1 + stretch_bt))[:, :, None, None]
 
 
 # which keys of rope_parameters each rope_type needs, and which it may have
@@ -73,6 +91,7 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+    "proportional": (set(), {"factor"}),
 }
 _LISTS = {"short_factor", "long_factor"}
 _NUMBERS = 1e-9, 1e15  # within these, no product of two overflows float32
@@ -81,32 +100,19 @@ _POSITIONS = 1, 2**31 - 1
 _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_rotary_factor finetuned".split())
 
 
-def _rotated(h: int, factor: Any, default: float | None) -> int:
-    """How many entries of a head are rotated. Raises ConfigError unless they make pairs."""
-    factor = default if factor is None else factor
-    if default is None and factor not in (None, 1.0):
-        raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
-    in_range("partial_rotary_factor", factor := 1.0 if factor is None else factor, 0, 1)
-    r = int(h * factor)
-    if r < 2 or r % 2:
-        raise ConfigError(
-            f"partial_rotary_factor={factor} of the head size {h} is {r} entries, and RoPE rotates pairs; "
-            f"legal are those of which {h} times is an even number"
-        )
-    return r
-
-
 class RopeScaling:
     """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a span.
 
-    `h` is the size of a head. The other numbers are the config's own: `original_max_position_embeddings` goes before
-    that of `parameters`, and the others stand in where `parameters` has none, as in HF. The first
-    int(h · partial_rotary_factor) entries of a head are rotated; where it is None, a decoder rotates the whole head.
+    `h` is the size of a head, of which the first `r` entries are rotated. `rope_theta`, `partial_rotary_factor` and
+    `original_max_position_embeddings` are the config's own: the first two stand in where `parameters` has none, the
+    third goes before that of `parameters`, as in HF. A decoder that rotates whole heads alone, as Llama does, gives no
+    `partial_rotary_factor`.
 
-    `unread` names the keys of `parameters` that HF does not read for their `rope_type`.
+    `also` names keys of `parameters` that the decoder itself reads, all numbers. `unread` names those that HF does not
+    read for their `rope_type`.
 
-    Raises ConfigError for a `rope_type` that HF does not have for Llama, for keys missing from it, and for values that
-    it cannot have.
+    Raises ConfigError for a `rope_type` that HF does not have, for keys missing from it, and for values that it cannot
+    have.
     """
 
     def __init__(
@@ -116,12 +122,14 @@ class RopeScaling:
         max_position_embeddings: int,
         rope_theta: float = 10000.0,
         original_max_position_embeddings: int | None = None,
+        *,
         partial_rotary_factor: float | None = None,
+        also: Collection[str] = (),
     ):
         p = {key: value for key, value in parameters.items() if value is not None}
-        self.kind, self.max_positions = p.get("rope_type", p.get("type", "default")), max_position_embeddings
-        self.r = _rotated(h, p.get("partial_rotary_factor"), partial_rotary_factor)
-        p = self._checked(p)
+        self.kind, self.h, self.max_positions = p.get("rope_type", p.get("type", "default")), h, max_position_embeddings
+        self.r, self.part = self._rotated(p, partial_rotary_factor)
+        p = self._checked(p, also)
         own_original = p.get("original_max_position_embeddings", max_position_embeddings)
         self.original = original_max_position_embeddings or own_original
         in_range("rope_theta", rope_theta, *_NUMBERS)
@@ -130,7 +138,7 @@ class RopeScaling:
             raise ConfigError("rope_type 'yarn' needs a rope_theta other than 1")
         if self.kind == "longrope" and self.original <= 1:
             raise ConfigError("rope_type 'longrope' needs original_max_position_embeddings above 1")
-        self.factor = p.get("factor", self.max_positions / self.original)
+        self.factor = p.get("factor", 1.0 if self.kind == "proportional" else self.max_positions / self.original)
         self.truncate = bool(parameters.get("truncate", True))  # in HF null is false
         self.parameters = p
 
@@ -140,23 +148,37 @@ class RopeScaling:
         limits = {"dynamic": (self.max_positions, True), "longrope": (self.original, False)}
         return limits.get(self.kind)
 
-    def _checked(self, p: dict[str, Any]) -> dict[str, Any]:
-        """The keys of `p` that `kind` has, with numbers as floats but for lists; the others' names go to `unread`."""
+    def _rotated(self, p: dict[str, Any], default: float | None) -> tuple[int, float]:
+        """How many entries of a head are rotated, and the partial_rotary_factor that says so."""
+        part, whole = p.get("partial_rotary_factor", 1.0 if default is None else default), self.kind == "proportional"
+        in_range("rope_parameters: partial_rotary_factor", part, _NUMBERS[0], 1)
+        if part != 1.0 and default is None and not whole:
+            raise ConfigError("rope_parameters: partial_rotary_factor is supported as 1.0 alone, the whole head")
+        r = self.h if whole else int(self.h * part)
+        if r == self.h and r % 2:
+            raise ConfigError(f"the head size {r} is odd, and RoPE rotates pairs; set an even head_dim")
+        if r < 2 or r % 2:
+            raise ConfigError(
+                f"partial_rotary_factor={part:.10g} would rotate {r} entries of heads of size {self.h}; legal is an "
+                f"even number from 2 to {self.h}"
+            )
+        return r, part
+
+    def _checked(self, p: dict[str, Any], also: Collection[str]) -> dict[str, Any]:
+        """The keys of `p` that are read, with numbers as floats but for lists; the others' names go to `unread`."""
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
             raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")
         needed, optional = _KEYS[kind]
         if missing := needed - set(p):
             raise ConfigError(f"rope_type {kind!r} needs {', '.join(sorted(missing))} in rope_parameters")
-        self.unread = sorted(set(p) - needed - optional - _ANY)
+        self.unread = sorted(set(p) - needed - optional - _ANY - set(also))
         if nested := next((key for key in self.unread if isinstance(p[key], dict)), None):
             raise ConfigError(f"rope_parameters: {shown(nested)} is an object; legal is one for all layers, of numbers")
         p = {key: p[key] for key in set(p).difference(self.unread)}
         for key in _LISTS & set(p):
             if not isinstance(p[key], list) or len(p[key]) != r // 2:
-                raise ConfigError(
-                    f"rope_parameters: {key} should be {r // 2} numbers for heads of which {r} entries are rotated"
-                )
+                raise ConfigError(f"rope_parameters: {key} should be {r // 2} numbers where {r} of a head are rotated")
         numbers = set(p) - {"rope_type", "type", "finetuned", "truncate"}
         for key in numbers:
             limits = _POSITIONS if key == "original_max_position_embeddings" else _NUMBERS
@@ -165,7 +187,7 @@ class RopeScaling:
         if not isinstance(p.get("truncate", True), bool):
             raise ConfigError(f"rope_parameters: truncate={shown(p['truncate'])} should be true, false or null")
         if kind == "dynamic" and r < 4:
-            raise ConfigError(f"rope_type 'dynamic' needs heads of size 4 or more, not {r}")
+            raise ConfigError(f"rope_type 'dynamic' needs 4 or more rotated entries of a head, not {r}")
         if kind == "llama3" and p["low_freq_factor"] >= p["high_freq_factor"]:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
         return p | {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
@@ -183,6 +205,8 @@ class RopeScaling:
                 return self._longrope(at, base)
             case "llama3":
                 return rotation(at, self._llama3(base))
+            case "proportional":
+                return rotation(at, self._proportional())
         return rotation(at, base)
 
     def _dynamic(self, extent_b: Array) -> Array:
@@ -228,3 +252,25 @@ class RopeScaling:
         low, high = self.parameters["low_freq_factor"], self.parameters["high_freq_factor"]
         smooth = np.clip((self.original * base / (2 * np.pi) - low) / (high - low), 0, 1)
         return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
+
+    def _proportional(self) -> np.ndarray:
+        # the first pairs as in a whole head, and the rest of it at rest
+        rotated = int(self.part * self.h // 2)
+        frequencies_r = inverse_frequencies(self.h, self.theta) / np.float32(self.factor)
+        return np.where(np.arange(self.h // 2) < rotated, frequencies_r, np.float32(0))
+
+
+def by_layer_type(parameters: Mapping[str, Any], layer_types: Collection[str]) -> dict[str, Mapping[str, Any] | None]:
+    """`rope_parameters` of each layer type: the entry that has its name, or where none has, the same for all.
+
+    An entry that is None is one of layers without positions. Raises ConfigError for a layer type without an entry.
+    """
+    if not (nested := [kind for kind in layer_types if kind in parameters]):
+        return dict.fromkeys(layer_types, parameters)
+    for kind in layer_types:
+        if kind not in nested or not isinstance(parameters[kind], Mapping | None):
+            raise ConfigError(
+                f"rope_parameters: {kind}={shown(parameters.get(kind))} is not supported; legal is an object for each "
+                f"layer type, {', '.join(layer_types)}"
+            )
+    return {kind: parameters[kind] for kind in layer_types}

@@ -1,0 +1,106 @@
+"""Qwen2 and Qwen2.5 (Qwen Team, arXiv:2407.10671, arXiv:2412.15115).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen2/modeling_qwen2.py
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from flax import nnx
+from jax import Array
+
+from jx_neuron.checkpoint.weights import Copy
+from jx_neuron.models.llama_like import LlamaLikeConfig, layer_types, layer_windows, sliding_from
+from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, through
+from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.state import LayerState, Positions, State
+
+
+@dataclass(frozen=True)
+class Config(LlamaLikeConfig):
+    """HF's Qwen2Config."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32
+    max_position_embeddings: int = 32768
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = field(default=28, metadata={"least": 0})
+    layer_types: list[str] | None = None
+
+    MODEL_TYPE: ClassVar[str] = "qwen2"
+    COMPLETE: ClassVar[bool] = True
+    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+
+    @property
+    def window(self) -> int | None:
+        """Of layers that have one."""
+        return self.sliding_window if self.use_sliding_window else None
+
+    @property
+    def types(self) -> list[str]:
+        first = self.layers if self.window is None else self.max_window_layers
+        return layer_types(self, self.layer_types, sliding_from(first, self.layers))
+
+    @property
+    def windows(self) -> list[int | None]:
+        return layer_windows(self, self.types, self.window)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, window: int | None, rngs: nnx.Rngs):
+        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
+        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
+        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
+        self.qkv = Linears((d,), qkv, bias=True, rngs=rngs)
+        self.o_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
+        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
+        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
+        self.act = ACT[cfg.hidden_act]
+        self.window = window
+
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
+        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
+        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at, window=self.window)
+        x_btd = x_btd + self.o_proj(a_btnh)
+        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
+        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+
+
+class Model(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.layers = nnx.List(Block(cfg, window, rngs) for window in cfg.windows)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.rope = cfg.rope
+
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
+        x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
+        x_btd, state = through(self.layers, x_btd, state, at, by)
+        return self.norm(x_btd), state
+
+    def logits(self, x_btd: Array) -> Array:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+
+
+HF, OURS = "model.layers.{i}.", "layers.{i}."
+WEIGHTS = (
+    embedding("model.embed_tokens", "embed_tokens"),
+    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
+    *attention(HF + "self_attn.", OURS, out_bias=False),
+    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
+    *gated_mlp(HF + "mlp.", OURS, bias=False),
+    rms_norm("model.norm", "norm"),
+    embedding("lm_head", "lm_head"),
+)
+
+# inverse frequencies that older checkpoints carry, and the head where it is tied
+IGNORE = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))
