@@ -5,6 +5,7 @@ Prompts of different lengths go through in chunks, and are continued beyond ever
 
 import dataclasses
 import math
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def random_model(model_type: str, options: dict[str, Any]) -> Any:
     """HF's model, every parameter random: matrices keep the scale of what they multiply, norms are near 1 and biases
     far from 0, and so are buffers that checkpoints have."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **options))
-    model = model.float().eval()
+    config = transformers.AutoConfig.for_model(model_type, **deepcopy(options))
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     saved = model.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
