@@ -22,7 +22,94 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+BETA = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "apertus": [
+        LLAMA | {"attention_bias": True},
+        LLAMA | {"rope_parameters": {"rope_theta": 500.0}, "hidden_act": "gelu", "tie_word_embeddings": True},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": None, "rms_norm_eps": 0.1},
+    ],
+    "arcee": [
+        LLAMA | BIASES,
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20, "tie_word_embeddings": True},
+        LLAMA | {"hidden_act": "silu", "rope_parameters": YARN, "num_key_value_heads": None},
+    ],
+    "ernie4_5": [
+        LLAMA | {"head_dim": 20, "use_bias": True},
+        LLAMA | {"head_dim": None, "tie_word_embeddings": False, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ],
+    "granite": [
+        LLAMA
+        | BIASES
+        | {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+        LLAMA | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1, "logits_scaling": 2},
+    ],
+    "helium": [
+        LLAMA | {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+        LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ],
+    "hunyuan_v1_dense": [
+        LLAMA | {"head_dim": 20, "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0}},
+        LLAMA | {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.1},
+        LLAMA
+        | {
+            "head_dim": 8,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": 30,
+        },
+    ],
+    "ministral3": [
+        LLAMA | {"head_dim": 20, "rope_parameters": BETA},
+        LLAMA | {"head_dim": 12, "rope_parameters": BETA, "sliding_window": 7, "tie_word_embeddings": True},
+        LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1},
+    ],
+    "mistral": [
+        LLAMA | {"sliding_window": 7},
+        LLAMA | {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20},
+        LLAMA | {"tie_word_embeddings": True, "rope_parameters": YARN},
+    ],
+    "phi3": [
+        LLAMA
+        | {
+            "hidden_size": 64,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 48,
+        },
+        LLAMA | {"sliding_window": 7, "num_key_value_heads": None, "tie_word_embeddings": True},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "partial_rotary_factor": 0.75},
+        LLAMA | {"hidden_size": 32, "rope_scaling": LONGROPE | {"type": "su"}, "rope_theta": 500.0},
+    ],
+    "seed_oss": [
+        LLAMA | {"head_dim": 20},
+        LLAMA | {"head_dim": 12, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": None},
+    ],
+    "smollm3": [
+        LLAMA | WINDOW | {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
+        LLAMA | BIASES | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": False},
+        LLAMA
+        | {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": LLAMA3 | {"rope_theta": 500.0},
+        },
+    ],
     "llama": [
         LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 20, "attention_bias": True},
     ],

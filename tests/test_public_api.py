@@ -35,7 +35,9 @@ PUBLIC = {
     "jx_neuron.models": "Decoder DecoderModule Family family model_types register",
     "jx_neuron.models.known": "KNOWN config_of",
     "jx_neuron.planning": "INSTANCES Instance Memory Plan check find padding_note plan",
-    "jx_neuron.nn.rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
+    "jx_neuron.nn.rope": """
+        RopeScaling Rotation by_layer_type inverse_frequencies query_scale rope_half rope_interleaved rotation
+    """,
     "jx_neuron.integrations.parity": "ModelTensors Parity parity",
 }
 WITH_TORCH = {"HuggingFaceGenerationModelAdapter"}  # of jx_neuron, and not among what `import *` brings

@@ -30,8 +30,9 @@ class RopeConfig(HFConfig):
 
     A family whose heads are rotated in part has a field `partial_rotary_factor`, with HF's default.
 
-    ROPE_KEYS:    keys of rope_parameters that the family itself reads, all numbers.
-    ROPE_BY_TYPE: rope_parameters may have an entry for each layer type.
+    ROPE_KEYS:    keys of rope_parameters that HF has for this family alone, all numbers.
+    ROPE_USUAL:   rope_parameters where the config has none.
+    ROPE_BY_TYPE: whether rope_parameters may have an entry for each layer type.
     """
 
     max_position_embeddings: int = 2048
@@ -41,6 +42,7 @@ class RopeConfig(HFConfig):
     original_max_position_embeddings: int | None = None
 
     ROPE_KEYS: ClassVar[frozenset[str]] = frozenset()
+    ROPE_USUAL: ClassVar[Mapping[str, Any]] = {}
     ROPE_BY_TYPE: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class RopeConfig(HFConfig):
     @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
-        return self._scaling(self._rope_parameters, self.original_max_position_embeddings)
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings)
 
     @property
     def ropes(self) -> dict[str, RopeScaling | None]:
@@ -69,19 +71,20 @@ class RopeConfig(HFConfig):
         types = list(dict.fromkeys(self.types))
         if not self._has_rope_by_type:
             return dict.fromkeys(types, self.rope)
-        entries = by_layer_type(self._rope_parameters, types)
+        entries = by_layer_type(self.rope_fields, types)
         return {
             kind: None if entry is None else self._scaling(_without_truncate(entry), None)
             for kind, entry in entries.items()
         }
 
     @property
-    def _rope_parameters(self) -> dict[str, Any]:
-        return self.rope_scaling or self.rope_parameters or {}
+    def rope_fields(self) -> Mapping[str, Any]:
+        """rope_parameters, or rope_scaling as older configs have it."""
+        return self.rope_scaling or (self.ROPE_USUAL if self.rope_parameters is None else self.rope_parameters)
 
     @property
     def _has_rope_by_type(self) -> bool:
-        return self.ROPE_BY_TYPE and any(kind in self._rope_parameters for kind in self.types)
+        return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
 
     def _scaling(self, parameters: Mapping[str, Any], original: int | None) -> RopeScaling:
         return RopeScaling(
@@ -106,7 +109,7 @@ class RopeConfig(HFConfig):
             f"rope_parameters.{kind}.{key}"
             for kind, rope in self.ropes.items()
             if rope is not None
-            for key in (*rope.unread, *({"truncate"} & set(self._rope_parameters[kind])))
+            for key in (*rope.unread, *({"truncate"} & set(self.rope_fields[kind])))
         ]
 
     @property
@@ -123,6 +126,8 @@ class LlamaLikeConfig(RopeConfig):
     """The fields that these decoders share.
 
     Sizes have no defaults of their own here: a family's `Config` gives those of its HF class.
+
+    ACT: the activations that it may have.
     """
 
     vocab_size: int
@@ -137,11 +142,12 @@ class LlamaLikeConfig(RopeConfig):
     tie_word_embeddings: bool = False
 
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
-    USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
+    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
+    ACT: ClassVar[Mapping[str, Any]] = ACT
 
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
-        one_of(family, "hidden_act", self.hidden_act, ACT)
+        one_of(family, "hidden_act", self.hidden_act, self.ACT)
         n, k = self.sizes["n"], self.sizes["k"]
         if self.head_dim is None:
             divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)

@@ -1,0 +1,126 @@
+"""SmolLM3 (Hugging Face, 2025): Llama of which every fourth layer has no positions (Yang et al., arXiv:2501.18795).
+
+https://github.com/huggingface/transformers/blob/main/src/transformers/models/smollm3/modeling_smollm3.py
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flax import nnx
+from jax import Array
+
+from jx_neuron.checkpoint.weights import Copy
+from jx_neuron.errors import ConfigError
+from jx_neuron.models.llama_like import FULL, SLIDING, LlamaLikeConfig, layer_types, layer_windows
+from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, through
+from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.state import LayerState, Positions, State
+
+
+@dataclass(frozen=True)
+class Config(LlamaLikeConfig):
+    """HF's SmolLM3Config."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 4
+    max_position_embeddings: int = 32768
+    rope_theta: float = 2000000.0
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int = 4
+    layer_types: list[str] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True
+
+    MODEL_TYPE: ClassVar[str] = "smollm3"
+    COMPLETE: ClassVar[bool] = True
+    INERT: ClassVar[frozenset[str]] = frozenset("attention_dropout max_window_layers pretraining_tp".split())
+
+    def __post_init__(self) -> None:
+        if self.no_rope_layers is not None and len(self.no_rope_layers) < self.layers:
+            raise ConfigError(
+                f"smollm3: no_rope_layers has {len(self.no_rope_layers)} entries for {self.layers} layers; it takes "
+                "one for each, 1 for RoPE and 0 for none"
+            )
+        super().__post_init__()
+
+    @property
+    def rotates(self) -> list[bool]:
+        """Whether each layer has RoPE."""
+        if self.no_rope_layers is not None:
+            return [bool(entry) for entry in self.no_rope_layers[: self.layers]]
+        return [(layer + 1) % self.no_rope_layer_interval != 0 for layer in range(self.layers)]
+
+    @property
+    def types(self) -> list[str]:
+        windowed = self.use_sliding_window and self.sliding_window is not None
+        usual = [SLIDING if windowed and not rotates else FULL for rotates in self.rotates]
+        return layer_types(self, self.layer_types, usual)
+
+    @property
+    def windows(self) -> list[int | None]:
+        return layer_windows(self, self.types, self.sliding_window)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, window: int | None, rotates: bool, rngs: nnx.Rngs):
+        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
+        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
+        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
+        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
+        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
+        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=cfg.mlp_bias, rngs=rngs)
+        self.down_proj = Linear((f,), (d,), bias=cfg.mlp_bias, rngs=rngs)
+        self.act = ACT[cfg.hidden_act]
+        self.window, self.rotates = window, rotates
+
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
+        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
+        if self.rotates:
+            q_btnh, k_btkh = rope_half(q_btnh, by), rope_half(k_btkh, by)
+        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, window=self.window)
+        x_btd = x_btd + self.o_proj(a_btnh)
+        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
+        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+
+
+class Model(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        kinds = zip(cfg.windows, cfg.rotates, strict=True)
+        self.layers = nnx.List(Block(cfg, window, rotates, rngs) for window, rotates in kinds)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.rope = cfg.rope
+
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
+        x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
+        x_btd, state = through(self.layers, x_btd, state, at, by)
+        return self.norm(x_btd), state
+
+    def logits(self, x_btd: Array) -> Array:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+
+
+HF, OURS = "model.layers.{i}.", "layers.{i}."
+WEIGHTS = (
+    embedding("model.embed_tokens", "embed_tokens"),
+    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
+    *attention(HF + "self_attn.", OURS),
+    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
+    *gated_mlp(HF + "mlp.", OURS),
+    rms_norm("model.norm", "norm"),
+    embedding("lm_head", "lm_head"),
+)
+
+# inverse frequencies that older checkpoints carry, and the head where it is tied
+IGNORE = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))
