@@ -119,12 +119,12 @@ class HFConfig:
         return next(self._values(_POSITIONS), None)
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
+    def windows(self) -> Sequence[int | None]:
         """How many of the last positions each layer attends to, the token's own among them; None for all.
 
         A layer keeps no more than these, so a block of the layer calls `attend` with the same window.
         """
-        return (None,) * self.layers
+        return [None] * self.layers
 
     def with_layers(self, layers: int) -> Self:
         """The same config with another number of layers, in HF's field. Raises ConfigError where there is none."""

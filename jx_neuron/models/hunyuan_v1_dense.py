@@ -13,7 +13,7 @@ from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.models.llama_like import LlamaLikeConfig
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, Linear, Linears, RMSNorm, through
+from jx_neuron.nn.layers import ACT, Embedding, Layers, Linear, Linears, RMSNorm
 from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
 from jx_neuron.nn.state import LayerState, Positions, State
 
@@ -71,14 +71,14 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.layers = nnx.List(Block(cfg, rngs) for _ in range(cfg.layers))
+        self.layers = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.rope = cfg.rope
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
-        x_btd, state = through(self.layers, x_btd, state, at, by)
+        x_btd, state = self.layers(x_btd, state, at, by)
         return self.norm(x_btd), state
 
     def logits(self, x_btd: Array) -> Array:

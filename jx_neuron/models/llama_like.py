@@ -56,11 +56,6 @@ class RopeConfig(HFConfig):
         return [FULL] * self.layers
 
     @property
-    def windows(self) -> list[int | None]:
-        """How many positions each layer attends to; None for all."""
-        return [None] * self.layers
-
-    @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
         return self._scaling(self.rope_fields, self.original_max_position_embeddings)

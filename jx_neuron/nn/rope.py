@@ -77,7 +77,7 @@ def query_scale(at: Positions, beta: float, original: int) -> Array:
     https://github.com/huggingface/transformers/blob/main/src/transformers/models/ministral3/modeling_ministral3.py
     """
     stretch_bt = (at.position_bt // original).astype(jnp.float32)
-    return once(1 + beta * jnp.log(1 + stretch_bt))[:, :, None, None]
+    return ops().once(1 + beta * jnp.log(1 + stretch_bt))[:, :, None, None]
 
 
 # which keys of rope_parameters each rope_type needs, and which it may have
