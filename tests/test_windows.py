@@ -76,7 +76,7 @@ def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
             slots = rng.permutation(3)[: rng.integers(1, 4)]
             counts = np.minimum(rng.integers(0, 5, len(slots)), np.maximum(S - done[slots], 0))
             step(slots.tolist(), 4, counts, S)
-    assert (done > max(w for w in WINDOWS if w)).all(), done
+    assert (done > min(filter(None, WINDOWS))).all(), done
 
 
 @pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
