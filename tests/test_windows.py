@@ -69,7 +69,7 @@ def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
             done[slot] += count
 
     step([2, 0], first, [first, first - 2], first)
-    for _ in range(9):
+    for _ in range(12):
         if rng.random() < 0.5:
             step([0, 1, 2], 1, rng.integers(0, 2, 3) * (done < S), S)
         else:
