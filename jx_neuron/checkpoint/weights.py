@@ -18,7 +18,7 @@ from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.nn.sharding import Padding
 from jx_neuron.util.ondemand import OnDemand
 from jx_neuron.util.pages import scratch
-from jx_neuron.util.progress import ahead, track
+from jx_neuron.util.progress import prefetch, track
 
 __all__ = [
     "Copy",
@@ -214,7 +214,7 @@ class Source:
                 return put(path, array) if put else np.ascontiguousarray(array)
 
         placed: Params = {}
-        arrays = zip(track(paths, "loading weights", len(paths)), ahead(read, paths), strict=True)
+        arrays = zip(track(paths, "loading weights", len(paths)), prefetch(read, paths), strict=True)
         for path, array in arrays:
             sharding = NamedSharding(mesh, REPLICATED if path in packing else self.split(path))
             placed[path] = jax.device_put(array, sharding).block_until_ready()

@@ -112,8 +112,8 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.formatwarning
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
-        told = f"jx-neuron: {message}"
-        return _fitted(told, sys.stderr) + "\n" if category is UserWarning else usual(message, category, *where, **line)
+        text = f"jx-neuron: {message}"
+        return _fitted(text, sys.stderr) + "\n" if category is UserWarning else usual(message, category, *where, **line)
 
     warnings.formatwarning = plain
     try:

@@ -115,18 +115,18 @@ def find_compiler() -> Compiler:
 
     Raises CompilerError that says what to install where there is none.
     """
-    found = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
-    if found is None:
+    executable = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
+    if executable is None:
         raise CompilerError(
             "neuronx-cc, AWS's compiler, is not installed. It runs on Linux x86-64, and comes from AWS's "
             f"Neuron repository: {INSTALL}. All but the NEFFs works without it: compile with --hlo-only"
         )
-    shown = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    shown = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"Compiler version\s+(\S+)", shown.stdout + shown.stderr)
     if shown.returncode or version is None:
         said = (shown.stderr or shown.stdout).strip() or "nothing"
-        raise CompilerError(f"{found} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
-    return Compiler(Path(found), version[1])
+        raise CompilerError(f"{executable} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
+    return Compiler(Path(executable), version[1])
 
 
 def asked_target() -> str | None:
@@ -136,13 +136,13 @@ def asked_target() -> str | None:
 
 def target(options: CompilerOptions) -> str:
     """The instance family that is compiled for."""
-    asked = asked_target()
-    if options.target and asked and options.target != asked:
+    flag = asked_target()
+    if options.target and flag and options.target != flag:
         raise CompilerError(
-            f"{FLAGS_VARIABLE} asks for --target={asked}, but the programs are for {options.target}. "
-            f"Drop the flag, or ask for target {asked} in both"
+            f"{FLAGS_VARIABLE} asks for --target={flag}, but the programs are for {options.target}. "
+            f"Drop the flag, or ask for target {flag} in both"
         )
-    return options.target or asked or "trn1"
+    return options.target or flag or "trn1"
 
 
 def flags(options: CompilerOptions) -> list[str]:
@@ -153,20 +153,22 @@ def flags(options: CompilerOptions) -> list[str]:
 
     Raises CompilerError for flags that contradict the target or are not the user's to set.
     """
-    theirs = _user_flags()
+    user_flags = _user_flags()
     for name, reason in _OURS.items():
-        if any(flag.startswith(f"{name}=") for flag in theirs):
+        if any(flag.startswith(f"{name}=") for flag in user_flags):
             raise CompilerError(f"{FLAGS_VARIABLE} sets {name}, but {reason}. Drop the flag")
-    ours = {
+    defaults = {
         "--framework": "XLA",
         "--target": target(options),
         "--model-type": options.model_type or "transformer",
         "--auto-cast": options.auto_cast or "none",
         "--auto-cast-type": options.auto_cast_type,
         "--optlevel": options.optlevel,
-        "--logical-nc-config": _logical_nc_config(options, _last(theirs, "--logical-nc-config")),
+        "--logical-nc-config": _logical_nc_config(options, _last(user_flags, "--logical-nc-config")),
     }
-    return [f"{name}={value}" for name, value in ours.items() if value is not None and not _last(theirs, name)] + theirs
+    return [
+        f"{name}={value}" for name, value in defaults.items() if value is not None and not _last(user_flags, name)
+    ] + user_flags
 
 
 def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions) -> list[str]:
@@ -183,16 +185,16 @@ def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions)
 
 def worker_count(options: CompilerOptions, jobs: int | None = None) -> int:
     """How many programs are compiled at a time."""
-    told = jobs if jobs is not None else options.compilation_worker_count
-    if told is None and (text := os.environ.get(WORKERS_VARIABLE)):
+    count = jobs if jobs is not None else options.compilation_worker_count
+    if count is None and (text := os.environ.get(WORKERS_VARIABLE)):
         if not text.isdecimal():
             raise CompilerError(f"{WORKERS_VARIABLE}={text} is not a number of workers")
-        told = int(text)
-    if told is None:
+        count = int(text)
+    if count is None:
         return max(1, (os.cpu_count() or 1) // 4)
-    if told < 1:
-        raise CompilerError(f"{told} programs at a time cannot be compiled: at least 1 worker is needed")
-    return told
+    if count < 1:
+        raise CompilerError(f"{count} programs at a time cannot be compiled: at least 1 worker is needed")
+    return count
 
 
 def compile_programs(
@@ -293,17 +295,17 @@ class _Run:
         log = "".join(
             path.read_text(errors="replace") for path in (folder / LOG_FILE, folder / OUTPUT_FILE) if path.exists()
         )
-        kept = folder / OUTPUT_FILE
+        log_path = folder / OUTPUT_FILE
         if not os.environ.get(DUMP_VARIABLE):
-            kept = self.cache / "failed" / f"{folder.name}.log"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_file(kept, log.encode())
+            log_path = self.cache / "failed" / f"{folder.name}.log"
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(log_path, log.encode())
         tail = [line for line in log.splitlines() if line.strip()][-TAIL_LINES:]
         return "\n".join(
             [
                 f"neuronx-cc {self.compiler.version} could not compile the program {name!r} "
                 f"for {target(self.options)}: {explain(log, status)}",
-                f"The end of its log ({kept}):",
+                f"The end of its log ({log_path}):",
                 *(f"  {line}" for line in tail or ["(it wrote nothing)"]),
             ]
         )
@@ -354,19 +356,19 @@ def _user_flags() -> list[str]:
         tokens = iter(shlex.split(text))
     except ValueError as error:
         raise CompilerError(f"{FLAGS_VARIABLE}={text} is no command line: {error}") from error
-    found = []
+    kept_flags = []
     for token in tokens:
         name, equals, value = token.partition("=")
         if re.fullmatch(r"-O\d", token):
             name, equals, value = "-O", "=", token[2:]
         name = _ALIASES.get(name, name)
         if name not in _TAKING_A_VALUE:
-            found.append(token)
+            kept_flags.append(token)
             continue
         if not equals and (value := next(tokens, "")) == "":
             raise CompilerError(f"{FLAGS_VARIABLE}={text}: {token} is given without a value")
-        found.append(f"{name}={value}")
-    return found
+        kept_flags.append(f"{name}={value}")
+    return kept_flags
 
 
 def _last(given: Sequence[str], name: str) -> str | None:
@@ -388,14 +390,14 @@ def _logical_nc_config(options: CompilerOptions, asked: str | None) -> str | Non
     choices = [str(choice) for choice in family.lnc_choices]
     if len(choices) > 1:
         named[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
-    given = {source: value for source, value in named.items() if value}
-    for source, value in given.items():
+    settings = {source: value for source, value in named.items() if value}
+    for source, value in settings.items():
         if value not in choices:
             raise CompilerError(
                 f"{source} is {value}, but a logical core of {family.name} is made of {' or '.join(choices)} "
                 "(NCC_EARG001). Drop the setting"
             )
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{source} is {value}" for source, value in given.items())
+    if len(set(settings.values())) > 1:
+        said = ", ".join(f"{source} is {value}" for source, value in settings.items())
         raise CompilerError(f"the sizes of a logical core do not agree: {said}. Set them alike")
-    return next(iter(given.values()), None) if len(choices) > 1 else None
+    return next(iter(settings.values()), None) if len(choices) > 1 else None

@@ -79,9 +79,9 @@ def candidates(top_k: int, vocab_size: int, global_top_k: int, compiled: int | N
     most = vocab_size if top_k == 0 else min(top_k, vocab_size)
     if compiled is not None:
         if most > compiled:
-            asked = "0 (all)" if top_k == 0 else most
+            wanted = "0 (all)" if top_k == 0 else most
             raise InputError(
-                f"top_k={asked} needs more candidates than the {compiled} that the programs were compiled with; "
+                f"top_k={wanted} needs more candidates than the {compiled} that the programs were compiled with; "
                 f"ask for at most {compiled}, or compile with a larger GenerationConfig(global_top_k=…)"
             )
         return compiled

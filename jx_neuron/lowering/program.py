@@ -74,8 +74,8 @@ class Program(ProgramSpec):
             target: inf2, trn1, trn1n, trn2 or trn3.
             lnc: logical-core configuration; None is the target's default.
         """
-        found = verify(self.hlo_module, target, lnc=lnc)
-        return [replace(v, source=v.source or self.sources.get(v.instruction or "")) for v in found]
+        violations = verify(self.hlo_module, target, lnc=lnc)
+        return [replace(v, source=v.source or self.sources.get(v.instruction or "")) for v in violations]
 
     def run(self, *args: Any) -> list[np.ndarray[Any, Any]]:
         """Runs it on the host, one CPU device a core.
@@ -94,7 +94,7 @@ class Program(ProgramSpec):
         if len(leaves) != len(wanted):
             raise InputError(f"{self.name} takes {len(wanted)} arrays ({len(leaves)} given)")
         executable = _executable(self.hlo_module, self.tp_degree)
-        given = []
+        arrays = []
         for spec, leaf in zip(wanted, leaves, strict=True):
             array = np.asarray(leaf, jnp.result_type(leaf))
             if (array.shape, array.dtype.name) != (spec.global_shape(self.tp_degree), spec.dtype):
@@ -102,12 +102,12 @@ class Program(ProgramSpec):
                 raise InputError(
                     f"{self.name}: {spec.name} is {array.dtype}{list(array.shape)}, and must be {expected}"
                 )
-            given.append(jax.device_put(array, executable.sharding(spec.partition)))
+            arrays.append(jax.device_put(array, executable.sharding(spec.partition)))
         if len(wanted) < len(self.inputs):
             ranks = np.arange(self.tp_degree, dtype=np.int32)
-            given.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
-        found = executable.execute(given)
-        return [_whole(shards, spec) for shards, spec in zip(found, self.outputs, strict=True)]
+            arrays.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
+        shards_by_output = executable.execute(arrays)
+        return [_whole(shards, spec) for shards, spec in zip(shards_by_output, self.outputs, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)

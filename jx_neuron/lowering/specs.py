@@ -64,16 +64,16 @@ def input_labels(
     """The name and kind of every array of the arguments, as `lower` states them."""
     if len(kinds) != len(args):
         raise LoweringError(f"{len(kinds)} input_kinds given for {len(args)} arguments")
-    found = [
+    argument_names = [
         (key if kind == "param" and key else f"{argument}.{key}" if key else argument, kind)
         for argument, kind, tree in zip(_argument_names(fn, args), kinds, args, strict=True)
         for key in (_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     ]
     if names is None:
-        return iter(found)
-    if len(names) != len(found):
-        raise LoweringError(f"{len(names)} input_names given for {len(found)} arrays")
-    return zip(names, [kind for _, kind in found], strict=True)
+        return iter(argument_names)
+    if len(names) != len(argument_names):
+        raise LoweringError(f"{len(names)} input_names given for {len(argument_names)} arrays")
+    return zip(names, [kind for _, kind in argument_names], strict=True)
 
 
 def _argument_names(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:

@@ -121,8 +121,8 @@ def family(model_type: str) -> Family:
             f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}. "
             "A decoder of your own is added with jx_neuron.register()"
         )
-    found = _FAMILIES[model_type]
-    return cast(Family, import_module(found)) if isinstance(found, str) else found
+    entry = _FAMILIES[model_type]
+    return cast(Family, import_module(entry)) if isinstance(entry, str) else entry
 
 
 class _SameKey(nnx.RngStream):
@@ -180,11 +180,11 @@ class Decoder:
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
             raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))
-        of = family(model_type)
-        config = of.Config.from_hf(raw)
+        parts = family(model_type)
+        config = parts.Config.from_hf(raw)
         if tensors is not None:
-            weights.present(of.WEIGHTS, config, tensors)
-        return cls._made(model_type, of, config, tp_degree)
+            weights.present(parts.WEIGHTS, config, tensors)
+        return cls._made(model_type, parts, config, tp_degree)
 
     @classmethod
     def _made(cls, model_type: str, family: Family, config: HFConfig, tp_degree: int) -> "Decoder":

@@ -116,9 +116,9 @@ def find(name: str) -> Instance:
 
     Raises InputError that lists those known.
     """
-    named = {of.name: of for of in (*INSTANCES, TRN3_DEVICE)}
-    family = [of for of in INSTANCES if of.device.target == name]
-    found = named.get(name) or (family[-1] if family else None)
-    if found is None:
+    named = {one.name: one for one in (*INSTANCES, TRN3_DEVICE)}
+    family = [one for one in INSTANCES if one.device.target == name]
+    instance = named.get(name) or (family[-1] if family else None)
+    if instance is None:
         raise InputError(f"instance {name!r} is not known; known are {', '.join(named)}")
-    return found
+    return instance

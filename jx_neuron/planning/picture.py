@@ -87,10 +87,10 @@ def _latency(axes: Any, plan: Plan, ticks: Any) -> None:
     axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0, label=f"± {ERROR:.0%}")
     axes.plot(batches, milliseconds, "o-", color=colour, markersize=4, label="predicted")
     for rate, y in zip(plan.rates, milliseconds, strict=True):
-        asked = rate.batch_size == plan.batch_size
+        is_planned = rate.batch_size == plan.batch_size
         axes.annotate(
             f"{rate.tokens_per_second:,.0f}", (rate.batch_size, y), (0, 11), textcoords="offset points", ha="center",
-            fontsize=8, fontweight="bold" if asked else "normal",
+            fontsize=8, fontweight="bold" if is_planned else "normal",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])

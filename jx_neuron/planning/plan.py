@@ -67,11 +67,11 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        of = asdict(self)
-        of["memory"] = self.memory.as_dict()
-        for listed, degree in zip(of["degrees"], self.degrees, strict=True):
+        fields = asdict(self)
+        fields["memory"] = self.memory.as_dict()
+        for listed, degree in zip(fields["degrees"], self.degrees, strict=True):
             listed["memory"] = degree.memory.as_dict()
-        return of
+        return fields
 
 
 def plan(
@@ -106,8 +106,8 @@ def plan(
     Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
     """
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
-    found = find(instance) if instance else None
-    where, degree = _place(request, found, None if tp_degree is None else integer("tp_degree", tp_degree))
+    chosen = find(instance) if instance else None
+    where, degree = _place(request, chosen, None if tp_degree is None else integer("tp_degree", tp_degree))
     memory = request.memory(where, degree, _lowered(model, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
     predict = request.speed(where, degree)
@@ -197,8 +197,8 @@ def _place(request: Request, instance: Instance | None, tp_degree: int | None) -
             return holds[0], tp_degree
         why = _why_nowhere(request, tp_degree)
     elif instance is None:
-        if (found := request.cheapest()) is not None:
-            return found
+        if (chosen := request.cheapest()) is not None:
+            return chosen
         why = _why_nowhere(request, None)
     else:
         degree = request.best_degree(instance) if tp_degree is None else tp_degree

@@ -138,22 +138,22 @@ def left_out() -> Iterator[Compared]:
 
 
 def _efficiency(row: published.Prefill, constants: Constants) -> float:
-    of = _of(row, constants)
-    fixed = of.outline.layers * (of.collectives(row.tokens) + constants.layer)
-    return of.flops(1, row.tokens, row.tokens) / of._peak / (row.milliseconds / 1e3 - fixed)
+    model_speed = _of(row, constants)
+    fixed = model_speed.outline.layers * (model_speed.collectives(row.tokens) + constants.layer)
+    return model_speed.flops(1, row.tokens, row.tokens) / model_speed._peak / (row.milliseconds / 1e3 - fixed)
 
 
 def _predict(row: published.Decode | published.Prefill, constants: Constants) -> float:
-    of = _of(row, constants)
+    model_speed = _of(row, constants)
     if isinstance(row, published.Prefill):
-        return of.to_first_token(1, row.tokens, row.tokens)
-    return of.per_token(row.batch_size, row.sequence)
+        return model_speed.to_first_token(1, row.tokens, row.tokens)
+    return model_speed.per_token(row.batch_size, row.sequence)
 
 
 def _of(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    of = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
+    model_speed = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
     weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
-    return dataclasses.replace(of, weight_itemsize=weight_itemsize, constants=constants)
+    return dataclasses.replace(model_speed, weight_itemsize=weight_itemsize, constants=constants)
 
 
 @cache

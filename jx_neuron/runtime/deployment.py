@@ -86,8 +86,8 @@ class Deployment:
         options = CompilerOptions(target=target_for(target))
         neuronx_cc.find_compiler()
         self.check(target_for(target))
-        made = neuronx_cc.compile_programs({name: self.hlo(name) for name in missing}, options, jobs=jobs)
-        self.neffs = {**self.neffs, **{name: partial(made.__getitem__, name) for name in made}}
+        neffs = neuronx_cc.compile_programs({name: self.hlo(name) for name in missing}, options, jobs=jobs)
+        self.neffs = {**self.neffs, **{name: partial(neffs.__getitem__, name) for name in neffs}}
 
     def bundle(self, parameters: Mapping[str, Sequence[np.ndarray]]) -> Bundle:
         """The programs with parameters to run them on: of each, a part a rank."""

@@ -105,11 +105,11 @@ class Buckets:
 
 def fit(buckets: Iterable[int], length: int) -> int:
     """The smallest of ascending `buckets` that is at least `length`, or the largest."""
-    found = 0
-    for found in buckets:
-        if found >= length:
+    size = 0
+    for size in buckets:
+        if size >= length:
             break
-    return found
+    return size
 
 
 def bucket_sizes(name: str, value: Any, most: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def side_by_side(make: Callable[[T], Any], wanted: Sequence[T], description: str
         pool.shutdown(cancel_futures=True)
 
 
-def ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def prefetch(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """read(item) of each in turn; two threads read the next ones while one is in use."""
     reading = deque[Future[R]]()
     with ThreadPoolExecutor(2) as threads:

@@ -162,8 +162,8 @@ def root(computation: Any) -> Any:
 
 def parameters(computation: Any) -> list[Any]:
     """Its parameter instructions, by number."""
-    found = (i for i in computation.instructions if i.opcode == "parameter")
-    return sorted(found, key=lambda i: i.parameter_number)
+    instructions = (i for i in computation.instructions if i.opcode == "parameter")
+    return sorted(instructions, key=lambda i: i.parameter_number)
 
 
 def instructions(module: Any) -> Iterator[Any]:

@@ -28,8 +28,8 @@ def shape_fault(i: Instruction) -> str | None:
         sound = False
     if sound:
         return None
-    given = ", ".join(str(o.shape) for o in i.operands)
-    return f"has the shape {i.shape}, which {i.opcode} does not give for ({given})"
+    operands = ", ".join(str(o.shape) for o in i.operands)
+    return f"has the shape {i.shape}, which {i.opcode} does not give for ({operands})"
 
 
 def _array(shape: Shape) -> tuple[str, tuple[int, ...]]:

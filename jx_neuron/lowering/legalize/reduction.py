@@ -69,9 +69,9 @@ def _kind(reducer: Any, is_float: bool) -> str | None:
     ]
     if is_float:
         examples += [(math.nan, 0, 1, 1), (math.nan, 1, 1, 0), (1, 0, math.nan, 1)]
-    found = [_evaluate(reducer, example) for example in examples]
+    values = [_evaluate(reducer, example) for example in examples]
     for opcode, better in (("maximum", max), ("minimum", min)):
-        if found == [_first_best(example, better) for example in examples]:
+        if values == [_first_best(example, better) for example in examples]:
             return opcode
     return None
 
