@@ -217,16 +217,20 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · (offset + scale) over the last axis, in float32 (Zhang, Sennrich, arXiv:1910.07467).
 
-    def __init__(self, d: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((d,)))
-        self.eps = eps
+    offset: 1 where checkpoints have scales less one, as Gemma's do.
+    """
+
+    def __init__(self, d: int, eps: float, *, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((d,), 1 - offset))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(ops().mean(y * y) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...]
+        return (y * (self.offset + scale if self.offset else scale)).astype(x.dtype)
 
 
 def _gelu_tanh(x: Array) -> Array:
