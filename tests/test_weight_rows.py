@@ -13,6 +13,7 @@ import transformers
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from jx_neuron import models, register
 from jx_neuron.checkpoint import layout
@@ -21,7 +22,7 @@ from jx_neuron.checkpoint.weights import W, from_params
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, llama
-from jx_neuron.models.rows import attention, gated_mlp
+from jx_neuron.models.rows import alibi_slopes, attention, gated_mlp, grouped_qkv
 from jx_neuron.planning.outline import Outline
 
 SIZES = dict(
@@ -66,7 +67,7 @@ def checkpoint(decoder: Decoder, without: str = "\0") -> dict[str, np.ndarray]:
     """Random tensors for the rows of one tensor each."""
     rng = np.random.default_rng(0)
     sizes = decoder.config.sizes
-    named = [row for row in decoder.rows if not row.is_computed and not row.is_stacked and without not in row.name]
+    named = [row for row in decoder.rows if not row.is_computed and not row.stacked and without not in row.name]
     return {row.name: rng.normal(size=row.source_shape(sizes)).astype(np.float32) for row in named}
 
 
@@ -92,6 +93,42 @@ def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:
     tensor = np.arange(np.prod(row.source_shape(sizes))).reshape(row.source_shape(sizes))
     actual = layout.parse(text).apply(tensor, sizes)
     np.testing.assert_array_equal(actual, expected(tensor))
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_projections_that_are_fused_group_by_group(k: int) -> None:
+    sizes = dict(n=6, k=k, h=2, d=5)
+    tensor = np.random.default_rng(0).normal(size=(2 * (6 + 2 * k), 5))
+    groups = tensor.reshape(k, 6 // k + 2, 2, 5)
+    expected = groups[:, :-2].reshape(6, 2, 5), groups[:, -2], groups[:, -1]
+    rows = grouped_qkv("x", "qkv", bias=False)
+    for row, heads in zip(rows, expected, strict=True):
+        row.check(sizes)
+        assert row.source_shape(sizes) == tensor.shape
+        actual = layout.parse(row.layout).apply(tensor, sizes)
+        np.testing.assert_array_equal(actual, heads.transpose(2, 0, 1))
+
+
+def test_heads_in_groups_may_lie_within_other_axes() -> None:
+    sizes = dict(n=8, m=4, c=3, h=2)
+    tensor = np.arange(48)
+    actual = layout.parse("(m c n/m h) -> c n h").apply(tensor, sizes)
+    expected = tensor.reshape(4, 3, 2, 2).transpose(1, 0, 2, 3).reshape(3, 8, 2)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(k n/k h) d -> d n h", r"n=6 is not divisible by k=4, and the layout has n/k"),
+        ("n h -> n/k k h", "a quotient stands before the arrow alone"),
+        ("(n/k h) d -> d n h", "the same letters before and after the arrow"),
+        ("(q n/q h) d -> d n h", "no letter 'q'"),
+    ],
+)
+def test_quotients_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        W("x", "y", text).check(dict(n=6, k=4, h=2, d=5))
 
 
 FUSED = (
@@ -192,6 +229,17 @@ def mixture(experts: int = 4) -> tuple[dict, dict[str, np.ndarray]]:
     return raw, tensors | {name: rng.normal(size=(20, 24)).astype(np.float32) for name in names}
 
 
+def test_the_tensors_of_all_heads_are_stacked() -> None:
+    sizes = dict(n=3, k=2, h=4, e=5)
+    scale_n, scale_k = (W(f"norms.{{{letter}}}.weight", letter, f"h -> {letter} h") for letter in "nk")
+    assert list(scale_n.names(sizes)) == ["norms.0.weight", "norms.1.weight", "norms.2.weight"]
+    assert list(scale_k.names(sizes)) == ["norms.0.weight", "norms.1.weight"]
+    tensors = {name: np.full(4, i, np.float32) for i, name in enumerate(scale_n.names(sizes))}
+    actual = scale_n.read(SimpleNamespace(sizes=sizes), Tensors(tensors))
+    np.testing.assert_array_equal(actual, np.arange(3)[:, None] * np.ones(4))
+    assert scale_n.source_shape(sizes) == (4,)
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_the_tensors_of_all_experts_are_stacked(prefix: str) -> None:
     raw, tensors = mixture()
@@ -246,14 +294,6 @@ def test_a_row_of_experts_that_does_not_fit_is_named(changes: dict, message: str
 # computed parameters
 
 
-def alibi_slopes(config: llama.Config) -> np.ndarray:
-    """2^(-8 i / m) for i in 1 … m, the power of two below the heads, then every second of twice as many."""
-    n = config.sizes["n"]
-    m = 1 << (n.bit_length() - 1)
-    exponents = [8 * i / m for i in range(1, m + 1)] + [4 * i / m for i in range(1, 2 * (n - m), 2)]
-    return np.float32(2) ** -np.asarray(exponents, np.float32)
-
-
 class Sloped(llama.Model):
     def __init__(self, cfg: llama.Config, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
@@ -266,6 +306,15 @@ class Alibi(llama.Config):
 
 
 SLOPES = W(alibi_slopes, "slopes", "n -> n", P("tp"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 12, 16, 71, 112])
+def test_the_slopes_of_alibi_are_hfs(n: int) -> None:
+    ours = alibi_slopes(SimpleNamespace(sizes={"n": n}))
+    bloom = build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].numpy()
+    mpt = -build_mpt_alibi_tensor(n, 2)[:, 0, 0].numpy()
+    np.testing.assert_allclose(ours, bloom, rtol=3e-6)
+    np.testing.assert_allclose(ours, mpt, rtol=3e-6)
 
 
 @pytest.mark.parametrize(
