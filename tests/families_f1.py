@@ -13,6 +13,15 @@ LLAMA = SPECIAL | {
     "max_position_embeddings": 96,
 }
 
+GPT2 = SPECIAL | {"vocab_size": 101, "n_positions": 96, "n_embd": 48, "n_layer": 2, "n_head": 4}
+OPT = SPECIAL | {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 90,
+    "max_position_embeddings": 96,
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 LONGROPE = {
     "rope_type": "longrope",
@@ -46,6 +55,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ernie4_5": [
         LLAMA | {"head_dim": 20, "use_bias": True},
         LLAMA | {"head_dim": None, "tie_word_embeddings": False, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ],
+    "gpt2": [
+        GPT2 | {"n_head": 6, "scale_attn_by_inverse_layer_idx": True},
+        GPT2 | {"n_inner": 90, "activation_function": "quick_gelu", "tie_word_embeddings": False},
+    ],
+    "gptj": [
+        GPT2 | {"rotary_dim": 8},
+        GPT2 | {"rotary_dim": 12, "n_inner": 90, "tie_word_embeddings": True},
     ],
     "granite": [
         LLAMA
@@ -83,6 +100,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LLAMA | {"sliding_window": 7},
         LLAMA | {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20},
         LLAMA | {"tie_word_embeddings": True, "rope_parameters": YARN},
+    ],
+    "opt": [
+        OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 30},
+        OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
     ],
     "phi3": [
         LLAMA

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from mutations import damaged_json, limits
+from test_families import OPTIONS, random_model
 from tiny import CONFIGS, prompts, saved
 
 from jx_neuron import NeuronAutoModelForCausalLM
@@ -41,8 +42,12 @@ def hf_logits(folder: Path) -> np.ndarray | None:
 
 def fuzz(name: str, seeds: range, folder: Path) -> tuple[int, int]:
     """How many files were refused, and how many gave HF's logits; the others, which HF refuses, gave finite ones."""
-    config = json.loads((saved(name, folder) / "config.json").read_text()) | EXTRA[name]
-    config.pop("rope_parameters", None)
+    if name in EXTRA:
+        config = json.loads((saved(name, folder) / "config.json").read_text()) | EXTRA[name]
+        config.pop("rope_parameters", None)
+    else:
+        random_model(name, OPTIONS[name][0]).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     sound = NeuronAutoModelForCausalLM.from_pretrained(folder)
@@ -84,3 +89,11 @@ def test_a_thousand_damaged_configs(name: str, tmp_path: Path) -> None:
     refused, right = fuzz(name, range(60, 310), tmp_path)
     assert refused > 75
     assert right > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - set(EXTRA)))
+def test_damaged_configs_of_every_family(name: str, tmp_path: Path) -> None:
+    refused, right = fuzz(name, range(60), tmp_path)
+    assert refused > 15
+    assert right > 5

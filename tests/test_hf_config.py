@@ -137,6 +137,12 @@ def test_every_field_of_hf_is_read_inert_or_refused(model_type: str) -> None:
     assert not read & (INERT | config.INERT)
 
 
+@pytest.mark.parametrize("model_type", sorted(HF))
+def test_aliases_are_hfs(model_type: str) -> None:
+    assert HF[model_type].attribute_map.items() <= family(model_type).Config.ALIASES.items()
+    assert family(model_type).Config.COMPLETE
+
+
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:

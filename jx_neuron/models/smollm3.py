@@ -17,6 +17,7 @@ from jx_neuron.nn.attention import attend
 from jx_neuron.nn.layers import ACT, Embedding, Layers, Linear, Linears, RMSNorm
 from jx_neuron.nn.rope import Rotation, rope_half
 from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.util.arguments import shown
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Config(LlamaLikeConfig):
     INERT: ClassVar[frozenset[str]] = frozenset("attention_dropout max_window_layers pretraining_tp".split())
 
     def __post_init__(self) -> None:
-        if self.no_rope_layers is not None and len(self.no_rope_layers) < self.layers:
+        entries = self.no_rope_layers
+        if entries is not None and (len(entries) < self.layers or not all(entry in (0, 1) for entry in entries)):
             raise ConfigError(
-                f"smollm3: no_rope_layers has {len(self.no_rope_layers)} entries for {self.layers} layers; it takes "
-                "one for each, 1 for RoPE and 0 for none"
+                f"smollm3: no_rope_layers={shown(entries)} should have an entry for each of {self.layers} layers, "
+                "1 for RoPE and 0 for none"
             )
         super().__post_init__()
 
