@@ -23,7 +23,9 @@ def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
     theta = getattr(hf, "default_theta", None)
     nulls = dict.fromkeys(["attention_layers", "head_dim", "original_max_position_embeddings", "rope_scaling"])
     names = {"partial_rotary_factor": part, "rotary_pct": part, "rope_theta": theta, "rotary_emb_base": theta}
-    return nulls | names
+    if isinstance(theta, dict):  # of two layer types
+        names |= {"rope_theta": theta["global"], "rope_local_base_freq": theta["local"]}
+    return nulls | names | {"sliding_window_pattern": getattr(hf(), "_sliding_window_pattern", None)}
 
 
 # config.json as the Hub has them

@@ -51,6 +51,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "text_config": (None,),
     "text_encoder": (None,),
     "transformers_weights": (None,),
+    "use_bidirectional_attention": (None, False),
 }
 _MOST_LAYERS = 500  # the deepest public decoders have some 130; building this many takes seconds
 _MOST_NAMES = 60  # in a warning, and their letters

@@ -3,21 +3,26 @@
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma2/modeling_gemma2.py
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import Copy
-from jx_neuron.models.llama_like import LlamaLikeConfig, full_every, layer_types, layer_windows
+from jx_neuron.models.llama_like import (
+    EXTRA_TENSORS,
+    LlamaLikeConfig,
+    LlamaLikeModel,
+    full_every,
+    layer_types,
+    layer_windows,
+)
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, Layers, Linear, Linears, RMSNorm
+from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
 from jx_neuron.nn.rope import Rotation, rope_half
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.nn.state import LayerState, Positions
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,6 @@ class Config(LlamaLikeConfig):
     MODEL_TYPE: ClassVar[str] = "gemma2"
     COMPLETE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **LlamaLikeConfig.ONLY,
-        "use_bidirectional_attention": (None, False),
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.windows
 
     @property
     def types(self) -> list[str]:
@@ -65,13 +62,12 @@ class Config(LlamaLikeConfig):
 class Block(nnx.Module):
     def __init__(self, cfg: Config, window: int | None, rngs: nnx.Rngs):
         d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(d, cfg.rms_norm_eps, offset=1) for _ in range(2))
+        norms = (RMSNorm(d, cfg.rms_norm_eps, offset=1) for _ in range(4))
+        self.input_layernorm, self.post_attention_layernorm, *feedforward = norms
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = feedforward
         qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
         self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
         self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (
-            RMSNorm(d, cfg.rms_norm_eps, offset=1) for _ in range(2)
-        )
         self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
         self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
         self.act, self.scale = ACT[cfg.hidden_act], cfg.query_pre_attn_scalar**-0.5
@@ -79,37 +75,27 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
+        q_btnh, k_btkh = rope_half(q_btnh, by), rope_half(k_btkh, by)
         a_btnh, state = attend(
-            rope_half(q_btnh, by),
-            rope_half(k_btkh, by),
-            v_btkh,
-            state,
-            at,
-            self.scale,
-            window=self.window,
-            soft_cap=self.soft_cap,
+            q_btnh, k_btkh, v_btkh, state, at, self.scale, window=self.window, soft_cap=self.soft_cap
         )
         x_btd = x_btd + self.post_attention_layernorm(self.o_proj(a_btnh))
         gate_btf, up_btf = self.gate_up(self.pre_feedforward_layernorm(x_btd))
         return x_btd + self.post_feedforward_layernorm(self.down_proj(self.act(gate_btf) * up_btf)), state
 
 
-class Model(nnx.Module):
+class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.layers = Layers(Block(cfg, window, rngs) for window in cfg.windows)
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, offset=1)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.rope, self.scale, self.soft_cap = cfg.rope, cfg.hidden_size**0.5, cfg.final_logit_softcapping
+        norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, offset=1)
+        super().__init__(cfg, (Block(cfg, window, rngs) for window in cfg.windows), rngs, norm=norm)
+        self.scale, self.soft_cap = cfg.hidden_size**0.5, cfg.final_logit_softcapping
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        by = self.rope(at)
-        x_btd = self.embed_tokens(tokens_bt)
-        x_btd, state = self.layers(x_btd * jnp.asarray(self.scale, x_btd.dtype), state, at, by)
-        return self.norm(x_btd), state
+    def embed(self, tokens_bt: Array) -> Array:
+        x_btd = super().embed(tokens_bt)
+        return x_btd * jnp.asarray(self.scale, x_btd.dtype)
 
     def logits(self, x_btd: Array) -> Array:
-        logits_btv = (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+        logits_btv = super().logits(x_btd)
         return logits_btv if self.soft_cap is None else self.soft_cap * jnp.tanh(logits_btv / self.soft_cap)
 
 
@@ -126,5 +112,4 @@ WEIGHTS = (
     embedding("lm_head", "lm_head"),
 )
 
-# inverse frequencies that older checkpoints carry, and the head where it is tied
-IGNORE = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))
+IGNORE = EXTRA_TENSORS

@@ -1,19 +1,26 @@
-"""The config of Llama and the decoders that descend from it, and what all that have RoPE share."""
+"""What Llama and the decoders that descend from it share, and the config of all that have RoPE."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from flax import nnx
+from jax import Array
+
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.nn.layers import ACT
+from jx_neuron.nn.layers import ACT, Embedding, Layers, RMSNorm
 from jx_neuron.nn.rope import RopeScaling, by_layer_type
+from jx_neuron.nn.state import Positions, State
 from jx_neuron.util.arguments import shown
 
 __all__ = [
+    "EXTRA_TENSORS",
     "FULL",
     "SLIDING",
     "LlamaLikeConfig",
+    "LlamaLikeModel",
     "RopeConfig",
     "full_every",
     "layer_types",
@@ -155,6 +162,50 @@ class LlamaLikeConfig(RopeConfig):
         k = n if self.num_key_value_heads is None else self.num_key_value_heads
         h = d // n if self.head_dim is None else self.head_dim
         return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
+
+
+class LlamaLikeModel(nnx.Module):
+    """Token embeddings, blocks, a last norm, and a head that may be tied to the embeddings.
+
+    norm: by default RMSNorm. rope: by default the config's, of all layers.
+    """
+
+    def __init__(
+        self,
+        cfg: LlamaLikeConfig,
+        blocks: Iterable[nnx.Module],
+        rngs: nnx.Rngs,
+        *,
+        norm: nnx.Module | None = None,
+        rope: Any = None,
+    ):
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.layers = Layers(blocks)
+        self.norm: Any = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm is None else norm
+        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.rope: Any = cfg.rope if rope is None else rope
+
+    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
+        x_btd, state = self.layers(self.embed(tokens_bt), state, at, *self.block_args(at))
+        return self.norm(x_btd), state
+
+    def embed(self, tokens_bt: Array) -> Array:
+        """What enters the first block, [b, t, d]."""
+        return self.embed_tokens(tokens_bt)
+
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        """What every block takes beside the state: the rotation of heads."""
+        return (self.rope(at),)
+
+    def logits(self, x_btd: Array) -> Array:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+
+
+EXTRA_TENSORS = (
+    r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    Copy("lm_head.weight", of="model.embed_tokens.weight"),
+)
+"""What checkpoints may hold beside the parameters: inverse frequencies that older ones carry, and a tied head."""
 
 
 def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:

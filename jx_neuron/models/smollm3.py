@@ -9,14 +9,21 @@ from typing import ClassVar
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.llama_like import FULL, SLIDING, LlamaLikeConfig, layer_types, layer_windows
+from jx_neuron.models.llama_like import (
+    EXTRA_TENSORS,
+    FULL,
+    SLIDING,
+    LlamaLikeConfig,
+    LlamaLikeModel,
+    layer_types,
+    layer_windows,
+)
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, Layers, Linear, Linears, RMSNorm
+from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
 from jx_neuron.nn.rope import Rotation, rope_half
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.util.arguments import shown
 
 
@@ -95,22 +102,10 @@ class Block(nnx.Module):
         return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
 
 
-class Model(nnx.Module):
+class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         kinds = zip(cfg.windows, cfg.rotates, strict=True)
-        self.layers = Layers(Block(cfg, window, rotates, rngs) for window, rotates in kinds)
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.rope = cfg.rope
-
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd, by = self.embed_tokens(tokens_bt), self.rope(at)
-        x_btd, state = self.layers(x_btd, state, at, by)
-        return self.norm(x_btd), state
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+        super().__init__(cfg, (Block(cfg, window, rotates, rngs) for window, rotates in kinds), rngs)
 
 
 HF, OURS = "model.layers.{i}.", "layers.{i}."
@@ -124,5 +119,4 @@ WEIGHTS = (
     embedding("lm_head", "lm_head"),
 )
 
-# inverse frequencies that older checkpoints carry, and the head where it is tied
-IGNORE = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", Copy("lm_head.weight", of="model.embed_tokens.weight"))
+IGNORE = EXTRA_TENSORS
