@@ -13,8 +13,6 @@ from jax import Array
 
 from jx_neuron.models.llama_like import (
     EXTRA_TENSORS,
-    FULL,
-    SLIDING,
     LlamaLikeConfig,
     LlamaLikeModel,
     full_every,
@@ -67,10 +65,7 @@ class Config(LlamaLikeConfig):
 
     @property
     def rope_fields(self) -> Mapping[str, Any]:
-        """By layer type, where older configs have rope_theta, rope_local_base_freq and rope_scaling."""
-        own = self.rope_parameters or {}
-        full = {"rope_theta": self.rope_theta, **(own.get(FULL) or {}), **(self.rope_scaling or {})}
-        return {**own, FULL: full, SLIDING: {"rope_theta": self.rope_local_base_freq, **(own.get(SLIDING) or {})}}
+        return self.rope_by_type(self.rope_local_base_freq)
 
 
 class Block(nnx.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from flax import nnx
 from jax import Array
@@ -19,6 +19,7 @@ __all__ = [
     "EXTRA_TENSORS",
     "FULL",
     "SLIDING",
+    "GroupedQueryConfig",
     "LlamaLikeConfig",
     "LlamaLikeModel",
     "RopeConfig",
@@ -84,6 +85,14 @@ class RopeConfig(HFConfig):
         """rope_parameters, or rope_scaling as older configs have it."""
         return self.rope_scaling or (self.ROPE_USUAL if self.rope_parameters is None else self.rope_parameters)
 
+    def rope_by_type(self, sliding_theta: float) -> Mapping[str, Any]:
+        """rope_parameters with an entry for each layer type; rope_theta and rope_scaling, as older configs have them,
+        are of FULL layers alone."""
+        fields = self.rope_parameters or {}
+        default = {"rope_type": "default"}
+        full = {"rope_theta": self.rope_theta, **(fields.get(FULL) or default), **(self.rope_scaling or {})}
+        return {**fields, FULL: full, SLIDING: {"rope_theta": sliding_theta, **(fields.get(SLIDING) or default)}}
+
     @property
     def _has_rope_by_type(self) -> bool:
         return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
@@ -107,7 +116,8 @@ class RopeConfig(HFConfig):
     def unread(self) -> list[str]:
         if not self._has_rope_by_type:
             return [f"rope_parameters.{key}" for key in self.rope.unread]
-        return [
+        beside = [f"rope_parameters.{key}" for key in self.rope_fields if key not in (FULL, SLIDING)]
+        return beside + [
             f"rope_parameters.{kind}.{key}"
             for kind, rope in self.ropes.items()
             if rope is not None
@@ -124,8 +134,8 @@ class RopeConfig(HFConfig):
 
 
 @dataclass(frozen=True)
-class LlamaLikeConfig(RopeConfig):
-    """The fields that these decoders share.
+class GroupedQueryConfig(RopeConfig):
+    """The fields of decoders with grouped-query attention (Ainslie et al., arXiv:2305.13245), whatever their norms.
 
     Sizes have no defaults of their own here: a family's `Config` gives those of its HF class.
 
@@ -140,7 +150,6 @@ class LlamaLikeConfig(RopeConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
 
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
@@ -164,15 +173,22 @@ class LlamaLikeConfig(RopeConfig):
         return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
 
 
+@dataclass(frozen=True)
+class LlamaLikeConfig(GroupedQueryConfig):
+    """The fields that these decoders share."""
+
+    rms_norm_eps: float = 1e-6
+
+
 class LlamaLikeModel(nnx.Module):
     """Token embeddings, blocks, a last norm, and a head that may be tied to the embeddings.
 
-    norm: by default RMSNorm. rope: by default the config's, of all layers.
+    norm: by default RMSNorm, which a LlamaLikeConfig has. rope: by default the config's, of all layers.
     """
 
     def __init__(
         self,
-        cfg: LlamaLikeConfig,
+        cfg: GroupedQueryConfig,
         blocks: Iterable[nnx.Module],
         rngs: nnx.Rngs,
         *,
@@ -181,7 +197,9 @@ class LlamaLikeModel(nnx.Module):
     ):
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.layers = Layers(blocks)
-        self.norm: Any = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) if norm is None else norm
+        if norm is None:
+            norm = RMSNorm(cfg.hidden_size, cast(LlamaLikeConfig, cfg).rms_norm_eps)
+        self.norm: Any = norm
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
         self.rope: Any = cfg.rope if rope is None else rope
 

@@ -19,6 +19,8 @@ __all__ = [
     "embedding",
     "gated_mlp",
     "grouped_qkv",
+    "heads_rms_norm",
+    "key_head_numbers",
     "layer_norm",
     "rms_norm",
     "row_parallel",
@@ -36,6 +38,20 @@ def embedding(source: str, target: str, width: str = "d") -> W:
 def rms_norm(source: str, target: str, width: str = "d") -> W:
     """A scale over the model's width, or each head's, "h"."""
     return W(f"{source}.weight", f"{target}.scale", f"{width} -> {width}")
+
+
+def heads_rms_norm(source: str, target: str, heads: str) -> W:
+    """The scale of a norm over all query heads, "n", or key heads, "k", together."""
+    return W(f"{source}.weight", f"{target}.scale", f"({heads} h) -> {heads} h", P(AXIS, None))
+
+
+def key_head_numbers(target: str) -> W:
+    """1, 2, … for the key heads, which copies of a head share (`head_copies`), and 0 for those that are padding."""
+    return W(_key_head_numbers, target, "k -> k", P(AXIS))
+
+
+def _key_head_numbers(config: Any) -> np.ndarray:
+    return np.arange(1, config.sizes["k"] + 1, dtype=np.float32)
 
 
 def layer_norm(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:

@@ -198,19 +198,28 @@ class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) · scale + bias over the last axis, in float32 (Ba et al., arXiv:1607.06450).
 
     `shape` is of scale and bias: the last axis, or several, such as (n, h) where each head has its own.
+    offset: 1 where checkpoints have scales less one, as Nemotron's do.
     """
 
-    def __init__(self, shape: int | tuple[int, ...], eps: float, *, affine: bool = True, bias: bool = True):
-        self.scale = nnx.Param(jnp.ones(shape)) if affine else None
+    def __init__(
+        self,
+        shape: int | tuple[int, ...],
+        eps: float,
+        *,
+        affine: bool = True,
+        bias: bool = True,
+        offset: float = 0.0,
+    ):
+        self.scale = nnx.Param(jnp.full(shape, 1 - offset)) if affine else None
         self.bias = nnx.Param(jnp.zeros(shape)) if affine and bias else None
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y - ops().mean(y)
         y = y * jax.lax.rsqrt(ops().mean(y * y) + self.eps)
         if self.scale is not None:
-            y = y * self.scale[...]
+            y = y * _scale(self.scale, self.offset)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
@@ -222,15 +231,45 @@ class RMSNorm(nnx.Module):
     offset: 1 where checkpoints have scales less one, as Gemma's do.
     """
 
-    def __init__(self, d: int, eps: float, *, offset: float = 0.0):
-        self.scale = nnx.Param(jnp.full((d,), 1 - offset))
+    def __init__(self, d: int, eps: float, *, affine: bool = True, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((d,), 1 - offset)) if affine else None
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(ops().mean(y * y) + self.eps)
-        scale = self.scale[...]
-        return (y * (self.offset + scale if self.offset else scale)).astype(x.dtype)
+        if self.scale is not None:
+            y = y * _scale(self.scale, self.offset)
+        return y.astype(x.dtype)
+
+
+def _scale(scale: nnx.Param[Array], offset: float) -> Array:
+    return offset + scale[...] if offset else scale[...]
+
+
+class HeadsRMSNorm(nnx.Module):
+    """RMSNorm over all heads together, [b, t, n, h], with scale [n, h] (OLMo 2, arXiv:2501.00656).
+
+    Heads of zeros may be added to the `heads` that there are, and heads copied: the mean is of the `heads` alone.
+    """
+
+    def __init__(self, heads: int, h: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((heads, h)))
+        self.size, self.eps = heads * h, eps
+
+    def __call__(self, x_btnh: Array, copies_n: Array | None = None) -> Array:
+        """copies_n: how often each head is there, of `head_copies`; None where each is there once."""
+        y_btnh = x_btnh.astype(jnp.float32)
+        squares_btnh = y_btnh * y_btnh if copies_n is None else y_btnh * y_btnh / copies_n[:, None]
+        squares_bti = squares_btnh.reshape(*x_btnh.shape[:2], -1)
+        mean_bt1 = ops().mean(squares_bti) * (squares_bti.shape[-1] / self.size)
+        y_btnh = y_btnh * jax.lax.rsqrt(mean_bt1 + self.eps)[..., None]
+        return (y_btnh * self.scale[...]).astype(x_btnh.dtype)
+
+
+def head_copies(number_n: Array) -> Array:
+    """How many heads have the same number, float32 [n]."""
+    return jnp.sum(number_n[:, None] == number_n, axis=-1, dtype=jnp.float32)
 
 
 def _gelu_tanh(x: Array) -> Array:

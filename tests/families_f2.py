@@ -1,0 +1,43 @@
+"""Configs of decoders that differ from Llama in their norms, windows or order: odd sizes, and every option of each."""
+
+from typing import Any
+
+from families_f1 import LLAMA, LLAMA3, YARN
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TYPES = {"layer_types": [FULL, SLIDING, SLIDING], "num_hidden_layers": 3}
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "cohere": [
+        LLAMA | {"use_qk_norm": True, "logit_scale": 0.3},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "attention_bias": True, "layer_norm_eps": 0.1},
+        LLAMA | {"head_dim": 20, "tie_word_embeddings": False, "rope_parameters": YARN, "num_key_value_heads": None},
+    ],
+    "cohere2": [
+        LLAMA | {"num_hidden_layers": 5, "sliding_window": 7},
+        LLAMA | TYPES | {"sliding_window": 20, "attention_bias": True, "logit_scale": 0.3, "layer_norm_eps": 0.1},
+        LLAMA | {"head_dim": 20, "sliding_window_pattern": 2, "sliding_window": 9, "tie_word_embeddings": False},
+    ],
+    "olmo": [
+        LLAMA | {"clip_qkv": 0.6, "attention_bias": True},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        LLAMA | {"head_dim": 20, "rope_parameters": YARN, "hidden_act": "gelu", "num_key_value_heads": None},
+    ],
+    "olmo2": [
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "rms_norm_eps": 0.1},
+        LLAMA | {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+        LLAMA | {"num_attention_heads": 3, "num_key_value_heads": None, "head_dim": 20, "rope_parameters": YARN},
+    ],
+    "olmo3": [
+        LLAMA | {"num_hidden_layers": 5, "sliding_window": 7, "rope_scaling": YARN, "rope_theta": 1000.0},
+        LLAMA | TYPES | {"sliding_window": 20, "num_attention_heads": 6, "num_key_value_heads": 3},
+        LLAMA
+        | TYPES
+        | {
+            "sliding_window": 9,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {FULL: LLAMA3 | {"rope_theta": 500.0}, SLIDING: {"rope_type": "default"}},
+        },
+    ],
+}
