@@ -18,6 +18,40 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LLAMA | TYPES | {"sliding_window": 20, "attention_bias": True, "logit_scale": 0.3, "layer_norm_eps": 0.1},
         LLAMA | {"head_dim": 20, "sliding_window_pattern": 2, "sliding_window": 9, "tie_word_embeddings": False},
     ],
+    "exaone4": [
+        LLAMA | {"num_hidden_layers": 5, "sliding_window": 7},
+        LLAMA | TYPES | {"sliding_window": 20, "sliding_window_pattern": "LLG", "head_dim": 20, "hidden_act": "gelu"},
+        LLAMA
+        | {
+            "layer_types": [FULL, FULL],
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "rope_parameters": LLAMA3 | {"rope_theta": 500.0},
+            "rms_norm_eps": 0.1,
+        },
+    ],
+    "glm": [
+        LLAMA | {"head_dim": 20, "rms_norm_eps": 0.01},
+        LLAMA | {"head_dim": 12, "attention_bias": False, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
+        LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ],
+    "glm4": [
+        LLAMA | {"head_dim": 20, "rms_norm_eps": 0.01},
+        LLAMA | {"head_dim": 12, "attention_bias": False, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
+        LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ],
+    "nanochat": [
+        LLAMA | {"attention_bias": True, "final_logit_softcapping": 2.0},
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "tie_word_embeddings": True},
+        LLAMA | {"head_dim": 20, "final_logit_softcapping": None, "rope_parameters": YARN, "hidden_act": "silu"},
+    ],
+    "nemotron": [
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "num_attention_heads": 6, "head_dim": 12},
+        LLAMA | {"num_key_value_heads": 1, "partial_rotary_factor": 1.0, "norm_eps": 0.1, "tie_word_embeddings": True},
+        LLAMA | {"head_dim": 24, "partial_rotary_factor": 0.25, "hidden_act": "silu", "num_key_value_heads": 4},
+    ],
     "olmo": [
         LLAMA | {"clip_qkv": 0.6, "attention_bias": True},
         LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True},
