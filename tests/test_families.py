@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
@@ -160,7 +161,12 @@ def drawn(draw: st.DrawFn, model_type: str, options: dict[str, Any]) -> dict[str
     }
     switches = [field for field in dataclasses.fields(family(model_type).Config) if isinstance(field.default, bool)]
     flipped = {field.metadata.get("hf", field.name): draw(st.booleans()) for field in switches}
-    return options | {name: size for name, size in sizes.items() if name in options} | flipped
+    config = options | {name: size for name, size in sizes.items() if name in options} | flipped
+    try:
+        transformers.AutoConfig.for_model(model_type, **deepcopy(config))
+    except StrictDataclassError:  # HF's own check, such as of a list that is as long as a head
+        reject()
+    return config
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/qw
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import nnx
 from jax import Array
@@ -43,6 +43,7 @@ class Config(LlamaLikeConfig):
     MODEL_TYPE: ClassVar[str] = "qwen2"
     COMPLETE: ClassVar[bool] = True
     INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    USUAL: ClassVar[dict[str, Any]] = LlamaLikeConfig.USUAL | {"use_mrope": False}
 
     @property
     def window(self) -> int | None:
