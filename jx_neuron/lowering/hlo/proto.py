@@ -7,7 +7,7 @@ https://github.com/openxla/xla/blob/main/xla/xla_data.proto.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import ml_dtypes  # noqa: F401  (its types become known to numpy by name)
@@ -104,7 +104,7 @@ COLLECTIVES: Final = frozenset(
 _BITS: Final = {"bool": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4, "bfloat16": 16}
 
 
-def _messages() -> Callable[[str], Any]:
+def _messages() -> dict[str, Any]:
     field_type = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="jx_neuron/hlo.proto", package="jx_neuron.hlo", syntax="proto3")
     for message_name, fields in _SCHEMA.items():
@@ -121,16 +121,18 @@ def _messages() -> Callable[[str], Any]:
                 field.type = field_type.Type.Value(f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return lambda name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"jx_neuron.hlo.{name}"))
+    # all of them now: two threads that are the first to need one may get a class each
+    names = {name: f"jx_neuron.hlo.{name}" for name in _SCHEMA}
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(path)) for name, path in names.items()}
 
 
-_message = _messages()
-Module = _message("Module")
-Computation = _message("Computation")
-Instruction = _message("Instruction")
-Literal = _message("Literal")
-Shape = _message("Shape")
-HloProto = _message("HloProto")
+_classes = _messages()
+Module = _classes["Module"]
+Computation = _classes["Computation"]
+Instruction = _classes["Instruction"]
+Literal = _classes["Literal"]
+Shape = _classes["Shape"]
+HloProto = _classes["HloProto"]
 
 
 def parse(data: bytes) -> Any:
