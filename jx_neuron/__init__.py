@@ -20,7 +20,7 @@ __getattr__, _names, __all__ = _lazy.exports(
         "errors": "InputError JxNeuronError",
         "integrations.hf_generate": _WITH_TORCH,
         "llm": "BloomForSampling GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling "
-        "GPTNeoXForSampling LlamaForSampling NeuronAutoModelForCausalLM OPTForSampling",
+        "GPTNeoXForSampling LlamaForSampling MistralForSampling NeuronAutoModelForCausalLM OPTForSampling",
         "models": "model_types register",
         "nn.sharding": "request_devices",
     },
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         GPTJForSampling,
         GPTNeoXForSampling,
         LlamaForSampling,
+        MistralForSampling,
         NeuronAutoModelForCausalLM,
         OPTForSampling,
     )

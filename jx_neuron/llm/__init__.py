@@ -7,6 +7,7 @@ from jx_neuron.llm.families import (
     GPTJForSampling,
     GPTNeoXForSampling,
     LlamaForSampling,
+    MistralForSampling,
     OPTForSampling,
 )
 from jx_neuron.llm.model import NeuronAutoModelForCausalLM
@@ -18,6 +19,7 @@ __all__ = [
     "GPTJForSampling",
     "GPTNeoXForSampling",
     "LlamaForSampling",
+    "MistralForSampling",
     "NeuronAutoModelForCausalLM",
     "OPTForSampling",
 ]

@@ -33,6 +33,12 @@ class LlamaForSampling(NeuronAutoModelForCausalLM):
     MODEL_TYPE = "llama"
 
 
+class MistralForSampling(NeuronAutoModelForCausalLM):
+    """Mistral."""
+
+    MODEL_TYPE = "mistral"
+
+
 class GPT2ForSamplingWithContextBroadcasting(GPT2ForSampling):
     """GPT-2, made with prompt_batch_size: one prompt, many answers. Every other family's class does so too."""
 

@@ -46,14 +46,16 @@ class Config(LlamaLikeConfig):
     sliding_window_pattern: int = 6
     layer_types: list[str] | None = None
     final_logit_softcapping: float | None = None
-    attn_logit_softcapping: float | None = None
     rope_theta: float = 1000000.0
     rope_local_base_freq: float = 10000.0
 
     MODEL_TYPE: ClassVar[str] = "gemma3_text"
     COMPLETE: ClassVar[bool] = True
     ROPE_BY_TYPE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset("attention_dropout _sliding_window_pattern".split())
+    # attn_logit_softcapping: HF's attention of Gemma 3 leaves it out
+    INERT: ClassVar[frozenset[str]] = frozenset(
+        "_sliding_window_pattern attention_dropout attn_logit_softcapping".split()
+    )
 
     @property
     def types(self) -> list[str]:
@@ -81,7 +83,7 @@ class Block(nnx.Module):
         self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
         self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
         self.act, self.scale = ACT[cfg.hidden_act], cfg.query_pre_attn_scalar**-0.5
-        self.window, self.soft_cap, self.type = window, cfg.attn_logit_softcapping, kind
+        self.window, self.type = window, kind
 
     def __call__(
         self, x_btd: Array, state: LayerState, at: Positions, rotations: dict[str, Rotation]
@@ -89,9 +91,7 @@ class Block(nnx.Module):
         q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
         by = rotations[self.type]
         q_btnh, k_btkh = rope_half(self.q_norm(q_btnh), by), rope_half(self.k_norm(k_btkh), by)
-        a_btnh, state = attend(
-            q_btnh, k_btkh, v_btkh, state, at, self.scale, window=self.window, soft_cap=self.soft_cap
-        )
+        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, window=self.window)
         x_btd = x_btd + self.post_attention_layernorm(self.o_proj(a_btnh))
         gate_btf, up_btf = self.gate_up(self.pre_feedforward_layernorm(x_btd))
         return x_btd + self.post_feedforward_layernorm(self.down_proj(self.act(gate_btf) * up_btf)), state
