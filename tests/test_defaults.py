@@ -37,6 +37,7 @@ def options(name: str) -> list[object]:
     return [o.default for command in COMMANDS.values() for o in command.params if o.name == name]
 
 
+ENTRY = re.compile(r"(\w+(?:, \w+)*): +\S")
 MADE = [getattr(NeuronAutoModelForCausalLM, name) for name in ("from_pretrained", "from_module", "from_config")]
 
 
@@ -47,6 +48,25 @@ def test_what_is_the_same_everywhere(name: str) -> None:
     assert {str(default) for default in options(name)} == {on_the_command_line}
     assert {str(inspect.signature(made).parameters[name].default) for made in MADE} == {in_python}
     assert str(inspect.signature(plan).parameters[name].default) == in_plans
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [("from_pretrained", "batchsize"), ("from_module", "revision"), ("from_config", "backend")],
+)
+def test_an_option_that_a_constructor_lacks_is_named_with_those_it_has(made: str, name: str) -> None:
+    function = getattr(NeuronAutoModelForCausalLM, made)
+    assert name not in inspect.signature(function).parameters
+    with pytest.raises(TypeError, match=rf"{made}\(\) takes no '{name}'; it takes .*batch_size, prompt_batch_size"):
+        function("./nowhere", **{name: 1})
+
+
+def test_from_pretrained_documents_each_of_its_options() -> None:
+    text = inspect.getdoc(NeuronAutoModelForCausalLM.from_pretrained) or ""
+    listed = {name for line in text.splitlines() if (entry := ENTRY.match(line)) for name in entry[1].split(", ")}
+    for made in MADE:
+        parameters = inspect.signature(made).parameters.values()
+        assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"weights"} <= listed, made.__name__
 
 
 def test_degrees() -> None:

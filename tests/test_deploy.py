@@ -87,6 +87,7 @@ def test_xla_is_the_checkpoints_way_and_host_the_artifacts(saved: Path, checkpoi
         ({"tp_degree": 4}, "saved for tp_degree=2 and not 4"),
         ({"amp": "bf16"}, "saved for amp=float32 and not bfloat16"),
         ({"batch_size": 3}, "saved for batch_size="),
+        ({"prompt_batch_size": 1}, "saved for prompt_batch_size=None and not 1"),
         ({"n_positions": 17}, "saved for n_positions="),
         ({"context_length_estimate": 3}, "saved for context_length_estimate="),
     ],

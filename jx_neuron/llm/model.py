@@ -94,9 +94,8 @@ class NeuronAutoModelForCausalLM:
         """
         path, backend = pretrained_model_name_or_path, deploy.choose_backend(options["backend"])
         if not deploy.is_artifact(path):
-            return cls(
-                CheckpointOrigin.open(path, options, backend, cls._check_family), backend, options["neuron_config"]
-            )
+            checkpoint = CheckpointOrigin.open(path, options, backend, cls._check_family)
+            return cls(checkpoint, backend, options["neuron_config"])
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
         saved = SavedModel.open(os.fspath(path))
