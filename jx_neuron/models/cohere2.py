@@ -39,7 +39,7 @@ class Config(GroupedQueryConfig):
     attention_bias: bool = False
     logit_scale: float = 0.0625
     sliding_window: int | None = 4096
-    sliding_window_pattern: int = 4
+    sliding_window_pattern: int | None = None
     layer_types: list[str] | None = None
 
     MODEL_TYPE: ClassVar[str] = "cohere2"
@@ -58,7 +58,7 @@ class Config(GroupedQueryConfig):
 
     @property
     def types(self) -> list[str]:
-        return layer_types(self, self.layer_types, full_every(self.sliding_window_pattern, self.layers))
+        return layer_types(self, self.layer_types, full_every(self.sliding_window_pattern or 4, self.layers))
 
     @property
     def windows(self) -> list[int | None]:
