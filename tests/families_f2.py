@@ -31,16 +31,20 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
             "rope_parameters": LLAMA3 | {"rope_theta": 500.0},
             "rms_norm_eps": 0.1,
         },
+        LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 9, "sliding_window_pattern": 2},
+        LLAMA | {"layer_types": [SLIDING, SLIDING], "sliding_window": 12, "rope_parameters": YARN},
     ],
     "glm": [
         LLAMA | {"head_dim": 20, "rms_norm_eps": 0.01},
         LLAMA | {"head_dim": 12, "attention_bias": False, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
         LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1, "hidden_act": "gelu"},
+        LLAMA | {"head_dim": 16, "num_key_value_heads": 4, "rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     ],
     "glm4": [
         LLAMA | {"head_dim": 20, "rms_norm_eps": 0.01},
         LLAMA | {"head_dim": 12, "attention_bias": False, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
         LLAMA | {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 1, "hidden_act": "gelu"},
+        LLAMA | {"head_dim": 16, "num_key_value_heads": 4, "rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     ],
     "nanochat": [
         LLAMA | {"attention_bias": True, "final_logit_softcapping": 2.0},
@@ -51,6 +55,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LLAMA | {"attention_bias": True, "mlp_bias": True, "num_attention_heads": 6, "head_dim": 12},
         LLAMA | {"num_key_value_heads": 1, "partial_rotary_factor": 1.0, "norm_eps": 0.1, "tie_word_embeddings": True},
         LLAMA | {"head_dim": 24, "partial_rotary_factor": 0.25, "hidden_act": "silu", "num_key_value_heads": 4},
+        LLAMA | {"rope_parameters": YARN | {"partial_rotary_factor": 1.0, "rope_theta": 500.0}, "mlp_bias": True},
     ],
     "olmo": [
         LLAMA | {"clip_qkv": 0.6, "attention_bias": True},
