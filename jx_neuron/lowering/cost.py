@@ -73,8 +73,8 @@ def cost(hlo_module: bytes) -> Cost:
     heavy = [i for i in module.instructions if i.opcode in _HEAVY]
     return Cost(
         flops=sum(map(_flops, heavy)),
-        bytes_read=sum(_read(p, users) for p in main.parameters),
-        bytes_written=_written(module),
+        bytes_read=sum(_bytes_read(p, users) for p in main.parameters),
+        bytes_written=_bytes_written(module),
         bytes_between=sum(i.shape.bytes for i in heavy),
         bytes_moved=sum(i.shape.bytes for i in module.instructions if _moves(i)),
         instructions=len(main.instructions),
@@ -93,7 +93,7 @@ def _flops(i: Instruction) -> int:
     return 0
 
 
-def _read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
+def _bytes_read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
     size, parts, times, fused = parameter.shape.bytes, 0, 0, False
     for _, user, operand in _uses(parameter, users):
         if user.opcode in _PARTS and operand == 0:
@@ -124,18 +124,18 @@ def _uses(
             yield memory, user, at
 
 
-def _written(module: Module) -> int:
+def _bytes_written(module: Module) -> int:
     root, aliased = module.entry.root, set(module.aliases.values())
     outputs = root.operands if root.opcode == "tuple" else (root,)
-    return sum(_updates(o) if n in aliased else o.shape.bytes for n, o in enumerate(outputs))
+    return sum(_bytes_updated(o) if n in aliased else o.shape.bytes for n, o in enumerate(outputs))
 
 
-def _updates(i: Instruction) -> int:
+def _bytes_updated(i: Instruction) -> int:
     """Bytes written on the way from a parameter to an output that is the same memory."""
     if i.opcode in _UPDATES:
-        return i.operands[_UPDATES[i.opcode]].shape.bytes + _updates(i.operands[0])
+        return i.operands[_UPDATES[i.opcode]].shape.bytes + _bytes_updated(i.operands[0])
     if i.opcode == "parameter":
         return 0
     if i.opcode in ("bitcast", "reshape"):
-        return _updates(i.operands[0])
+        return _bytes_updated(i.operands[0])
     return i.shape.bytes

@@ -71,18 +71,20 @@ class Executable:
             InputError: an argument is not what the program takes.
         """
         arrays = [arg if isinstance(arg, jax.Array) else self.put(arg) for arg in args]
-        found = [(a.sharding.shard_shape(a.shape), a.dtype) for a in arrays]
-        if found != self.inputs:
-            raise InputError(_difference(found, self.inputs))
+        signature = [(a.sharding.shard_shape(a.shape), a.dtype) for a in arrays]
+        if signature != self.inputs:
+            raise InputError(_difference(signature, self.inputs))
         return _jaxlib.execute(self._loaded, arrays)
 
 
-def _difference(found: list[Any], wanted: list[Any]) -> str:
-    if len(found) != len(wanted):
-        return f"{len(found)} arguments given: the program takes {len(wanted)}"
-    n = next(n for n, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-    (shape, dtype), (wanted_shape, wanted_dtype) = found[n], wanted[n]
-    return f"argument {n} is {dtype}{list(shape)} on each core: the program takes {wanted_dtype}{list(wanted_shape)}"
+def _difference(signature: list[Any], expected: list[Any]) -> str:
+    if len(signature) != len(expected):
+        return f"{len(signature)} arguments given: the program takes {len(expected)}"
+    n = next(n for n, (a, b) in enumerate(zip(signature, expected, strict=True)) if a != b)
+    (shape, dtype), (expected_shape, expected_dtype) = signature[n], expected[n]
+    return (
+        f"argument {n} is {dtype}{list(shape)} on each core: the program takes {expected_dtype}{list(expected_shape)}"
+    )
 
 
 def _expand(rewriter: Rewriter, i: Any) -> None:

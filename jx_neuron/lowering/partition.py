@@ -38,7 +38,7 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
                     time.sleep(0.02)
             finally:
                 child.kill()
-        dumps = sorted(p for p in folder.glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
+        dumps = sorted(p for p in folder.glob(f"*.{_STAGE}.*.hlo.pb") if any(suffix in p.name for suffix in _DONE))
         if not dumps:
             reason = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
             raise LoweringError(f"XLA could not partition the program over {tp_degree} cores:\n{reason}")

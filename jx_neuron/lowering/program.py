@@ -74,8 +74,8 @@ class Program(ProgramSpec):
             target: inf2, trn1, trn1n, trn2 or trn3.
             lnc: logical-core configuration; None is the target's default.
         """
-        found = verify(self.hlo_module, target, lnc=lnc)
-        return [replace(v, source=v.source or self.sources.get(v.instruction or "")) for v in found]
+        violations = verify(self.hlo_module, target, lnc=lnc)
+        return [replace(v, source=v.source or self.sources.get(v.instruction or "")) for v in violations]
 
     def run(self, *args: Any) -> list[np.ndarray[Any, Any]]:
         """Runs it on the host, one CPU device a core.
@@ -90,24 +90,24 @@ class Program(ProgramSpec):
             InputError: an array is not what the program takes.
         """
         leaves = jax.tree.leaves(args)
-        wanted = [spec for spec in self.inputs if spec.kind != "rank"]
-        if len(leaves) != len(wanted):
-            raise InputError(f"{self.name} takes {len(wanted)} arrays ({len(leaves)} given)")
+        specs = [spec for spec in self.inputs if spec.kind != "rank"]
+        if len(leaves) != len(specs):
+            raise InputError(f"{self.name} takes {len(specs)} arrays ({len(leaves)} given)")
         executable = _executable(self.hlo_module, self.tp_degree)
-        given = []
-        for spec, leaf in zip(wanted, leaves, strict=True):
+        arrays = []
+        for spec, leaf in zip(specs, leaves, strict=True):
             array = np.asarray(leaf, jnp.result_type(leaf))
             if (array.shape, array.dtype.name) != (spec.global_shape(self.tp_degree), spec.dtype):
                 expected = f"{spec.dtype}{list(spec.global_shape(self.tp_degree))}"
                 raise InputError(
                     f"{self.name}: {spec.name} is {array.dtype}{list(array.shape)}, and must be {expected}"
                 )
-            given.append(jax.device_put(array, executable.sharding(spec.partition)))
-        if len(wanted) < len(self.inputs):
+            arrays.append(jax.device_put(array, executable.sharding(spec.partition)))
+        if len(specs) < len(self.inputs):
             ranks = np.arange(self.tp_degree, dtype=np.int32)
-            given.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
-        found = executable.execute(given)
-        return [_whole(shards, spec) for shards, spec in zip(found, self.outputs, strict=True)]
+            arrays.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
+        outputs = executable.execute(arrays)
+        return [_whole(shards, spec) for shards, spec in zip(outputs, self.outputs, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -140,12 +140,12 @@ class Traced(ProgramSpec):
         """
         began = time.perf_counter()
         aliases = {n: spec.alias for n, spec in enumerate(self.outputs) if spec.alias is not None}
-        done = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name, aliases)
-        module = proto.parse(done.hlo_module)
+        legalized = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name, aliases)
+        module = proto.parse(legalized.hlo_module)
         inputs = self.inputs
-        if done.takes_rank:
+        if legalized.takes_rank:
             inputs += (TensorSpec("rank", "rank", (1,), "int32", tuple(self.mesh)),)
-        program = Program(self.name, self.mesh, inputs, self.outputs, done.hlo_module, done.sources)
+        program = Program(self.name, self.mesh, inputs, self.outputs, legalized.hlo_module, legalized.sources)
         _check_shapes(program, module)
         return replace(program, seconds=self.seconds + time.perf_counter() - began)
 
@@ -158,8 +158,8 @@ def _check_shapes(program: Program, module: Any) -> None:
     ):
         stated = [(s.dtype, s.shape) for s in specs]
         if stated != [(proto.dtype(s), tuple(s.dimensions)) for s in shapes]:
-            got = ", ".join(map(proto.describe, shapes))
-            raise LoweringError(f"{program.name}: partitioned to ({got}), where the specs give {stated}")
+            partitioned = ", ".join(map(proto.describe, shapes))
+            raise LoweringError(f"{program.name}: partitioned to ({partitioned}), where the specs give {stated}")
 
 
 def trace(

@@ -22,10 +22,10 @@ RECORD = ConfigDict(extra="forbid", strict=True, revalidate_instances="always")
 
 def _dtype(name: str) -> str:
     try:
-        known = np.dtype(name).name
+        canonical = np.dtype(name).name
     except TypeError:
-        known = ""
-    if known != name:
+        canonical = ""
+    if canonical != name:
         raise ValueError(f"{name!r} is no numpy or ml_dtypes type")
     return name
 

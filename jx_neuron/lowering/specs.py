@@ -64,16 +64,16 @@ def input_labels(
     """The name and kind of every array of the arguments, as `lower` states them."""
     if len(kinds) != len(args):
         raise LoweringError(f"{len(kinds)} input_kinds given for {len(args)} arguments")
-    found = [
+    labels = [
         (key if kind == "param" and key else f"{argument}.{key}" if key else argument, kind)
         for argument, kind, tree in zip(_argument_names(fn, args), kinds, args, strict=True)
         for key in (_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     ]
     if names is None:
-        return iter(found)
-    if len(names) != len(found):
-        raise LoweringError(f"{len(names)} input_names given for {len(found)} arrays")
-    return zip(names, [kind for _, kind in found], strict=True)
+        return iter(labels)
+    if len(names) != len(labels):
+        raise LoweringError(f"{len(names)} input_names given for {len(labels)} arrays")
+    return zip(names, [kind for _, kind in labels], strict=True)
 
 
 def _argument_names(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
@@ -115,10 +115,10 @@ def alias_donated(inputs: list[TensorSpec], donated: list[int], outputs: list[Te
 
     LoweringError where the donated inputs do not come back.
     """
-    wanted = [_placement(inputs[n]) for n in donated]
+    donated_placements = [_placement(inputs[n]) for n in donated]
     for start in range(len(outputs) - len(donated), -1, -1):
-        run = outputs[start : start + len(donated)]
-        if [_placement(spec) for spec in run] == wanted:
+        candidates = outputs[start : start + len(donated)]
+        if [_placement(spec) for spec in candidates] == donated_placements:
             return [
                 *outputs[:start],
                 *(replace(inputs[n], alias=n) for n in donated),

@@ -86,8 +86,8 @@ class Computation:
 
     @property
     def parameters(self) -> list[Instruction]:
-        found = [i for i in self.instructions if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.proto.parameter_number))
+        parameters = [i for i in self.instructions if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.proto.parameter_number))
 
 
 @dataclass(eq=False, slots=True)

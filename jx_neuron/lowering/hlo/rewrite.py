@@ -88,15 +88,15 @@ class Rewriter:
             ids[:] = [self._final(i) for i in ids]
 
     def _commit(self) -> None:
-        needed, stack = set[int](), [self.computation.root_id]
+        live_ids, stack = set[int](), [self.computation.root_id]
         stack += [i.id for i in self._order if i.custom_call_has_side_effect or i.opcode in _KEPT]
         while stack:
             identity = stack.pop()
-            if identity not in needed:
-                needed.add(identity)
+            if identity not in live_ids:
+                live_ids.add(identity)
                 stack += [*self.by_id[identity].operand_ids, *self.by_id[identity].control_predecessor_ids]
-        kept = [i for i in self._order if i.id in needed]
-        fresh = proto.Computation(instructions=kept)
+        live = [i for i in self._order if i.id in live_ids]
+        fresh = proto.Computation(instructions=live)
         self.computation.ClearField("instructions")
         self.computation.MergeFrom(fresh)
 
@@ -118,12 +118,12 @@ def inline_calls(module: Any) -> None:
             Rewriter(module, computation).run(inline)
 
 
-def _inlined(rewriter: Rewriter, bodies: dict[int, Any], body: Any, given: list[Any]) -> Any:
+def _inlined(rewriter: Rewriter, bodies: dict[int, Any], body: Any, arguments: list[Any]) -> Any:
     values: dict[int, Any] = {}
     for i in body.instructions:
         operands = [values[o] for o in i.operand_ids]
         if i.opcode == "parameter":
-            values[i.id] = given[i.parameter_number]
+            values[i.id] = arguments[i.parameter_number]
         elif i.opcode == "call":
             values[i.id] = _inlined(rewriter, bodies, bodies[i.called_computation_ids[0]], operands)
         else:

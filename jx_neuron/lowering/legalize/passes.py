@@ -75,7 +75,7 @@ def _is_annotation(i: Any) -> bool:
 def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
     """Dense groups of replicas, without channels; among one core each, nothing at all."""
     if i.opcode == "collective-permute":
-        alone = tp_degree == 1
+        is_single_core = tp_degree == 1
     else:
         groups = proto.replica_groups(i, tp_degree)
         for field in ("iota_groups", "mesh_groups", "collective_device_list", "replica_groups"):
@@ -83,10 +83,10 @@ def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
         for members in groups:
             i.replica_groups.add(replica_ids=members)  # the form before 2024
             i.collective_device_list.replica_groups.add(replica_ids=members)
-        alone = len(groups[0]) == 1
+        is_single_core = len(groups[0]) == 1
     for field in ("channel_id", "all_reduce_id", "use_global_device_ids"):
         i.ClearField(field)
-    if alone and len(i.operand_ids) == 1:
+    if is_single_core and len(i.operand_ids) == 1:
         rewriter.replace(i, rewriter.operands(i)[0])
 
 
@@ -160,13 +160,13 @@ def _canonical(module: Any, name: str) -> dict[str, str]:
     """
     by_id = {c.id: c for c in module.computations}
     new_ids: dict[int, int] = {}
-    same: dict[bytes, int] = {}
-    kept: list[Any] = []
+    id_by_content: dict[bytes, int] = {}
+    computations: list[Any] = []
     sources: dict[str, str] = {}
-    used = 0
+    instruction_count = 0
 
     def visit(identity: int) -> None:
-        nonlocal used
+        nonlocal instruction_count
         computation = by_id[identity]
         for called in (c for i in computation.instructions for c in i.called_computation_ids):
             if called not in new_ids:
@@ -174,23 +174,23 @@ def _canonical(module: Any, name: str) -> dict[str, str]:
         lines = [_source(module, i) for i in computation.instructions]
         _plain(computation, new_ids)
         content = computation.SerializeToString(deterministic=True)
-        if content in same:
-            new_ids[identity] = same[content]
+        if content in id_by_content:
+            new_ids[identity] = id_by_content[content]
             return
-        kept.append(computation)
-        new_ids[identity] = same[content] = computation.id = len(kept)
-        computation.name = "main" if identity == module.entry_computation_id else f"region.{len(kept)}"
-        _shift(computation, used)
-        used += len(computation.instructions)
+        computations.append(computation)
+        new_ids[identity] = id_by_content[content] = computation.id = len(computations)
+        computation.name = "main" if identity == module.entry_computation_id else f"region.{len(computations)}"
+        _shift(computation, instruction_count)
+        instruction_count += len(computation.instructions)
         sources.update({i.name: line for i, line in zip(computation.instructions, lines, strict=True) if line})
 
     visit(module.entry_computation_id)
-    fresh = proto.Module(computations=kept)
+    fresh = proto.Module(computations=computations)
     module.ClearField("computations")
     module.MergeFrom(fresh)
     for field in _MODULE_NOTES:
         module.ClearField(field)
-    module.name, module.entry_computation_id, module.entry_computation_name = name, len(kept), "main"
+    module.name, module.entry_computation_id, module.entry_computation_name = name, len(computations), "main"
     _name_parameters(module.host_program_shape)
     return sources
 

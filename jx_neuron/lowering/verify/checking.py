@@ -72,7 +72,7 @@ def verify(
     Raises:
         LoweringError: the bytes are no HLO module, or no target has that name.
     """
-    on, module = target_of(target, lnc), parse(hlo_module)
+    resolved_target, module = target_of(target, lnc), parse(hlo_module)
     sources = sources or {}
     return [
         Violation(
@@ -85,5 +85,5 @@ def verify(
             rule.severity,
         )
         for rule in RULES.values()
-        for instruction, message in rule.check(module, on)
+        for instruction, message in rule.check(module, resolved_target)
     ]

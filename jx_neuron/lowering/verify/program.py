@@ -118,8 +118,8 @@ def donated_not_aliased(module: Module, target: Target) -> Iterator[Finding]:
     parameters = module.entry.parameters
     for entry in module.proto.buffer_donor.entries:
         if entry.parameter_number not in module.aliases:
-            given = parameters[entry.parameter_number]
-            yield given, f"is a donated input, {given.shape}, aliased with no output"
+            donor = parameters[entry.parameter_number]
+            yield donor, f"is a donated input, {donor.shape}, aliased with no output"
 
 
 @module_rule(
@@ -145,10 +145,10 @@ def read_after_write(module: Module, target: Target) -> Iterator[Finding]:
             if operand in views and i.opcode in ("bitcast", "reshape"):
                 views[i] = views[operand]
             elif operand in views and i is not entry.root:
-                given = views[operand]
-                write = writes[given]
+                parameter = views[operand]
+                write = writes[parameter]
                 if i is not write and after[i] & bits[write]:
-                    yield i, f"reads input {given.name} after {write.name} has overwritten it"
+                    yield i, f"reads input {parameter.name} after {write.name} has overwritten it"
 
 
 def _write(module: Module, parameter: Instruction) -> Instruction | None:
