@@ -140,9 +140,9 @@ def test_padding_says_what_it_does_and_what_it_costs() -> None:
 )
 def test_strictness_refuses_padded_heads_and_names_the_degrees_that_divide(n: int, k: int, tp: int, legal: str) -> None:
     with pytest.raises(InputError, match=f"tp_degree={tp} .* degrees that do are {legal}"):
-        Padding(sizes(n, k), tp).demand_exact()
+        Padding(sizes(n, k), tp).require_exact()
 
 
 @pytest.mark.parametrize(("n", "k", "tp"), [(25, 25, 5), (16, 8, 8), (16, 8, 16), (12, 12, 4), (64, 8, 32)])
 def test_strictness_allows_degrees_that_divide(n: int, k: int, tp: int) -> None:
-    Padding(sizes(n, k), tp).demand_exact()
+    Padding(sizes(n, k), tp).require_exact()

@@ -107,8 +107,8 @@ class Settings:
             keys += [dataclasses.replace(key, kind="score") for key in keys if key.kind == "prefill"]
         return list(dict.fromkeys(keys))
 
-    def differences(self, asked: "Settings") -> list[str]:
+    def differences(self, requested: "Settings") -> list[str]:
         """What programs of these settings lack for those `asked`, a field a text; token ids and target do not count."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in ("generation", "target")]
-        pairs = {name: (getattr(self, name), getattr(asked, name)) for name in names}
+        pairs = {name: (getattr(self, name), getattr(requested, name)) for name in names}
         return [f"{name}={own!r} and not {other!r}" for name, (own, other) in pairs.items() if own != other]

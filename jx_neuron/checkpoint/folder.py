@@ -144,7 +144,7 @@ def open_checkpoint(
     """
     path = local_path(
         model,
-        _wanted,
+        _files_to_download,
         revision=revision,
         token=token,
         local_files_only=local_files_only,
@@ -266,20 +266,22 @@ def _places(index: Path) -> dict[str, str]:
 
 def _indexed(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names, each where the index says."""
-    places, read = _places(index), READERS[Path(index.name.removesuffix(INDEX)).suffix]
+    file_of, read_file = _places(index), READERS[Path(index.name.removesuffix(INDEX)).suffix]
     tensors: dict[str, Tensor] = {}
-    homes: dict[str, str] = {}
-    for file in sorted(set(places.values())):
+    file_by_tensor: dict[str, str] = {}
+    for file in sorted(set(file_of.values())):
         if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
             raise CheckpointError(f"{index}: weight_map names {file!r}; legal are names of files in the same folder.")
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index} names {file!r}, which is not in {index.parent}; {AGAIN}.")
-        for name, tensor in read(index.parent / file).items():
+        for name, tensor in read_file(index.parent / file).items():
             if name in tensors:
-                raise CheckpointError(f"{index.parent}: tensor {name!r} is in {homes[name]} and in {file}; {AGAIN}.")
-            tensors[name], homes[name] = tensor, file
-    for name, file in places.items():
-        if homes.get(name) != file:
+                raise CheckpointError(
+                    f"{index.parent}: tensor {name!r} is in {file_by_tensor[name]} and in {file}; {AGAIN}."
+                )
+            tensors[name], file_by_tensor[name] = tensor, file
+    for name, file in file_of.items():
+        if file_by_tensor.get(name) != file:
             raise CheckpointError(
                 f"{index.parent / file} lacks tensor {name!r}, which {index.name} says it has; {AGAIN}."
             )
@@ -329,7 +331,7 @@ def _auto_tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder, config, save_files)
 
 
-def _wanted(repo: str, files: Collection[str]) -> list[str]:
+def _files_to_download(repo: str, files: Collection[str]) -> list[str]:
     """Of the files of a Hub repository, those to download."""
     chosen = _chosen_on_the_hub(repo, files)
     small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES]

@@ -184,8 +184,8 @@ class HFConfig:
         for key, value in raw.items():
             name = cls.ALIASES.get(key, key)
             if field := fields.get(name):
-                read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
-                if values.setdefault(field.name, read) != read:
+                parsed = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
+                if values.setdefault(field.name, parsed) != parsed:
                     twins = " and ".join(f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
                     raise ConfigError(f"{cls.MODEL_TYPE}: {twins} are one field; keep the one that is meant")
             elif key in inert:

@@ -14,7 +14,7 @@ ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 def local_path(
     model: str | os.PathLike[str],
-    wanted: Callable[[str, list[str]], list[str]],
+    select: Callable[[str, list[str]], list[str]],
     *,
     revision: str | None,
     token: str | bool | None,
@@ -56,7 +56,7 @@ def local_path(
     if not (local_files_only or constants.HF_HUB_OFFLINE):
         try:
             files = [file.rfilename for file in HfApi().model_info(name, **common).siblings or ()]
-            patterns = wanted(name, files)
+            patterns = select(name, files)
             return Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns, **common))
         except CheckpointError:
             raise

@@ -77,8 +77,8 @@ class Layout:
             start = sum(lengths[: self.part])
             part = slice(start, start + lengths[self.part])
             tensor = tensor[tuple(part if axis == PARTS else slice(None) for axis in axes)]
-        used = {letter: sizes[letter] for letter in self.after.split()}
-        return einops.rearrange(tensor, f"{self.taken} -> {self.after}", **used)
+        axis_sizes = {letter: sizes[letter] for letter in self.after.split()}
+        return einops.rearrange(tensor, f"{self.taken} -> {self.after}", **axis_sizes)
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
@@ -92,8 +92,8 @@ def parse(text: str) -> Layout:
     if total is None:
         return Layout(before, after)
     parts = [part.strip() for part in total[1].split("+")]
-    taken = [i for i, part in enumerate(parts) if _BRACKETS.fullmatch(part)]
-    if len(taken) != 1:
+    bracketed = [i for i, part in enumerate(parts) if _BRACKETS.fullmatch(part)]
+    if len(bracketed) != 1:
         raise ValueError(f"brackets should say which one part of {total[0]} is taken")
-    parts[taken[0]] = parts[taken[0]][1:-1].strip()
-    return Layout(before.replace(total[0], PARTS), after, tuple(parts), taken[0])
+    parts[bracketed[0]] = parts[bracketed[0]][1:-1].strip()
+    return Layout(before.replace(total[0], PARTS), after, tuple(parts), bracketed[0])

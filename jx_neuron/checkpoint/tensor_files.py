@@ -86,10 +86,10 @@ def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
         data = room((size,), np.uint8)
         with path.open("rb") as file:
             file.seek(offset)
-            found = file.readinto(data.data)
+            size_read = file.readinto(data.data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if found != size:
+    if size_read != size:
         raise CheckpointError(f"{path} ends before byte {offset + size}: it is cut short; {AGAIN}.")
     return data
 

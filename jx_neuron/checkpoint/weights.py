@@ -18,7 +18,7 @@ from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.nn.sharding import Padding
 from jx_neuron.util.ondemand import OnDemand
 from jx_neuron.util.pages import scratch
-from jx_neuron.util.progress import ahead, track
+from jx_neuron.util.progress import prefetch, track
 
 __all__ = [
     "Copy",
@@ -116,14 +116,14 @@ def match(
     matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
     if missing := [row.name for target, row in rows.items() if target not in matches]:
         raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
-    used = {name for row in matches.values() for name in row.names(config.sizes)}
-    rest = set(tensors.names()) - used
-    for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in rest):
-        _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
-        rest.remove(copy.name)
+    used_names = {name for row in matches.values() for name in row.names(config.sizes)}
+    unused_names = set(tensors.names()) - used_names
+    for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in unused_names):
+        _check_copy(copy, next(name for name in used_names if copy.of.endswith(name)), tensors)
+        unused_names.remove(copy.name)
     base = "|".join(map(re.escape, _prefixes(table)))
     ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
-    if extra := [name for name in sorted(rest) if not any(p.fullmatch(name) for p in ignored)]:
+    if extra := [name for name in sorted(unused_names) if not any(p.fullmatch(name) for p in ignored)]:
         raise CheckpointError(
             f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, config)}"
         )
@@ -210,7 +210,7 @@ class Source:
                 return put(path, array) if put else np.ascontiguousarray(array)
 
         placed: Params = {}
-        arrays = zip(track(paths, "loading weights", len(paths)), ahead(read, paths), strict=True)
+        arrays = zip(track(paths, "loading weights", len(paths)), prefetch(read, paths), strict=True)
         for path, array in arrays:
             sharding = NamedSharding(mesh, REPLICATED if path in packing else self.split(path))
             placed[path] = jax.device_put(array, sharding).block_until_ready()

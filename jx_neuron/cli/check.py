@@ -41,13 +41,13 @@ def command(
     from jx_neuron.runtime.deployment import target_for
 
     target = target_for(target)
-    found = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
-    refused = any(v.severity == "error" for violations in found.values() for v in violations)
+    violations_by_program = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
+    refused = any(v.severity == "error" for violations in violations_by_program.values() for v in violations)
     if as_json:
-        told = {name: [v.as_dict() for v in violations] for name, violations in found.items()}
-        typer.echo(json.dumps(dict(target=target, passes=not refused, programs=told)))
+        programs = {name: [v.as_dict() for v in violations] for name, violations in violations_by_program.items()}
+        typer.echo(json.dumps(dict(target=target, passes=not refused, programs=programs)))
     else:
-        for name, violations in found.items():
+        for name, violations in violations_by_program.items():
             lines = [f"{name}:", *map(str, violations)] if violations else [f"{name}: passes on {target}"]
             tell("\n  ".join(lines))
     if refused:

@@ -89,14 +89,14 @@ def command(
     target = deploy.target_for(target)
     if not hlo_only:
         neuronx_cc.find_compiler()
-    asked: dict[str, Any] = dict(
+    model_options: dict[str, Any] = dict(
         batch_size=batch_size,
         n_positions=_lengths(n_positions),
         tp_degree=tp,
         amp=amp,
         context_length_estimate=_lengths(context_length_estimate),
     )
-    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, asked)
+    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, model_options)
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)
@@ -112,24 +112,24 @@ def command(
     tell(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
 
 
-def _lengths(given: list[int] | None) -> int | list[int] | None:
-    return given[0] if given and len(given) == 1 else given or None
+def _lengths(lengths: list[int] | None) -> int | list[int] | None:
+    return lengths[0] if lengths and len(lengths) == 1 else lengths or None
 
 
-def _from_checkpoint(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+def _from_checkpoint(model: str, revision: str | None, model_options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     try:
-        return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **asked)
+        return NeuronAutoModelForCausalLM.from_pretrained(model, backend="host", revision=revision, **model_options)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nTo compile from the config alone, add --no-weights") from error
 
 
-def _from_config(model: str, revision: str | None, asked: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
+def _from_config(model: str, revision: str | None, model_options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":
     from jx_neuron.llm import NeuronAutoModelForCausalLM
     from jx_neuron.runtime.deployment import config_of
 
-    return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **asked)
+    return NeuronAutoModelForCausalLM.from_config(config_of(model, revision=revision), **model_options)
 
 
 def _row(program: Any, deployment: "Deployment") -> dict[str, Any]:

@@ -78,7 +78,7 @@ def command(
     from jx_neuron.runtime.deployment import config_of
 
     gc.enable()
-    found = plan(
+    result = plan(
         config_of(model, revision=revision),
         instance,
         tp,
@@ -93,11 +93,11 @@ def command(
     if plot is not None:
         from jx_neuron.planning.picture import draw
 
-        draw(found, name, plot)
+        draw(result, name, plot)
     if as_json:
-        typer.echo(json.dumps({"model": model, **found.as_dict()}, indent=2))
+        typer.echo(json.dumps({"model": model, **result.as_dict()}, indent=2))
     else:
-        _print(found, name)
+        _print(result, name)
         if plot is not None:
             tell(f"drawn into {plot}", err=True)
 
@@ -110,10 +110,10 @@ def _print(plan: "Plan", name: str) -> None:
     out = console()
 
     def table(*columns: str) -> Table:
-        of = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for n, column in enumerate(columns):
-            of.add_column(column, justify="left" if n == 0 else "right", header_style="dim", no_wrap=True)
-        return of
+            grid.add_column(column, justify="left" if n == 0 else "right", header_style="dim", no_wrap=True)
+        return grid
 
     room = plan.memory_per_core
     size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"

@@ -163,7 +163,7 @@ def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool
 
 def _report(answers: Sequence[Answer]) -> None:
     rates = [a.tokens_per_second for a in answers if a.tokens_per_second]
-    made = sum(len(a.tokens) for a in answers)
+    token_count = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    tell(f"{made} tokens{rate}, first token after {first:.2f} s", err=True)
+    tell(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)

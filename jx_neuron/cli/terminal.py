@@ -112,8 +112,8 @@ def plain_warnings() -> Iterator[None]:
     usual = warnings.formatwarning
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
-        told = f"jx-neuron: {message}"
-        return _fitted(told, sys.stderr) + "\n" if category is UserWarning else usual(message, category, *where, **line)
+        text = f"jx-neuron: {message}"
+        return _fitted(text, sys.stderr) + "\n" if category is UserWarning else usual(message, category, *where, **line)
 
     warnings.formatwarning = plain
     try:
@@ -211,4 +211,6 @@ class Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each command with the first paragraph of its help."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (of.help or "").partition("\n\n")[0]) for name, of in self.commands.items()])
+            formatter.write_dl(
+                [(name, (command.help or "").partition("\n\n")[0]) for name, command in self.commands.items()]
+            )

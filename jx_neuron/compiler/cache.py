@@ -46,8 +46,8 @@ def default_folder() -> Path:
 
 def key(hlo: bytes, flags: Sequence[str], version: str) -> str:
     """The name of a compilation: sha256 of the program, the flags (target among them), the compiler."""
-    told = [hashlib.sha256(hlo).hexdigest(), list(flags), version]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    parts = [hashlib.sha256(hlo).hexdigest(), list(flags), version]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def load(folder: Path, key: str) -> bytes | None:

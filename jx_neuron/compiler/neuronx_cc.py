@@ -54,7 +54,7 @@ _TAKING_A_VALUE = {
     "--output",
     "--verbose",
 }
-_OURS = {
+_RESERVED = {
     "--output": "every program has its own NEFF",
     "--logfile": f"every program has its own log, kept where {DUMP_VARIABLE} says",
 }
@@ -115,34 +115,36 @@ def find_compiler() -> Compiler:
 
     Raises CompilerError that says what to install where there is none.
     """
-    found = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
-    if found is None:
+    executable = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
+    if executable is None:
         raise CompilerError(
             "neuronx-cc, AWS's compiler, is not installed. It runs on Linux x86-64, and comes from AWS's "
             f"Neuron repository: {INSTALL}. All but the NEFFs works without it: compile with --hlo-only"
         )
-    shown = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
-    version = re.search(r"Compiler version\s+(\S+)", shown.stdout + shown.stderr)
-    if shown.returncode or version is None:
-        said = (shown.stderr or shown.stdout).strip() or "nothing"
-        raise CompilerError(f"{found} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
-    return Compiler(Path(found), version[1])
+    process = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"Compiler version\s+(\S+)", process.stdout + process.stderr)
+    if process.returncode or version is None:
+        message = (process.stderr or process.stdout).strip() or "nothing"
+        raise CompilerError(
+            f"{executable} --version does not name a version; it said: {message}. Reinstall it: {INSTALL}"
+        )
+    return Compiler(Path(executable), version[1])
 
 
-def asked_target() -> str | None:
+def user_target() -> str | None:
     """The target that `NEURON_CC_FLAGS` names, if it does."""
-    return _last(_user_flags(), "--target")
+    return _last_value(_user_flags(), "--target")
 
 
 def target(options: CompilerOptions) -> str:
     """The instance family that is compiled for."""
-    asked = asked_target()
-    if options.target and asked and options.target != asked:
+    requested = user_target()
+    if options.target and requested and options.target != requested:
         raise CompilerError(
-            f"{FLAGS_VARIABLE} asks for --target={asked}, but the programs are for {options.target}. "
-            f"Drop the flag, or ask for target {asked} in both"
+            f"{FLAGS_VARIABLE} asks for --target={requested}, but the programs are for {options.target}. "
+            f"Drop the flag, or ask for target {requested} in both"
         )
-    return options.target or asked or "trn1"
+    return options.target or requested or "trn1"
 
 
 def flags(options: CompilerOptions) -> list[str]:
@@ -153,20 +155,22 @@ def flags(options: CompilerOptions) -> list[str]:
 
     Raises CompilerError for flags that contradict the target or are not the user's to set.
     """
-    theirs = _user_flags()
-    for name, reason in _OURS.items():
-        if any(flag.startswith(f"{name}=") for flag in theirs):
+    user_flags = _user_flags()
+    for name, reason in _RESERVED.items():
+        if any(flag.startswith(f"{name}=") for flag in user_flags):
             raise CompilerError(f"{FLAGS_VARIABLE} sets {name}, but {reason}. Drop the flag")
-    ours = {
+    defaults = {
         "--framework": "XLA",
         "--target": target(options),
         "--model-type": options.model_type or "transformer",
         "--auto-cast": options.auto_cast or "none",
         "--auto-cast-type": options.auto_cast_type,
         "--optlevel": options.optlevel,
-        "--logical-nc-config": _logical_nc_config(options, _last(theirs, "--logical-nc-config")),
+        "--logical-nc-config": _logical_nc_config(options, _last_value(user_flags, "--logical-nc-config")),
     }
-    return [f"{name}={value}" for name, value in ours.items() if value is not None and not _last(theirs, name)] + theirs
+    return [
+        f"{name}={value}" for name, value in defaults.items() if value is not None and not _last_value(user_flags, name)
+    ] + user_flags
 
 
 def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions) -> list[str]:
@@ -183,16 +187,16 @@ def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions)
 
 def worker_count(options: CompilerOptions, jobs: int | None = None) -> int:
     """How many programs are compiled at a time."""
-    told = jobs if jobs is not None else options.compilation_worker_count
-    if told is None and (text := os.environ.get(WORKERS_VARIABLE)):
+    count = jobs if jobs is not None else options.compilation_worker_count
+    if count is None and (text := os.environ.get(WORKERS_VARIABLE)):
         if not text.isdecimal():
             raise CompilerError(f"{WORKERS_VARIABLE}={text} is not a number of workers")
-        told = int(text)
-    if told is None:
+        count = int(text)
+    if count is None:
         return max(1, (os.cpu_count() or 1) // 4)
-    if told < 1:
-        raise CompilerError(f"{told} programs at a time cannot be compiled: at least 1 worker is needed")
-    return told
+    if count < 1:
+        raise CompilerError(f"{count} programs at a time cannot be compiled: at least 1 worker is needed")
+    return count
 
 
 def compile_programs(
@@ -250,7 +254,7 @@ class _Run:
     stop: threading.Event
 
     def neff(self, name: str, hlo: bytes) -> bytes:
-        key = compile_cache.key(hlo, _for_the_key(flags(self.options)), self.compiler.version)
+        key = compile_cache.key(hlo, _key_flags(flags(self.options)), self.compiler.version)
         with _workspace(f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{key[:8]}") as folder:
             if (neff := compile_cache.load(self.cache, key)) is None:
                 with compile_cache.lock(self.cache, key, self.stop.is_set):
@@ -293,17 +297,17 @@ class _Run:
         log = "".join(
             path.read_text(errors="replace") for path in (folder / LOG_FILE, folder / OUTPUT_FILE) if path.exists()
         )
-        kept = folder / OUTPUT_FILE
+        log_path = folder / OUTPUT_FILE
         if not os.environ.get(DUMP_VARIABLE):
-            kept = self.cache / "failed" / f"{folder.name}.log"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_file(kept, log.encode())
+            log_path = self.cache / "failed" / f"{folder.name}.log"
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(log_path, log.encode())
         tail = [line for line in log.splitlines() if line.strip()][-TAIL_LINES:]
         return "\n".join(
             [
                 f"neuronx-cc {self.compiler.version} could not compile the program {name!r} "
                 f"for {target(self.options)}: {explain(log, status)}",
-                f"The end of its log ({kept}):",
+                f"The end of its log ({log_path}):",
                 *(f"  {line}" for line in tail or ["(it wrote nothing)"]),
             ]
         )
@@ -354,48 +358,48 @@ def _user_flags() -> list[str]:
         tokens = iter(shlex.split(text))
     except ValueError as error:
         raise CompilerError(f"{FLAGS_VARIABLE}={text} is no command line: {error}") from error
-    found = []
+    flags = []
     for token in tokens:
         name, equals, value = token.partition("=")
         if re.fullmatch(r"-O\d", token):
             name, equals, value = "-O", "=", token[2:]
         name = _ALIASES.get(name, name)
         if name not in _TAKING_A_VALUE:
-            found.append(token)
+            flags.append(token)
             continue
         if not equals and (value := next(tokens, "")) == "":
             raise CompilerError(f"{FLAGS_VARIABLE}={text}: {token} is given without a value")
-        found.append(f"{name}={value}")
-    return found
+        flags.append(f"{name}={value}")
+    return flags
 
 
-def _last(given: Sequence[str], name: str) -> str | None:
-    return next((flag.partition("=")[2] for flag in reversed(given) if flag.startswith(f"{name}=")), None)
+def _last_value(flags: Sequence[str], name: str) -> str | None:
+    return next((flag.partition("=")[2] for flag in reversed(flags) if flag.startswith(f"{name}=")), None)
 
 
-def _for_the_key(given: Sequence[str]) -> list[str]:
+def _key_flags(flags: Sequence[str]) -> list[str]:
     """The flags that can change a NEFF."""
-    return [flag for flag in given if not flag.startswith("--verbose=")]
+    return [flag for flag in flags if not flag.startswith("--verbose=")]
 
 
-def _logical_nc_config(options: CompilerOptions, asked: str | None) -> str | None:
+def _logical_nc_config(options: CompilerOptions, user_value: str | None) -> str | None:
     """What `options`, the user's flag and the runtime's variable agree on; None where there is no choice."""
-    named = {
+    settings = {
         "logical_nc_config": None if options.logical_nc_config is None else str(options.logical_nc_config),
-        f"--logical-nc-config in {FLAGS_VARIABLE}": asked,
+        f"--logical-nc-config in {FLAGS_VARIABLE}": user_value,
     }
     family = target_of(target(options))
     choices = [str(choice) for choice in family.lnc_choices]
     if len(choices) > 1:
-        named[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
-    given = {source: value for source, value in named.items() if value}
-    for source, value in given.items():
+        settings[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
+    values = {source: value for source, value in settings.items() if value}
+    for source, value in values.items():
         if value not in choices:
             raise CompilerError(
                 f"{source} is {value}, but a logical core of {family.name} is made of {' or '.join(choices)} "
                 "(NCC_EARG001). Drop the setting"
             )
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{source} is {value}" for source, value in given.items())
-        raise CompilerError(f"the sizes of a logical core do not agree: {said}. Set them alike")
-    return next(iter(given.values()), None) if len(choices) > 1 else None
+    if len(set(values.values())) > 1:
+        summary = ", ".join(f"{source} is {value}" for source, value in values.items())
+        raise CompilerError(f"the sizes of a logical core do not agree: {summary}. Set them alike")
+    return next(iter(values.values()), None) if len(choices) > 1 else None

@@ -50,8 +50,8 @@ class SamplingDefaults:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a row; those that the vocabulary does not have are left out."""
-        own = self.generation_config.eos_token_id if self.generation_config else None
-        ids = self.token_ids.get("eos_token_id") if own is None else own
+        generation_ids = self.generation_config.eos_token_id if self.generation_config else None
+        ids = self.token_ids.get("eos_token_id") if generation_ids is None else generation_ids
         several = () if ids is None else np.atleast_1d(ids).tolist()
         return tuple(id for id in several if 0 <= id < self.vocab_size)
 

@@ -76,18 +76,18 @@ def candidates(top_k: int, vocab_size: int, global_top_k: int, compiled: int | N
 
     Raises InputError where the compiled programs keep fewer than `top_k`, 0 for all.
     """
-    most = vocab_size if top_k == 0 else min(top_k, vocab_size)
+    needed = vocab_size if top_k == 0 else min(top_k, vocab_size)
     if compiled is not None:
-        if most > compiled:
-            asked = "0 (all)" if top_k == 0 else most
+        if needed > compiled:
+            requested = "0 (all)" if top_k == 0 else needed
             raise InputError(
-                f"top_k={asked} needs more candidates than the {compiled} that the programs were compiled with; "
+                f"top_k={requested} needs more candidates than the {compiled} that the programs were compiled with; "
                 f"ask for at most {compiled}, or compile with a larger GenerationConfig(global_top_k=…)"
             )
         return compiled
-    if most == 1:
+    if needed == 1:
         return 1
-    return min(vocab_size, global_top_k if most <= global_top_k else 1 << (most - 1).bit_length())
+    return min(vocab_size, global_top_k if needed <= global_top_k else 1 << (needed - 1).bit_length())
 
 
 def largest(x_v: np.ndarray, count: int) -> np.ndarray:

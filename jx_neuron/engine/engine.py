@@ -20,7 +20,7 @@ from jx_neuron.runtime.base import Runtime
 from jx_neuron.step.step_input import StepOutput
 
 
-class _UnderWay(NamedTuple):
+class _InFlight(NamedTuple):
     turn: Turn
     output: StepOutput
 
@@ -45,7 +45,7 @@ class Engine:
     first_not_finite: Callable[[], str | None] = lambda: None
     lock: RLock = field(default_factory=RLock)
     closing: deque[Sequence] = field(default_factory=deque)  # which any thread may append to, whoever has the lock
-    _under_way: list[_UnderWay] = field(default_factory=list)
+    _under_way: list[_InFlight] = field(default_factory=list)
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
@@ -119,14 +119,14 @@ class Engine:
                 for row in turn.rows:
                     self._fail(row.sequence, error)
                 return False
-            self._under_way.append(_UnderWay(turn, output))
+            self._under_way.append(_InFlight(turn, output))
         return True
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.scheduler.close(sequence)
         sequence.sink.fail(error)
 
-    def _read(self, steps: Iterable[_UnderWay]) -> None:
+    def _read(self, steps: Iterable[_InFlight]) -> None:
         for turn, output in steps:
             token_b = None
             for row in turn.rows:
@@ -170,9 +170,9 @@ class Engine:
                 return
             sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
             self.compute([sequence])
-            kept = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
-            if kept is not None:
-                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([kept], np.int32))
+            target_slot = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            if target_slot is not None:
+                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([target_slot], np.int32))
             self.scheduler.close(sequence)
 
     def poison(self, sequence: Sequence) -> None:

@@ -84,11 +84,11 @@ def events(
 
 def whole(prompts: Sequence[Sequence[int]], counts: Sequence[int], stream: Iterator[Event]) -> list[Generation]:
     """The answers that events make; `counts` of them for each prompt."""
-    made: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
+    events: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
     for event in stream:
-        made[event.prompt][event.answer].append(event)
+        events[event.prompt][event.answer].append(event)
     return [
-        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, made, strict=True)
+        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, events, strict=True)
     ]
 
 

@@ -39,12 +39,14 @@ class Processors:
         with np.errstate(over="ignore"):
             logits_v[biased] += bias
             if (penalty := np.float32(self.repetition_penalty)) != 1:
-                seen = np.unique(tokens)
-                logits_v[seen] = np.where(logits_v[seen] < 0, logits_v[seen] * penalty, logits_v[seen] / penalty)
+                distinct = np.unique(tokens)
+                logits_v[distinct] = np.where(
+                    logits_v[distinct] < 0, logits_v[distinct] * penalty, logits_v[distinct] / penalty
+                )
             if answer:
-                seen, count = np.unique(answer, return_counts=True)
+                distinct, count = np.unique(answer, return_counts=True)
                 penalties = np.float32(self.presence_penalty) + np.float32(self.frequency_penalty) * count
-                logits_v[seen] -= penalties.astype(np.float32)
+                logits_v[distinct] -= penalties.astype(np.float32)
             if self.no_repeat_ngram_size:
                 logits_v[_repeating(tokens, self.no_repeat_ngram_size)] = FLOAT32.min
         np.clip(logits_v, FLOAT32.min, FLOAT32.max, out=logits_v)

@@ -247,13 +247,13 @@ class Scheduler:
         """The programs that will be needed after `turn` for its longest sequence, the first decode step last."""
         row = max(turn.rows, key=lambda row: row.sequence.length)
         sequence, key, keys = row.sequence, turn.step.key, []
-        done, length = row.start + row.count, sequence.length
-        while length - done > 1 and self._chunk_sizes:
-            count = min(length - done, self._chunk_sizes[-1])
+        computed, length = row.start + row.count, sequence.length
+        while length - computed > 1 and self._chunk_sizes:
+            count = min(length - computed, self._chunk_sizes[-1])
             t = fit(self._chunk_sizes, count)
-            keys.append(ProgramKey(key.kind, key.rows, t, self._positions(done + count, t), key.candidates))
-            done += count
-        if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
+            keys.append(ProgramKey(key.kind, key.rows, t, self._positions(computed + count, t), key.candidates))
+            computed += count
+        if (sequence.remaining and sequence.drawing is not None) or length - computed == 1:
             rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self._running))
             positions = self.buckets.positions(min(length + 1, self.buckets.capacity))
             keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
@@ -394,22 +394,22 @@ class Scheduler:
         self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]
     ) -> Turn:
         """A step of sequences by row, which count as computed from now on."""
-        wanted = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
-        key = ProgramKey(kind, rows, t, positions, self._candidates or max(wanted, default=1))
+        candidates = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
+        key = ProgramKey(kind, rows, t, positions, self._candidates or max(candidates, default=1))
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
         for name in ("temperature_b", "top_k_b", "top_p_b"):
             if name in arrays:
                 arrays[name][:] = 1
         if "slot_b" in arrays:
-            taken = {sequence.slot for sequence in sequences.values()}
-            others = iter([number for number in range(len(self._slots)) if number not in taken])
-            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(rows)]
+            occupied = {sequence.slot for sequence in sequences.values()}
+            idle = iter([number for number in range(len(self._slots)) if number not in occupied])
+            slot_b = [sequences[i].slot if i in sequences else next(idle) for i in range(rows)]
             arrays["slot_b"][:] = np.array(slot_b, np.int32)
         turn_rows = []
         for index, sequence in sequences.items():
             start, count = sequence.computed, counts[index]
-            known = sequence.tokens[start : start + count]
-            arrays["tokens_bt"][index, :count] = known + [DRAWN_LAST] * (count - len(known))
+            tokens = sequence.tokens[start : start + count]
+            arrays["tokens_bt"][index, :count] = tokens + [DRAWN_LAST] * (count - len(tokens))
             arrays["start_b"][index], arrays["length_b"][index] = start, self._extent(sequence) - start
             last = start + count == sequence.length
             if sequence.drawing is not None and "uniform_b" in arrays:

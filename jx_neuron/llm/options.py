@@ -181,7 +181,7 @@ def _require_possible(decoder: "Decoder", settings: Settings, backend: str, *, s
 
     limits.check_degree(decoder, settings.tp_degree)
     if strict:
-        decoder.padding.demand_exact()
+        decoder.padding.require_exact()
     if backend == "neuron":
         planning.check(
             decoder,

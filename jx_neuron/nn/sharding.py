@@ -130,7 +130,7 @@ class Padding:
         cost = f"{overhead:.1%}" if overhead >= 0.001 else "under 0.1%"
         return f"tp_degree={self.tp_degree} holds {', '.join(self.changes)}: {cost} more weights"
 
-    def demand_exact(self) -> None:
+    def require_exact(self) -> None:
         """Raises InputError where heads are padded, naming the degrees at which they are not."""
         if -1 not in (*self.query, *self.key_value):
             return

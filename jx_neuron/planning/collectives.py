@@ -64,14 +64,14 @@ class _Count:
 
     def through(self, jaxpr: Jaxpr, marks: list[_Mark]) -> list[_Mark]:
         """The marks of a jaxpr's outputs, of those of its inputs."""
-        known: dict[Any, _Mark] = dict(zip(jaxpr.invars, marks, strict=True))
+        mark_by_variable: dict[Any, _Mark] = dict(zip(jaxpr.invars, marks, strict=True))
 
         def marks_of(atoms: Any) -> list[_Mark]:
-            return [_Mark() if isinstance(atom, Literal) else known.get(atom, _Mark()) for atom in atoms]
+            return [_Mark() if isinstance(atom, Literal) else mark_by_variable.get(atom, _Mark()) for atom in atoms]
 
         for equation in jaxpr.eqns:
             results = self._results(equation, marks_of(equation.invars))
-            known |= zip(equation.outvars, results, strict=True)
+            mark_by_variable |= zip(equation.outvars, results, strict=True)
         return marks_of(jaxpr.outvars)
 
     def _results(self, equation: Any, marks: list[_Mark]) -> list[_Mark]:

@@ -81,8 +81,8 @@ class Instance:
 
     def hops(self, tp_degree: int) -> int:
         """Links on the longest way between two of `tp_degree` cores; 1 between the cores of one device."""
-        used = math.ceil(tp_degree / self.device.cores)
-        across = used // 2 if self.device.ring else (used - 1).bit_length()
+        devices = math.ceil(tp_degree / self.device.cores)
+        across = devices // 2 if self.device.ring else (devices - 1).bit_length()
         return max(across, 1) if tp_degree > 1 else 0
 
 
@@ -116,9 +116,9 @@ def find(name: str) -> Instance:
 
     Raises InputError that lists those known.
     """
-    named = {of.name: of for of in (*INSTANCES, TRN3_DEVICE)}
-    family = [of for of in INSTANCES if of.device.target == name]
-    found = named.get(name) or (family[-1] if family else None)
-    if found is None:
-        raise InputError(f"instance {name!r} is not known; known are {', '.join(named)}")
-    return found
+    by_name = {instance.name: instance for instance in (*INSTANCES, TRN3_DEVICE)}
+    family = [instance for instance in INSTANCES if instance.device.target == name]
+    match = by_name.get(name) or (family[-1] if family else None)
+    if match is None:
+        raise InputError(f"instance {name!r} is not known; known are {', '.join(by_name)}")
+    return match

@@ -87,10 +87,10 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
     projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
     scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
-    read = 2 * key.rows * k * positions * h * itemsize  # a layer's part of the cache
+    layer_state = 2 * key.rows * k * positions * h * itemsize  # a layer's part of the cache
     mlp = rows * 3 * f * itemsize
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
-    return residual + max(projections + scores + read, mlp, logits)
+    return residual + max(projections + scores + layer_state, mlp, logits)
 
 
 def lowered_activation_bytes(decoder: Decoder, key: ProgramKey, positions: int, dtype: np.dtype[Any]) -> int:

@@ -110,10 +110,10 @@ class Outline:
         """Bytes of parameters that each core holds: split and padded, or whole."""
         return itemsize * sum(p.per_core for p in self.parameters(tp_degree))
 
-    def cache_bytes(self, tp_degree: int, batch: int, slots: int, itemsize: int) -> int:
+    def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of keys and values that each core holds."""
         decoder = self.at_degree(tp_degree)
-        return decoder.state_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
+        return decoder.state_bytes(batch, positions, itemsize) * self.layers // decoder.config.layers
 
     def read_elements(self, tp_degree: int) -> int:
         """Parameters that a decode step reads on each core: all but those of tables it looks single rows up in."""

@@ -67,11 +67,11 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        of = asdict(self)
-        of["memory"] = self.memory.as_dict()
-        for listed, degree in zip(of["degrees"], self.degrees, strict=True):
+        fields = asdict(self)
+        fields["memory"] = self.memory.as_dict()
+        for listed, degree in zip(fields["degrees"], self.degrees, strict=True):
             listed["memory"] = degree.memory.as_dict()
-        return of
+        return fields
 
 
 def plan(
@@ -106,40 +106,40 @@ def plan(
     Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
     """
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
-    found = find(instance) if instance else None
-    where, degree = _place(request, found, None if tp_degree is None else integer("tp_degree", tp_degree))
-    memory = request.memory(where, degree, _lowered(model, request, degree, amp) if lower else None)
+    requested_instance = find(instance) if instance else None
+    chosen, degree = _place(request, requested_instance, None if tp_degree is None else integer("tp_degree", tp_degree))
+    memory = request.memory(chosen, degree, _lowered(model, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
-    predict = request.speed(where, degree)
-    most = request.largest_batch(where, degree)
-    rows = sorted({request.batch_size, *(1 << i for i in range(LISTED_ROWS.bit_length()) if 1 << i <= most)})
+    predict = request.speed(chosen, degree)
+    largest_batch = request.largest_batch(chosen, degree)
+    rows = sorted({request.batch_size, *(1 << i for i in range(LISTED_ROWS.bit_length()) if 1 << i <= largest_batch)})
     rates = [Rate(b, s, b / s) for b in rows for s in [predict.per_token(b, request.buckets.capacity)]]
     return Plan(
         model_type=request.outline.decoder.model_type,
         parameters=request.outline.parameter_count,
-        instance=where.name,
+        instance=chosen.name,
         tp_degree=degree,
         batch_size=request.batch_size,
         n_positions=request.buckets.capacity,
         context_length=max(request.buckets.context),
         amp=amp,
         memory=memory,
-        memory_per_core=where.hbm_per_core,
+        memory_per_core=chosen.hbm_per_core,
         activations_lowered=lower,
-        tight=memory.worst > where.hbm_per_core,
+        tight=memory.worst > chosen.hbm_per_core,
         host_bytes=host,
-        host_memory=where.host_memory,
+        host_memory=chosen.host_memory,
         padding=padding_note(request.outline, degree),
         degrees=tuple(
-            Degree(d, request.refusal(where, d), request.memory(where, d), request.seconds_per_token(where, d))
-            for d in where.degrees
+            Degree(d, request.refusal(chosen, d), request.memory(chosen, d), request.seconds_per_token(chosen, d))
+            for d in chosen.degrees
         ),
-        seconds_per_token=request.seconds_per_token(where, degree),
+        seconds_per_token=request.seconds_per_token(chosen, degree),
         seconds_to_first_token=predict.of_prompt(request.batch_size, max(request.buckets.context), request.buckets),
         rates=tuple(rates),
-        largest_batch=most,
-        largest_n_positions=request.largest_positions(where, degree),
-        notes=tuple(_notes(request, where, degree, memory, host)),
+        largest_batch=largest_batch,
+        largest_n_positions=request.largest_positions(chosen, degree),
+        notes=tuple(_notes(request, chosen, degree, memory, host)),
     )
 
 
@@ -192,13 +192,17 @@ def _request(
 def _place(request: Request, instance: Instance | None, tp_degree: int | None) -> tuple[Instance, int]:
     why: str | None
     if tp_degree is not None and instance is None:
-        holds = [of for of in INSTANCES if request.fits(of, tp_degree) and request.fits_host(of, tp_degree)]
-        if holds:
-            return holds[0], tp_degree
+        candidates = [
+            candidate
+            for candidate in INSTANCES
+            if request.fits(candidate, tp_degree) and request.fits_host(candidate, tp_degree)
+        ]
+        if candidates:
+            return candidates[0], tp_degree
         why = _why_nowhere(request, tp_degree)
     elif instance is None:
-        if (found := request.cheapest()) is not None:
-            return found
+        if (placement := request.cheapest()) is not None:
+            return placement
         why = _why_nowhere(request, None)
     else:
         degree = request.best_degree(instance) if tp_degree is None else tp_degree
@@ -216,8 +220,8 @@ def _place(request: Request, instance: Instance | None, tp_degree: int | None) -
 
 def _why_nowhere(request: Request, tp_degree: int | None) -> str:
     largest = INSTANCES[-1]
-    if tp_degree is not None and not any(tp_degree in of.degrees for of in INSTANCES):
-        legal = sorted({degree for of in INSTANCES for degree in of.degrees})
+    if tp_degree is not None and not any(tp_degree in instance.degrees for instance in INSTANCES):
+        legal = sorted({degree for instance in INSTANCES for degree in instance.degrees})
         return f"tp_degree={tp_degree} is not a degree of any instance, which are {', '.join(map(str, legal))}"
     degree = tp_degree if tp_degree in largest.degrees else largest.degrees[-1]
     return f"Even on the largest instance, {largest.name}, at tp_degree={degree}: {request.refusal(largest, degree)}"

@@ -45,7 +45,7 @@ class Request:
             if tp_degree not in FIRST_RELEASE_DEGREES:
                 return f"tp_degree={tp_degree} is not one of the first release's, {_list(FIRST_RELEASE_DEGREES)}"
             try:
-                self.outline.padding(tp_degree).demand_exact()
+                self.outline.padding(tp_degree).require_exact()
             except InputError as error:
                 return str(error)
             tensors = memory.weights + memory.cache
@@ -114,13 +114,13 @@ class Request:
     def nearest(self, instance: Instance | None, tp_degree: int | None) -> list[str]:
         """The requests nearest to this one that can run: on `instance` where that was asked for, and elsewhere."""
         here = next(self._changed(instance, tp_degree), None) if instance else None
-        found = [here] if here else []
+        requests = [here] if here else []
         elsewhere = self.cheapest()
         if elsewhere is not None and elsewhere[0] != instance:
-            found.append(f"instance {elsewhere[0].name}, tp_degree={elsewhere[1]}")
-        if not found and (change := next(self._changed(INSTANCES[-1], None), None)):
-            found.append(f"instance {INSTANCES[-1].name}, {change}")
-        return found
+            requests.append(f"instance {elsewhere[0].name}, tp_degree={elsewhere[1]}")
+        if not requests and (change := next(self._changed(INSTANCES[-1], None), None)):
+            requests.append(f"instance {INSTANCES[-1].name}, {change}")
+        return requests
 
     def _changed(self, instance: Instance, tp_degree: int | None) -> Iterator[str]:
         """Changes that make it run on `instance`, the least first."""

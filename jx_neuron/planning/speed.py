@@ -49,21 +49,25 @@ class Speed:
     weight_itemsize: int
     constants: Constants = FITTED
 
-    def per_token(self, batch: int, slots: int) -> float:
+    def per_token(self, batch: int, positions: int) -> float:
         """Of a decode step over a cache of `slots` positions."""
-        of, tp = self.outline, self.tp_degree
-        read = of.read_elements(tp) * self.weight_itemsize + of.cache_bytes(tp, batch, slots, self.itemsize)
+        outline, tp = self.outline, self.tp_degree
+        bytes_read = outline.read_elements(tp) * self.weight_itemsize + outline.cache_bytes(
+            tp, batch, positions, self.itemsize
+        )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
-        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, 1, slots) / self._peak)
-        return roof + of.layers * (self.collectives(batch) + fixed)
+        roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, 1, positions) / self._peak)
+        return roof + outline.layers * (self.collectives(batch) + fixed)
 
-    def to_first_token(self, batch: int, tokens: int, slots: int) -> float:
+    def to_first_token(self, batch: int, tokens: int, positions: int) -> float:
         """Of one prompt chunk of `tokens` a row, over `slots` positions."""
-        of, tp = self.outline, self.tp_degree
-        read = of.weight_bytes(tp, self.weight_itemsize) + of.cache_bytes(tp, batch, slots, self.itemsize)
+        outline, tp = self.outline, self.tp_degree
+        bytes_read = outline.weight_bytes(tp, self.weight_itemsize) + outline.cache_bytes(
+            tp, batch, positions, self.itemsize
+        )
         rate = self._peak * self.constants.efficiency
-        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, tokens, slots) / rate)
-        return roof + of.layers * (self.collectives(batch * tokens) + self.constants.layer)
+        roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
+        return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
     def of_prompt(self, batch: int, tokens: int, buckets: Buckets) -> float:
         """Time to first token of a prompt, in chunks of the largest context bucket where it is longer."""
@@ -74,13 +78,13 @@ class Speed:
         size = fit(buckets.context, tokens)
         return total + self.to_first_token(batch, size, buckets.capacity if total else size)
 
-    def flops(self, batch: int, tokens: int, slots: int) -> float:
+    def flops(self, batch: int, tokens: int, positions: int) -> float:
         """Of one core: products with the parameters (the head for each row's last token alone), and attention."""
-        of, tp = self.outline, self.tp_degree
-        head = max((p.per_core for p in of.parameters(tp) if p.is_vocabulary_table), default=0)
-        n, h = of.padding(tp).size("n") // tp, of.config.sizes["h"]
-        products = (of.read_elements(tp) - head) * tokens + head
-        return 2.0 * batch * (products + 2 * of.layers * tokens * slots * n * h)
+        outline, tp = self.outline, self.tp_degree
+        head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
+        n, h = outline.padding(tp).size("n") // tp, outline.config.sizes["h"]
+        products = (outline.read_elements(tp) - head) * tokens + head
+        return 2.0 * batch * (products + 2 * outline.layers * tokens * positions * n * h)
 
     def collectives(self, rows: int) -> float:
         """Of one layer, for `rows` hidden states."""
@@ -138,22 +142,22 @@ def left_out() -> Iterator[Compared]:
 
 
 def _efficiency(row: published.Prefill, constants: Constants) -> float:
-    of = _of(row, constants)
-    fixed = of.outline.layers * (of.collectives(row.tokens) + constants.layer)
-    return of.flops(1, row.tokens, row.tokens) / of._peak / (row.milliseconds / 1e3 - fixed)
+    prediction = _speed(row, constants)
+    fixed = prediction.outline.layers * (prediction.collectives(row.tokens) + constants.layer)
+    return prediction.flops(1, row.tokens, row.tokens) / prediction._peak / (row.milliseconds / 1e3 - fixed)
 
 
 def _predict(row: published.Decode | published.Prefill, constants: Constants) -> float:
-    of = _of(row, constants)
+    prediction = _speed(row, constants)
     if isinstance(row, published.Prefill):
-        return of.to_first_token(1, row.tokens, row.tokens)
-    return of.per_token(row.batch_size, row.sequence)
+        return prediction.to_first_token(1, row.tokens, row.tokens)
+    return prediction.per_token(row.batch_size, row.sequence)
 
 
-def _of(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    of = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
+def _speed(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
+    prediction = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
     weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
-    return dataclasses.replace(of, weight_itemsize=weight_itemsize, constants=constants)
+    return dataclasses.replace(prediction, weight_itemsize=weight_itemsize, constants=constants)
 
 
 @cache

@@ -105,20 +105,20 @@ class NeuronRuntime:
             with _one_set_of_weights():
                 model.load()
             inputs, outputs = self._tensor_set("input", program.inputs), self._tensor_set("output", program.outputs)
-            given = [self._device_tensor(tensor) for tensor in program.inputs if tensor.kind == "input"]
+            input_tensors = [self._device_tensor(tensor) for tensor in program.inputs if tensor.kind == "input"]
             token, _ = _outputs(program)
             self._executors[program.name] = classes.ParallelExecutor(
-                model, inputs, outputs, given, [self._device_tensor(token)]
+                model, inputs, outputs, input_tensors, [self._device_tensor(token)]
             )
         return self._executors[program.name]
 
     def _tensor_set(self, prefix: str, tensors: Sequence[TensorSpec]) -> Any:
         names = [f"{prefix}{number}" for number in range(len(tensors))]
-        found = self._torch.classes.neuron.ParallelTensorSet(names, self._bundle.tp_degree)
-        found.init()
+        tensor_set = self._torch.classes.neuron.ParallelTensorSet(names, self._bundle.tp_degree)
+        tensor_set.init()
         for number, tensor in enumerate(tensors):
-            found.add(number, self._device_tensor(tensor))
-        return found
+            tensor_set.add(number, self._device_tensor(tensor))
+        return tensor_set
 
     def _device_tensor(self, tensor: TensorSpec) -> Any:
         """What a program reads or writes: its outputs take the state's memory; all programs share it."""
@@ -184,11 +184,11 @@ def _torch() -> Any:
 @contextmanager
 def _one_set_of_weights() -> Iterator[None]:
     """Has the runtime keep its descriptors of one set of tensors, where the user has not chosen otherwise."""
-    ours = IO_RING_CACHE not in os.environ
-    if ours:
+    is_unset = IO_RING_CACHE not in os.environ
+    if is_unset:
         os.environ[IO_RING_CACHE] = "1"
     try:
         yield
     finally:
-        if ours:
+        if is_unset:
             del os.environ[IO_RING_CACHE]

@@ -105,11 +105,11 @@ class Buckets:
 
 def fit(buckets: Iterable[int], length: int) -> int:
     """The smallest of ascending `buckets` that is at least `length`, or the largest."""
-    found = 0
-    for found in buckets:
-        if found >= length:
+    bucket = 0
+    for bucket in buckets:
+        if bucket >= length:
             break
-    return found
+    return bucket
 
 
 def bucket_sizes(name: str, value: Any, most: int) -> tuple[int, ...]:

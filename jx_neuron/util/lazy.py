@@ -19,12 +19,12 @@ def exports(
     """
     homes = {name: module for module, names in modules.items() for name in names.split()}
 
-    def read(name: str) -> Any:
+    def getter(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{homes[name]}"), name)
 
-    return read, lambda: sorted(homes), sorted(homes)
+    return getter, lambda: sorted(homes), sorted(homes)
 
 
 class Moved(MetaPathFinder, Loader):

@@ -85,6 +85,8 @@ def typed(
         field = f"{prefix}{first['loc'][0]}"
         if first["type"] == "missing":
             raise error(f"{name} lacks {field}; {AGAIN}.") from raised
-        says = (e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1])
-        value, legal = shown(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(says))
+        expectations = (
+            e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1]
+        )
+        value, legal = shown(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(expectations))
         raise error(f"{name}: {field} is {value}; legal is {legal}; mend it, or {AGAIN}.") from raised

@@ -59,19 +59,19 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             progress.advance(task)
 
 
-def side_by_side(make: Callable[[T], Any], wanted: Sequence[T], description: str) -> None:
+def map_concurrently(make: Callable[[T], Any], items: Sequence[T], description: str) -> None:
     """make(one) of each of `wanted` under a bar, two at a time, which largely sequential work leaves room for."""
-    if not wanted:
+    if not items:
         return
     pool = ThreadPoolExecutor(2)
     try:
-        for _ in track(pool.map(make, wanted), description, len(wanted)):
+        for _ in track(pool.map(make, items), description, len(items)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def ahead(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def prefetch(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """read(item) of each in turn; two threads read the next ones while one is in use."""
     reading = deque[Future[R]]()
     with ThreadPoolExecutor(2) as threads:

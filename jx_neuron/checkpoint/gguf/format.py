@@ -117,14 +117,14 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind != GGUFValueType.ARRAY:
-            return self.scalar(_known(kind))
+            return self.scalar(_scalar_format(kind))
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind == GGUFValueType.STRING:
             return [self.string() for _ in self.times(count, 8)]
-        return self.scalars(_known(kind), count)
+        return self.scalars(_scalar_format(kind), count)
 
 
-def _known(kind: int) -> str:
+def _scalar_format(kind: int) -> str:
     if kind not in SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
     return SCALARS[kind]

@@ -120,8 +120,8 @@ def llama_config(file: GGUF) -> dict[str, Any]:
         )
     if "token_embd.weight" not in file.entries:
         raise CheckpointError(f"{file.path}: there is no tensor 'token_embd.weight'; {AGAIN}.")
-    written = {k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")}
-    keys = typed(_Keys, written, str(file.path), prefix="llama.")
+    fields = {k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")}
+    keys = typed(_Keys, fields, str(file.path), prefix="llama.")
     embedding = file.entries["token_embd.weight"].shape
     layers = {layer[1] for name in file.entries if (layer := re.match(r"blk\.(\d+)\.", name))}
     head_dim = keys.key_length or keys.embedding_length // keys.heads
@@ -132,7 +132,7 @@ def llama_config(file: GGUF) -> dict[str, Any]:
         ("rope.dimension_count", head_dim, "the head size"),
         ("attention.value_length", head_dim, "the head size"),
     ):
-        if (value := written.get(key, legal)) != legal:
+        if (value := fields.get(key, legal)) != legal:
             raise CheckpointError(
                 f"{file.path}: llama.{key} is {value}; legal is {why}, {legal}. "
                 "Use the model's Hugging Face checkpoint."

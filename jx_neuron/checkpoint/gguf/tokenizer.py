@@ -51,10 +51,10 @@ class _Keys(BaseModel):
     add_space_prefix: bool = True
     remove_extra_whitespaces: bool = False
 
-    def of_type(self, wanted: int) -> list[str]:
+    def of_type(self, token_type: int) -> list[str]:
         """The tokens of one type."""
         types = self.token_type or [NORMAL] * len(self.tokens)
-        return [token for token, kind in zip(self.tokens, types, strict=True) if kind == wanted]
+        return [token for token, kind in zip(self.tokens, types, strict=True) if kind == token_type]
 
 
 class _General(BaseModel):
@@ -73,8 +73,8 @@ def build_tokenizer(metadata: Metadata, path: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     prefix = "tokenizer.ggml."
-    written = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    keys, general = typed(_Keys, written, str(path), prefix=prefix), typed(_General, metadata, str(path))
+    fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    keys, general = typed(_Keys, fields, str(path), prefix=prefix), typed(_General, metadata, str(path))
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if keys.model not in builders or not keys.tokens:
         raise CheckpointError(
@@ -84,8 +84,8 @@ def build_tokenizer(metadata: Metadata, path: Path) -> Any:
     tokenizer = builders[keys.model](keys, path)
     ids = {name: getattr(keys, f"{key}_token_id") for name, key in SPECIAL.items()}
     special = {name: keys.tokens[i] for name, i in ids.items() if i not in (None, NO_TOKEN)}
-    for wanted, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
-        add([AddedToken(token, normalized=False, special=wanted == CONTROL) for token in keys.of_type(wanted)])
+    for token_type, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        add([AddedToken(token, normalized=False, special=token_type == CONTROL) for token in keys.of_type(token_type)])
     _frame(tokenizer, keys, special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
