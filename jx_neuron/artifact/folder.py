@@ -146,7 +146,7 @@ def read(directory: Path | str) -> Artifact:
         return artifact
 
     with boundary(directory, ArtifactError):
-        return once_settled(directory, whole)
+        return retry_if_replaced(directory, whole)
 
 
 def is_artifact(directory: Path | str) -> bool:
@@ -179,7 +179,7 @@ def resolved(directory: Path | str) -> Path:
         raise ArtifactError(f"{str(directory)!r} is no path of a folder ({error}). Choose another") from error
 
 
-def once_settled(directory: Path, look: Callable[[], T]) -> T:
+def retry_if_replaced(directory: Path, look: Callable[[], T]) -> T:
     """What `look` gives, again where another process put a folder in the place of `directory` while it looked."""
     while True:
         settle(directory)

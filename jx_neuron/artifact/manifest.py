@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, ProgramSpec, Several, TensorSpec
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 from jx_neuron.util.parsing import boundary, parse_json
 
 FORMAT_VERSION = 2
@@ -166,7 +166,7 @@ def read_manifest(directory: Path) -> Manifest:
     if _most_entries(content) > MOST_ENTRIES:
         _refuse(directory, f"{MANIFEST} is not sound: a part of it has more than {MOST_ENTRIES:,} entries")
     del content
-    with boundary(directory / MANIFEST, ArtifactError), uncollected():
+    with boundary(directory / MANIFEST, ArtifactError), gc_paused():
         try:
             return Manifest.model_validate_json(raw, strict=True)
         except ValidationError as error:
@@ -190,7 +190,7 @@ def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
     path = directory / MANIFEST
     if not path.is_file():
         _refuse(directory, f"there is no {MANIFEST}", "Give the folder that was saved to")
-    with boundary(path, ArtifactError), uncollected():
+    with boundary(path, ArtifactError), gc_paused():
         if (size := path.stat().st_size) > MOST_BYTES:
             _refuse(directory, f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
         raw = path.read_bytes()

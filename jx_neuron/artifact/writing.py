@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import ValidationError
 
-from jx_neuron.artifact.folder import check_layout, check_names, once_settled, resolved
+from jx_neuron.artifact.folder import check_layout, check_names, resolved, retry_if_replaced
 from jx_neuron.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -182,7 +182,7 @@ def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
             raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
 
     with _writing(directory):
-        once_settled(directory, check)
+        retry_if_replaced(directory, check)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 from jx_neuron.util.parsing import AGAIN, MOST_INT, boundary, read_json_file, typed
 
 CONFIG = "config.json"
@@ -104,7 +104,7 @@ class Checkpoint:
 
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
-        with uncollected(), boundary(self.path):
+        with gc_paused(), boundary(self.path):
             tokenizer = self.load_tokenizer()
             tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage shows at the first text only
             return tokenizer

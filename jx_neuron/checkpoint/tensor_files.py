@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import room
+from jx_neuron.util.pages import allocate
 from jx_neuron.util.parsing import AGAIN, boundary
 
 Array = npt.NDArray[Any]
@@ -83,7 +83,7 @@ def check_file(path: Path) -> None:
 def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
     """`size` bytes of `path` from `offset` on; read, since pages of a mapped file count as our memory."""
     try:
-        data = room((size,), np.uint8)
+        data = allocate((size,), np.uint8)
         with path.open("rb") as file:
             file.seek(offset)
             size_read = file.readinto(data.data)

@@ -30,7 +30,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with temporary_folder() as folder, refusing_own_code(home, error):
+    with temporary_folder() as folder, refuse_custom_code(home, error):
         try:
             save_files(folder)
             plain = {name: value for name, value in config.items() if name != AUTO_MAP}
@@ -53,7 +53,7 @@ def load_tokenizer(
 
 
 @contextmanager
-def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
+def refuse_custom_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
     """Has transformers' refusal to run code of a checkpoint's own, under trust_remote_code=False, become an `error`."""
     try:
         yield

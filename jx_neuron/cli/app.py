@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from jx_neuron.cli import bench, check, compile, interrupts, plan, sample
-from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, shortened, show_usage_error, tell
+from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
 
@@ -86,17 +86,19 @@ def _status(error: Exception) -> int:
             return CLOSED_PIPE
         if isinstance(error, OSError):
             where = f"{shortened(str(error.filename))}: " if error.filename else ""
-            tell(f"{NAME}: {where}{error.strerror or error}", err=True)
+            print_message(f"{NAME}: {where}{error.strerror or error}", err=True)
         elif isinstance(error, JxNeuronError):
-            tell(f"{NAME}: {error}", err=True)
+            print_message(f"{NAME}: {error}", err=True)
         elif isinstance(error, UnicodeEncodeError):
-            tell(
+            print_message(
                 f"{NAME}: standard output takes {error.encoding} and not {error.object[error.start : error.end]!r}; "
                 "set PYTHONIOENCODING=utf-8",
                 err=True,
             )
         elif isinstance(error, MemoryError):
-            tell(f"{NAME}: this machine has too little memory for it ({error or 'no more is given'})", err=True)
+            print_message(
+                f"{NAME}: this machine has too little memory for it ({error or 'no more is given'})", err=True
+            )
         elif isinstance(error, _UsageError):
             show_usage_error(error)
         else:

@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError
 
 
@@ -74,9 +74,13 @@ def command(
     if as_json:
         typer.echo(json.dumps(results))
         return
-    tell(f"decode   {results['tokens_per_second']:.1f} tokens/s ({results['milliseconds_per_token']:.2f} ms a step)")
-    tell(f"prefill  {results['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
-    tell(f"ready    {results['load_seconds']:.2f} s to load, {results['first_run_seconds']:.2f} s for the first run")
+    print_message(
+        f"decode   {results['tokens_per_second']:.1f} tokens/s ({results['milliseconds_per_token']:.2f} ms a step)"
+    )
+    print_message(f"prefill  {results['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
+    print_message(
+        f"ready    {results['load_seconds']:.2f} s to load, {results['first_run_seconds']:.2f} s for the first run"
+    )
 
 
 def _run(model: Any, prompt_bt: np.ndarray, new: int) -> tuple[float, float]:

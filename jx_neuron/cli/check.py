@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, LoweringError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
@@ -49,7 +49,7 @@ def command(
     else:
         for name, violations in violations_by_program.items():
             lines = [f"{name}:", *map(str, violations)] if violations else [f"{name}: passes on {target}"]
-            tell("\n  ".join(lines))
+            print_message("\n  ".join(lines))
     if refused:
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from jx_neuron.cli import interrupts, options
-from jx_neuron.cli.terminal import console, fold, tell
+from jx_neuron.cli.terminal import console, fold, print_message
 from jx_neuron.errors import CheckpointError
 
 if TYPE_CHECKING:  # a command that is not asked for costs no time to import
@@ -109,7 +109,7 @@ def command(
         typer.echo(json.dumps(dict(directory=str(folder), target=target, tp_degree=tp, programs=rows, seconds=seconds)))
         return
     _show(rows)
-    tell(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
+    print_message(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
 
 
 def _lengths(lengths: list[int] | None) -> int | list[int] | None:

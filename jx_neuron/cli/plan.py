@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import console, tell
+from jx_neuron.cli.terminal import console, print_message
 
 if TYPE_CHECKING:
     from jx_neuron.planning import Plan
@@ -99,7 +99,7 @@ def command(
     else:
         _print(result, name)
         if plot is not None:
-            tell(f"drawn into {plot}", err=True)
+            print_message(f"drawn into {plot}", err=True)
 
 
 def _print(plan: "Plan", name: str) -> None:

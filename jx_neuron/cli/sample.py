@@ -10,7 +10,7 @@ import typer
 
 from jx_neuron.cli import options
 from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, typed
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, JxNeuronError
 
 
@@ -111,13 +111,13 @@ def command(
         answers = answered(prompts)
     else:
         model.to_neuron()
-        tell("Type a prompt a line; end with Ctrl-D.", err=True)
+        print_message("Type a prompt a line; end with Ctrl-D.", err=True)
         answers = []
         for line in lines():
             try:
                 answers += answered([from_text(model, line, chat)])
             except JxNeuronError as error:
-                tell(f"jx-neuron: {error}", err=True)
+                print_message(f"jx-neuron: {error}", err=True)
     if answers and not as_json:
         _report(answers)
 
@@ -166,4 +166,4 @@ def _report(answers: Sequence[Answer]) -> None:
     token_count = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    tell(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)
+    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)

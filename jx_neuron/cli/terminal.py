@@ -61,7 +61,7 @@ def _fold_command(command: str, width: int, indent: str) -> list[str]:
     return lines
 
 
-def tell(text: str, *, err: bool = False) -> None:
+def print_message(text: str, *, err: bool = False) -> None:
     """Prints a message: folded in a terminal, and one line to a program that reads it.
 
     On standard error it is a courtesy, left out where it cannot be written.
@@ -80,7 +80,7 @@ def shortened(text: str, most: int = 100) -> str:
 
 
 def show_usage_error(error: Any) -> None:
-    """Prints click's error about an argument, folded as by `tell`, and options like one that there is not."""
+    """Prints click's error about an argument, folded as by `print_message`, and options like one that there is not."""
     message = error.format_message()
     if getattr(error, "possibilities", None) is not None and error.ctx is not None:
         options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]

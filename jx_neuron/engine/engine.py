@@ -45,7 +45,7 @@ class Engine:
     first_not_finite: Callable[[], str | None] = lambda: None
     lock: RLock = field(default_factory=RLock)
     closing: deque[Sequence] = field(default_factory=deque)  # which any thread may append to, whoever has the lock
-    _under_way: list[_InFlight] = field(default_factory=list)
+    _in_flight: list[_InFlight] = field(default_factory=list)
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
@@ -89,14 +89,14 @@ class Engine:
             try:
                 while self.closing:
                     self.scheduler.close(self.closing.popleft())
-                previous, self._under_way = self._under_way, []
+                previous, self._in_flight = self._in_flight, []
                 if any(under_way.chooses for under_way in previous):
                     self._read(previous)
                     previous = []
                 if self._dispatch():
                     self._read(previous)
             except BaseException:
-                self._lose()
+                self._discard_state()
                 raise
 
     def _dispatch(self) -> bool:
@@ -115,11 +115,11 @@ class Engine:
                 if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # which the next run may overwrite
                     output = output._replace(logits=np.asarray(output.logits)[..., : self.vocab_size])
             except Exception as error:
-                self._lose()
+                self._discard_state()
                 for row in turn.rows:
                     self._fail(row.sequence, error)
                 return False
-            self._under_way.append(_InFlight(turn, output))
+            self._in_flight.append(_InFlight(turn, output))
         return True
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
@@ -192,9 +192,9 @@ class Engine:
         )
         return NonFiniteError(f"the logits of row {row} hold a number that is not finite (NaN or infinity), and {why}")
 
-    def _lose(self) -> None:
+    def _discard_state(self) -> None:
         """After a fault nothing is known of the state table: everything is computed again."""
-        self._under_way = []
+        self._in_flight = []
         self.scheduler.forget()
         slots, positions = self.scheduler.sizes() or (1, 1)
         self.runtime.reset(slots, positions)

@@ -103,13 +103,13 @@ def restore_as(like: Any, vocab_size: int) -> Restore:
     if kind in ("jax", "jaxlib"):
         import jax.numpy as jnp
 
-        return lambda array: jnp.asarray(array, _holding(like.dtype, vocab_size))
+        return lambda array: jnp.asarray(array, _wide_enough(like.dtype, vocab_size))
     if isinstance(like, np.ndarray):
-        return lambda array: array.astype(_holding(like.dtype, vocab_size))
+        return lambda array: array.astype(_wide_enough(like.dtype, vocab_size))
     return lambda array: array.tolist()
 
 
-def _holding(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any]:
+def _wide_enough(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any]:
     narrow = dtype.kind in "iu" and np.iinfo(dtype).max < vocab_size - 1
     return np.dtype(np.int32) if narrow else dtype
 

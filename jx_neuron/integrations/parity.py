@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.folder import open_checkpoint
-from jx_neuron.checkpoint.tokenizer import refusing_own_code
+from jx_neuron.checkpoint.tokenizer import refuse_custom_code
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.nn.layers import through
@@ -110,7 +110,7 @@ def parity(
         from transformers import AutoModelForCausalLM
 
         tensors: weights.Tensors = open_checkpoint(original)
-        with refusing_own_code(original):
+        with refuse_custom_code(original):
             original = AutoModelForCausalLM.from_pretrained(original, dtype="float32", trust_remote_code=False)
     else:
         tensors = ModelTensors(original)

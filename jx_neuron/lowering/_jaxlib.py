@@ -31,14 +31,14 @@ def client(devices: int) -> Any:
     return _jax.get_tfrt_cpu_client(asynchronous=True, num_devices=devices)
 
 
-def hlo_of(stablehlo: bytes) -> bytes:
+def unpartitioned_hlo(stablehlo: bytes) -> bytes:
     """An HloModuleProto of a StableHLO module, unpartitioned."""
     computation = _jax.mlir.mlir_module_to_xla_computation(stablehlo, use_tuple_args=False, return_tuple=False)
     data: bytes = computation.as_serialized_hlo_module_proto()
     return data
 
 
-def text_of(hlo: bytes) -> str:
+def hlo_text(hlo: bytes) -> str:
     """XLA's text of an HloModuleProto."""
     text: str = XlaComputation(hlo).as_hlo_text()
     return text

@@ -26,7 +26,7 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
         LoweringError: XLA cannot partition it.
     """
     if tp_degree == 1:
-        return _jaxlib.hlo_of(stablehlo)
+        return _jaxlib.unpartitioned_hlo(stablehlo)
     with temporary_folder() as folder:
         source = folder / "program.mlir"
         source.write_bytes(stablehlo)

@@ -57,7 +57,7 @@ class Program(ProgramSpec):
 
     def as_text(self) -> str:
         """The HLO as XLA prints it."""
-        return _jaxlib.text_of(self.hlo_module)
+        return _jaxlib.hlo_text(self.hlo_module)
 
     def collectives(self) -> list[cost.Collective]:
         """Every collective, in order."""

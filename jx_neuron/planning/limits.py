@@ -5,7 +5,7 @@ from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import INSTANCES
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import most
-from jx_neuron.util.pages import check_room, gib
+from jx_neuron.util.pages import check_memory, gib
 
 MOST_PADDING = 16  # times the weights: what 32 cores make of a model of 2 heads, were it attention alone
 
@@ -25,7 +25,7 @@ def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, items
     outline = Outline.of(model)
     weights = tp_degree * outline.weight_bytes(tp_degree, itemsize)
     cache = tp_degree * outline.cache_bytes(tp_degree, batch, positions, itemsize)
-    check_room(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {positions} positions take")
+    check_memory(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {positions} positions take")
 
 
 def check_devices(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:

@@ -59,7 +59,7 @@ class Memory:
         return self.items() | {"total": self.total}
 
 
-def of_core(
+def core_memory(
     outline: Outline,
     instance: Instance,
     tp_degree: int,

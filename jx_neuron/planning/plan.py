@@ -135,7 +135,9 @@ def plan(
             for d in chosen.degrees
         ),
         seconds_per_token=request.seconds_per_token(chosen, degree),
-        seconds_to_first_token=predict.of_prompt(request.batch_size, max(request.buckets.context), request.buckets),
+        seconds_to_first_token=predict.prompt_seconds(
+            request.batch_size, max(request.buckets.context), request.buckets
+        ),
         rates=tuple(rates),
         largest_batch=largest_batch,
         largest_n_positions=request.largest_positions(chosen, degree),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jx_neuron.errors import InputError
 from jx_neuron.planning.instances import INSTANCES, Instance
-from jx_neuron.planning.memory import Memory, host_bytes, of_core
+from jx_neuron.planning.memory import Memory, core_memory, host_bytes
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.speed import Speed, speed
 from jx_neuron.step.buckets import MOST_POSITIONS, Buckets
@@ -33,7 +33,7 @@ class Request:
 
     def memory(self, instance: Instance, tp_degree: int, activations: int | None = None) -> Memory:
         """Of one core."""
-        return of_core(self.outline, instance, tp_degree, self.batch_size, self.buckets, self.itemsize, activations)
+        return core_memory(self.outline, instance, tp_degree, self.batch_size, self.buckets, self.itemsize, activations)
 
     def refusal(self, instance: Instance, tp_degree: int) -> str | None:
         """Why it cannot run on that many cores of `instance`; None where it can."""

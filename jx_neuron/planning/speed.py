@@ -69,7 +69,7 @@ class Speed:
         roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
         return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
-    def of_prompt(self, batch: int, tokens: int, buckets: Buckets) -> float:
+    def prompt_seconds(self, batch: int, tokens: int, buckets: Buckets) -> float:
         """Time to first token of a prompt, in chunks of the largest context bucket where it is longer."""
         chunk, total = buckets.context[-1], 0.0
         while tokens > chunk:
@@ -134,7 +134,7 @@ def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefi
     return Constants(float(layer), float(row_cost), float(np.mean(efficiencies)))
 
 
-def left_out() -> Iterator[Compared]:
+def leave_one_out() -> Iterator[Compared]:
     """Each published decode row, predicted by constants fitted on all the others."""
     for row in published.DECODE:
         constants = fitted((other for other in published.DECODE if other is not row), published.PREFILL)

@@ -1,4 +1,4 @@
-"""Names that a package takes from its modules when they are first read, so that importing it is quick."""
+"""Lazy exports: a package imports each public name from its module at first access."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """A package's `__getattr__`, `__dir__` and `__all__`.
 
-    modules: by module, relative to `package`, the names to be taken from it, with spaces between.
+    modules: module, relative to `package` → the names that it exports, separated by spaces.
     """
     homes = {name: module for module, names in modules.items() for name in names.split()}
 

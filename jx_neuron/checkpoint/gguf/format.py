@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jx_neuron.checkpoint.tensor_files import Array, check_count, check_file, read_bytes
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import room
+from jx_neuron.util.pages import allocate
 from jx_neuron.util.parsing import AGAIN, boundary, typed
 
 Metadata = Mapping[str, Any]
@@ -240,7 +240,7 @@ def load(path: Path, entry: Entry) -> Array:
     if entry.type in PLAIN:
         return read_bytes(path, entry.offset, _nbytes(entry)).view(PLAIN[entry.type]).reshape(entry.shape)
     block, size = gguf.GGML_QUANT_SIZES[entry.type]
-    array = room((prod(entry.shape),), np.float32)
+    array = allocate((prod(entry.shape),), np.float32)
     for at in range(0, array.size, BLOCKS * block):
         out = array[at : at + BLOCKS * block]
         raw = read_bytes(path, entry.offset + at // block * size, out.size // block * size)
