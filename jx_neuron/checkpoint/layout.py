@@ -1,4 +1,4 @@
-"""From the axes of a checkpoint's tensor to those of a parameter."""
+"""Layouts: from the axes of a checkpoint's tensor to those of a parameter."""
 
 import math
 import re
@@ -17,15 +17,15 @@ _BRACKETS = re.compile(r"\[([^][]*)\]")
 
 @dataclass(frozen=True)
 class Layout:
-    """An einops pattern, "(n h) d -> d n h", where a sum is an axis that several parameters take parts of.
+    """An einops pattern, "(n h) d -> d n h", where a sum is a fused axis that several parameters are parts of.
 
-    "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
-    second one.
+    "([n h] + k h + k h) d -> d n h" selects the first n·h of n·h + k·h + k·h rows; "(f ([1] + 1)) d -> d f" selects
+    every second row.
 
     before: the tensor's axes, with `PARTS` for the sum.
     after:  the parameter's axes.
     parts:  the letters of each part, in order; none where there is no sum.
-    part:   which of them is taken.
+    part:   the index of the selected part.
     """
 
     before: str
@@ -39,13 +39,13 @@ class Layout:
         return re.findall(r"[^\s()]+", self.before)
 
     @property
-    def taken(self) -> str:
-        """The axes before the arrow of what is taken."""
+    def selected(self) -> str:
+        """The axes before the arrow, with the selected part for the sum."""
         return " ".join(self.axes).replace(PARTS, f"({self.parts[self.part]})") if self.parts else self.before
 
     def check(self) -> None:
-        """Raises EinopsError or ValueError that says what is not legal."""
-        letters = ParsedExpression(self.taken).identifiers
+        """Raises EinopsError or ValueError, which says what is not legal."""
+        letters = ParsedExpression(self.selected).identifiers
         after = ParsedExpression(self.after)
         for part in self.parts:
             ParsedExpression(part)
@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def letters(self) -> set[str]:
-        """All letters, those of other parts too."""
+        """All letters, also those of other parts."""
         return {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Layout:
         return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
 
     def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The tensor, or the part of it that is taken, as the parameter."""
+        """The parameter: the tensor, or its selected part, rearranged."""
         if self.parts:
             lengths, axes = self._lengths(sizes), self.axes
             whole = {axis: sizes[axis] for axis in axes if axis != PARTS}
@@ -78,7 +78,7 @@ class Layout:
             part = slice(start, start + lengths[self.part])
             tensor = tensor[tuple(part if axis == PARTS else slice(None) for axis in axes)]
         axis_sizes = {letter: sizes[letter] for letter in self.after.split()}
-        return einops.rearrange(tensor, f"{self.taken} -> {self.after}", **axis_sizes)
+        return einops.rearrange(tensor, f"{self.selected} -> {self.after}", **axis_sizes)
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
@@ -86,7 +86,7 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layout:
-    """The layout that `text` writes. Raises ValueError unless it has one arrow, and in a sum one part in brackets."""
+    """Parses a layout. Raises ValueError unless it has one arrow, and a sum one part in brackets."""
     before, after = (side.strip() for side in text.split("->"))
     total = _SUM.search(before)
     if total is None:

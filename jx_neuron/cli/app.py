@@ -1,4 +1,4 @@
-"""The commands together, and the one boundary at which what goes wrong becomes a message and a status."""
+"""The application, and the one place where errors become messages and exit statuses."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ interrupts.at_end.append(temporary.abandon)
 
 NAME = "jx-neuron"
 COMPLETING = "_JX_NEURON_COMPLETE"
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell has it of a process that writes to nobody
+CLOSED_PIPE = 141  # 128 + SIGPIPE, a shell's status of a process whose reader is gone
 _UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
 
 app = typer.Typer(
@@ -46,11 +46,11 @@ def _version(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line, and returns the status: 2 for what the user can mend, in one message and no traceback.
+    """Runs the command line and returns its status: 2, with one message and no traceback, for users' errors.
 
     Raises KeyboardInterrupt.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns where torch is absent
     try:
         _check_streams()
         with plain_warnings(), redirect_stdout(Output(sys.stdout)):
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     if COMPLETING in os.environ:
-        os.environ["COLUMNS"] = "1000"  # typer folds what it says of an option, and shells take each line for a choice
+        os.environ["COLUMNS"] = "1000"  # typer wraps descriptions of options, and shells read each line as a completion
         with suppress(SystemExit):
             app(prog_name=NAME)
         return 0
@@ -80,7 +80,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _status(error: Exception) -> int:
-    """Says what went wrong, and gives the status that it ends with."""
+    """Prints the error, and returns its exit status."""
     try:
         if isinstance(error, BrokenPipeError) and error.filename == Output.NAME:
             return CLOSED_PIPE
@@ -104,7 +104,7 @@ def _status(error: Exception) -> int:
         else:
             traceback.print_exception(error)
             return 1
-    except OSError:  # nobody hears what is wrong
+    except OSError:  # standard error is closed
         pass
     return 2
 

@@ -15,7 +15,7 @@ from jx_neuron.cli import interrupts, options
 from jx_neuron.cli.terminal import console, fold, print_message
 from jx_neuron.errors import CheckpointError
 
-if TYPE_CHECKING:  # a command that is not asked for costs no time to import
+if TYPE_CHECKING:  # other commands import faster without it
     from jx_neuron.llm import NeuronAutoModelForCausalLM
     from jx_neuron.runtime.deployment import Deployment
 

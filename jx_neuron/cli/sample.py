@@ -131,8 +131,8 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
 
 
 def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool) -> list[Answer]:
-    """The answers, printed in the order of their prompts; that to a single prompt as it is made."""
-    answers = [Answer(prompt.given, prompt_tokens=len(prompt.ids)) for prompt in prompts]
+    """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
+    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
     events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)

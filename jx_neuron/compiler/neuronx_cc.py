@@ -1,4 +1,4 @@
-"""AWS's compiler, driven: HLO modules in, NEFFs out.
+"""Runs neuronx-cc, AWS's compiler, which compiles HLO modules to NEFFs.
 
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/compiler/neuronx-cc/api-reference-guide/
 """
@@ -62,7 +62,7 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """An installed neuronx-cc: its executable, and its version as it prints it."""
+    """An installed neuronx-cc: its executable, and the version that it prints."""
 
     path: Path
     version: str
@@ -70,7 +70,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class CompilerOptions:
-    """What to ask of neuronx-cc. None leaves a choice to `NEURON_CC_FLAGS`, then to the default named here.
+    """Options of neuronx-cc. None leaves an option to `NEURON_CC_FLAGS`, then to the default named here.
 
     Attributes:
       target: inf2, trn1 (default), trn1n, trn2 or trn3.
@@ -113,7 +113,7 @@ class CompilerOptions:
 def find_compiler() -> Compiler:
     """The neuronx-cc on PATH, or beside this Python's executable.
 
-    Raises CompilerError that says what to install where there is none.
+    Raises CompilerError, which says what to install, where there is none.
     """
     executable = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
     if executable is None:
@@ -132,12 +132,12 @@ def find_compiler() -> Compiler:
 
 
 def user_target() -> str | None:
-    """The target that `NEURON_CC_FLAGS` names, if it does."""
+    """The target that `NEURON_CC_FLAGS` names; None where it names none."""
     return _last_value(_user_flags(), "--target")
 
 
 def target(options: CompilerOptions) -> str:
-    """The instance family that is compiled for."""
+    """The instance family to compile for."""
     requested = user_target()
     if options.target and requested and options.target != requested:
         raise CompilerError(
@@ -150,10 +150,10 @@ def target(options: CompilerOptions) -> str:
 def flags(options: CompilerOptions) -> list[str]:
     """The flags of a compilation, in one spelling (`--name=value`).
 
-    Ours come first, where the user has not set them, then the user's from `NEURON_CC_FLAGS`; neuronx-cc
-    takes the right-most of each.
+    The defaults of flags that the user has not set come first, then the user's from `NEURON_CC_FLAGS`. neuronx-cc
+    takes the last of each.
 
-    Raises CompilerError for flags that contradict the target or are not the user's to set.
+    Raises CompilerError for flags that contradict the target, and for those in `_RESERVED`.
     """
     user_flags = _user_flags()
     for name, reason in _RESERVED.items():
@@ -186,7 +186,7 @@ def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions)
 
 
 def worker_count(options: CompilerOptions, jobs: int | None = None) -> int:
-    """How many programs are compiled at a time."""
+    """The number of programs compiled at a time."""
     count = jobs if jobs is not None else options.compilation_worker_count
     if count is None and (text := os.environ.get(WORKERS_VARIABLE)):
         if not text.isdecimal():
@@ -209,12 +209,12 @@ def compile_programs(
 ) -> dict[str, bytes]:
     """Compiles serialized HloModuleProtos, by name, to NEFFs, several at a time.
 
-    What was compiled before, by any process, comes from the cache (`cache_dir`, by default
-    `compile_cache.default_folder()`). With `NEURONX_DUMP_TO` set, each program's HLO, NEFF, logs and command
-    are kept in a folder of its own there.
+    NEFFs that any process compiled before come from the cache (`cache_dir`, by default
+    `compile_cache.default_folder()`). Where `NEURONX_DUMP_TO` names a folder, each program's HLO, NEFF, logs and
+    command are kept in a subfolder.
 
-    Raises CompilerError where the compiler is missing or refuses a program; the other compilations are
-    stopped then, as they are on Ctrl-C, and what was finished stays cached.
+    Raises CompilerError where the compiler is missing or refuses a program. The other compilations are then stopped,
+    as on Ctrl-C, and finished NEFFs stay in the cache.
     """
     options = options or CompilerOptions()
     workers = worker_count(options, jobs)
@@ -246,7 +246,7 @@ def compile_programs(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the compilations of one call share."""
+    """The state that the compilations of one call share."""
 
     compiler: Compiler
     options: CompilerOptions
@@ -331,7 +331,7 @@ def _workspace(name: str) -> Iterator[Path]:
 
 @contextmanager
 def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Ends `process` and all that it started, however the block is left."""
+    """Kills `process` and its descendants, however the block is left."""
     _running.add(process)
     try:
         yield
@@ -346,7 +346,7 @@ def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def abandon() -> None:
-    """Kills the compilers that run, and all that they started; for the thread that ends this process."""
+    """Kills the running compilers and their descendants; for the thread that ends this process."""
     for process in list(_running):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -378,12 +378,13 @@ def _last_value(flags: Sequence[str], name: str) -> str | None:
 
 
 def _key_flags(flags: Sequence[str]) -> list[str]:
-    """The flags that can change a NEFF."""
+    """The flags that can change a NEFF, which are part of its key in the cache."""
     return [flag for flag in flags if not flag.startswith("--verbose=")]
 
 
 def _logical_nc_config(options: CompilerOptions, user_value: str | None) -> str | None:
-    """What `options`, the user's flag and the runtime's variable agree on; None where there is no choice."""
+    """The value on which `options`, the user's flag and the runtime's variable agree; None where the target has no
+    choice."""
     settings = {
         "logical_nc_config": None if options.logical_nc_config is None else str(options.logical_nc_config),
         f"--logical-nc-config in {FLAGS_VARIABLE}": user_value,

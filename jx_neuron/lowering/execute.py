@@ -1,4 +1,4 @@
-"""Running a legalized program on the host: one replica a core, each on a virtual CPU device of its own."""
+"""Running a legalized program on the host: one replica a core, each on its own virtual CPU device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from jx_neuron.nn.sharding import AXIS
 
 
 class Executable:
-    """A legalized program, compiled for `tp_degree` CPU devices that are this package's own: JAX may have fewer.
+    """A legalized program, compiled for `tp_degree` CPU devices of a client of this package: JAX may have fewer.
 
-    Arrays live on those devices between calls. Inputs that the program aliases to outputs are consumed.
+    Arrays stay on those devices between calls. Inputs that the program aliases to outputs are donated.
 
     Attributes:
         mesh: the devices, along the axis "tp".
@@ -42,11 +42,11 @@ class Executable:
             raise LoweringError(f"the program {module.name!r} cannot run on the host: {error}") from error
 
     def sharding(self, partition: Sequence[str | None]) -> NamedSharding:
-        """Where the parts of an array go that is split along these axes: for `jax.device_put`."""
+        """The sharding of an array that is split along these axes, for `jax.device_put`."""
         return NamedSharding(self.mesh, PartitionSpec(*partition))
 
     def put(self, ranks: Sequence[Any]) -> jax.Array:
-        """One array a core, in rank order, as one argument. Of the result only its shards mean anything."""
+        """Places one array a core, in rank order, as one argument. Only the shards of the result are meaningful."""
         devices = self.mesh.devices.tolist()
         if len(ranks) != len(devices):
             raise InputError(f"{len(ranks)} arrays given for {len(devices)} cores: give one a core, in rank order")
@@ -65,7 +65,7 @@ class Executable:
                 one array a core.
 
         Returns:
-            For each output a list of its arrays, one a core. They may still be being computed.
+            For each output a list of its arrays, one a core. They may not be computed yet.
 
         Raises:
             InputError: an argument is not what the program takes.
@@ -88,7 +88,7 @@ def _difference(signature: list[Any], expected: list[Any]) -> str:
 
 
 def _expand(rewriter: Rewriter, i: Any) -> None:
-    """Neuron's custom calls, where lowering makes them, as the operators that they stand for."""
+    """Replaces the Neuron custom calls that lowering emits by the XLA operators that they stand for."""
     if i.opcode != "custom-call" or not i.custom_call_target.startswith(("AwsNeuron", "Resize", "NeuronBoundary")):
         return
     if i.custom_call_target != TOP_K:

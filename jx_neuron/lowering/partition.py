@@ -1,8 +1,8 @@
 """StableHLO with shardings → the program of one core, by XLA's own partitioner (Shardy and SPMD).
 
-XLA partitions on the way to CPU code, and dumps what it has after each pass. That runs in child processes that import
-jaxlib alone, so no device of this process is needed and several programs are partitioned at once; each is ended once
-the partitioned program is there, as making CPU code of it would take longer than all that went before.
+XLA partitions on the way to CPU code, and dumps the module after each pass. It runs in child processes that import
+jaxlib alone, so this process needs no device, and several programs are partitioned at once. Each child is killed once
+the partitioned module is dumped: generating CPU code takes longer than the passes before it.
 """
 
 import subprocess

@@ -42,7 +42,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Program(ProgramSpec):
-    """What one core runs.
+    """The program that each core runs.
 
     Attributes:
         name, mesh, tp_degree, inputs, outputs: as of `ProgramSpec`.
@@ -68,7 +68,7 @@ class Program(ProgramSpec):
         return cost.cost(self.hlo_module)
 
     def verify(self, target: str, *, lnc: int | None = None) -> list[Violation]:
-        """What neuronx-cc is documented to refuse, with the line of source where known.
+        """Every violation of what neuronx-cc is documented to refuse, with the line of source where known.
 
         Args:
             target: inf2, trn1, trn1n, trn2 or trn3.
@@ -123,10 +123,9 @@ def _whole(shards: list[jax.Array], spec: TensorSpec) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Traced(ProgramSpec):
-    """A function traced, in so many `seconds`, and not yet partitioned: StableHLO with shardings, independent of the
-    function.
+    """A traced function, not yet partitioned: StableHLO with shardings, independent of the function.
 
-    Whether there is a rank among the inputs is known after partitioning only.
+    Tracing took `seconds`. Partitioning may add an input of kind "rank".
     """
 
     stablehlo: bytes = field(repr=False)
@@ -263,7 +262,7 @@ def lower(
 def lower_many(traced: Iterable[Traced], workers: int = 2) -> Iterator[Program]:
     """The second half of `lower` for several programs, `workers` at a time; yields them in order.
 
-    `traced` may still be in the making: each is begun as soon as it is there.
+    `traced` may be a generator: each program is begun as soon as it is traced.
     """
     pending: deque[Future[Program]] = deque()
     with ThreadPoolExecutor(workers) as pool:

@@ -1,4 +1,4 @@
-"""What cannot be had at all, refused before anything is built."""
+"""Requests that no machine can run are refused before anything is built."""
 
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
@@ -7,7 +7,7 @@ from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import most
 from jx_neuron.util.pages import check_memory, gib
 
-MOST_PADDING = 16  # times the weights: what 32 cores make of a model of 2 heads, were it attention alone
+MOST_PADDING = 16  # times the weights: 32 cores pad 2 heads to 32
 
 
 def check_degree(model: Decoder, tp_degree: int) -> None:
@@ -21,7 +21,7 @@ def check_degree(model: Decoder, tp_degree: int) -> None:
 
 
 def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:
-    """Raises InputError where weights and the cache of `batch` rows and `slots` positions exceed the memory here."""
+    """Raises InputError where weights and the cache of `batch` rows of `positions` exceed this machine's memory."""
     outline = Outline.of(model)
     weights = tp_degree * outline.weight_bytes(tp_degree, itemsize)
     cache = tp_degree * outline.cache_bytes(tp_degree, batch, positions, itemsize)
@@ -29,7 +29,7 @@ def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, items
 
 
 def check_devices(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:
-    """Raises InputError where these exceed the memory of all devices of any instance."""
+    """Raises InputError where weights and cache exceed the device memory of every instance."""
     outline = Outline.of(model)
     weights, cache = (
         outline.weight_bytes(tp_degree, itemsize),

@@ -10,8 +10,8 @@ from jx_neuron.planning.plan import Plan
 from jx_neuron.util.durable import write_file
 
 FORMATS = (".pdf", ".png", ".svg")
-ERROR = 0.2  # of the published rows that were not fitted, the worst is within this
-# Okabe and Ito's colours, told apart by the colour-blind too
+ERROR = 0.2  # the largest error on published rows that were not fitted
+# Okabe and Ito's palette, which the colour-blind can distinguish
 COLOURS = {
     "weights": "#0072B2",
     "cache": "#E69F00",
@@ -23,9 +23,9 @@ LABELS = {"cache": "KV cache", "rings": "DMA rings (allowance)", "code": "code (
 
 
 def draw(plan: Plan, model: str, path: Path) -> None:
-    """Writes the picture of a plan for `model` to `path`, a .png, .pdf or .svg.
+    """Writes a picture of the plan of `model` to `path`, a .png, .pdf or .svg.
 
-    Raises InputError for another suffix, a folder that is not there, and where matplotlib is missing.
+    Raises InputError for another suffix, for a folder that does not exist, and where matplotlib is missing.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"{path} cannot be drawn; name a file that ends in {', '.join(FORMATS)}")

@@ -16,12 +16,12 @@ from jx_neuron.util.arguments import integer
 from jx_neuron.util.pages import gib
 
 Lengths = int | Sequence[int]
-LISTED_ROWS = 256  # of the batches that speed is listed for
+LISTED_ROWS = 256  # the largest batch that `rates` lists
 
 
 @dataclass(frozen=True)
 class Degree:
-    """A tensor-parallel degree of the instance: why it will not do, or the time per token; memory of one core."""
+    """A tensor-parallel degree of the instance: why it is refused, or None; memory of one core; time per token."""
 
     tp_degree: int
     refusal: str | None
@@ -40,7 +40,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Bytes, seconds; times are estimates (docs/planning.md states their error)."""
+    """The result of `plan`, in bytes and seconds. Times are estimates; docs/planning.md states their error."""
 
     model_type: str
     parameters: int
@@ -66,7 +66,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The plan as a dictionary, for JSON."""
         fields = asdict(self)
         fields["memory"] = self.memory.as_dict()
         for listed, degree in zip(fields["degrees"], self.degrees, strict=True):
@@ -86,24 +86,24 @@ def plan(
     strict: bool = False,
     lower: bool = False,
 ) -> Plan:
-    """Where a model runs, and how fast.
+    """Plans where a model runs, and how fast.
 
     >>> from jx_neuron.models.known import config_of
-    >>> found = plan(config_of("facebook/opt-13b"), amp="f16")
-    >>> found.instance, found.tp_degree
+    >>> result = plan(config_of("facebook/opt-13b"), amp="f16")
+    >>> result.instance, result.tp_degree
     ('trn1.2xlarge', 2)
 
     model:                   a parsed config.json, or a decoder.
     instance:                an instance type, or a family ("trn1": its largest). By default the first that holds the
                              request, by number of devices and then host memory.
     tp_degree:               by default the fastest that fits.
-    n_positions:             by default 2048, or what the model was trained on where that is less.
+    n_positions:             by default 2048, or the positions that the model was trained on where those are fewer.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
-    lower:                   read the activations off the lowered program of the largest prompt, which takes seconds,
-                             where they are otherwise estimated.
+    lower:                   take activations from the lowered program of the largest prompt, which takes seconds,
+                             instead of an estimate.
 
-    Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
+    Raises InputError where the request cannot run; it names what is legal, and the nearest request that runs.
     """
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
     requested_instance = find(instance) if instance else None
@@ -156,13 +156,13 @@ def check(
     amp: str = "f32",
     strict: bool = False,
 ) -> None:
-    """Raises InputError where `plan` would, and does no more; `instance` may be a target such as "trn1"."""
+    """Raises InputError where `plan` would. `instance` may be a target such as "trn1"."""
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
     _place(request, find(instance), integer("tp_degree", tp_degree))
 
 
 def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -> str | None:
-    """One line on what a degree pads or replicates, and what it costs; None where it does neither.
+    """One line that says what a degree pads or replicates, and its cost; None where it does neither.
 
     >>> from jx_neuron.models.known import config_of
     >>> padding_note(config_of("gpt2-xl"), 8)

@@ -1,11 +1,11 @@
-"""How long a token takes, by a roofline with three constants fitted on published times. An estimate, no measurement.
+"""Estimates the time of a token by a roofline model with three constants, fitted on published times.
 
     time per token       = max(bytes / bandwidth, flops / peak) + layers · (collectives + LAYER + ROW · (batch - 1))
     time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
     a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
 
-Bytes are those each core reads: its parameters (of tables that are looked up, nothing) and its part of the cache as
-compiled. docs/planning.md holds predictions against what was published.
+Bytes are those that each core reads: its parameters, without lookup tables, and its part of the KV cache as compiled.
+docs/planning.md compares predictions with published times.
 """
 
 import dataclasses
@@ -26,8 +26,12 @@ FLOAT32 = 1 / 4  # of the bfloat16 rate: 47.5 of 190 TFLOP/s on inf2 and trn1
 
 @dataclass(frozen=True)
 class Constants:
-    """layer: seconds that each layer takes beside its bytes, at batch 1; row: what each further row adds to that;
-    efficiency: the part of the peak rate that a prefill's matrix products reach."""
+    """Fitted constants.
+
+    layer:      seconds of overhead of each layer at batch 1.
+    row:        seconds of overhead that each further row adds.
+    efficiency: the fraction of the peak rate that the matmuls of a prefill reach.
+    """
 
     layer: float
     row: float
@@ -35,12 +39,12 @@ class Constants:
 
 
 FITTED = Constants(layer=125.7e-6, row=13.3e-6, efficiency=0.24)
-"""What `fitted` gives for the published rows that are marked so."""
+"""The constants that `fitted` computes from the published rows marked as fitted."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted seconds, of one model on one instance at one degree, amp and set of buckets."""
+    """Predicted seconds of one model on one instance at one degree and itemsize."""
 
     outline: Outline
     instance: Instance
@@ -50,7 +54,7 @@ class Speed:
     constants: Constants = FITTED
 
     def per_token(self, batch: int, positions: int) -> float:
-        """Of a decode step over a cache of `slots` positions."""
+        """Seconds of a decode step over a KV cache of `positions`."""
         outline, tp = self.outline, self.tp_degree
         bytes_read = outline.read_elements(tp) * self.weight_itemsize + outline.cache_bytes(
             tp, batch, positions, self.itemsize
@@ -60,7 +64,7 @@ class Speed:
         return roof + outline.layers * (self.collectives(batch) + fixed)
 
     def to_first_token(self, batch: int, tokens: int, positions: int) -> float:
-        """Of one prompt chunk of `tokens` a row, over `slots` positions."""
+        """Seconds of one prompt chunk of `tokens` a row, over `positions`."""
         outline, tp = self.outline, self.tp_degree
         bytes_read = outline.weight_bytes(tp, self.weight_itemsize) + outline.cache_bytes(
             tp, batch, positions, self.itemsize
@@ -70,7 +74,7 @@ class Speed:
         return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
     def prompt_seconds(self, batch: int, tokens: int, buckets: Buckets) -> float:
-        """Time to first token of a prompt, in chunks of the largest context bucket where it is longer."""
+        """Seconds to the first token of a prompt; a longer one goes through in chunks of the largest context bucket."""
         chunk, total = buckets.context[-1], 0.0
         while tokens > chunk:
             total += self.to_first_token(batch, chunk, buckets.capacity)
@@ -79,15 +83,15 @@ class Speed:
         return total + self.to_first_token(batch, size, buckets.capacity if total else size)
 
     def flops(self, batch: int, tokens: int, positions: int) -> float:
-        """Of one core: products with the parameters (the head for each row's last token alone), and attention."""
+        """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), and attention."""
         outline, tp = self.outline, self.tp_degree
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
         n, h = outline.padding(tp).size("n") // tp, outline.config.sizes["h"]
-        products = (outline.read_elements(tp) - head) * tokens + head
-        return 2.0 * batch * (products + 2 * outline.layers * tokens * positions * n * h)
+        multiply_adds = (outline.read_elements(tp) - head) * tokens + head
+        return 2.0 * batch * (multiply_adds + 2 * outline.layers * tokens * positions * n * h)
 
     def collectives(self, rows: int) -> float:
-        """Of one layer, for `rows` hidden states."""
+        """Seconds of one layer's all-reduces, of `rows` hidden states each."""
         if self.tp_degree == 1:
             return 0.0
         moved = rows * self.outline.config.sizes["d"] * self.itemsize
@@ -100,7 +104,7 @@ class Speed:
 
 
 def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -> Speed:
-    """The predictions for weights and cache of `itemsize` bytes each."""
+    """The predictions where weights and cache entries have `itemsize` bytes."""
     return Speed(outline, instance, tp_degree, itemsize, itemsize)
 
 
@@ -123,7 +127,7 @@ def compare(constants: Constants = FITTED) -> list[Compared]:
 
 
 def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefill]) -> Constants:
-    """The constants of least squared relative error on the given rows."""
+    """The constants with the least squared relative error on these rows."""
     rows = list(decode)
     zero = Constants(0, 0, 1)
     seconds = np.array([row.milliseconds / 1e3 for row in rows])
@@ -135,7 +139,7 @@ def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefi
 
 
 def leave_one_out() -> Iterator[Compared]:
-    """Each published decode row, predicted by constants fitted on all the others."""
+    """Leave-one-out validation: each published decode row, predicted by constants fitted on all the others."""
     for row in published.DECODE:
         constants = fitted((other for other in published.DECODE if other is not row), published.PREFILL)
         yield Compared(row, 1e3 * _predict(row, constants))

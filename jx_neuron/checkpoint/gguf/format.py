@@ -52,7 +52,7 @@ SCALARS: Mapping[int, str] = {  # to struct and numpy alike
 MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
-BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries stay in the processor's cache
+BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries fit the processor's cache
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Cursor:
         return start
 
     def times(self, count: int, least: int) -> range:
-        """The turns in which `count` parts of at least `least` bytes are read, where the buffer can hold them."""
+        """range(count), where the buffer can hold `count` parts of at least `least` bytes."""
         self.at = self.take(count, least)
         return range(count)
 
@@ -198,7 +198,7 @@ def _aligned(offset: int, layout: _Layout) -> int:
 
 
 def _quantization(path: Path, name: str, shape: tuple[int, ...], number: int) -> GGMLQuantizationType:
-    """The type of that number, which can be read and can hold the shape."""
+    """The quantization type of that number. Raises CheckpointError where it cannot be read, or not with that shape."""
     try:
         kind = GGMLQuantizationType(number)
     except ValueError as error:
@@ -236,7 +236,7 @@ def _nbytes(entry: Entry) -> int:
 
 
 def load(path: Path, entry: Entry) -> Array:
-    """The tensor of `entry` as it is stored where PLAIN has its type, else dequantized to float32."""
+    """The tensor of `entry`: as stored where PLAIN has its type, else dequantized to float32."""
     if entry.type in PLAIN:
         return read_bytes(path, entry.offset, _nbytes(entry)).view(PLAIN[entry.type]).reshape(entry.shape)
     block, size = gguf.GGML_QUANT_SIZES[entry.type]

@@ -68,7 +68,7 @@ class _General(BaseModel):
 def build_tokenizer(metadata: Metadata, path: Path) -> Any:
     """A `transformers.PreTrainedTokenizerFast` with special tokens and chat template.
 
-    Raises CheckpointError, which names `path`, for a file without a tokenizer and a kind that is not known.
+    Raises CheckpointError, which names `path`, for a file without a tokenizer or with one of an unknown kind.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def _byte_level(keys: _Keys, path: Path) -> Tokenizer:
 
 
 def _sentencepiece(keys: _Keys, path: Path) -> Tokenizer:
-    """SentencePiece BPE with byte fallback, as of Llama 2: the pair that makes the best piece merges."""
+    """SentencePiece BPE with byte fallback, as of Llama 2: the pair that gives the piece with the best score merges."""
     if keys.remove_extra_whitespaces:
         raise CheckpointError(f"{path}: tokenizer.ggml.remove_extra_whitespaces is true; legal is false. {INSTEAD}")
     vocabulary = {token: i for i, token in enumerate(keys.tokens)}
@@ -150,7 +150,7 @@ def _sentencepiece(keys: _Keys, path: Path) -> Tokenizer:
 
 
 def _frame(tokenizer: Tokenizer, keys: _Keys, special: dict[str, str]) -> None:
-    """Has `tokenizer` begin with bos and end with eos as the file says, or else as llama.cpp does."""
+    """Makes `tokenizer` add bos and eos as the file says, or else as llama.cpp does."""
     by_default = keys.model == "llama" or keys.pre in SPLITS
     begins = by_default if keys.add_bos_token is None else keys.add_bos_token
     first = [special["bos_token"]] if begins and "bos_token" in special else []

@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def argument(self) -> Instruction | None:
-        """What a parameter of a computation that just one `call` reaches is given."""
+        """The operand that a parameter receives, where exactly one `call` reaches its computation."""
         callers = self.computation.callers
         if self.opcode != "parameter" or len(callers) != 1 or callers[0].opcode != "call":
             return None

@@ -134,7 +134,7 @@ HloProto = _message("HloProto")
 
 
 def parse(data: bytes) -> Any:
-    """A serialized HloModuleProto as a message. LoweringError where the bytes hold none."""
+    """Parses a serialized HloModuleProto. Raises LoweringError where the bytes hold none."""
     try:
         module = Module.FromString(data)
     except DecodeError as error:
@@ -228,14 +228,14 @@ def nbytes(shape: Any) -> int:
 
 
 def describe(shape: Any) -> str:
-    """A shape as people write it: float32[4,64]."""
+    """A shape as text: float32[4,64]."""
     if shape.element_type == TUPLE:
         return f"({', '.join(map(describe, shape.tuple_shapes))})"
     return f"{dtype(shape)}[{','.join(map(str, shape.dimensions))}]"
 
 
 def replica_groups(instruction: Any, count: int) -> list[list[int]]:
-    """The groups of a collective over `count` participants, whichever of its four forms they are written in."""
+    """The replica groups of a collective over `count` participants, from any of the proto's four forms."""
     listed = instruction.collective_device_list
     if instruction.HasField("mesh_groups"):
         return _mesh_groups(instruction.mesh_groups)

@@ -1,4 +1,4 @@
-"""The shape rules of HLO, as far as they are needed to find an instruction that breaks them.
+"""HLO's shape rules, of the opcodes that are checked.
 
 Reference: https://openxla.org/xla/operation_semantics
 """

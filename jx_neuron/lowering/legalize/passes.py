@@ -67,13 +67,13 @@ def _instruction(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
 
 
 def _is_annotation(i: Any) -> bool:
-    """A note to the partitioner, which at one core has not been there to take it out."""
+    """Whether this is a sharding annotation. Programs of one core keep them, since no partitioner removed them."""
     target = i.custom_call_target
     return len(i.operand_ids) == 1 and (target == "Sharding" or target.startswith(("SPMD", "xla.sdy.")))
 
 
 def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
-    """Dense groups of replicas, without channels; among one core each, nothing at all."""
+    """Rewrites a collective to dense replica groups without channel ids; groups of one core need no collective."""
     if i.opcode == "collective-permute":
         is_single_core = tp_degree == 1
     else:
@@ -91,7 +91,7 @@ def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
 
 
 def _rank_parameter(module: Any) -> bool:
-    """Adds the parameter that stands for partition-id, if the program asks for it."""
+    """Adds a parameter that replaces partition-id, where the program uses that."""
     main = proto.entry(module)
     if not any(i.opcode == "partition-id" for i in main.instructions):
         return False
@@ -154,9 +154,10 @@ _INSTRUCTION_NOTES = (
 
 
 def _canonical(module: Any, name: str) -> dict[str, str]:
-    """Takes out what names this run, this machine or this source tree, and gives small ids and plain names.
+    """Removes everything that names this run, machine or source tree, and assigns small ids and plain names.
 
-    Functions stand before their callers; of equal ones one is kept, of unused ones none. Answers the sources.
+    Computations precede their callers. Equal ones are merged, and unused ones dropped. Returns the source of each
+    instruction.
     """
     by_id = {c.id: c for c in module.computations}
     new_ids: dict[int, int] = {}
@@ -196,7 +197,7 @@ def _canonical(module: Any, name: str) -> dict[str, str]:
 
 
 def _plain(computation: Any, computation_ids: dict[int, int]) -> None:
-    """The same content gives the same bytes: ids from 1, no names, no notes."""
+    """Renumbers ids from 1 and removes names and metadata, so that equal content gives equal bytes."""
     ids = {i.id: n for n, i in enumerate(computation.instructions, 1)}
     computation.id, computation.name, computation.root_id = 0, "", ids[computation.root_id]
     _name_parameters(computation.program_shape)

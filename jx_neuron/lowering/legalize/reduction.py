@@ -12,7 +12,7 @@ from jx_neuron.lowering.hlo.rewrite import Rewriter
 def split_argreduce(rewriter: Rewriter, i: Any) -> None:
     """reduce(v, n) → best = max v, at = min(n where v is best or NaN): the first index wins, as in jnp.argmax.
 
-    Left as it is where the reducer is no argmax or argmin.
+    A reduce by any other reducer is kept unchanged.
     """
     values, indices, initial, _ = rewriter.operands(i)
     value_type, index_type = proto.dtype(values.shape), proto.dtype(indices.shape)
@@ -60,7 +60,7 @@ def reducer_of(module: Any, opcode: str, dtype: str) -> int:
 
 
 def _kind(reducer: Any, is_float: bool) -> str | None:
-    """maximum or minimum where the reducer picks the first best (value, index) of two, by trying it on examples."""
+    """ "maximum" or "minimum" where the reducer, evaluated on examples, is an argmax or argmin; else None."""
     examples: list[tuple[float, ...]] = [
         (1, 0, 2, 1),
         (2, 0, 1, 1),

@@ -1,4 +1,4 @@
-"""Checks a program against what the Neuron compiler is documented to take, before anything is compiled.
+"""Checks a program against the documented limits of the Neuron compiler, before it is compiled.
 
     for violation in verify(hlo_module, "trn1"):
         print(violation)
@@ -27,7 +27,7 @@ RULE_MODULES = (rules_types, rules_ops, rules_integers, rules_windows, rules_ind
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What one instruction, or the module as a whole, breaks.
+    """A rule that one instruction, or the module as a whole, breaks.
 
     Attributes:
         code: the Neuron compiler's code without its `NCC_`; None where the constraint is documented without.
