@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron.errors import ConfigError
-from jx_neuron.util.arguments import each, flag, integer, real, shown
+from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
 
 __all__ = ["AMP", "GQA", "GenerationConfig", "NeuronConfig", "PerRow", "dtype_of"]
 
@@ -95,7 +95,7 @@ class GenerationConfig:
         if name not in READ:
             raise ConfigError(f"GenerationConfig has no {name!r}; it has {', '.join(READ)}")
         if value is not None or name not in ("max_length", "eos_token_id"):
-            read = partial(each, read=READ[name]) if name in (*_LINES, "eos_token_id") else READ[name]
+            read = partial(one_or_each, read=READ[name]) if name in (*_LINES, "eos_token_id") else READ[name]
             value = read(name, value, error=ConfigError)
         if name == "global_top_k" and value > 1 and value % 8:
             raise ConfigError(f"global_top_k={value} is not legal; it is 1, or a multiple of 8")

@@ -12,7 +12,7 @@ import torch
 
 from jx_neuron import InputError
 from jx_neuron.errors import ConfigError
-from jx_neuron.util.arguments import each, flag, integer, integers, per_row, real
+from jx_neuron.util.arguments import flag, integer, integers, one_or_each, per_row, real
 
 FOUR = [4, np.int8(4), np.uint64(4), np.array(4), jnp.array(4), torch.tensor(4), torch.tensor(4, dtype=torch.uint8)]
 NO_INTEGER = [
@@ -56,7 +56,7 @@ def test_what_is_no_integer_is_named(value: object) -> None:
 )
 def test_several_integers(value: object) -> None:
     assert integers("batch_size", value) == [4, 5]
-    assert each("batch_size", value, integer) == (4, 5)
+    assert one_or_each("batch_size", value, integer) == (4, 5)
     assert per_row("top_k", value, 2, integer) == [4, 5]
     with pytest.raises(InputError, match="3, one a row"):
         per_row("top_k", value, 3, integer)

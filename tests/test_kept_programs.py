@@ -19,7 +19,7 @@ GROWTH = """
 import json, sys
 import numpy as np
 from jx_neuron import NeuronAutoModelForCausalLM
-from jx_neuron.util.pages import give_back
+from jx_neuron.util.pages import release_memory
 from jx_neuron.runtime import xla
 
 folder, most, warm_up, calls = sys.argv[1], *map(int, sys.argv[2:])
@@ -28,7 +28,7 @@ model = NeuronAutoModelForCausalLM.from_pretrained(folder, batch_size=[1, 2], n_
 rng = np.random.default_rng(0)
 
 def resident():
-    give_back()
+    release_memory()
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
 def call():

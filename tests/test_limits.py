@@ -17,7 +17,7 @@ from jx_neuron.models import gpt2
 from jx_neuron.planning.limits import check_host
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.util import pages
-from jx_neuron.util.pages import gib, room_here
+from jx_neuron.util.pages import gib, memory_limit
 
 IDS = tiny.prompts(2, 5)
 HEADS, HEAD, LAYERS = 2, 12, 2  # key/value heads of the tiny Llama
@@ -117,10 +117,10 @@ def test_weights_and_the_smallest_cache_are_held_against_the_memory_here(
 ) -> None:
     size = needed(checkpoint, 2, slots)
     model = from_pretrained(checkpoint, batch_size=[2, 4], n_positions=[16, 64], backend=backend)
-    monkeypatch.setattr(pages, "room_here", lambda: size - 1)
+    monkeypatch.setattr(pages, "memory_limit", lambda: size - 1)
     with pytest.raises(InputError, match=f"2 rows and {slots} positions take .* GiB of memory"):
         model.to_neuron()
-    monkeypatch.setattr(pages, "room_here", lambda: size)
+    monkeypatch.setattr(pages, "memory_limit", lambda: size)
     check_host(model._origin.decoder, 1, 2, slots, 4)
     if backend == "xla":
         assert isinstance(model.runtime, XlaRuntime)
@@ -131,7 +131,7 @@ def test_a_call_whose_cache_cannot_be_had_is_refused_and_the_model_goes_on(
 ) -> None:
     model = from_pretrained(checkpoint, batch_size=[1, 4096], n_positions=[16, 64], backend="xla")
     one = model.sample(IDS[:1], 12, top_k=1)
-    monkeypatch.setattr(pages, "room_here", lambda: 4 * 2 * LAYERS * 4096 * HEADS * 16 * HEAD - 1)
+    monkeypatch.setattr(pages, "memory_limit", lambda: 4 * 2 * LAYERS * 4096 * HEADS * 16 * HEAD - 1)
     with pytest.raises(InputError, match="the keys and values of 4096 rows and 16 positions take"):
         model.sample(IDS, 12, top_k=1)
     np.testing.assert_array_equal(model.sample(IDS[:1], 12, top_k=1), one)
@@ -146,9 +146,9 @@ def test_memory_here_is_with_swap_and_within_the_container_s(
         (tmp_path / "max").write_text(container)
     monkeypatch.setattr(pages, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(pages, "CONTAINER", tmp_path / "max")
-    assert room_here() == room
+    assert memory_limit() == room
     monkeypatch.setattr(pages, "MEMORY", tmp_path / "none")
-    assert room_here() is None
+    assert memory_limit() is None
 
 
 def test_sizes_are_said_in_gib_or_tib() -> None:

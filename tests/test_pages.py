@@ -12,7 +12,7 @@ import pytest
 
 from jx_neuron.checkpoint.weights import Source
 from jx_neuron.nn import sharding
-from jx_neuron.util.pages import ALIGNMENT, CHUNK, Pages, room, scratch, uncollected
+from jx_neuron.util.pages import ALIGNMENT, CHUNK, Pages, allocate, gc_paused, scratch
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -69,7 +69,7 @@ def test_the_pages_are_large() -> None:
 
 def test_a_large_room_is_in_pages_already() -> None:
     pages = Pages()
-    large, small = room((CHUNK // 4,), "float32"), room((3, 5), "float32")
+    large, small = allocate((CHUNK // 4,), "float32"), allocate((3, 5), "float32")
     large[...], small[...] = 2, 3
     assert large.ctypes.data % ALIGNMENT == 0
     assert np.shares_memory(pages.put(large.reshape(2, -1)), large)
@@ -84,7 +84,7 @@ def test_a_scratch_is_the_same_memory_each_time_and_each_thread_s_own() -> None:
         found = []
         for _ in range(2):
             with scratch():
-                found += [room(shape, "float32").ctypes.data for shape in ((3, 5), (7,))]
+                found += [allocate(shape, "float32").ctypes.data for shape in ((3, 5), (7,))]
         return found
 
     places: list[list[int]] = []
@@ -103,7 +103,7 @@ def test_a_scratch_is_the_same_memory_each_time_and_each_thread_s_own() -> None:
         assert found[:2] == found[2:]
         assert len(set(found)) == 2
     assert not set(places[0]) & set(places[1])
-    outside = [room((3, 5), "float32") for _ in range(2)]
+    outside = [allocate((3, 5), "float32") for _ in range(2)]
     assert not np.shares_memory(*outside)
 
 
@@ -112,7 +112,7 @@ def test_what_is_read_through_a_scratch_is_placed_whole() -> None:
     values = {f"{i:02}": rng.normal(size=(50, 30)).astype(np.float32) for i in range(20)}
 
     def read(path: str) -> np.ndarray:
-        array = room((50, 30), np.float32)
+        array = allocate((50, 30), np.float32)
         array[...] = values[path]
         return array
 
@@ -129,10 +129,10 @@ def test_garbage_is_looked_for_again_after(collects) -> None:
     was = gc.isenabled()
     try:
         (gc.enable if collects else gc.disable)()
-        with uncollected():
+        with gc_paused():
             assert not gc.isenabled()
         assert gc.isenabled() is collects
-        with pytest.raises(InterruptedError), uncollected():
+        with pytest.raises(InterruptedError), gc_paused():
             raise InterruptedError
         assert gc.isenabled() is collects
     finally:

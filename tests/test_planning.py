@@ -286,7 +286,7 @@ def test_predictions_hold_on_published_times_that_were_not_fitted() -> None:
 
 
 def test_predictions_hold_on_each_row_left_out_in_turn() -> None:
-    errors = [abs(c.error) for c in speed.left_out()]
+    errors = [abs(c.error) for c in speed.leave_one_out()]
     assert np.median(errors) < 0.2
     assert max(errors) < 0.4
 
@@ -302,7 +302,7 @@ def test_the_constants_are_those_of_the_fit() -> None:
 def test_a_prompt_beyond_the_largest_context_bucket_takes_a_chunk_each() -> None:
     of = speed.speed(Outline.of(LLAMA_7B), find("trn1.32xlarge"), 32, 2)
     buckets = Buckets.of(2048, 256)
-    one, three = of.of_prompt(1, 256, buckets), of.of_prompt(1, 3 * 256, buckets)
+    one, three = of.prompt_seconds(1, 256, buckets), of.prompt_seconds(1, 3 * 256, buckets)
     assert 3 * one < three < 4 * one
 
 

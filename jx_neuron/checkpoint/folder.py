@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 from jx_neuron.util.parsing import AGAIN, MOST_INT, boundary, read_json_file, typed
 
 CONFIG = "config.json"
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates beside the default one
 READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
 INDEX = ".index.json"
-LAYOUTS: Mapping[str, str] = {  # in order of preference: the file that is there, and the shards that go with it
+LAYOUTS: Mapping[str, str] = {  # in order of preference: a file of weights or index, and the pattern of its shards
     "model.safetensors": "",
     "model.safetensors.index.json": "model-*.safetensors",
     "pytorch_model.bin": "",
@@ -45,7 +45,7 @@ TokenId = Annotated[int, Field(le=MOST_INT)]
 
 
 class _TokenIds(BaseModel):
-    """The fields of a config.json or generation_config.json that name tokens, as transformers types them."""
+    """The token fields of a config.json or generation_config.json, with transformers' types."""
 
     model_config = ConfigDict(strict=True)
     bos_token_id: TokenId | list[TokenId] | None = None
@@ -55,10 +55,10 @@ class _TokenIds(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: its configuration at hand, its tensors still in their files.
+    """An open checkpoint: its configuration is read, its tensors are not.
 
-    `path` is a folder or a GGUF file; `config` and `generation_config` have HF's fields; `tensors` are by HF
-    name; `tokenizer_files` are those that a tokenizer needs (none for GGUF, for which see save_tokenizer).
+    `path` is a folder or a GGUF file. `config` and `generation_config` have HF's fields. `tensors` have HF's names.
+    `tokenizer_files` are those that a tokenizer needs (none for GGUF, for which see save_tokenizer).
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors as `read` gives them: quantized ones count as float32."""
+        """Bytes of all tensors as `read` returns them: quantized ones count as float32."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def names(self) -> frozenset[str]:
@@ -83,18 +83,17 @@ class Checkpoint:
         return frozenset(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`, as HF lays it out."""
+        """The shape of tensor `name` in HF's layout."""
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
-        """The dtype that `read` gives tensor `name`, such as "bfloat16"."""
+        """The dtype in which `read` returns tensor `name`, such as "bfloat16"."""
         return self._tensor(name).dtype.name
 
     def read(self, name: str) -> Array:
-        """Tensor `name`, read anew: as stored, or float32 where it is quantized.
+        """Reads tensor `name`: as stored, or float32 where it is quantized. Several threads may read at once.
 
-        Raises CheckpointError for a name that is not there and a file that cannot be read. Several threads
-        may read at once.
+        Raises CheckpointError for an unknown name and for a file that cannot be read.
         """
         with boundary(self.path):
             return self._tensor(name).load()
@@ -104,13 +103,13 @@ class Checkpoint:
 
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
-        with uncollected(), boundary(self.path):
+        with gc_paused(), boundary(self.path):
             tokenizer = self.load_tokenizer()
-            tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage shows at the first text only
+            tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage fails only at the first text
             return tokenizer
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the files of the tokenizer into `folder`, and returns their paths: none where there is none."""
+        """Writes the tokenizer's files into `folder` and returns their paths; an empty list where there are none."""
         if self.path.is_dir():
             return [Path(shutil.copy(file, folder)) for file in self.tokenizer_files]
         return [Path(file) for file in self.tokenizer().save_pretrained(folder)]
@@ -133,18 +132,18 @@ def open_checkpoint(
     local_files_only: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Opens a checkpoint: a folder, a file of weights, or where no such path exists, the id of a Hub repository.
+    """Opens a checkpoint: a folder, a file of weights or, where no such path exists, the id of a Hub repository.
 
-    A folder's safetensors come before its `.bin` files, a single file before an index, and all before a `.gguf` file,
-    which needs no config.json. A file of weights is read alone, with the other files of its folder; a shard, with the
-    others of its index. `revision`, `token`, `local_files_only` and `cache_dir` are huggingface-hub's, as are
+    A folder's safetensors are preferred to its `.bin` files, a single file to an index, and all to a `.gguf` file,
+    which needs no config.json. A file of weights is read with the config and tokenizer of its folder, a shard with the
+    other shards of its index. `revision`, `token`, `local_files_only` and `cache_dir` are huggingface-hub's, as are
     HF_HUB_OFFLINE and HF_TOKEN.
 
     Raises CheckpointError for what is missing, cut short, malformed or not supported.
     """
     path = local_path(
         model,
-        _wanted,
+        _files_to_download,
         revision=revision,
         token=token,
         local_files_only=local_files_only,
@@ -180,13 +179,13 @@ def load_config(
     local_files_only: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """The configuration alone, in HF's fields: of a `config.json`, or of what open_checkpoint opens.
+    """The configuration alone, in HF's fields, of a `config.json` or of anything that open_checkpoint opens.
 
     No weights are read or downloaded. The other arguments and the errors are those of open_checkpoint.
     """
     path = local_path(
         model,
-        _wanted_config,
+        _config_file,
         revision=revision,
         token=token,
         local_files_only=local_files_only,
@@ -202,7 +201,7 @@ def load_config(
 
 
 def _weights_file(path: Path) -> Path | None:
-    """The file from which the weights are read of what a user names: the index, where they are in several."""
+    """The file of weights of a path, or the index of its shards; None where there is none."""
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -222,7 +221,7 @@ def _weights_file(path: Path) -> Path | None:
 
 
 def _choose(files: Collection[str], where: str, advice: str) -> str | None:
-    """Of the names of a checkpoint's files, the one from which the weights are read; None where there is none.
+    """The file of weights, or the index, among a checkpoint's files; None where there is none.
 
     Raises CheckpointError, with `advice`, where there are several GGUF files and nothing else.
     """
@@ -236,7 +235,7 @@ def _choose(files: Collection[str], where: str, advice: str) -> str | None:
 def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int] | None]:
     """The `bos_token_id`, `eos_token_id` and `pad_token_id` that `fields` hold; negative ones mean none.
 
-    Raises CheckpointError that says what is wrong, and `name` in it, for anything but integers and lists of them.
+    Raises CheckpointError, which names `name`, for anything but integers and lists of them.
     """
 
     def meant(value: int | list[int] | None) -> int | list[int] | None:
@@ -255,7 +254,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _places(index: Path) -> dict[str, str]:
-    """The file of each tensor by name, as an index says."""
+    """Tensor name → file, from an index."""
     check_file(index)
     places = read_json_file(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
@@ -265,21 +264,23 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _indexed(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, each where the index says."""
-    places, read = _places(index), READERS[Path(index.name.removesuffix(INDEX)).suffix]
+    """The tensors of all files that an index names. Raises CheckpointError where a file lacks one of its tensors."""
+    file_of, read_file = _places(index), READERS[Path(index.name.removesuffix(INDEX)).suffix]
     tensors: dict[str, Tensor] = {}
-    homes: dict[str, str] = {}
-    for file in sorted(set(places.values())):
+    file_by_tensor: dict[str, str] = {}
+    for file in sorted(set(file_of.values())):
         if file in ("", ".", "..") or re.search(r"[/\\:\0]", file):
             raise CheckpointError(f"{index}: weight_map names {file!r}; legal are names of files in the same folder.")
         if not (index.parent / file).is_file():
             raise CheckpointError(f"{index} names {file!r}, which is not in {index.parent}; {AGAIN}.")
-        for name, tensor in read(index.parent / file).items():
+        for name, tensor in read_file(index.parent / file).items():
             if name in tensors:
-                raise CheckpointError(f"{index.parent}: tensor {name!r} is in {homes[name]} and in {file}; {AGAIN}.")
-            tensors[name], homes[name] = tensor, file
-    for name, file in places.items():
-        if homes.get(name) != file:
+                raise CheckpointError(
+                    f"{index.parent}: tensor {name!r} is in {file_by_tensor[name]} and in {file}; {AGAIN}."
+                )
+            tensors[name], file_by_tensor[name] = tensor, file
+    for name, file in file_of.items():
+        if file_by_tensor.get(name) != file:
             raise CheckpointError(
                 f"{index.parent / file} lacks tensor {name!r}, which {index.name} says it has; {AGAIN}."
             )
@@ -329,8 +330,8 @@ def _auto_tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder, config, save_files)
 
 
-def _wanted(repo: str, files: Collection[str]) -> list[str]:
-    """Of the files of a Hub repository, those to download."""
+def _files_to_download(repo: str, files: Collection[str]) -> list[str]:
+    """The files of a Hub repository to download."""
     chosen = _chosen_on_the_hub(repo, files)
     small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES]
     if chosen is None and "adapter_config.json" not in files:
@@ -342,8 +343,8 @@ def _wanted(repo: str, files: Collection[str]) -> list[str]:
     return [*small, chosen, *fnmatch.filter(files, LAYOUTS[chosen])] if chosen in LAYOUTS else [chosen]
 
 
-def _wanted_config(repo: str, files: Collection[str]) -> list[str]:
-    """Of the files of a Hub repository, the one that holds the configuration, where it holds no weights."""
+def _config_file(repo: str, files: Collection[str]) -> list[str]:
+    """The file of a Hub repository that holds the configuration without weights."""
     chosen = _chosen_on_the_hub(repo, files)
     if chosen is not None and chosen not in LAYOUTS:
         raise CheckpointError(

@@ -1,5 +1,5 @@
-"""Reading an HF config.json: each field is honoured, known not to bear on the logits, or refused; or, where HF does not
-read it either, ignored with a warning."""
+"""Reading an HF config.json. Each field is honoured, known not to affect the logits, or refused. A field that HF does
+not read either is ignored with a warning."""
 
 import dataclasses
 import warnings
@@ -31,8 +31,8 @@ INERT = frozenset(
     return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
     """.split()
 )
-# fields that any HF config may carry and that HF's code reads, and the only values under which a decoder here means the
-# same; of a list, each element. tests/test_config_fields.py says where HF reads those that its classes do not declare
+# Fields that any HF config may have and that HF's code reads, and the only values that decoders here support: of a list
+# each element. tests/test_config_fields.py says where HF reads those that its classes do not declare.
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "_heterogeneity_spec": (None,),
     "add_cross_attention": (False,),
@@ -53,11 +53,11 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "transformers_weights": (None,),
     "use_bidirectional_attention": (None, False),
 }
-_MOST_LAYERS = 500  # the deepest public decoders have some 130; building this many takes seconds
-_MOST_NAMES = 60  # in a warning, and their letters
+_MOST_LAYERS = 500  # the deepest public decoders have some 130; building 500 takes seconds
+_MOST_NAMES = 60  # names in a warning, and letters of each
 _INTEGERS = 1, 2**31 - 1  # positions and token ids are int32
 _FLOATS = 1.1754944e-38, 3.4028234e38  # the positive numbers of float32
-# what HF's configs and their attribute_map call the number of layers, and the longest sequence
+# names of the number of layers, and of the longest sequence, in HF's configs and their attribute_map
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
@@ -65,19 +65,19 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 class HFConfig:
     """Base of a family's frozen `Config` dataclass, whose fields are named and defaulted as HF's.
 
-    `MODEL_TYPE` is the HF model_type; `INERT` names further fields that HF itself reads nowhere when it infers;
-    `ONLY` gives the legal values of fields that are supported in part; `ALIASES` is HF's attribute_map, other names of
-    fields. `sizes` gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
+    `MODEL_TYPE` is the HF model_type. `INERT` names further fields that HF does not read in inference. `ONLY` gives the
+    legal values of fields that are supported in part. `ALIASES` is HF's attribute_map: other names of fields. `sizes`
+    gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
 
-    `LAYERS_ALIKE` says that all layers have parameters of the same shapes, caches and collectives, so that a plan is
-    made of one of them.
+    `LAYERS_ALIKE` says that all layers have the same shapes of parameters and state, and the same collectives, so that
+    a plan needs only one of them.
 
-    Values are held to the type hints of their fields. Integers are positive and below 2³¹, floats are positive numbers
-    of float32; both may be 0 where that is the default, and are at least what the metadata of a field says as "least".
+    Values must have the types of their fields. Integers are positive and below 2³¹, floats are positive numbers of
+    float32. Both may be 0 where that is the default, and are at least the "least" of a field's metadata.
 
-    Other fields are refused. Where `COMPLETE`, the fields, `INERT` and `ONLY` name all that HF's class declares and its
-    code reads, so that others change nothing: they are ignored, and named in one warning. null and {} are not
-    worth a word, nor are the values that `USUAL` gives.
+    Other fields are refused. Where `COMPLETE` is true, the fields, `INERT` and `ONLY` name all that HF's class declares
+    and its code reads, so that others change nothing: these are ignored, and named in one warning. null, {} and the
+    values of `USUAL` are ignored silently.
     """
 
     MODEL_TYPE: ClassVar[str]
@@ -98,7 +98,7 @@ class HFConfig:
 
     @property
     def layers(self) -> int:
-        """How many decoder layers, each with a cache of its own.
+        """The number of decoder layers.
 
         By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError where
         there is none.
@@ -112,10 +112,10 @@ class HFConfig:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence, prompt and answer together, that the model has positions for; None if any.
+        """The longest sequence, prompt and answer, that the model has positions for; None where there is no limit.
 
         By default HF's field, `max_position_embeddings` or `n_positions`, or None where there is none. A family whose
-        positions are computed (RoPE, ALiBi), and so have no end, returns None.
+        positions are computed (RoPE, ALiBi) returns None.
         """
         return next(self._values(_POSITIONS), None)
 
@@ -145,7 +145,7 @@ class HFConfig:
 
     @property
     def unread(self) -> Sequence[str]:
-        """Names of entries within fields that HF does not read."""
+        """Names of entries within fields, such as rope_scaling, that HF does not read."""
         return ()
 
     @property
@@ -155,12 +155,12 @@ class HFConfig:
 
     @property
     def trained_positions(self) -> int | None:
-        """The longest sequence that the model was trained on, as HF's field has it; None where no field says."""
+        """The longest sequence that the model was trained on, by HF's field; None where there is none."""
         fields = self.to_hf()
         return fields.get("max_position_embeddings") or fields.get("n_positions") or self.max_positions
 
     def beyond_training(self, n_positions: int) -> str | None:
-        """One line on positions that the model was not trained on; None where there are none.
+        """A warning about positions that the model was not trained on; None where there are none.
 
         >>> from jx_neuron.models.llama import Config
         >>> Config(max_position_embeddings=256).beyond_training(300)
@@ -183,7 +183,7 @@ class HFConfig:
     def from_hf(cls, raw: Mapping[str, Any]) -> Self:
         """The config of a parsed config.json.
 
-        Raises ConfigError that names any field it cannot honour, and warns of those that HF does not read.
+        Raises ConfigError, which names any unsupported field, and warns of fields that HF does not read.
         """
         fields = {f.metadata.get("hf", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         hints = get_type_hints(cls)
@@ -193,8 +193,8 @@ class HFConfig:
         for key, value in raw.items():
             name = cls.ALIASES.get(key, key)
             if field := fields.get(name):
-                read = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
-                if values.setdefault(field.name, read) != read:
+                parsed = _read(f"{cls.MODEL_TYPE}: {key}", value, hints[field.name], field)
+                if values.setdefault(field.name, parsed) != parsed:
                     twins = " and ".join(f"{k}={shown(raw[k])}" for k in raw if cls.ALIASES.get(k, k) == name)
                     raise ConfigError(f"{cls.MODEL_TYPE}: {twins} are one field; keep the one that is meant")
             elif key in inert:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: from what a user names to a local path."""
+"""The Hugging Face Hub: from the name of a model to a local path."""
 
 import os
 import re
@@ -8,25 +8,25 @@ from typing import Any
 
 from jx_neuron.errors import CheckpointError
 
-FILES = (".bin", ".gguf", ".json", ".safetensors")  # what ends so is meant as a path
+FILES = (".bin", ".gguf", ".json", ".safetensors")  # a name with such a suffix is a path
 ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
 def local_path(
     model: str | os.PathLike[str],
-    wanted: Callable[[str, list[str]], list[str]],
+    select: Callable[[str, list[str]], list[str]],
     *,
     revision: str | None,
     token: str | bool | None,
     local_files_only: bool | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Path:
-    """`model` where it exists here, else the folder of the Hub repository of that id.
+    """The path `model` where it exists, else the folder of the Hub repository of that id.
 
-    Of the repository only the files are fetched that `wanted(id, all its files)` picks. Without a network,
-    with `local_files_only` and with HF_HUB_OFFLINE the Hub's cache has to hold them.
+    Only the files that `select(id, all files)` returns are downloaded. Without a network, with `local_files_only` and
+    with HF_HUB_OFFLINE, the Hub's cache has to hold them.
 
-    Raises CheckpointError that says what failed, and how to do without the Hub.
+    Raises CheckpointError, which says what failed, and how to do without the Hub.
     """
     name, why = os.fspath(model), ""
     try:
@@ -56,7 +56,7 @@ def local_path(
     if not (local_files_only or constants.HF_HUB_OFFLINE):
         try:
             files = [file.rfilename for file in HfApi().model_info(name, **common).siblings or ()]
-            patterns = wanted(name, files)
+            patterns = select(name, files)
             return Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns, **common))
         except CheckpointError:
             raise
@@ -78,7 +78,7 @@ def local_path(
         except Exception as error:  # the Hub's HTTP client, and so its errors, differ between its versions
             why = f"the Hub cannot be reached ({error})"
     try:
-        # no patterns: what was not wanted before, and so is not in the cache, does not make it incomplete
+        # no patterns: files that were not selected, and so are not in the cache, do not make it incomplete
         return Path(snapshot_download(name, cache_dir=cache, local_files_only=True, allow_patterns=[], **common))
     except (OSError, ValueError) as error:
         raise CheckpointError(

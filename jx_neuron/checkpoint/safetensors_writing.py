@@ -14,7 +14,7 @@ PIECE = 16 * 2**20  # bytes written at once
 
 
 class Writable(Protocol):
-    """What bytes are written to."""
+    """A file that bytes are written to."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
@@ -26,11 +26,11 @@ def write_safetensors(
 ) -> None:
     """Writes several files of the same tensors, (dtype, shape) by name, tensor by tensor.
 
-    parts: gives a tensor's array for each file, C-contiguous; it is called once a tensor.
+    parts: returns a tensor's array for each file, C-contiguous; it is called once a tensor.
 
-    Where all are of one dtype, the bytes are those that safetensors itself writes.
+    Where all tensors have one dtype, the bytes are those that safetensors itself writes.
 
-    safetensors' save_file takes every tensor of one file at once, lets no thread run meanwhile, nor Ctrl-C through.
+    safetensors' save_file needs every tensor of a file at once, and holds the GIL meanwhile, Ctrl-C included.
     Format: https://huggingface.co/docs/safetensors/index#format
     """
     kinds = {np.dtype(dtype).name: kind for kind, dtype in SAFETENSORS_DTYPES.items()}

@@ -1,4 +1,4 @@
-"""Tensors in safetensors and torch files, found at once and read one at a time."""
+"""Tensors in safetensors and torch files, listed at once and read one at a time."""
 
 import pickle
 import struct
@@ -17,14 +17,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import room
+from jx_neuron.util.pages import allocate
 from jx_neuron.util.parsing import AGAIN, boundary
 
 Array = npt.NDArray[Any]
 
-MOST_HEADER = 16 * 2**20  # bytes that may say where tensors are; 126 layers take some 100 kB
+MOST_HEADER = 16 * 2**20  # bytes of a safetensors header; 126 layers take some 100 kB
 MOST_TENSORS = 100_000
-TORCH_PAGES = 16 * 2**20  # bytes of a mapped torch file that may be resident before it is mapped anew
+TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped anew
 
 SAFETENSORS_DTYPES: Mapping[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -70,7 +70,7 @@ class Tensor:
 
 
 def check_file(path: Path) -> None:
-    """Raises CheckpointError where `path` is no file, is empty, or only stands for one kept in Git LFS."""
+    """Raises CheckpointError where `path` is no file, is empty, or is a Git LFS pointer."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; {AGAIN}.")
     if path.stat().st_size == 0:
@@ -81,21 +81,21 @@ def check_file(path: Path) -> None:
 
 
 def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
-    """`size` bytes of `path` from `offset` on; read, since pages of a mapped file count as our memory."""
+    """Reads `size` bytes of `path` from `offset`. It does not map them: mapped pages count as process memory."""
     try:
-        data = room((size,), np.uint8)
+        data = allocate((size,), np.uint8)
         with path.open("rb") as file:
             file.seek(offset)
-            count = file.readinto(data.data)
+            size_read = file.readinto(data.data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if count != size:
+    if size_read != size:
         raise CheckpointError(f"{path} ends before byte {offset + size}: it is cut short; {AGAIN}.")
     return data
 
 
 def check_count(path: Path, count: int, what: str = "tensors") -> None:
-    """Raises CheckpointError where a file says that it has more tensors than any model, or more of `what`."""
+    """Raises CheckpointError where a file claims more tensors, or more of `what`, than any model has."""
     if count > MOST_TENSORS:
         raise CheckpointError(f"{path} claims {count:,} {what}; legal are {MOST_TENSORS:,}; {AGAIN}.")
 
@@ -144,7 +144,7 @@ def _plain(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 def _check_zip(path: Path) -> None:
     """Raises CheckpointError unless the parts of a zipped torch file fill it one after the other, as torch writes them.
 
-    A mapped file is read where its headers point, and its checksums are not looked at.
+    A mapped file is read where its headers point, and its checksums are not checked.
     Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
     """
     with boundary(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -162,10 +162,10 @@ def _check_zip(path: Path) -> None:
 
 
 class _TorchFile:
-    """A torch file under `torch.load(weights_only=True)`, mapped where its format allows.
+    """A torch file read by `torch.load(weights_only=True)`, mapped where its format allows.
 
-    Pages once read stay resident as long as their mapping does, so that it is given up for a new one after
-    TORCH_PAGES. A file that cannot be mapped is in memory whole, and each tensor of it goes as it is read.
+    Pages stay resident as long as their mapping, so the file is mapped anew after TORCH_PAGES. A file that cannot be
+    mapped is loaded whole, and each tensor is freed once it is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,7 +223,7 @@ def _numpy(tensor: Any, dtype: np.dtype[Any]) -> Array:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's long messages that says what was found."""
+    """The line of torch's long messages that states the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "WeightsUnpickler error" in line), lines[0] if lines else repr(error))
 

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's transformers, made without running code that came with a checkpoint.
+"""Tokenizers of Hugging Face's transformers, loaded without running a checkpoint's own code.
 
 https://huggingface.co/docs/transformers/custom_models
 """
@@ -21,16 +21,16 @@ def load_tokenizer(
     save_files: Callable[[Path], object],
     error: type[JxNeuronError] = CheckpointError,
 ) -> Any:
-    """The transformers tokenizer of the files that `save_files` writes into a folder, and of no others.
+    """The transformers tokenizer of exactly the files that `save_files` writes into a folder.
 
     home:   where the files come from, for errors and as the tokenizer's name_or_path.
-    config: what config.json says; its model_type chooses the class where tokenizer_config.json names none.
+    config: the parsed config.json; its model_type chooses the class where tokenizer_config.json names none.
 
-    Raises `error` that names `home` where transformers makes none of them, or only with code of the checkpoint's own.
+    Raises `error` that names `home` where transformers cannot load one, or only with the checkpoint's own code.
     """
     from transformers import AutoTokenizer
 
-    with temporary_folder() as folder, refusing_own_code(home, error):
+    with temporary_folder() as folder, refuse_custom_code(home, error):
         try:
             save_files(folder)
             plain = {name: value for name, value in config.items() if name != AUTO_MAP}
@@ -38,7 +38,7 @@ def load_tokenizer(
             for path in folder.glob("*config.json"):
                 _check_class(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class"))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type are noticed only in use
+            tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type fail only in use
         except (JxNeuronError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as raised:  # a panic of the tokenizers library is no Exception
@@ -53,8 +53,8 @@ def load_tokenizer(
 
 
 @contextmanager
-def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
-    """Has transformers' refusal to run code of a checkpoint's own, under trust_remote_code=False, become an `error`."""
+def refuse_custom_code(home: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
+    """Converts transformers' refusal to run a checkpoint's own code (trust_remote_code=False) into an `error`."""
     try:
         yield
     except ValueError as raised:
@@ -68,9 +68,9 @@ def refusing_own_code(home: Path | str, error: type[JxNeuronError] = CheckpointE
 
 
 def _check_class(name: str | None) -> None:
-    """Raises ValueError for a tokenizer_class that is none: AutoTokenizer takes any name in transformers for one.
+    """Raises ValueError for a tokenizer_class that is no tokenizer: AutoTokenizer accepts any name in transformers.
 
-    AutoProcessor, named so, would ask on the terminal whether to run the checkpoint's code.
+    AutoProcessor, named there, would ask on the terminal whether to run the checkpoint's code.
     """
     from transformers import PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name

@@ -41,7 +41,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that a checkpoint may hold beside the one that it is tied to, and that must then equal it."""
+    """A tensor that a checkpoint may hold beside the tensor `of` to which it is tied. It must then equal that."""
 
     name: str
     of: str
@@ -55,19 +55,18 @@ def flatten(module_or_state: Any) -> dict[str, Any]:
 
 
 def rows_of(table: Sequence[W], layers: int) -> Iterator[W]:
-    """The rows of a weight table, one for each layer where they name it."""
+    """The rows of a weight table; a row with {i} gives one for each layer."""
     for row in table:
         yield from (row.at(i) for i in range(layers)) if "{i}" in row.target else (row,)
 
 
 def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str, W]:
-    """The rows that are computed or whose tensors a checkpoint has, by target, HF's names as it spells them.
+    """The rows, by target, that are computed or whose tensors a checkpoint has, with the checkpoint's names.
 
     HF's base prefix ("transformer.", "model.") may be absent, as it is in checkpoints of the headless class.
 
-    Raises CheckpointError where the checkpoint has fewer layers or experts than the config calls for, or tensors of
-    another shape than its `sizes` make; so the sizes that a config claims are held against what is there before
-    anything is built of them.
+    Raises CheckpointError where the checkpoint has fewer layers or experts than the config, or tensors of other shapes
+    than its `sizes` give. So a config's sizes are checked against the tensors before arrays of those sizes are made.
     """
     names, sizes, layers = set(tensors.names()), config.sizes, config.layers
     absent = tuple(p for p in _prefixes(table) if not any(name.startswith(p) for name in names))
@@ -107,23 +106,23 @@ def match(
     config: HFConfig,
     tensors: Tensors,
 ) -> list[W]:
-    """The row of each parameter, HF's names as the checkpoint spells them, in order of the checkpoint's names.
+    """The row of each parameter, with the checkpoint's names, in order of those.
 
-    Raises CheckpointError that names each parameter without a tensor, tensor without a parameter (unless a regular
-    expression of `ignore` matches it, or it is the copy that a `Copy` there says), and what `present` does.
+    Raises CheckpointError, which names each parameter without a tensor, or each tensor without a parameter (unless a
+    regular expression or a `Copy` of `ignore` matches it), and where `present` does.
     """
     rows = {row.target: row for row in rows_of(table, config.layers) if row.target in shapes}
     matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
     if missing := [row.name for target, row in rows.items() if target not in matches]:
         raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
-    used = {name for row in matches.values() for name in row.names(config.sizes)}
-    rest = set(tensors.names()) - used
-    for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in rest):
-        _check_copy(copy, next(name for name in used if copy.of.endswith(name)), tensors)
-        rest.remove(copy.name)
+    used_names = {name for row in matches.values() for name in row.names(config.sizes)}
+    unused_names = set(tensors.names()) - used_names
+    for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in unused_names):
+        _check_copy(copy, next(name for name in used_names if copy.of.endswith(name)), tensors)
+        unused_names.remove(copy.name)
     base = "|".join(map(re.escape, _prefixes(table)))
     ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
-    if extra := [name for name in sorted(rest) if not any(p.fullmatch(name) for p in ignored)]:
+    if extra := [name for name in sorted(unused_names) if not any(p.fullmatch(name) for p in ignored)]:
         raise CheckpointError(
             f"the checkpoint holds {_some(extra)}, which no parameter takes; {_unclaimed(extra[0], table, config)}"
         )
@@ -171,17 +170,17 @@ def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
 
 
 Packing = Mapping[str, tuple[Sequence[str], Callable[[Sequence[np.ndarray]], np.ndarray]]]
-"""Arrays made of parameters, by the path of each: those parameters' paths, and the function of their arrays."""
+"""Path of a packed array → the paths of the parameters that it packs, and the function that packs their arrays."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's parameters come from, one at a time: laid out, padded and cast, on the host.
+    """The source of a model's parameters, read one at a time: rearranged, padded and cast on the host.
 
-    paths: the parameters, in the order in which they are best read.
-    read:  gives one whole, in whatever order of memory is at hand.
-    split: gives its partition.
-    name:  gives its name in the checkpoint.
+    paths: the parameters, in the order in which reading is fastest.
+    read:  returns a whole parameter, in any memory order.
+    split: returns its partition.
+    name:  returns its name in the checkpoint.
     """
 
     paths: Sequence[str]
@@ -195,10 +194,10 @@ class Source:
         packing: Packing | None = None,
         put: Callable[[str, np.ndarray], np.ndarray] | None = None,
     ) -> Params:
-        """All parameters on the devices of `mesh`; the host holds a few of them beside the model.
+        """Places all parameters on the devices of `mesh`; the host holds only a few at a time.
 
-        What `packing` makes of parameters is placed in their stead, whole on every device. `put` copies the array of a
-        path to where a device is to take it; two threads call it.
+        Arrays of `packing` replace the parameters that they pack, whole on every device. `put` copies the array of a
+        path into memory that a device can use without a copy; two threads call it.
         """
         packing = packing or {}
         packed = {part: path for path, (parts, _) in packing.items() for part in parts}
@@ -221,7 +220,7 @@ class Source:
         return dict(sorted(placed.items()))
 
     def parts(self, tp_degree: int) -> Mapping[str, list[np.ndarray]]:
-        """Each core's part of each parameter, by path; a parameter is read when it is asked for, once for all cores."""
+        """Each core's part of each parameter, by path. A parameter is read at access, once for all cores."""
 
         def read(path: str) -> list[np.ndarray]:
             whole = self.read(path)
@@ -247,7 +246,7 @@ def from_checkpoint(
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:
-    """Parameters in hand, unpadded. One without a row is whole on every core.
+    """A source of unpadded arrays. A parameter without a row is whole on every core.
 
     Raises ConfigError where cores share the model and a parameter has no row.
     """
@@ -265,7 +264,7 @@ def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, 
 
 
 def first_not_finite(parameters: Mapping[str, Sequence[np.ndarray]]) -> str | None:
-    """The name of the first parameter of which a core's part holds a NaN or an infinity, None where none does."""
+    """The name of the first parameter with a NaN or an infinity in any core's part; None where there is none."""
     return next(
         (name for name, parts in parameters.items() if not all(np.isfinite(part).all() for part in parts)), None
     )

@@ -7,7 +7,7 @@ from jx_neuron.cli import interrupts
 
 
 def main() -> NoReturn:
-    """Runs the command line on the process's arguments and ends the process. All else is imported once Ctrl-C works."""
+    """Runs the command line on the process's arguments and ends the process. Ctrl-C is handled before other imports."""
     interrupts.install()
     from jx_neuron.cli.app import run
 

@@ -1,4 +1,4 @@
-"""The commands together, and the one boundary at which what goes wrong becomes a message and a status."""
+"""The application, and the one place where errors become messages and exit statuses."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from jx_neuron.cli import bench, check, compile, interrupts, plan, sample
-from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, shortened, show_usage_error, tell
+from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
 
@@ -18,7 +18,7 @@ interrupts.at_end.append(temporary.abandon)
 
 NAME = "jx-neuron"
 COMPLETING = "_JX_NEURON_COMPLETE"
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell has it of a process that writes to nobody
+CLOSED_PIPE = 141  # 128 + SIGPIPE, a shell's status of a process whose reader is gone
 _UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
 
 app = typer.Typer(
@@ -46,11 +46,11 @@ def _version(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line, and returns the status: 2 for what the user can mend, in one message and no traceback.
+    """Runs the command line and returns its status: 2, with one message and no traceback, for users' errors.
 
     Raises KeyboardInterrupt.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns where torch is absent
     try:
         _check_streams()
         with plain_warnings(), redirect_stdout(Output(sys.stdout)):
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     if COMPLETING in os.environ:
-        os.environ["COLUMNS"] = "1000"  # typer folds what it says of an option, and shells take each line for a choice
+        os.environ["COLUMNS"] = "1000"  # typer wraps descriptions of options, and shells read each line as a completion
         with suppress(SystemExit):
             app(prog_name=NAME)
         return 0
@@ -80,29 +80,31 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _status(error: Exception) -> int:
-    """Says what went wrong, and gives the status that it ends with."""
+    """Prints the error, and returns its exit status."""
     try:
         if isinstance(error, BrokenPipeError) and error.filename == Output.NAME:
             return CLOSED_PIPE
         if isinstance(error, OSError):
             where = f"{shortened(str(error.filename))}: " if error.filename else ""
-            tell(f"{NAME}: {where}{error.strerror or error}", err=True)
+            print_message(f"{NAME}: {where}{error.strerror or error}", err=True)
         elif isinstance(error, JxNeuronError):
-            tell(f"{NAME}: {error}", err=True)
+            print_message(f"{NAME}: {error}", err=True)
         elif isinstance(error, UnicodeEncodeError):
-            tell(
+            print_message(
                 f"{NAME}: standard output takes {error.encoding} and not {error.object[error.start : error.end]!r}; "
                 "set PYTHONIOENCODING=utf-8",
                 err=True,
             )
         elif isinstance(error, MemoryError):
-            tell(f"{NAME}: this machine has too little memory for it ({error or 'no more is given'})", err=True)
+            print_message(
+                f"{NAME}: this machine has too little memory for it ({error or 'no more is given'})", err=True
+            )
         elif isinstance(error, _UsageError):
             show_usage_error(error)
         else:
             traceback.print_exception(error)
             return 1
-    except OSError:  # nobody hears what is wrong
+    except OSError:  # standard error is closed
         pass
     return 2
 

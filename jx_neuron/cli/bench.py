@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError
 
 
@@ -46,7 +46,7 @@ def command(
     if demo == (model is not None):
         raise InputError("name one model: a checkpoint folder, .gguf file or hub id, or --demo")
     began = time.perf_counter()
-    llm = NeuronAutoModelForCausalLM.from_pretrained(
+    causal_lm = NeuronAutoModelForCausalLM.from_pretrained(
         demo_model() if model is None else model,
         batch_size=batch_size,
         n_positions=prompt_tokens + new_tokens,
@@ -54,10 +54,10 @@ def command(
         amp=amp,
     ).to_neuron()
     loaded = time.perf_counter()
-    prompt_bt = np.random.default_rng(0).integers(0, llm.settings.vocab_size, (batch_size, prompt_tokens))
-    _run(llm, prompt_bt, new_tokens)
+    prompt_bt = np.random.default_rng(0).integers(0, causal_lm.settings.vocab_size, (batch_size, prompt_tokens))
+    _run(causal_lm, prompt_bt, new_tokens)
     ready = time.perf_counter()
-    first, rest = np.median([_run(llm, prompt_bt, new_tokens) for _ in range(runs)], axis=0)
+    prefill_seconds, decode_seconds = np.median([_run(causal_lm, prompt_bt, new_tokens) for _ in range(runs)], axis=0)
     results = {
         "batch_size": batch_size,
         "amp": amp,
@@ -67,16 +67,20 @@ def command(
         "runs": runs,
         "load_seconds": loaded - began,
         "first_run_seconds": ready - loaded,
-        "prefill_milliseconds": first * 1e3,
-        "milliseconds_per_token": rest / (new_tokens - 1) * 1e3,
-        "tokens_per_second": batch_size * (new_tokens - 1) / rest,
+        "prefill_milliseconds": prefill_seconds * 1e3,
+        "milliseconds_per_token": decode_seconds / (new_tokens - 1) * 1e3,
+        "tokens_per_second": batch_size * (new_tokens - 1) / decode_seconds,
     }
     if as_json:
         typer.echo(json.dumps(results))
         return
-    tell(f"decode   {results['tokens_per_second']:.1f} tokens/s ({results['milliseconds_per_token']:.2f} ms a step)")
-    tell(f"prefill  {results['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
-    tell(f"ready    {results['load_seconds']:.2f} s to load, {results['first_run_seconds']:.2f} s for the first run")
+    print_message(
+        f"decode   {results['tokens_per_second']:.1f} tokens/s ({results['milliseconds_per_token']:.2f} ms a step)"
+    )
+    print_message(f"prefill  {results['prefill_milliseconds']:.0f} ms for {batch_size} x {prompt_tokens} tokens")
+    print_message(
+        f"ready    {results['load_seconds']:.2f} s to load, {results['first_run_seconds']:.2f} s for the first run"
+    )
 
 
 def _run(model: Any, prompt_bt: np.ndarray, new: int) -> tuple[float, float]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, LoweringError
 
-if TYPE_CHECKING:  # a command that is not asked for costs no time to import
+if TYPE_CHECKING:  # other commands import faster without it
     from jx_neuron.lowering.verify.checking import Violation
 
 
@@ -41,15 +41,15 @@ def command(
     from jx_neuron.runtime.deployment import target_for
 
     target = target_for(target)
-    violations_by_name = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
-    refused = any(v.severity == "error" for violations in violations_by_name.values() for v in violations)
+    violations_by_program = {name: _verify(name, hlo, target, lnc) for name, hlo in _programs(path)}
+    refused = any(v.severity == "error" for violations in violations_by_program.values() for v in violations)
     if as_json:
-        programs = {name: [v.as_dict() for v in violations] for name, violations in violations_by_name.items()}
+        programs = {name: [v.as_dict() for v in violations] for name, violations in violations_by_program.items()}
         typer.echo(json.dumps(dict(target=target, passes=not refused, programs=programs)))
     else:
-        for name, violations in violations_by_name.items():
+        for name, violations in violations_by_program.items():
             lines = [f"{name}:", *map(str, violations)] if violations else [f"{name}: passes on {target}"]
-            tell("\n  ".join(lines))
+            print_message("\n  ".join(lines))
     if refused:
         raise typer.Exit(1)
 

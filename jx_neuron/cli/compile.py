@@ -12,10 +12,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from jx_neuron.cli import interrupts, options
-from jx_neuron.cli.terminal import console, fold, tell
+from jx_neuron.cli.terminal import console, fold, print_message
 from jx_neuron.errors import CheckpointError
 
-if TYPE_CHECKING:  # a command that is not called costs no time to import
+if TYPE_CHECKING:  # other commands import faster without it
     from jx_neuron.llm import NeuronAutoModelForCausalLM
     from jx_neuron.runtime.deployment import Deployment
 
@@ -109,11 +109,11 @@ def command(
         typer.echo(json.dumps(dict(directory=str(folder), target=target, tp_degree=tp, programs=rows, seconds=seconds)))
         return
     _show(rows)
-    tell(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
+    print_message(f"{len(rows)} programs for {target} in {folder}, after {seconds:.0f} s")
 
 
-def _lengths(given: list[int] | None) -> int | list[int] | None:
-    return given[0] if given and len(given) == 1 else given or None
+def _lengths(lengths: list[int] | None) -> int | list[int] | None:
+    return lengths[0] if lengths and len(lengths) == 1 else lengths or None
 
 
 def _from_checkpoint(model: str, revision: str | None, model_options: dict[str, Any]) -> "NeuronAutoModelForCausalLM":

@@ -1,8 +1,8 @@
-"""Ctrl-C ends the process with status 130 and no traceback, in about a second at most, whatever it is doing.
+"""Ctrl-C ends the process with status 130 and no traceback, within about a second, whatever it is doing.
 
-KeyboardInterrupt is raised in the main thread, and in the others too: each ends its child processes and removes its
-temporary files on the way out. A callback of the garbage collector, or a destructor, swallows exceptions:
-`sys.unraisablehook` hears of it, and it is raised again. What is in a library's own code for longer, as XLA is when it
+KeyboardInterrupt is raised in the main thread and in all others: each ends its child processes and removes its
+temporary files. Callbacks of the garbage collector and destructors swallow exceptions; `sys.unraisablehook` sees
+those, and KeyboardInterrupt is raised again. A thread that is longer in a library's C++ code, as XLA is when it
 compiles, ends with the process.
 """
 
@@ -22,19 +22,19 @@ from typing import Any, NoReturn
 GRACE_SECONDS = 1.0
 AGAIN_SECONDS = 0.03
 STATUS = 128 + signal.SIGINT
-SHOW_CURSOR = b"\x1b[?25h\n"  # which a progress bar hides
+SHOW_CURSOR = b"\x1b[?25h\n"  # progress bars hide the cursor
 
 received = threading.Event()
 """Set once Ctrl-C was pressed."""
 at_end: list[Callable[[], object]] = []
-"""What is called before the process ends, the last first. It may be in another thread than the work."""
-_due = threading.Event()  # the handler is to raise
-_leaving = threading.Event()  # nothing is to raise any more
+"""Functions called before the process ends, the last first, possibly in another thread than the work."""
+_due = threading.Event()  # the handler should raise KeyboardInterrupt
+_leaving = threading.Event()  # the process ends: nothing raises it any more
 _swallowed: queue.SimpleQueue[int] = queue.SimpleQueue()  # the threads whose KeyboardInterrupt was lost
 
 
 def install() -> None:
-    """Takes over SIGINT, unless the process was started with it ignored, as a background job of a shell script is."""
+    """Installs the SIGINT handler, unless the process was started with SIGINT ignored, as background jobs are."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     reading, writing = os.pipe()
@@ -47,9 +47,9 @@ def install() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process, with status 130 where Ctrl-C was pressed; its standard streams have been flushed.
+    """Ends the process, with status 130 where Ctrl-C was pressed. The caller has flushed the standard streams.
 
-    The interpreter is not torn down: that takes long with JAX, and waits for threads.
+    The interpreter is not finalized: with JAX that takes long, and it waits for threads.
     """
     _leaving.set()
     for call in reversed(at_end):
@@ -65,21 +65,21 @@ def leave(status: int) -> NoReturn:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     received.set()
-    # a second Ctrl-C does not break off the cleaning up after the first
+    # a second Ctrl-C does not interrupt the cleanup of the first
     if _due.is_set() and not _leaving.is_set() and not _importing(frame):
         _due.clear()
         raise KeyboardInterrupt
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: jaxlib's C++ crashes where an exception comes up in the middle of that."""
+    """Whether a module is being imported: jaxlib's C++ crashes on an exception during its import."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
 
 
 def _watch(reading: int) -> None:
-    """Is woken by the signal itself, when the main thread may still be in C."""
+    """Waits for the signal in a thread, since the main thread may be in C code."""
     while signal.SIGINT not in os.read(reading, 64):
         pass
     deadline = time.monotonic() + GRACE_SECONDS

@@ -1,4 +1,4 @@
-"""The arguments and options that commands share, and what a shell completes them with."""
+"""The arguments and options that commands share, and their shell completions."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +10,10 @@ from jx_neuron.errors import InputError
 
 
 def path(value: Any) -> Any:
-    """`value`, once the system takes it for the path of something, or of nothing yet.
+    """Returns `value` where the system accepts it as a path, of a file that exists or not.
 
-    Raises InputError for the home folder of an unknown user, OSError for a name that is too long or a folder that may
-    not be entered.
+    Raises InputError for the home folder of an unknown user, OSError for a name that is too long or a folder without
+    permission.
     """
     try:
         if value is not None:
@@ -26,7 +26,7 @@ def path(value: Any) -> Any:
 
 
 def model(value: Any) -> Any:
-    """`value`, once it can name a checkpoint: the `path` of a folder, of a file, or of nothing, as a Hub id is.
+    """Returns `value` where it can name a checkpoint: the `path` of a folder or a file, or a Hub id.
 
     Raises InputError for devices and pipes, and for an empty name.
     """
@@ -37,7 +37,7 @@ def model(value: Any) -> Any:
 
 
 def models() -> list[str]:
-    """Checkpoints that are known by name."""
+    """The names of known checkpoints."""
     from jx_neuron.models.known import KNOWN
 
     return list(KNOWN)
@@ -56,7 +56,7 @@ def _targets() -> list[str]:
 
 
 def instances() -> list[str]:
-    """Instance types that plans are made for."""
+    """The instance types of plans."""
     from jx_neuron.planning import INSTANCES
 
     return [instance.name for instance in INSTANCES]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.terminal import console, tell
+from jx_neuron.cli.terminal import console, print_message
 
 if TYPE_CHECKING:
     from jx_neuron.planning import Plan
@@ -78,7 +78,7 @@ def command(
     from jx_neuron.runtime.deployment import config_of
 
     gc.enable()
-    planned = plan(
+    result = plan(
         config_of(model, revision=revision),
         instance,
         tp,
@@ -93,13 +93,13 @@ def command(
     if plot is not None:
         from jx_neuron.planning.picture import draw
 
-        draw(planned, name, plot)
+        draw(result, name, plot)
     if as_json:
-        typer.echo(json.dumps({"model": model, **planned.as_dict()}, indent=2))
+        typer.echo(json.dumps({"model": model, **result.as_dict()}, indent=2))
     else:
-        _print(planned, name)
+        _print(result, name)
         if plot is not None:
-            tell(f"drawn into {plot}", err=True)
+            print_message(f"drawn into {plot}", err=True)
 
 
 def _print(plan: "Plan", name: str) -> None:

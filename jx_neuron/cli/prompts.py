@@ -15,15 +15,15 @@ SIGN = "> "
 
 @dataclass(frozen=True)
 class Prompt:
-    """As it was given, as it is printed before its answer, and as tokens."""
+    """A prompt as typed, as printed before its answer, and as tokens."""
 
-    given: str
+    text: str
     printed: str
     ids: list[int]
 
 
 def from_text(model: Any, text: str, chat: bool) -> Prompt:
-    """A text as the model's tokenizer has it, with `chat` through its chat template. Raises InputError."""
+    """A text, tokenized; with `chat`, rendered by the chat template first. Raises InputError."""
     try:
         tokenizer = model.tokenizer
     except JxNeuronError as error:
@@ -36,7 +36,7 @@ def from_text(model: Any, text: str, chat: bool) -> Prompt:
 
 
 def from_ids(model: Any, text: str) -> Prompt:
-    """Token ids parted by commas or spaces; printed as text where the model has a tokenizer. Raises InputError."""
+    """Token ids separated by commas or spaces; printed as text where the model has a tokenizer. Raises InputError."""
     from jx_neuron.engine.prompts import row_of
 
     words = re.split(r"[\s,]+", text.strip())
@@ -56,7 +56,7 @@ def typed() -> bool:
 
 
 def lines() -> Iterator[str]:
-    """Each line of standard input that is not blank, as it comes; a terminal is shown a sign that it is waited for.
+    """Yields the lines of standard input that are not blank, after a prompt sign in a terminal.
 
     Raises InputError where standard input is closed, and for a line that is not UTF-8.
     """

@@ -10,7 +10,7 @@ import typer
 
 from jx_neuron.cli import options
 from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, typed
-from jx_neuron.cli.terminal import tell
+from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, JxNeuronError
 
 
@@ -111,13 +111,13 @@ def command(
         answers = answered(prompts)
     else:
         model.to_neuron()
-        tell("Type a prompt a line; end with Ctrl-D.", err=True)
+        print_message("Type a prompt a line; end with Ctrl-D.", err=True)
         answers = []
         for line in lines():
             try:
                 answers += answered([from_text(model, line, chat)])
             except JxNeuronError as error:
-                tell(f"jx-neuron: {error}", err=True)
+                print_message(f"jx-neuron: {error}", err=True)
     if answers and not as_json:
         _report(answers)
 
@@ -131,8 +131,8 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
 
 
 def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool) -> list[Answer]:
-    """The answers, printed in the order of their prompts; that to a single prompt as it is made."""
-    answers = [Answer(prompt.given, prompt_tokens=len(prompt.ids)) for prompt in prompts]
+    """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
+    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
     events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)
@@ -163,7 +163,7 @@ def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool
 
 def _report(answers: Sequence[Answer]) -> None:
     rates = [a.tokens_per_second for a in answers if a.tokens_per_second]
-    count = sum(len(a.tokens) for a in answers)
+    token_count = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    tell(f"{count} tokens{rate}, first token after {first:.2f} s", err=True)
+    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)

@@ -1,4 +1,4 @@
-"""What the command line looks like: help and messages that fit the terminal, however narrow."""
+"""Help and messages that fit the terminal, however narrow."""
 
 import difflib
 import errno
@@ -17,12 +17,12 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 WHOLE: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
-NARROW = 60  # columns below which two of text do not go side by side
-LIKE = 0.7  # the similarity of a name to the one that was meant, as difflib measures it
+NARROW = 60  # terminal columns below which help has one column of text, not two
+LIKE = 0.7  # difflib ratio from which a name is suggested for a misspelt one
 
 
 def columns(stream: IO[str]) -> int:
-    """Those of the terminal that `stream` writes to; where it is none, COLUMNS, or 80."""
+    """The width of the terminal that `stream` writes to; where it is no terminal, COLUMNS or 80."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -31,17 +31,17 @@ def columns(stream: IO[str]) -> int:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Says so as an error; rich itself would end the process."""
+        """Raises the error; rich itself would end the process."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), Output.NAME)
 
 
 def console() -> Console:
-    """Of standard output, as wide as its terminal; rich alone takes every dumb one for 80 columns wide."""
+    """A console of standard output with the width of its terminal; rich assumes 80 columns of dumb terminals."""
     return _Console(width=columns(sys.stdout), height=25, highlight=False)
 
 
 def fold(text: str, width: int, indent: str = "") -> str:
-    """`text` in lines of at most `width`, words whole; a line goes on where it began."""
+    """Wraps `text` at whole words into lines of at most `width`; continued lines keep their indentation."""
     lines = [line for line in text.splitlines() for line in _fold(indent + line, width)]
     return "\n".join(lines)
 
@@ -52,7 +52,7 @@ def _fold(line: str, width: int) -> list[str]:
 
 
 def _fold_command(command: str, width: int, indent: str) -> list[str]:
-    """Its words in lines; what is quoted is one word."""
+    """Wraps a shell command; a quoted text is one word."""
     lines = [indent]
     for word in re.findall(r"'[^']*'|\"[^\"]*\"|\S+", command):
         if lines[-1].strip() and len(lines[-1]) + 1 + len(word) > width:
@@ -61,10 +61,10 @@ def _fold_command(command: str, width: int, indent: str) -> list[str]:
     return lines
 
 
-def tell(text: str, *, err: bool = False) -> None:
-    """Prints a message: folded in a terminal, and one line to a program that reads it.
+def print_message(text: str, *, err: bool = False) -> None:
+    """Prints a message, wrapped in a terminal and on one line otherwise.
 
-    On standard error it is a courtesy, left out where it cannot be written.
+    Errors of writing to standard error are ignored.
     """
     with suppress(OSError) if err else nullcontext():
         typer.echo(_fitted(text, sys.stderr if err else sys.stdout), err=err)
@@ -80,7 +80,7 @@ def shortened(text: str, most: int = 100) -> str:
 
 
 def show_usage_error(error: Any) -> None:
-    """Prints click's error about an argument, folded as by `tell`, and options like one that there is not."""
+    """Prints click's error about an argument as `print_message` does, and suggests options for a misspelt one."""
     message = error.format_message()
     if getattr(error, "possibilities", None) is not None and error.ctx is not None:
         options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
@@ -92,7 +92,7 @@ def show_usage_error(error: Any) -> None:
 
 
 def similar(typed: str, options: Sequence[str]) -> list[str]:
-    """The options that begin with what was typed, then those that are spelt much like it.
+    """The options that begin with `typed`, then those that are spelt like it.
 
     >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
     ['--temperature']
@@ -108,7 +108,7 @@ def _fitted(text: str, stream: IO[str]) -> str:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Has a warning for the user look like any other message, without the line of source that gave it."""
+    """Shows each UserWarning as a plain message, without its line of source."""
     usual = warnings.formatwarning
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
@@ -123,7 +123,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 class Output:
-    """Standard output, whose errors bear its name."""
+    """Standard output, whose errors name it."""
 
     NAME = "standard output"
 
@@ -153,18 +153,18 @@ class Output:
 
 
 class Help(typer.Context.formatter_class):  # type: ignore[valid-type, misc]
-    """Help that fits the terminal: words stay whole, and in a narrow one what an option does goes below its name."""
+    """Help that fits the terminal: words stay whole, and a narrow terminal shows descriptions below names."""
 
     def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None):
         super().__init__(indent_increment, min(columns(sys.stdout), max_width or 80) if width is None else width)
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
-        """The line that says how it is called."""
+        """The usage line."""
         words = f"{prefix or 'Usage: '}{prog} {args}"
         self.write("\n".join(textwrap.wrap(words, self.width, subsequent_indent="  ", **WHOLE)) + "\n")
 
     def write_text(self, text: str) -> None:
-        """Paragraphs; a command to be typed is broken as a shell takes it."""
+        """Paragraphs; a command is wrapped with a backslash at line ends."""
         indent = " " * self.current_indent
         for n, paragraph in enumerate(text.split("\n\n")):
             words = " ".join(paragraph.split())
@@ -175,7 +175,7 @@ class Help(typer.Context.formatter_class):  # type: ignore[valid-type, misc]
             self.write(("\n" if n else "") + folded + "\n")
 
     def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Names, and what they are."""
+        """Names and their descriptions."""
         rows = [(name.partition(" <")[0], text) for name, text in rows]  # newer typers add an argument's type
         below = self.width < NARROW
         column = 6 if below else self.current_indent + min(col_max, max(len(name) for name, _ in rows)) + col_spacing
@@ -194,21 +194,23 @@ class _Context(TyperCommand.context_class):  # type: ignore[valid-type, misc]
 
 
 class Command(TyperCommand):
-    """A command with such help."""
+    """A command with this help."""
 
     context_class = _Context
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What follows its name: arguments as they are named."""
+        """The arguments of the usage line, by their names."""
         return ["[OPTIONS]", *(str(p.metavar) for p in self.params if p.param_type_name == "argument")]
 
 
 class Group(TyperGroup):
-    """Commands with such help."""
+    """Commands with this help."""
 
     context_class = _Context
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each command with the first paragraph of its help."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (of.help or "").partition("\n\n")[0]) for name, of in self.commands.items()])
+            formatter.write_dl(
+                [(name, (command.help or "").partition("\n\n")[0]) for name, command in self.commands.items()]
+            )

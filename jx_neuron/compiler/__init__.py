@@ -1,1 +1,1 @@
-"""neuronx-cc: how it is called, what it compiled before, and what its errors mean."""
+"""neuronx-cc: its invocation, a cache of NEFFs, and explanations of its errors."""

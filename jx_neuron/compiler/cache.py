@@ -1,8 +1,8 @@
-"""NEFFs already compiled, kept on disk for every process of the machine.
+"""A cache of compiled NEFFs on disk, shared by all processes of the machine.
 
-An entry is one file, `<key>-<sha256 of its content>.neff`: one rename makes it visible, and its name tells
-whether it is whole. A program being compiled is locked by its key, so that two processes compile it once; the
-operating system drops the lock of a process that dies.
+An entry is one file, `<key>-<sha256 of its content>.neff`. One rename makes it visible, and the hash in its name shows
+whether it is whole. A process locks a program's key while compiling it, so that two processes compile it once. The
+operating system releases the lock of a process that dies.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ URL_VARIABLE = "NEURON_COMPILE_CACHE_URL"
 
 
 class CancelledError(Exception):
-    """Waiting for another process's compilation was given up."""
+    """Waiting for another process's compilation was cancelled."""
 
 
 def default_folder() -> Path:
@@ -45,13 +45,13 @@ def default_folder() -> Path:
 
 
 def key(hlo: bytes, flags: Sequence[str], version: str) -> str:
-    """The name of a compilation: sha256 of the program, the flags (target among them), the compiler."""
+    """The key of a compilation: sha256 of the program, the flags (with the target) and the compiler's version."""
     parts = [hashlib.sha256(hlo).hexdigest(), list(flags), version]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def load(folder: Path, key: str) -> bytes | None:
-    """The NEFF kept under `key`, or None where there is none that is whole."""
+    """The NEFF stored under `key`; None where there is no whole one."""
     for path in folder.glob(f"{key}-*.neff"):
         try:
             neff = path.read_bytes()
@@ -63,9 +63,9 @@ def load(folder: Path, key: str) -> bytes | None:
 
 
 def store(folder: Path, key: str, neff: bytes) -> None:
-    """Keeps `neff` under `key`, in place of broken or half-written ones. To be called under `lock`.
+    """Stores `neff` under `key`, in place of damaged ones. The caller holds `lock`.
 
-    Where it cannot be kept, as on a full disk, it warns: the compilation itself is not lost.
+    A failure to store, as on a full disk, is a warning: the compilation itself succeeded.
     """
     try:
         for stale in (*folder.glob(f"{key}-*.neff"), *folder.glob(f".{key}-*.tmp")):
@@ -77,7 +77,7 @@ def store(folder: Path, key: str, neff: bytes) -> None:
 
 @contextmanager
 def lock(folder: Path, key: str, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Holds `key` against other processes; raises CancelledError once `cancelled()` says so while waiting."""
+    """Locks `key` against other processes. Raises CancelledError where `cancelled()` becomes true while waiting."""
     path = folder / f"{key}.lock"
     lock = FileLock(path)
     with _writing(folder):

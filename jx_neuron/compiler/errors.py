@@ -1,4 +1,4 @@
-"""What neuronx-cc's error codes mean, and the way out of each.
+"""The meaning of neuronx-cc's error codes, and a remedy for each.
 
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/compiler/error-codes/
 """
@@ -41,11 +41,11 @@ ERRORS = {
     ),
     "F137": _HOST_MEMORY,
 }
-"""Meaning and way out of what only compiling can tell. The verifier's rules have the other codes."""
+"""Meanings and remedies of errors that only compiling can find. The verifier's rules have the other codes."""
 
 
 def explain(log: str, status: int) -> str:
-    """Says, from a failed compilation's log and exit status, what went wrong and the way out.
+    """Explains a failed compilation, and names a remedy, from its log and exit status.
 
     >>> explain("ERROR [NCC_EVRF014] ...", 1).partition(". ")[0]
     'NCC_EVRF014: Top-k with k above 16384'

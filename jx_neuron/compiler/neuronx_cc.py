@@ -1,4 +1,4 @@
-"""AWS's compiler, driven: HLO modules in, NEFFs out.
+"""Runs neuronx-cc, AWS's compiler, which compiles HLO modules to NEFFs.
 
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/compiler/neuronx-cc/api-reference-guide/
 """
@@ -54,7 +54,7 @@ _TAKING_A_VALUE = {
     "--output",
     "--verbose",
 }
-_OURS = {
+_RESERVED = {
     "--output": "every program has its own NEFF",
     "--logfile": f"every program has its own log, kept where {DUMP_VARIABLE} says",
 }
@@ -62,7 +62,7 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """An installed neuronx-cc: its executable, and its version as it prints it."""
+    """An installed neuronx-cc: its executable, and the version that it prints."""
 
     path: Path
     version: str
@@ -70,7 +70,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class CompilerOptions:
-    """What to ask of neuronx-cc. None leaves a choice to `NEURON_CC_FLAGS`, then to the default named here.
+    """Options of neuronx-cc. None leaves an option to `NEURON_CC_FLAGS`, then to the default named here.
 
     Attributes:
       target: inf2, trn1 (default), trn1n, trn2 or trn3.
@@ -113,7 +113,7 @@ class CompilerOptions:
 def find_compiler() -> Compiler:
     """The neuronx-cc on PATH, or beside this Python's executable.
 
-    Raises CompilerError that says what to install where there is none.
+    Raises CompilerError, which says what to install, where there is none.
     """
     executable = shutil.which("neuronx-cc") or shutil.which("neuronx-cc", path=str(Path(sys.executable).parent))
     if executable is None:
@@ -121,40 +121,42 @@ def find_compiler() -> Compiler:
             "neuronx-cc, AWS's compiler, is not installed. It runs on Linux x86-64, and comes from AWS's "
             f"Neuron repository: {INSTALL}. All but the NEFFs works without it: compile with --hlo-only"
         )
-    shown = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False)
-    version = re.search(r"Compiler version\s+(\S+)", shown.stdout + shown.stderr)
-    if shown.returncode or version is None:
-        said = (shown.stderr or shown.stdout).strip() or "nothing"
-        raise CompilerError(f"{executable} --version does not name a version; it said: {said}. Reinstall it: {INSTALL}")
+    process = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"Compiler version\s+(\S+)", process.stdout + process.stderr)
+    if process.returncode or version is None:
+        message = (process.stderr or process.stdout).strip() or "nothing"
+        raise CompilerError(
+            f"{executable} --version does not name a version; it said: {message}. Reinstall it: {INSTALL}"
+        )
     return Compiler(Path(executable), version[1])
 
 
-def asked_target() -> str | None:
-    """The target that `NEURON_CC_FLAGS` names, if it does."""
-    return _last(_user_flags(), "--target")
+def user_target() -> str | None:
+    """The target that `NEURON_CC_FLAGS` names; None where it names none."""
+    return _last_value(_user_flags(), "--target")
 
 
 def target(options: CompilerOptions) -> str:
-    """The instance family that is compiled for."""
-    flag = asked_target()
-    if options.target and flag and options.target != flag:
+    """The instance family to compile for."""
+    requested = user_target()
+    if options.target and requested and options.target != requested:
         raise CompilerError(
-            f"{FLAGS_VARIABLE} asks for --target={flag}, but the programs are for {options.target}. "
-            f"Drop the flag, or ask for target {flag} in both"
+            f"{FLAGS_VARIABLE} asks for --target={requested}, but the programs are for {options.target}. "
+            f"Drop the flag, or ask for target {requested} in both"
         )
-    return options.target or flag or "trn1"
+    return options.target or requested or "trn1"
 
 
 def flags(options: CompilerOptions) -> list[str]:
     """The flags of a compilation, in one spelling (`--name=value`).
 
-    Ours come first, where the user has not set them, then the user's from `NEURON_CC_FLAGS`; neuronx-cc
-    takes the right-most of each.
+    The defaults of flags that the user has not set come first, then the user's from `NEURON_CC_FLAGS`. neuronx-cc
+    takes the last of each.
 
-    Raises CompilerError for flags that contradict the target or are not the user's to set.
+    Raises CompilerError for flags that contradict the target, and for those in `_RESERVED`.
     """
     user_flags = _user_flags()
-    for name, reason in _OURS.items():
+    for name, reason in _RESERVED.items():
         if any(flag.startswith(f"{name}=") for flag in user_flags):
             raise CompilerError(f"{FLAGS_VARIABLE} sets {name}, but {reason}. Drop the flag")
     defaults = {
@@ -164,10 +166,10 @@ def flags(options: CompilerOptions) -> list[str]:
         "--auto-cast": options.auto_cast or "none",
         "--auto-cast-type": options.auto_cast_type,
         "--optlevel": options.optlevel,
-        "--logical-nc-config": _logical_nc_config(options, _last(user_flags, "--logical-nc-config")),
+        "--logical-nc-config": _logical_nc_config(options, _last_value(user_flags, "--logical-nc-config")),
     }
     return [
-        f"{name}={value}" for name, value in defaults.items() if value is not None and not _last(user_flags, name)
+        f"{name}={value}" for name, value in defaults.items() if value is not None and not _last_value(user_flags, name)
     ] + user_flags
 
 
@@ -184,7 +186,7 @@ def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions)
 
 
 def worker_count(options: CompilerOptions, jobs: int | None = None) -> int:
-    """How many programs are compiled at a time."""
+    """The number of programs compiled at a time."""
     count = jobs if jobs is not None else options.compilation_worker_count
     if count is None and (text := os.environ.get(WORKERS_VARIABLE)):
         if not text.isdecimal():
@@ -207,12 +209,12 @@ def compile_programs(
 ) -> dict[str, bytes]:
     """Compiles serialized HloModuleProtos, by name, to NEFFs, several at a time.
 
-    What was compiled before, by any process, comes from the cache (`cache_dir`, by default
-    `compile_cache.default_folder()`). With `NEURONX_DUMP_TO` set, each program's HLO, NEFF, logs and command
-    are kept in a folder of its own there.
+    NEFFs that any process compiled before come from the cache (`cache_dir`, by default
+    `compile_cache.default_folder()`). Where `NEURONX_DUMP_TO` names a folder, each program's HLO, NEFF, logs and
+    command are kept in a subfolder.
 
-    Raises CompilerError where the compiler is missing or refuses a program; the other compilations are
-    stopped then, as they are on Ctrl-C, and what was finished stays cached.
+    Raises CompilerError where the compiler is missing or refuses a program. The other compilations are then stopped,
+    as on Ctrl-C, and finished NEFFs stay in the cache.
     """
     options = options or CompilerOptions()
     workers = worker_count(options, jobs)
@@ -244,7 +246,7 @@ def compile_programs(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the compilations of one call share."""
+    """The state that the compilations of one call share."""
 
     compiler: Compiler
     options: CompilerOptions
@@ -252,7 +254,7 @@ class _Run:
     stop: threading.Event
 
     def neff(self, name: str, hlo: bytes) -> bytes:
-        key = compile_cache.key(hlo, _for_the_key(flags(self.options)), self.compiler.version)
+        key = compile_cache.key(hlo, _key_flags(flags(self.options)), self.compiler.version)
         with _workspace(f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{key[:8]}") as folder:
             if (neff := compile_cache.load(self.cache, key)) is None:
                 with compile_cache.lock(self.cache, key, self.stop.is_set):
@@ -329,7 +331,7 @@ def _workspace(name: str) -> Iterator[Path]:
 
 @contextmanager
 def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Ends `process` and all that it started, however the block is left."""
+    """Kills `process` and its descendants, however the block is left."""
     _running.add(process)
     try:
         yield
@@ -344,7 +346,7 @@ def _killed_on_exit(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def abandon() -> None:
-    """Kills the compilers that run, and all that they started; for the thread that ends this process."""
+    """Kills the running compilers and their descendants; for the thread that ends this process."""
     for process in list(_running):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -356,48 +358,49 @@ def _user_flags() -> list[str]:
         tokens = iter(shlex.split(text))
     except ValueError as error:
         raise CompilerError(f"{FLAGS_VARIABLE}={text} is no command line: {error}") from error
-    kept_flags = []
+    flags = []
     for token in tokens:
         name, equals, value = token.partition("=")
         if re.fullmatch(r"-O\d", token):
             name, equals, value = "-O", "=", token[2:]
         name = _ALIASES.get(name, name)
         if name not in _TAKING_A_VALUE:
-            kept_flags.append(token)
+            flags.append(token)
             continue
         if not equals and (value := next(tokens, "")) == "":
             raise CompilerError(f"{FLAGS_VARIABLE}={text}: {token} is given without a value")
-        kept_flags.append(f"{name}={value}")
-    return kept_flags
+        flags.append(f"{name}={value}")
+    return flags
 
 
-def _last(given: Sequence[str], name: str) -> str | None:
-    return next((flag.partition("=")[2] for flag in reversed(given) if flag.startswith(f"{name}=")), None)
+def _last_value(flags: Sequence[str], name: str) -> str | None:
+    return next((flag.partition("=")[2] for flag in reversed(flags) if flag.startswith(f"{name}=")), None)
 
 
-def _for_the_key(given: Sequence[str]) -> list[str]:
-    """The flags that can change a NEFF."""
-    return [flag for flag in given if not flag.startswith("--verbose=")]
+def _key_flags(flags: Sequence[str]) -> list[str]:
+    """The flags that can change a NEFF, which are part of its key in the cache."""
+    return [flag for flag in flags if not flag.startswith("--verbose=")]
 
 
-def _logical_nc_config(options: CompilerOptions, asked: str | None) -> str | None:
-    """What `options`, the user's flag and the runtime's variable agree on; None where there is no choice."""
-    named = {
+def _logical_nc_config(options: CompilerOptions, user_value: str | None) -> str | None:
+    """The value on which `options`, the user's flag and the runtime's variable agree; None where the target has no
+    choice."""
+    settings = {
         "logical_nc_config": None if options.logical_nc_config is None else str(options.logical_nc_config),
-        f"--logical-nc-config in {FLAGS_VARIABLE}": asked,
+        f"--logical-nc-config in {FLAGS_VARIABLE}": user_value,
     }
     family = target_of(target(options))
     choices = [str(choice) for choice in family.lnc_choices]
     if len(choices) > 1:
-        named[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
-    settings = {source: value for source, value in named.items() if value}
-    for source, value in settings.items():
+        settings[LNC_VARIABLE] = os.environ.get(LNC_VARIABLE)
+    values = {source: value for source, value in settings.items() if value}
+    for source, value in values.items():
         if value not in choices:
             raise CompilerError(
                 f"{source} is {value}, but a logical core of {family.name} is made of {' or '.join(choices)} "
                 "(NCC_EARG001). Drop the setting"
             )
-    if len(set(settings.values())) > 1:
-        said = ", ".join(f"{source} is {value}" for source, value in settings.items())
-        raise CompilerError(f"the sizes of a logical core do not agree: {said}. Set them alike")
-    return next(iter(settings.values()), None) if len(choices) > 1 else None
+    if len(set(values.values())) > 1:
+        summary = ", ".join(f"{source} is {value}" for source, value in values.items())
+        raise CompilerError(f"the sizes of a logical core do not agree: {summary}. Set them alike")
+    return next(iter(values.values()), None) if len(choices) > 1 else None

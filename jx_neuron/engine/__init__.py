@@ -1,1 +1,1 @@
-"""From prompts to tokens: requests, slots, schedules, and when an answer ends."""
+"""From prompts to tokens: requests, slots, scheduling, sampling on the host, and stopping."""

@@ -15,14 +15,15 @@ class Step:
     """One token of each of b rows.
 
     tokens:         ids [b]; the padding token in a row that has ended before.
-    text:           what each row's text grew by; None where the model has no tokenizer. A character that takes several
-                    tokens comes with the last of them.
-    logprobs:       log-probability of each token by the model itself, float32 [b], natural; None where not asked for.
+    text:           the text that each row gained; None where the model has no tokenizer. A character of several tokens
+                    comes with the last of them.
+    logprobs:       natural log-probability of each token before sampling parameters apply, float32 [b]; None unless
+                    requested.
     top_tokens:     the most likely ids [b, n], most likely first, and
     top_logprobs:   their log-probabilities, float32 [b, n].
-    finish_reasons: for each row None while it goes on, "stop" from its end token (or whatever ended it) on, and
-                    "length" where it was cut short.
-    seconds:        since the prompt was begun.
+    finish_reasons: for each row None while it runs, "stop" once an end token, a stop string or a criterion has ended
+                    it, and "length" where it was cut short.
+    seconds:        since the prompt was submitted.
     """
 
     tokens: np.ndarray
@@ -46,11 +47,11 @@ def steps(
     criteria: Criteria | None = None,
     logprobs: int | None = None,
 ) -> Iterator[Step]:
-    """Steps until every row has ended.
+    """Yields steps until every row has ended.
 
-    texts:    makes the text of each row; None for none.
-    criteria: further ends of rows, by the ids so far.
-    logprobs: of how many most likely tokens events tell; None for no log-probabilities.
+    texts:    the detokenizer of each row; None for no text.
+    criteria: further stopping criteria, on the ids so far.
+    logprobs: the number of most likely tokens with log-probabilities in events; None for no log-probabilities.
     """
     began = time.perf_counter()
     reasons: list[str | None] = [None] * len(tickets)
@@ -77,7 +78,7 @@ def steps(
 def _log_probabilities(
     events: Sequence[Event | None], count: int | None
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    """Of rows that have ended: 0 for the token, and nothing likely."""
+    """Log-probabilities of a step; rows that have ended have 0, and no likely tokens."""
     if count is None:
         return None, None, None
     logprobs_b = np.array([0.0 if event is None else event.logprob for event in events], np.float32)

@@ -1,4 +1,4 @@
-"""A model's calls: their arguments are checked, and requests go to the engine."""
+"""The calls of a model: they check arguments and submit requests to the engine."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -25,13 +25,13 @@ from jx_neuron.util.arguments import integer
 
 @dataclass
 class Client:
-    """Checks what a model is asked for, and has an engine compute it.
+    """Checks the arguments of a model's calls, and has an engine compute them.
 
-    settings:  what the model was made for.
-    defaults:  how tokens are chosen where a call does not say.
-    engine:    gives the engine; called once the arguments are found legal.
-    tokenizer: gives the tokenizer. Raises a JxNeuronError where there is none.
-    last:      what a thread's last call of the model left.
+    settings:  the settings of the model.
+    defaults:  sampling options that a call does not give.
+    engine:    returns the engine; called once the arguments are checked.
+    tokenizer: returns the tokenizer. Raises a JxNeuronError where there is none.
+    last:      the rows of a thread's last call.
     """
 
     settings: Settings
@@ -43,17 +43,17 @@ class Client:
 
     @property
     def limits(self) -> prompts.Limits:
-        """What a call may hold."""
+        """The limits of a call."""
         most_prompts = self.settings.prompt_batch or self.settings.slots
         return prompts.Limits(most_prompts, self.settings.vocab_size, self.settings.buckets.capacity)
 
     @property
     def copies(self) -> int:
-        """How many answers each prompt is given."""
+        """The number of answers to each prompt."""
         return self.settings.slots // self.limits.batch
 
     def logits(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> np.ndarray:
-        """Logits of prompts, or of what follows a thread's last call, as calling the model gives them."""
+        """Logits of prompts, or of tokens that continue a thread's last call; a model's __call__."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
         every = self.neuron_config.output_all_logits
         if cache_ids is None:
@@ -67,7 +67,7 @@ class Client:
     def sample(
         self, input_ids: Any, sequence_length: int | None, start_ids: Any, options: Options, streamer: Any
     ) -> Any:
-        """Prompts and answers, in the kind of `input_ids`."""
+        """Prompts and answers, as the type of `input_ids`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
         restore = prompts.restore_as(input_ids, self.settings.vocab_size)
         streamed = np.asarray if isinstance(input_ids, list | tuple) else restore
@@ -96,7 +96,7 @@ class Client:
         logprobs: int | None = None,
         text: bool = False,
     ) -> Generator[Step, None, None]:
-        """The answers to a batch of prompts, step by step; nothing runs before the first is asked for."""
+        """Yields the answers to a batch of prompts step by step; nothing runs before the first `next`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
         check_names(options)
         if sequence_length is None:
@@ -126,7 +126,7 @@ class Client:
         return run()
 
     def events(self, several: Any, sampling: Any) -> Iterator[Event]:
-        """Every token of the answers to any number of prompts, as it comes."""
+        """Yields every token of the answers to any number of prompts as it is drawn."""
         return self._generation(several, sampling)[1]
 
     def generations(self, several: Any, sampling: Any) -> list[Generation]:
@@ -158,14 +158,14 @@ class Client:
         return row
 
     def _choices(self, prompt: Sequence[int], sampling: SamplingParams) -> Sequence[Choice]:
-        """One for each answer to a prompt."""
+        """A Choice for each answer to a prompt."""
         room = self.limits.capacity - len(prompt)
         steps = room if sampling.max_tokens is None else min(room, integer("max_tokens", sampling.max_tokens))
         answers = integer("n", sampling.n, most=MOST_ROWS)
         return self.defaults.choices(sampling.options, answers, steps, samples=False, logprobs=sampling.logprobs)
 
     def log_likelihoods(self, rows: Sequence[Any], stride: int | None) -> list[scoring.Parts]:
-        """What each row's tokens are worth one by one, given those before them."""
+        """The log-probability of each token of each row, given those before it."""
         if self.defaults.candidates is not None and not self.settings.all_logits:
             raise InputError(
                 "scores take the logits of every token, and the programs give the last one's; "
@@ -177,7 +177,7 @@ class Client:
         return scoring.log_likelihoods(self.engine(), tokens, stride)
 
     def keep_prefix(self, input_ids: Any) -> None:
-        """Computes one row of tokens and keeps it; None forgets those before."""
+        """Computes one row of tokens and keeps it as a prefix; None drops the kept prefix."""
         if input_ids is None:
             self.engine().keep_prefix(None)
             return
@@ -187,7 +187,7 @@ class Client:
         self.engine().keep_prefix(row.tolist())
 
     def _tokenizer_for(self, choices: Sequence[Choice], text: bool) -> Any:
-        """The tokenizer, where stop strings need it, or where there is one for a text; else None."""
+        """The tokenizer where stop strings need it, or where `text` is true and there is one; else None."""
         if any(choice.stop_strings for choice in choices):
             return self.tokenizer()
         if not text:

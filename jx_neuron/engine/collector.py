@@ -1,4 +1,4 @@
-"""Logits of given tokens, for a caller who chooses tokens or scores them."""
+"""Logits of given tokens, for callers that choose tokens themselves or score them."""
 
 from typing import TYPE_CHECKING
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class Collector:
-    """Takes the logits of one sequence, chunk by chunk.
+    """Collects the logits of one sequence, chunk by chunk.
 
-    row:   of the sequence in its call, for errors.
-    every: whether logits of all tokens are wanted; False for the last token's, None for none.
-    first: the position of the first token whose logits are wanted.
-    holds: whether the sequence keeps its slot when it is computed, even where others wait for one.
+    row:   index of the sequence in its call, for errors.
+    every: True collects the logits of all tokens, False those of the last, None none.
+    first: the position of the first token whose logits are collected.
+    holds: whether the sequence keeps its slot once it is computed, even where others wait for one.
 
     Attributes:
         done:  whether all tokens are computed.
-        parts: position of the first token, and float32 logits [t, v], of each chunk.
-        error: what went wrong, None where nothing did.
+        parts: of each chunk, the position of its first token and its logits, float32 [t, v].
+        error: the error of the sequence; None where there is none.
     """
 
     on_host = False
@@ -35,11 +35,11 @@ class Collector:
         self.error: Exception | None = None
 
     def wants_logits(self, row: Row) -> bool:
-        """Whether it reads the logits of a step's row."""
+        """Whether the logits of a step's row are read."""
         return self._every is not None and (row.last or self._every) and row.start + row.count > self._first
 
     def take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
-        """What a step gave for its row: logits [t, v] of each token, or [v] of the last."""
+        """Takes the outputs of a row: logits [t, v] of each token, or [v] of the last."""
         self.done |= row.last
         if row.last and not self._holds:
             self._engine.scheduler.pause(row.sequence)
@@ -56,9 +56,9 @@ class Collector:
         self.add(begin, logits_tv)
 
     def add(self, begin: int, logits_tv: np.ndarray) -> None:
-        """Logits [t, v] of the tokens from position `begin` on."""
+        """Adds logits [t, v] of the tokens from position `begin` on."""
         self.parts.append((begin, logits_tv))
 
     def fail(self, error: Exception) -> None:
-        """Notes what went wrong."""
+        """Records an error."""
         self.error = error

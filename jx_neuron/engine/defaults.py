@@ -1,4 +1,4 @@
-"""How tokens are chosen where a call does not say: the model's GenerationConfig, and its checkpoint's token ids."""
+"""Sampling options that calls do not give: those of the model's GenerationConfig, and its checkpoint's token ids."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,13 @@ from jx_neuron.util.arguments import integers, shown
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a model's calls fall back on.
+    """The sampling options that a model's calls fall back to.
 
-    vocab_size:        ids are below it.
-    candidates:        how many the compiled programs sample from; None where programs are compiled on demand.
+    vocab_size:        the size of the vocabulary; token ids are below it.
+    candidates:        the number of candidates that compiled programs sample from; None where programs are compiled on
+                       demand.
     token_ids:         eos_token_id and pad_token_id of the checkpoint.
-    generation_config: the model's own copy; None where it was made without.
+    generation_config: the model's own copy; None where there is none.
 
     Raises ConfigError for an end token that the vocabulary does not have.
     """
@@ -37,7 +38,7 @@ class SamplingDefaults:
         object.__setattr__(self, "generation_config", config)
 
     def updated(self, generation_config: GenerationConfig) -> "SamplingDefaults":
-        """The same with another GenerationConfig. Raises ConfigError where the present one is not dynamic."""
+        """A copy with another GenerationConfig. Raises ConfigError where the present one is not dynamic."""
         if not isinstance(generation_config, GenerationConfig):
             raise ConfigError(f"it takes a jx_neuron.GenerationConfig, and this is {shown(generation_config)}")
         if self.generation_config is not None and not self.generation_config.dynamic:
@@ -49,25 +50,25 @@ class SamplingDefaults:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a row; those that the vocabulary does not have are left out."""
-        own = self.generation_config.eos_token_id if self.generation_config else None
-        ids = self.token_ids.get("eos_token_id") if own is None else own
+        """The tokens that end a row, without those outside the vocabulary."""
+        generation_ids = self.generation_config.eos_token_id if self.generation_config else None
+        ids = self.token_ids.get("eos_token_id") if generation_ids is None else generation_ids
         several = () if ids is None else np.atleast_1d(ids).tolist()
         return tuple(id for id in several if 0 <= id < self.vocab_size)
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of prompt and answer together; None where the GenerationConfig does not say."""
+        """The most tokens of prompt and answer; None where the GenerationConfig has no limit."""
         return self.generation_config.max_length if self.generation_config else None
 
     def pad_token_id(self, choice: Choice) -> int:
-        """What a row that has ended goes on in."""
+        """The token that fills a row once it has ended."""
         return pad_of(self.token_ids.get("pad_token_id"), choice.eos, self.vocab_size)
 
     def choices(
         self, options: Options, rows: int, steps: int, *, samples: bool, logprobs: int | None = None
     ) -> Sequence[Choice]:
-        """What `options` come to for each of so many rows; without a GenerationConfig a row samples, or is greedy."""
+        """The Choice of each row by `options`, with these defaults."""
         return choices(
             options,
             self.generation_config or GenerationConfig(do_sample=samples),

@@ -1,4 +1,4 @@
-"""How a sequence's next token is drawn: its parameters, and a uniform number for each token of its answer."""
+"""Drawing a sequence's tokens: sampling parameters, and a uniform number for each token of the answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import numpy as np
 from jx_neuron.errors import InputError
 from jx_neuron.util.arguments import integer, per_row, plain
 
-MIDDLE = 0.5  # the uniform number of every deterministic draw
+MIDDLE = 0.5  # the uniform number of deterministic draws
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How one sequence is drawn from.
+    """Sampling parameters of one sequence.
 
-    candidates: how many of the most likely tokens programs draw from; 1 is greedy.
+    candidates: the number of most likely tokens that programs draw from; 1 is greedy.
     min_p:      keeps tokens at least this probable, relative to the most likely (arXiv:2407.01082).
-    min_tokens: how many tokens top-p keeps at least.
-    key:        of the sequence's uniform numbers; None has every one be a half.
+    min_tokens: the fewest tokens that top-p keeps.
+    key:        the key of the sequence's uniform numbers; with None every number is 0.5.
     """
 
     temperature: float
@@ -32,19 +32,20 @@ class Draw:
 
     @property
     def fused(self) -> bool:
-        """Whether a program can draw so by itself; else `choose` does, from its logits."""
+        """Whether a program can draw with these parameters; else `choose` draws from its logits."""
         return not (self.min_p or (self.min_tokens > 1 and self.top_p < 1))
 
     def uniform(self, index: int) -> float:
-        """The uniform number of token `index` of the answer, float32 in [0, 1): a function of the key and the index
-        alone (Philox, Salmon et al., 2011)."""
+        """The uniform number of token `index` of the answer, float32 in [0, 1). A function of the key and the index
+        (Philox, Salmon et al., 2011)."""
         if self.key is None or self.top_k == 1:
             return MIDDLE
         counter = np.random.Philox(key=np.array(self.key, np.uint64), counter=index)
         return float(np.random.Generator(counter).random(dtype=np.float32))
 
     def choose(self, logits_v: np.ndarray, index: int) -> int:
-        """Token `index` of the answer from float32 logits: what `jx_neuron.nn.sampling.sample` draws, and more."""
+        """Draws token `index` of the answer from float32 logits, as `jx_neuron.nn.sampling.sample` does; also with
+        min_p and min_tokens."""
         token_k = largest(logits_v, self.top_k or len(logits_v))
         with np.errstate(over="ignore"):
             weight_k = np.exp((logits_v[token_k] - logits_v[token_k[0]]) / np.float32(self.temperature))
@@ -57,9 +58,10 @@ class Draw:
 
 
 def keys(seed: int | Sequence[int] | None, rows: int) -> list[tuple[int, int]]:
-    """The key of each row's uniform numbers, by the seed and the row, whatever the batch.
+    """The key of each row's uniform numbers: a function of the seed and the row, independent of the batch.
 
-    A seed for each row keys it as the first row under that seed; None draws a seed. Raises InputError for what is none.
+    A row with its own seed has the key of the first row with that seed. None draws a seed. Raises InputError for an
+    invalid seed.
     """
     entropy = np.random.SeedSequence().entropy if seed is None else seed
     seeds = per_row("seed", entropy, rows, partial(integer, least=0))
@@ -72,26 +74,28 @@ def keys(seed: int | Sequence[int] | None, rows: int) -> list[tuple[int, int]]:
 
 
 def candidates(top_k: int, vocab_size: int, global_top_k: int, compiled: int | None) -> int:
-    """How many candidates programs draw from. `compiled` is the runtime's number, None where it has any.
+    """The number of candidates that programs draw from.
 
-    Raises InputError where the compiled programs keep fewer than `top_k`, 0 for all.
+    compiled: the number of the compiled programs; None where programs are compiled on demand.
+
+    Raises InputError where the compiled programs have fewer than `top_k` (0 for all tokens).
     """
-    most = vocab_size if top_k == 0 else min(top_k, vocab_size)
+    needed = vocab_size if top_k == 0 else min(top_k, vocab_size)
     if compiled is not None:
-        if most > compiled:
-            wanted = "0 (all)" if top_k == 0 else most
+        if needed > compiled:
+            requested = "0 (all)" if top_k == 0 else needed
             raise InputError(
-                f"top_k={wanted} needs more candidates than the {compiled} that the programs were compiled with; "
+                f"top_k={requested} needs more candidates than the {compiled} that the programs were compiled with; "
                 f"ask for at most {compiled}, or compile with a larger GenerationConfig(global_top_k=…)"
             )
         return compiled
-    if most == 1:
+    if needed == 1:
         return 1
-    return min(vocab_size, global_top_k if most <= global_top_k else 1 << (most - 1).bit_length())
+    return min(vocab_size, global_top_k if needed <= global_top_k else 1 << (needed - 1).bit_length())
 
 
 def largest(x_v: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` largest of `x_v` are, largest first, ties by place."""
+    """The indices of the `count` largest of `x_v`, largest first, ties by index."""
     if count < len(x_v):
         at = np.flatnonzero(x_v >= np.partition(x_v, len(x_v) - count)[len(x_v) - count])
         return at[np.argsort(-x_v[at], kind="stable")[:count]]

@@ -1,4 +1,4 @@
-"""The engine: sequences of any number of callers go through one runtime, a turn at a time."""
+"""The engine: runs the sequences of all callers on one runtime, a turn at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -20,23 +20,23 @@ from jx_neuron.runtime.base import Runtime
 from jx_neuron.step.step_input import StepOutput
 
 
-class _UnderWay(NamedTuple):
+class _InFlight(NamedTuple):
     turn: Turn
     output: StepOutput
 
     @property
     def chooses(self) -> bool:
-        """Whether the host chooses a token, which the next turn takes."""
+        """Whether the host chooses a token of this turn, which the next turn needs."""
         return any(row.last and row.sequence.sink.on_host for row in self.turn.rows)
 
 
 @dataclass
 class Engine:
-    """Requests go in, and come out as events; who waits for one has the engine step.
+    """Takes requests and yields events. A thread that waits for an event steps the engine.
 
-    Threads share it: whoever holds `lock` steps, for all.
+    Threads share an engine: the one that holds `lock` steps it for all.
 
-    first_not_finite: names the first tensor that holds a NaN or an infinity, None where none does.
+    first_not_finite: returns the name of the first tensor with a NaN or an infinity; None where there is none.
     """
 
     runtime: Runtime
@@ -44,13 +44,13 @@ class Engine:
     vocab_size: int
     first_not_finite: Callable[[], str | None] = lambda: None
     lock: RLock = field(default_factory=RLock)
-    closing: deque[Sequence] = field(default_factory=deque)  # which any thread may append to, whoever has the lock
-    _under_way: list[_UnderWay] = field(default_factory=list)
+    closing: deque[Sequence] = field(default_factory=deque)  # any thread may append, without the lock
+    _in_flight: list[_InFlight] = field(default_factory=list)
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
-        """The engine of a model that was made for `settings`; where `runtime` compiles on demand, prompts may go
-        through in chunks of any context bucket, and rows sample from any number of candidates."""
+        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through in chunks of
+        any context bucket, and rows sample from any number of candidates."""
         on_demand, buckets = runtime.programs is None, settings.buckets
         scheduler = Scheduler(
             buckets,
@@ -70,38 +70,38 @@ class Engine:
         row: int = 0,
         tokenizer: Any = None,
     ) -> list[Ticket]:
-        """Asks for an answer to a prompt by each of `choices`; the prompt is computed once.
+        """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
-        row:       of the first, in errors.
+        row:       index of the first answer, for errors.
         tokenizer: needed where a choice has stop strings.
         """
         tokens = [int(token) for token in prompt]
         tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
         tickets[0].siblings = tickets[1:]
         if tickets[1:]:
-            tickets[0].sequence.drawing = None  # until the host has chosen the first token of each
+            tickets[0].sequence.drawing = None  # the host chooses the first token of each answer
         with self.lock:
             self.scheduler.submit(tickets[0].sequence)
         return tickets
 
     def step(self) -> None:
-        """Dispatches a turn, then reads the one before it; where the host chooses a token of that, reads it first."""
+        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it."""
         with self.lock:
             try:
                 while self.closing:
                     self.scheduler.close(self.closing.popleft())
-                previous, self._under_way = self._under_way, []
+                previous, self._in_flight = self._in_flight, []
                 if any(under_way.chooses for under_way in previous):
                     self._read(previous)
                     previous = []
                 if self._dispatch():
                     self._read(previous)
             except BaseException:
-                self._lose()
+                self._discard_state()
                 raise
 
     def _dispatch(self) -> bool:
-        """Runs the next turn; False where that failed, and with it the requests in it."""
+        """Dispatches the next turn. Returns False where it failed; its requests then fail too."""
         if self.runtime.programs is None and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()
@@ -113,21 +113,21 @@ class Engine:
                 if turn.step.key.kind != "decode":
                     self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
                 output = self.runtime.run(turn.step)
-                if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # which the next run may overwrite
+                if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # the next run may overwrite them
                     output = output._replace(logits=np.asarray(output.logits)[..., : self.vocab_size])
             except Exception as error:
-                self._lose()
+                self._discard_state()
                 for row in turn.rows:
                     self._fail(row.sequence, error)
                 return False
-            self._under_way.append(_UnderWay(turn, output))
+            self._in_flight.append(_InFlight(turn, output))
         return True
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.scheduler.close(sequence)
         sequence.sink.fail(error)
 
-    def _read(self, steps: Iterable[_UnderWay]) -> None:
+    def _read(self, steps: Iterable[_InFlight]) -> None:
         for turn, output in steps:
             token_b = None
             for row in turn.rows:
@@ -138,13 +138,13 @@ class Engine:
                 token = 0 if token_b is None else int(token_b[row.index])
                 try:
                     sink.take(row, token, logits)
-                except Exception as error:  # of a tokenizer, or of what a caller chose
+                except Exception as error:  # of a tokenizer, or of a caller's stopping criterion
                     self._fail(row.sequence, error)
 
     def compute(self, sequences: SequenceOf[Sequence]) -> None:
-        """Steps until all tokens of `sequences` are computed, and their sinks have what they want of them.
+        """Steps until all tokens of `sequences` are computed and their sinks have the outputs.
 
-        Raises what went wrong with one of them.
+        Raises the first error of any of them.
         """
         with self.lock:
             for sequence in sequences:
@@ -164,26 +164,26 @@ class Engine:
                     self.scheduler.pause(sequence)
 
     def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
-        """Computes tokens once, for the sequences that start with them; None forgets those before."""
+        """Computes tokens once, for the sequences that start with them; None drops the kept prefix."""
         with self.lock:
             self.scheduler.keep_prefix(None, aside=False)
             if tokens is None:
                 return
             sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
             self.compute([sequence])
-            kept = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
-            if kept is not None:
-                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([kept], np.int32))
+            target_slot = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            if target_slot is not None:
+                self.runtime.copy(np.array([sequence.slot], np.int32), np.array([target_slot], np.int32))
             self.scheduler.close(sequence)
 
     def poison(self, sequence: Sequence) -> None:
-        """Zeros in the slot of a sequence whose numbers are not finite."""
+        """Clears the slot of a sequence whose state is not finite."""
         if sequence.slot is not None:
             self.runtime.clear(np.array([sequence.slot], np.int32))
             sequence.computed = 0
 
     def not_finite(self, row: int) -> NonFiniteError:
-        """The error of logits that are not finite; all weights are read, for the tensor at fault."""
+        """The error of logits that are not finite. It reads all weights, to name a tensor that is not finite."""
         tensor = self.first_not_finite()
         why = (
             f"so does tensor {tensor}: load a sound checkpoint"
@@ -193,9 +193,9 @@ class Engine:
         )
         return NonFiniteError(f"the logits of row {row} hold a number that is not finite (NaN or infinity), and {why}")
 
-    def _lose(self) -> None:
-        """After a fault nothing is known of the state table: everything is computed again."""
-        self._under_way = []
+    def _discard_state(self) -> None:
+        """Discards the state table after a fault; every sequence is computed again."""
+        self._in_flight = []
         self.scheduler.forget()
         slots, positions = self.scheduler.sizes() or (1, 1)
         self.runtime.reset(slots, positions)

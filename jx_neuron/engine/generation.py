@@ -1,4 +1,4 @@
-"""Answers to prompts of any lengths, more than there are slots for: as events, and whole."""
+"""Answers to any number of prompts of any lengths: as events, and whole."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from jx_neuron.engine.ticket import Event
 class Answer:
     """One answer.
 
-    ids:              its tokens, the end token among them where one ended it.
-    text:             None where the model has no tokenizer.
+    ids:              the answer's tokens, with the end token where one ended it.
+    text:             the answer's text; None where the model has no tokenizer.
     finish_reason:    "stop" where an end token or a stop string ended it, "length" where it was cut short.
-    logprobs:         log-probability of each token by the model itself, natural; None where not asked for.
-    top_logprobs:     of each token the most likely ones, most likely first, with their log-probabilities.
-    seconds_to_first: from the call to its first token.
-    seconds:          from the call to its last token.
+    logprobs:         natural log-probability of each token before sampling parameters apply; None unless requested.
+    top_logprobs:     the most likely tokens at each place, most likely first, with their log-probabilities.
+    seconds_to_first: from the call to the first token.
+    seconds:          from the call to the last token.
     """
 
     ids: tuple[int, ...]
@@ -41,21 +41,21 @@ class Generation:
 
     @property
     def text(self) -> str | None:
-        """Of the first answer."""
+        """The text of the first answer."""
         return self.answers[0].text
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Of the first answer."""
+        """The tokens of the first answer."""
         return self.answers[0].ids
 
 
 def events(
     engine: Engine, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]], tokenizer: Any
 ) -> Iterator[Event]:
-    """Every token of every answer as it comes; several answers are under way at a time.
+    """Yields every token of every answer as it is drawn; several answers run at a time.
 
-    choices:   for each prompt one for each of its answers.
+    choices:   for each prompt, a Choice for each of its answers.
     tokenizer: None for events without text.
     """
     live = [
@@ -83,12 +83,12 @@ def events(
 
 
 def whole(prompts: Sequence[Sequence[int]], counts: Sequence[int], stream: Iterator[Event]) -> list[Generation]:
-    """The answers that events make; `counts` of them for each prompt."""
-    made: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
+    """Collects events into answers, `counts[i]` for prompt i."""
+    events: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
     for event in stream:
-        made[event.prompt][event.answer].append(event)
+        events[event.prompt][event.answer].append(event)
     return [
-        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, made, strict=True)
+        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, events, strict=True)
     ]
 
 

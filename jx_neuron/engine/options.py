@@ -1,4 +1,4 @@
-"""How a user says how tokens are chosen and when an answer ends, and what that comes to for each sequence."""
+"""Users' sampling and stopping options, and the Choice of each sequence that follows from them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,7 +93,7 @@ class SamplingParams:
 
     @property
     def options(self) -> "Options":
-        """The same as the options of `sample`."""
+        """These parameters as the options of `sample`."""
         names = {"stop": "stop_strings", "eos_token_id": "eos_token_override"}
         others = ("max_tokens", "n", "logprobs")
         fields = {names.get(name, name): value for name, value in vars(self).items() if name not in others}
@@ -104,9 +104,9 @@ class SamplingParams:
 class Choice:
     """How one sequence's tokens are chosen, and when it ends.
 
-    steps:    how many tokens it may be given.
-    eos:      tokens that end it.
-    logprobs: how many of the most likely tokens to give log-probabilities of, beside the chosen; None for none at all.
+    steps:    the most tokens to draw.
+    eos:      the tokens that end the sequence.
+    logprobs: the number of most likely tokens with log-probabilities, beside the drawn token; None for none at all.
     """
 
     draw: Draw
@@ -118,12 +118,12 @@ class Choice:
 
     @property
     def on_host(self) -> bool:
-        """Whether tokens are chosen from logits that the host reads, and not in the program."""
+        """Whether the host chooses tokens from logits, and not the program."""
         return self.processors.active or self.logprobs is not None or not self.draw.fused
 
 
 def check_names(options: Options) -> None:
-    """Raises TypeError for an option that there is not."""
+    """Raises TypeError for an unknown option."""
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(sorted(Options.__annotations__))}")
 
@@ -139,11 +139,12 @@ def choices(
     eos: Sequence[int],
     logprobs: int | None = None,
 ) -> list[Choice]:
-    """What `options` come to for each of so many rows.
+    """The Choice of each row by `options`.
 
-    fallback: says what `options` do not. `compiled` is the runtime's number of candidates, None where it has any.
+    fallback: the options that `options` lack.
+    compiled: the number of candidates of compiled programs; None where programs are compiled on demand.
 
-    Raises InputError for values that make no distribution, or that the compiled programs cannot draw from.
+    Raises InputError for values that give no distribution, or that the compiled programs cannot draw from.
     """
     processors = _processors(options, rows, vocab_size)
     if (override := options.get("eos_token_override")) is not None:
@@ -157,7 +158,7 @@ def choices(
 
 
 def pad_of(pad: int | None, eos: Sequence[int], vocab_size: int) -> int:
-    """What a row that has ended goes on in: the padding token, or the end token where the vocabulary has none."""
+    """The token that fills a row once it has ended: the padding token, or the end token where there is none."""
     return next((id for id in (pad, *eos) if id is not None and 0 <= id < vocab_size), 0)
 
 
@@ -172,7 +173,7 @@ def _stop_strings(strings: Any) -> Sequence[str]:
 
 
 def criteria_of(criteria: Any) -> Any:
-    """`criteria`, checked. Raises InputError for what cannot be called."""
+    """Returns `criteria`. Raises InputError for what cannot be called."""
     if criteria is None or callable(criteria) or (isinstance(criteria, Sequence) and all(map(callable, criteria))):
         return criteria
     raise InputError(
@@ -236,7 +237,7 @@ def _logit_bias(mapping: Any, vocab_size: int) -> dict[int, float]:
 
 
 def _numbers(options: Options, name: str, neutral: float, rows: int, **legal: Any) -> list[float]:
-    """A number of each row, rounded to float32; `neutral` where it is not among the options."""
+    """The number of each row, rounded to float32; `neutral` where `options` lack it."""
     value = options.get(name)
     numbers = per_row(name, neutral if value is None else value, rows, partial(real, **legal))
     return [float(np.float32(number)) for number in numbers]

@@ -1,4 +1,4 @@
-"""What changes a sequence's logits before a token is drawn, on the host: penalties, biases and bans."""
+"""Logits processors on the host: penalties, biases and bans, applied before a token is drawn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from jx_neuron.util.arguments import FLOAT32
 
 @dataclass(frozen=True)
 class Processors:
-    """Applied in this order, as HF's `generate` does.
+    """Logits processors, applied in this order, as by HF's `generate`.
 
-    logit_bias:           added to the logits of these tokens; -inf bans one, whatever comes after.
+    logit_bias:           added to the logits of these tokens; -inf bans one, whatever the other processors add.
     repetition_penalty:   divides positive logits, and multiplies negative ones, of tokens that are in the prompt or the
                           answer (Keskar et al., arXiv:1909.05858); 1 does nothing.
     presence_penalty:     subtracted from the logits of tokens that are in the answer; 0 does nothing.
@@ -28,23 +28,25 @@ class Processors:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any processor changes logits."""
         return self != Processors()
 
     def __call__(self, logits_v: np.ndarray, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
-        """The changed logits, float32 [v], given the tokens of the prompt and of the answer so far."""
+        """Processes logits, float32 [v], given the tokens of the prompt and of the answer so far."""
         logits_v = logits_v.copy()
         biased, bias = list(self.logit_bias), np.array(list(self.logit_bias.values()), np.float32)
         tokens = [*prompt, *answer]
         with np.errstate(over="ignore"):
             logits_v[biased] += bias
             if (penalty := np.float32(self.repetition_penalty)) != 1:
-                seen = np.unique(tokens)
-                logits_v[seen] = np.where(logits_v[seen] < 0, logits_v[seen] * penalty, logits_v[seen] / penalty)
+                distinct = np.unique(tokens)
+                logits_v[distinct] = np.where(
+                    logits_v[distinct] < 0, logits_v[distinct] * penalty, logits_v[distinct] / penalty
+                )
             if answer:
-                seen, count = np.unique(answer, return_counts=True)
+                distinct, count = np.unique(answer, return_counts=True)
                 penalties = np.float32(self.presence_penalty) + np.float32(self.frequency_penalty) * count
-                logits_v[seen] -= penalties.astype(np.float32)
+                logits_v[distinct] -= penalties.astype(np.float32)
             if self.no_repeat_ngram_size:
                 logits_v[_repeating(tokens, self.no_repeat_ngram_size)] = FLOAT32.min
         np.clip(logits_v, FLOAT32.min, FLOAT32.max, out=logits_v)
@@ -53,7 +55,7 @@ class Processors:
 
 
 def _repeating(tokens: Sequence[int], size: int) -> list[int]:
-    """The tokens that would end an n-gram of `size` that is there already."""
+    """The tokens that would complete a repeated n-gram of `size`."""
     tail = list(tokens[len(tokens) - size + 1 :])
     ends = range(size - 1, len(tokens)) if len(tokens) >= size else ()
     return [tokens[end] for end in ends if list(tokens[end - size + 1 : end]) == tail]

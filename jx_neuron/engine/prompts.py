@@ -1,4 +1,4 @@
-"""What goes into a model, checked: token ids as users hold them (lists, numpy, jax, torch), and where rows begin."""
+"""Validation of prompts: token ids as lists or arrays of numpy, jax or torch, and the positions where rows start."""
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Restore = Callable[[np.ndarray], Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a compiled model takes: rows of prompts in a call, ids below `vocab_size`, positions of a row."""
+    """Limits of a compiled model: rows of a call, ids below `vocab_size`, positions of a row."""
 
     batch: int
     vocab_size: int
@@ -22,7 +22,7 @@ class Limits:
 
 
 def several(prompts: Any) -> list[Any]:
-    """A list of texts and rows of token ids, where `prompts` may be one of them."""
+    """A list of prompts (texts or rows of token ids), of one prompt or several."""
     items = plain(prompts)
     if not isinstance(items, Iterable) or isinstance(items, str | bytes | Mapping | Set):
         return [prompts]
@@ -31,7 +31,7 @@ def several(prompts: Any) -> list[Any]:
 
 
 def batch_of(ids: Any, limits: Limits) -> np.ndarray:
-    """`ids` as an int64 array [b, t]. Raises InputError where the model cannot take them."""
+    """`ids` as an int64 array [b, t]. Raises InputError where they exceed the model's limits."""
     ids_bt = _ids("input_ids", ids, limits.vocab_size)
     if ids_bt.ndim != 2 or not ids_bt.size:
         raise InputError(f"input_ids must be [batch, tokens] with at least one of each; this is {list(ids_bt.shape)}")
@@ -50,7 +50,7 @@ def batch_of(ids: Any, limits: Limits) -> np.ndarray:
 
 
 def row_of(ids: Any, limits: Limits, name: str = "input_ids") -> np.ndarray:
-    """One row of ids, [t] or [1, t], of any length, as int32 [t]. Raises InputError where they are none."""
+    """One row of ids, [t] or [1, t], of any length, as int32 [t]. Raises InputError where it is empty or no ids."""
     row = _ids(name, ids, limits.vocab_size)
     if row.ndim == 2 and len(row) == 1:
         row = row[0]
@@ -90,9 +90,9 @@ def _ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
 
 
 def restore_as(like: Any, vocab_size: int) -> Restore:
-    """What turns arrays of ids into the kind of `like`: a list, or an array or tensor of its dtype.
+    """A function that converts arrays of ids to the type of `like`: a list, or an array or tensor of its dtype.
 
-    Where that dtype does not hold the vocabulary, it is int32, or torch's int64.
+    Where that dtype is too narrow for the vocabulary, int32 is used, or torch's int64.
     """
     kind = type(like).__module__.partition(".")[0]
     if kind == "torch":
@@ -103,19 +103,19 @@ def restore_as(like: Any, vocab_size: int) -> Restore:
     if kind in ("jax", "jaxlib"):
         import jax.numpy as jnp
 
-        return lambda array: jnp.asarray(array, _holding(like.dtype, vocab_size))
+        return lambda array: jnp.asarray(array, _wide_enough(like.dtype, vocab_size))
     if isinstance(like, np.ndarray):
-        return lambda array: array.astype(_holding(like.dtype, vocab_size))
+        return lambda array: array.astype(_wide_enough(like.dtype, vocab_size))
     return lambda array: array.tolist()
 
 
-def _holding(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any]:
+def _wide_enough(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any]:
     narrow = dtype.kind in "iu" and np.iinfo(dtype).max < vocab_size - 1
     return np.dtype(np.int32) if narrow else dtype
 
 
 def length_of(sequence_length: Any, width: int, limits: Limits) -> int:
-    """How many positions prompt and answer may take together. Raises InputError where the model has fewer."""
+    """The most positions of prompt and answer. Raises InputError where the model has fewer."""
     length = integer("sequence_length", sequence_length)
     if not width <= length <= limits.capacity:
         raise InputError(
@@ -130,8 +130,8 @@ def rows_of(
 ) -> list[np.ndarray]:
     """The tokens of each row without its padding, int32.
 
-    start_ids [b] is the first real position of each left-padded row; attention_mask [b, t] is 1 on real tokens, which
-    must be in one piece. Raises InputError where they do not fit, or a row has no token.
+    start_ids [b] is the index of the first real token of each left-padded row. attention_mask [b, t] is 1 on real
+    tokens, which must be contiguous. Raises InputError where they do not fit, or a row has no token.
     """
     b, t = ids_bt.shape
     first, last = np.zeros(b, np.int64), np.full(b, t)
@@ -156,7 +156,7 @@ def rows_of(
 
 
 def mask_of(attention_mask: Any, shape: tuple[int, int]) -> np.ndarray:
-    """Where real tokens are, bool [b, t]. Raises InputError unless the mask has that shape, and holds 0 and 1 alone."""
+    """The mask of real tokens, bool [b, t]. Raises InputError unless it has that shape and holds only 0 and 1."""
     try:
         mask = np.asarray(plain(attention_mask))
     except ValueError:
@@ -179,9 +179,10 @@ def check_end(end: int, capacity: int) -> None:
 
 
 def starts(cache_ids: Any, start_ids: Any, shape: tuple[int, int], limits: Limits) -> np.ndarray:
-    """Where the next token of each of b rows stands, int32 [b], by the position of the first of t among padded ones.
+    """The position of the next token of each of b rows, int32 [b], without padding.
 
-    cache_ids is that position, or those of all t tokens. Raises InputError where they do not fit the model.
+    cache_ids is the position of the first of t tokens, or of all, with padding counted. Raises InputError where they
+    exceed the model's limits.
     """
     b, t = shape
     positions = integers("cache_ids", cache_ids, least=0)

@@ -1,4 +1,4 @@
-"""How the rotation of keys depends on the length of the prompt that they were computed in."""
+"""RoPE whose rotation of keys depends on the length of the prompt in which they were computed."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,8 @@ from typing import NamedTuple
 class Rotations(NamedTuple):
     """RoPE whose frequencies change where a prompt has more than `limit` tokens.
 
-    by_length: each length beyond has frequencies of its own (dynamic NTK), and not all the same (LongRoPE).
+    by_length: whether every length above the limit has its own frequencies (dynamic NTK), or all share one set
+               (LongRoPE).
     """
 
     limit: int

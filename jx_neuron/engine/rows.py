@@ -13,10 +13,10 @@ from jx_neuron.errors import InputError
 
 
 class Rows:
-    """Sequences whose tokens are given, all at first and then more.
+    """Sequences whose tokens the caller gives, at first and later.
 
-    They keep slots of the engine's state table while nobody else needs them; one that lost its slot is computed again
-    when it goes on.
+    They keep slots of the engine's state table until other sequences need these. A sequence that has lost its slot is
+    computed again when it is extended.
     """
 
     def __init__(self, engine: Engine, rows: SequenceOf[np.ndarray]):
@@ -25,22 +25,22 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self._sequences)
 
     @property
     def lengths(self) -> np.ndarray:
-        """How many tokens each row has, int32 [n]."""
+        """The number of tokens of each row, int32 [n]."""
         return np.array([len(sequence.tokens) for sequence in self._sequences], np.int32)
 
     def logits(self, every: bool = False) -> np.ndarray:
-        """Logits after each row's last token, float32 [n, v]; of every token [n, t, v], 0 behind a row's end."""
+        """Logits of each row's last token, float32 [n, v]; with `every`, of all [n, t, v], 0 after a row's end."""
         first_n = np.zeros(self.count, int) if every else self.lengths - 1
         logits_ntv = self._compute(first_n, every)
         return logits_ntv if every else logits_ntv[:, 0]
 
     def extend(self, tokens_nt: np.ndarray, every: bool = False) -> np.ndarray:
-        """Puts tokens [n, t] behind each row. Returns logits float32 [n, t, v], or of the last alone, [n, 1, v].
+        """Appends tokens [n, t]. Returns their logits, float32 [n, t, v], or those of the last token, [n, 1, v].
 
         Raises InputError where they exceed the capacity.
         """
@@ -52,7 +52,7 @@ class Rows:
         return self._compute(first_n if every else self.lengths - 1, every)
 
     def reorder(self, index_n: np.ndarray) -> None:
-        """Row i goes on from what row `index_n[i]` is."""
+        """Row i becomes row `index_n[i]`."""
         sequences: list[Sequence] = []
         for index in index_n.tolist():
             source = self._sequences[index]
@@ -61,12 +61,13 @@ class Rows:
         self._sequences = sequences
 
     def crop(self, tokens: int) -> None:
-        """Forgets each row's last `tokens` tokens."""
+        """Removes the last `tokens` tokens of each row."""
         for sequence in self._sequences:
             sequence.crop(max(len(sequence.tokens) - tokens, 0))
 
     def seek(self, start_n: np.ndarray) -> None:
-        """Has each row's next token stand at `start_n` [n]. Raises InputError where that leaves a gap."""
+        """Crops each row so that its next token is at position `start_n` [n]. Raises InputError where that leaves a
+        gap."""
         if len(start_n) != self.count or (start_n > self.lengths).any():
             raise InputError(
                 f"{len(start_n)} rows cannot go on at positions {start_n.tolist()}: the last call left {self.count} "
@@ -76,7 +77,7 @@ class Rows:
             sequence.crop(start)
 
     def close(self) -> None:
-        """Gives the slots back."""
+        """Frees the slots."""
         self._engine.closing.extend(self._sequences)
 
     def _compute(self, first_n: np.ndarray, every: bool) -> np.ndarray:
@@ -94,17 +95,20 @@ class Rows:
 
 
 class LastRows(threading.local):
-    """The rows that a thread's last call of the model left, for its next call to continue."""
+    """The rows of a thread's last call of the model, which its next call may continue."""
 
     _rows: Rows | None = None
 
     def begin(self, engine: Engine, rows: SequenceOf[np.ndarray]) -> Rows:
-        """New ones."""
+        """Replaces the rows by new ones."""
         self._rows = Rows(engine, rows)
         return self._rows
 
     def at(self, start_n: np.ndarray) -> Rows:
-        """Them, so that each row's next token stands at `start_n` [n]. Raises InputError where there are none."""
+        """The rows, cropped so that each one's next token is at position `start_n` [n].
+
+        Raises InputError where there are none.
+        """
         if self._rows is None:
             raise InputError(
                 "cache_ids go on from the last call of the model in this thread, and there was none since it last "
@@ -114,7 +118,7 @@ class LastRows(threading.local):
         return self._rows
 
     def close(self) -> None:
-        """Gives their slots back."""
+        """Frees the rows' slots."""
         if self._rows is not None:
             self._rows.close()
         self._rows = None

@@ -1,4 +1,4 @@
-"""How likely a model holds given tokens to be."""
+"""Log-likelihoods of given tokens."""
 
 import math
 from collections.abc import Sequence as SequenceOf
@@ -18,8 +18,8 @@ from jx_neuron.util.arguments import integer
 class Score:
     """A text's likelihood.
 
-    log_likelihood: natural logarithm of its tokens' probability after the first, each given those before it.
-    tokens:         how many were scored: all but the first.
+    log_likelihood: sum of the natural log-probabilities of all tokens but the first, each given those before it.
+    tokens:         the number of scored tokens: all but the first.
     """
 
     log_likelihood: float
@@ -37,24 +37,24 @@ class Score:
 
 @dataclass(frozen=True)
 class Parts:
-    """A row's tokens after the first: the log-probability of each, float32 [t - 1], and whether it is the likeliest."""
+    """Of each token of a row after the first: its log-probability, float32 [t - 1], and whether it is the likeliest."""
 
     logprobs: np.ndarray
     likeliest: np.ndarray
 
 
 def summary(parts: Parts) -> Score:
-    """The sum of a row's parts."""
+    """The score of a row, by the sum of its tokens."""
     return Score(float(parts.logprobs.sum(dtype=np.float64)), len(parts.logprobs))
 
 
 def stride_of(stride: Any, capacity: int) -> int:
-    """How far apart windows start. Raises InputError where they would leave tokens out."""
+    """The distance between starts of windows. Raises InputError where windows would skip tokens."""
     return max(1, capacity // 2) if stride is None else integer("stride", stride, most=capacity)
 
 
 def log_likelihoods(engine: Engine, rows: SequenceOf[np.ndarray], stride: int) -> list[Parts]:
-    """The log-probability of each row's tokens [t]; rows of like length go through together. `stride` as in `score`."""
+    """The log-probability of each row's tokens [t]. Rows of similar length share steps. `stride` is that of `score`."""
     capacity = engine.scheduler.buckets.capacity
     parts = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
     windows = [window for n, row in enumerate(rows) for window in _windows(engine, n, row, capacity, stride, parts[n])]
@@ -64,7 +64,7 @@ def log_likelihoods(engine: Engine, rows: SequenceOf[np.ndarray], stride: int) -
 
 
 class _Window(Collector):
-    """A window of a row, whose tokens are scored from `scored` on, counted in the row."""
+    """A window of a row. Its tokens are scored from `scored` on, an index in the row."""
 
     def __init__(self, engine: Engine, row: int, start: int, scored: int, tokens: np.ndarray, parts: Parts):
         super().__init__(engine, row, every=True)

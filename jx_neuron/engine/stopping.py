@@ -1,4 +1,4 @@
-"""When an answer has ended, and the text that its tokens make."""
+"""Stopping criteria and detokenization of answers."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -8,22 +8,22 @@ import numpy as np
 
 from jx_neuron.errors import InputError
 
-CONTEXT = 6  # tokens of the prompt that the first ones of an answer are decoded with
+CONTEXT = 6  # tokens of the prompt that are decoded with the first ones of an answer
 INCOMPLETE = "\ufffd"
-UNFINISHED = 3  # most tokens of a character that lacks its last, as UTF-8 has at most four bytes a character
+UNFINISHED = 3  # most tokens of an incomplete character: UTF-8 has at most four bytes a character
 
 
 class Detokenizer:
-    """The text of one row's answer as it grows, whole characters at a time.
+    """Detokenizes one row's answer incrementally, whole characters at a time.
 
-    Where a prompt ends inside a character, the answer's text begins with that character: all texts joined are what
-    decoding prompt and answer together adds, `decode(prompt + answer)[n:]`. Here n counts the characters that are the
-    prompt's: those of the prompt without its tokens (at most three) of an unfinished character, or, where that is more,
-    those in which `decode(prompt)` and `decode(prompt + answer)` begin alike. (Tokenizers that fall back to bytes
-    decode a run of byte tokens as one: where later bytes of an answer are no UTF-8, they would take back characters
-    that are out already, and only the later bytes are replaced here.)
+    The texts joined are `decode(prompt + answer)[n:]`, where n counts the characters of the prompt: those of the prompt
+    without the tokens (at most three) of an incomplete last character or, where that is more, the common prefix of
+    `decode(prompt)` and `decode(prompt + answer)`. So where a prompt ends inside a character, the answer's text begins
+    with that character. (Tokenizers with byte fallback decode a run of byte tokens as one. Where later bytes of an
+    answer are not UTF-8, decoding would change characters that were yielded before; here only the later bytes are
+    replaced.)
 
-    Tokens are decoded with those before them, as spaces depend on them, and the difference is what they add:
+    Tokens are decoded with those before them, since spaces depend on these, and their text is the difference:
     https://github.com/huggingface/text-generation-inference/blob/main/server/text_generation_server/models/model.py
     """
 
@@ -35,7 +35,7 @@ class Detokenizer:
         self._prompt = self._decode(self._tokens)
 
     def add(self, token: int | None = None, *, last: bool = False) -> str:
-        """What a token adds to the text; nothing while a character is incomplete, except at the last."""
+        """The text that a token adds; empty while a character is incomplete, except after the last token."""
         if token is not None:
             self._tokens.append(token)
         text = self._decode(self._tokens)
@@ -62,7 +62,7 @@ class Detokenizer:
         return text[begin:end]
 
     def _whole(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The last tokens of a prompt that make whole characters: where they begin, and end."""
+        """The range of the last tokens of a prompt that are whole characters."""
         count = len(prompt)
         for end in range(count, max(0, count - UNFINISHED) - 1, -1):
             for first in (*range(count - CONTEXT, count - CONTEXT - UNFINISHED - 1, -1), 0):
@@ -72,7 +72,7 @@ class Detokenizer:
         return 0, max(0, count - UNFINISHED)
 
     def _is_whole(self, tokens: Sequence[int], text: str) -> bool:
-        """Whether no character is unfinished; the last may be U+FFFD itself, whose bytes have become one character."""
+        """Whether no character is incomplete. The last may be U+FFFD itself, whose three bytes are one character."""
         return not text.endswith(INCOMPLETE) or len(text) < len(self._decode(tokens[:-1]))
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -81,12 +81,12 @@ class Detokenizer:
 
 
 def _alike(one: str, other: str) -> int:
-    """How many characters two texts have in common from their beginning."""
+    """The length of the common prefix of two texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class StopStrings:
-    """Finds texts in an answer, special tokens among it."""
+    """Finds stop strings in an answer, special tokens included."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any, prompt: Sequence[int]):
         self._strings, self._longest = strings, max(map(len, strings))
@@ -94,14 +94,14 @@ class StopStrings:
         self._tail = ""
 
     def ended_by(self, token: int) -> bool:
-        """Whether the next token makes the answer hold one."""
+        """Whether the answer contains a stop string once `token` is added."""
         text = self._tail + self._detokenizer.add(token)
         self._tail = text[max(0, len(text) - self._longest + 1) :]
         return any(string in text for string in self._strings)
 
 
 class Criteria:
-    """HF's stopping criteria on the ids so far [n, prompt and answer]."""
+    """HF's stopping criteria on the ids [n, prompt and answer] so far."""
 
     def __init__(self, criteria: Any, ids_bt: np.ndarray):
         try:
@@ -112,7 +112,7 @@ class Criteria:
         self._torch, self._ids_bt = torch, torch.from_numpy(ids_bt)
 
     def met(self, token_b: np.ndarray) -> np.ndarray:
-        """Whether each row is to end with its next token, bool [n]."""
+        """Whether each row ends with its next token, bool [n]."""
         token_b1 = self._torch.from_numpy(token_b.astype(np.int64))[:, None]
         self._ids_bt = self._torch.cat([self._ids_bt, token_b1], dim=1)
         return np.broadcast_to(np.asarray(self._criteria(self._ids_bt, None), bool), token_b.shape)

@@ -1,4 +1,4 @@
-"""One answer under way: its tokens, and why it ended."""
+"""One running answer: its events, and why it ended."""
 
 import time
 from collections import deque
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 class Event:
     """One token of one answer.
 
-    token:          its id.
-    logprob:        log-probability of the token by the model itself, natural; None where not asked for.
-    top:            the most likely tokens, most likely first, and their log-probabilities; empty where not asked for.
-    finish_reason:  None while the answer goes on; "stop" where an end token or whatever else ends it, and "length".
+    token:          the token's id.
+    logprob:        natural log-probability of the token before sampling parameters apply; None unless requested.
+    top:            the most likely tokens, most likely first, and their log-probabilities; empty unless requested.
+    finish_reason:  None while the answer runs; "stop" where an end token, a stop string or a criterion ends it; or
+                    "length".
     seconds:        since the prompt was submitted.
-    prompt, answer: which prompt of the call, and which of its answers, from 0.
-    text:           what the answer's text grew by; None where there is no tokenizer. A character that takes several
-                    tokens comes with the last of them.
+    prompt, answer: indices of the prompt in the call, and of the answer to it, from 0.
+    text:           the text that the answer gained; None where there is no tokenizer. A character of several tokens
+                    comes with the last of them.
     """
 
     token: int
@@ -43,10 +44,7 @@ class Event:
 
 
 class Ticket:
-    """An answer under way: iterate over it for its events.
-
-    Raises what went wrong with it, such as NonFiniteError, when it is iterated over.
-    """
+    """A running answer. Iterating over it yields its events, and raises its errors, such as NonFiniteError."""
 
     def __init__(self, engine: "Engine", prompt: list[int], choice: Choice, row: int, tokenizer: Any):
         self._engine, self._choice, self._row = engine, choice, row
@@ -77,11 +75,11 @@ class Ticket:
 
     @property
     def ready(self) -> bool:
-        """Whether an event, or an error, is there without a step."""
+        """Whether an event or an error is available without another step."""
         return bool(self._events) or self._error is not None
 
     def close(self) -> None:
-        """Ends the answer where it is; the prompt is still computed where other answers wait for it."""
+        """Cancels the answer. The prompt is still computed where other answers wait for it."""
         self.closed = True
         if not self.siblings:
             self._engine.closing.append(self.sequence)
@@ -92,11 +90,11 @@ class Ticket:
         return self._choice.on_host or bool(self.siblings)
 
     def wants_logits(self, row: Row) -> bool:
-        """Whether it reads the logits of a step's row."""
+        """Whether the logits of a step's row are read."""
         return row.last and self.on_host and (not self.closed or bool(self.siblings))
 
     def take(self, row: Row, token: int, logits_v: np.ndarray | None) -> None:
-        """What a step gave for its row: the token that the program drew, and logits [v] where it wants them."""
+        """Takes the outputs of a row: the token that the program drew, and logits [v] where `wants_logits`."""
         siblings = self.siblings
         if not row.last or (self.closed and not siblings):
             return
@@ -120,7 +118,7 @@ class Ticket:
             sibling.begin(self.sequence, logits_v)
 
     def begin(self, source: Sequence, logits_v: np.ndarray) -> None:
-        """Goes on from a prompt that `source` has computed, and its logits [v]."""
+        """Starts from a prompt that `source` has computed, and its logits [v]."""
         if self.closed:
             return
         token = self._choose(logits_v)
@@ -131,7 +129,7 @@ class Ticket:
             self._engine.scheduler.submit(self.sequence, first=True)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the answer with an error, for whoever iterates over it."""
+        """Ends the answer with an error, which iterating over it raises."""
         siblings, self.siblings = self.siblings, []
         for ticket in (self, *siblings):
             ticket._error = error

@@ -78,8 +78,8 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
     def __init__(self, config: PretrainedConfig, model: Any):
         super().__init__(copy.deepcopy(config))
         self.model = model
-        if (told := model.hf_generation_config) is not None:
-            self.generation_config = GenerationConfig(**told)
+        if (generation_config := model.hf_generation_config) is not None:
+            self.generation_config = GenerationConfig(**generation_config)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +140,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         if names := sorted(name for name, value in refused.items() if value is not None and value is not False):
             raise InputError(f"{', '.join(names)}: this model gives logits alone; call generate() without")
         ids_bt = self._ids(input_ids)
-        kept = integer("logits_to_keep", logits_to_keep, least=0)
+        keep_last = integer("logits_to_keep", logits_to_keep, least=0)
         earlier = past_key_values if cache is None else cache
         if not isinstance(earlier, DeviceCache | None):
             raise InputError(f"a cache is what this adapter left, and this is a {type(earlier).__name__}")
@@ -151,14 +151,14 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
             _check_positions(positions, mask, ids_bt.shape)
         if cache.rows is None:
             cache.rows = Rows(self.model.engine, prompts.rows_of(ids_bt, attention_mask=mask))
-            logits = cache.rows.logits(kept != 1)
-            logits_btv = logits[:, None] if kept == 1 else _at_the_end(logits, cache.rows.lengths, ids_bt.shape[1])
+            logits = cache.rows.logits(keep_last != 1)
+            logits_btv = logits[:, None] if keep_last == 1 else _at_the_end(logits, cache.rows.lengths, ids_bt.shape[1])
         else:
             _check_goes_on(cache.rows, mask, ids_bt.shape)
-            logits_btv = cache.rows.extend(ids_bt, kept != 1)
+            logits_btv = cache.rows.extend(ids_bt, keep_last != 1)
         cache.width += ids_bt.shape[1]
         return CausalLMOutputWithPast(
-            logits=torch.from_numpy(logits_btv[:, -kept:]), **{CACHE: cache if use_cache else None}
+            logits=torch.from_numpy(logits_btv[:, -keep_last:]), **{CACHE: cache if use_cache else None}
         )
 
     def _ids(self, ids: Any) -> np.ndarray:

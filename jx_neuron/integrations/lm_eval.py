@@ -121,15 +121,15 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text, every token of it, in the harness's disjoint windows."""
-        results: list[float] = []
+        log_likelihoods: list[float] = []
         for request in track(requests, "scoring texts", len(requests)):
             windows = utils.get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
             )
             parts = self._loglikelihood_tokens([(None, *utils.make_disjoint_window(window)) for window in windows])
-            results.append(sum(logprob for logprob, _ in parts))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
-        return results
+            log_likelihoods.append(sum(logprob for logprob, _ in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, log_likelihoods[-1])
+        return log_likelihoods
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Each prompt's answer, up to the first of the texts that the task has it end at."""
@@ -149,9 +149,9 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
             texts[event.prompt] += event.text or ""
             yield event
 
-    def _sampling(self, prompt: str, given: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
+    def _sampling(self, prompt: str, gen_kwargs: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
         """A prompt as tokens, without the beginning that leaves no room for an answer, and how it is answered."""
-        options = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+        options = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
         until, new = options.pop("until"), integer("max_gen_toks", options.pop("max_gen_toks"))
         samples = options.pop("do_sample")
         if unknown := sorted(set(options) - set(SAMPLING)):

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.folder import open_checkpoint
-from jx_neuron.checkpoint.tokenizer import refusing_own_code
+from jx_neuron.checkpoint.tokenizer import refuse_custom_code
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.nn.layers import through
@@ -110,7 +110,7 @@ def parity(
         from transformers import AutoModelForCausalLM
 
         tensors: weights.Tensors = open_checkpoint(original)
-        with refusing_own_code(original):
+        with refuse_custom_code(original):
             original = AutoModelForCausalLM.from_pretrained(original, dtype="float32", trust_remote_code=False)
     else:
         tensors = ModelTensors(original)
@@ -129,7 +129,9 @@ def parity(
     mesh = xla.mesh(decoder.tp_degree)
     runtime = xla.XlaRuntime(decoder, source, mesh, np.float32)
     prompts, following = _step_logits(runtime, sequences, steps, chunk or max(lengths))
-    prefill = [_difference(ours[:n], hf[:n]) for ours, hf, n in zip(prompts, expected, lengths, strict=True)]
+    prefill = [
+        _difference(jax_logits[:n], hf[:n]) for jax_logits, hf, n in zip(prompts, expected, lengths, strict=True)
+    ]
     decode = [
         _difference(logits, np.stack([hf[n + i] for hf, n in zip(expected, lengths, strict=True)]))
         for i, logits in enumerate(following)
@@ -149,11 +151,11 @@ def _first_difference(
     stages = ["the embeddings", *(f"layer {i}" for i in range(decoder.config.layers))]
     stages[-1] += " or what follows it (the final norm)"
     hidden, expected = _hidden_states(decoder, source, mesh, prompt), _original_hidden_states(original, prompt)
-    for stage, ours, hf in zip(stages, hidden, expected, strict=True):
-        if ours.shape != hf.shape:
-            return f"{stage}, of shape {list(ours.shape)} where HF's is {list(hf.shape)}"
+    for stage, jax_states, hf in zip(stages, hidden, expected, strict=True):
+        if jax_states.shape != hf.shape:
+            return f"{stage}, of shape {list(jax_states.shape)} where HF's is {list(hf.shape)}"
         scale = np.abs(hf).max()
-        if not (difference := _difference(ours, hf)) <= _ROUNDING * scale:
+        if not (difference := _difference(jax_states, hf)) <= _ROUNDING * scale:
             return f"{stage}, by {difference:.2g} where HF's are up to {scale:.2g}"
     return "no hidden state of the longest prompt: the logits of Model.logits, or the decode steps"
 
@@ -204,8 +206,8 @@ def _original_hidden_states(model: Any, prompt: np.ndarray) -> list[np.ndarray]:
     return [state[0].float().numpy() for state in out.hidden_states]
 
 
-def _difference(ours: np.ndarray, hf: np.ndarray) -> float:
-    return float(np.abs(ours - hf).max())
+def _difference(actual: np.ndarray, hf: np.ndarray) -> float:
+    return float(np.abs(actual - hf).max())
 
 
 def _original_logits(model: Any, sequence: np.ndarray, steps: int) -> np.ndarray:

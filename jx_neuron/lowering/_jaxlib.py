@@ -1,7 +1,7 @@
-"""Every use of jaxlib's internals. Seen to work on jaxlib 0.8.0, 0.9.0 and 0.10.2.
+"""Every use of jaxlib's internals. Tested with jaxlib 0.8.0, 0.9.0 and 0.10.2.
 
-Run as a script it partitions one program (see `partition.py`), importing jaxlib and numpy alone: XLA aborts the process
-it runs in where it finds itself inconsistent, and that must not be the user's.
+Run as a script, this module partitions one program (see `partition.py`) and imports jaxlib and numpy alone. XLA aborts
+its process when an internal check fails, and that must not be the user's.
 """
 
 import functools
@@ -18,7 +18,7 @@ try:
 except ImportError:  # jaxlib < 0.10
     from jaxlib._jax import XlaComputation
 
-# The passes up to partitioned HLO. Those after them only cost time: their result is code for the CPU.
+# The passes up to partitioned HLO. Later passes generate CPU code, which is not needed.
 _PASSES = (
     "call-inliner,control-dep-rewriter,cse,dce,flatten-call-graph,sharding-remover,shardy-xla,spmd-partitioning,"
     "tuple-simplifier,zero_sized_hlo_elimination"
@@ -27,18 +27,18 @@ _PASSES = (
 
 @functools.cache
 def client(devices: int) -> Any:
-    """A CPU client of its own with that many devices, however many JAX's own has; started once."""
+    """A separate CPU client with that many devices, however many JAX's own has; started once."""
     return _jax.get_tfrt_cpu_client(asynchronous=True, num_devices=devices)
 
 
-def hlo_of(stablehlo: bytes) -> bytes:
+def unpartitioned_hlo(stablehlo: bytes) -> bytes:
     """An HloModuleProto of a StableHLO module, unpartitioned."""
     computation = _jax.mlir.mlir_module_to_xla_computation(stablehlo, use_tuple_args=False, return_tuple=False)
     data: bytes = computation.as_serialized_hlo_module_proto()
     return data
 
 
-def text_of(hlo: bytes) -> str:
+def hlo_text(hlo: bytes) -> str:
     """XLA's text of an HloModuleProto."""
     text: str = XlaComputation(hlo).as_hlo_text()
     return text
@@ -71,13 +71,14 @@ def compile_replicas(hlo: bytes, replicas: int) -> Any:
 
 
 def execute(executable: Any, arguments: Sequence[Any]) -> list[list[Any]]:
-    """Runs it on arrays that have one shard a device; for each output its shards. Donated arguments are deleted."""
+    """Runs an executable on arrays with one shard a device. Returns the shards of each output; donated arguments
+    are deleted."""
     shards: list[list[Any]] = executable.execute_sharded(arguments).disassemble_into_single_device_arrays()
     return shards
 
 
 def dump_partitioned(stablehlo: bytes, partitions: int, folder: str) -> None:
-    """Compiles for that many partitions and leaves the passes' results in `folder`; raises if the rest fails."""
+    """Compiles for that many partitions and dumps the module after each pass into `folder`."""
     debug = {
         "xla_dump_to": folder,
         "xla_dump_hlo_as_proto": True,

@@ -1,17 +1,17 @@
-"""What one run of a program costs one core, read off its HLO.
+"""The cost of one run of a program on one core, computed from its HLO.
 
-The model: chains of elementwise operators, reshapes and reductions are fused into what uses them and cost nothing.
-What is counted:
+The model: chains of elementwise operators, reshapes and reductions are fused into their users and cost nothing.
+Counted are:
 
 - flops: 2 · (elements of the result) · (contracted size) of every dot, and likewise of every convolution.
-- bytes read: of each input, the part that is read. A slice, dynamic-slice or gather reads its result; each dot,
-  convolution or collective reads all of it, and all other uses together read all of it once. An input that is only
-  written into (scatter, dynamic-update-slice) is not read by that; what it has become is still the same memory, so
-  later uses of it count as reads of the input.
-- bytes written: outputs in full, but of outputs that alias an input only the updates written into it.
+- bytes read: the part of each input that is read. A slice, dynamic-slice or gather reads as much as its result; each
+  dot, convolution or collective reads the whole input, and all other uses together read it once. A scatter or
+  dynamic-update-slice does not read the input that it updates. Its result is the same memory, so later uses of the
+  result count as reads of the input.
+- bytes written: outputs in full; of an output that aliases an input, only the updates written into it.
 - bytes between: results of dots, convolutions and collectives, which may or may not stay on the chip.
-- bytes moved: results of operators that only put values elsewhere (copy, concatenate, pad, reverse, and transpose of
-  more than axes of size 1), whatever they fuse with.
+- bytes moved: results of operators that only move values (copy, concatenate, pad, reverse, and transposes that move
+  an axis longer than 1), whatever they fuse with.
 """
 
 import math
@@ -30,7 +30,7 @@ _MOVES = frozenset({"copy", "concatenate", "pad", "reverse"})
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, on one core: `flops`, and bytes. `instructions` are those of the main computation."""
+    """Flops and bytes of one run on one core. `instructions` counts those of the main computation."""
 
     flops: int
     bytes_read: int
@@ -42,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: its opcode, the shape it gives, the bytes of that on one core, and who takes part."""
+    """One collective: its opcode, its result's shape and bytes on one core, and its replica groups."""
 
     name: str
     opcode: str
@@ -73,8 +73,8 @@ def cost(hlo_module: bytes) -> Cost:
     heavy = [i for i in module.instructions if i.opcode in _HEAVY]
     return Cost(
         flops=sum(map(_flops, heavy)),
-        bytes_read=sum(_read(p, users) for p in main.parameters),
-        bytes_written=_written(module),
+        bytes_read=sum(_bytes_read(p, users) for p in main.parameters),
+        bytes_written=_bytes_written(module),
         bytes_between=sum(i.shape.bytes for i in heavy),
         bytes_moved=sum(i.shape.bytes for i in module.instructions if _moves(i)),
         instructions=len(main.instructions),
@@ -93,7 +93,7 @@ def _flops(i: Instruction) -> int:
     return 0
 
 
-def _read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
+def _bytes_read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
     size, parts, times, fused = parameter.shape.bytes, 0, 0, False
     for _, user, operand in _uses(parameter, users):
         if user.opcode in _PARTS and operand == 0:
@@ -115,7 +115,7 @@ def _moves(i: Instruction) -> bool:
 def _uses(
     memory: Instruction, users: dict[Instruction, list[Instruction]]
 ) -> Iterator[tuple[Instruction, Instruction, int]]:
-    """(value, user, operand number) of everything that reads a buffer, through views of it and updates of it."""
+    """(value, user, operand index) of every reader of a buffer, through its views and in-place updates."""
     for user in users[memory]:
         at = user.operands.index(memory)
         if user.opcode in _VIEWS or (user.opcode in _UPDATES and at == 0):
@@ -124,18 +124,18 @@ def _uses(
             yield memory, user, at
 
 
-def _written(module: Module) -> int:
+def _bytes_written(module: Module) -> int:
     root, aliased = module.entry.root, set(module.aliases.values())
     outputs = root.operands if root.opcode == "tuple" else (root,)
-    return sum(_updates(o) if n in aliased else o.shape.bytes for n, o in enumerate(outputs))
+    return sum(_bytes_updated(o) if n in aliased else o.shape.bytes for n, o in enumerate(outputs))
 
 
-def _updates(i: Instruction) -> int:
-    """Bytes written on the way from a parameter to an output that is the same memory."""
+def _bytes_updated(i: Instruction) -> int:
+    """Bytes written between a parameter and the output that aliases it."""
     if i.opcode in _UPDATES:
-        return i.operands[_UPDATES[i.opcode]].shape.bytes + _updates(i.operands[0])
+        return i.operands[_UPDATES[i.opcode]].shape.bytes + _bytes_updated(i.operands[0])
     if i.opcode == "parameter":
         return 0
     if i.opcode in ("bitcast", "reshape"):
-        return _updates(i.operands[0])
+        return _bytes_updated(i.operands[0])
     return i.shape.bytes

@@ -1,4 +1,4 @@
-"""Running a legalized program on the host: one replica a core, each on a virtual CPU device of its own."""
+"""Running a legalized program on the host: one replica a core, each on its own virtual CPU device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from jx_neuron.nn.sharding import AXIS
 
 
 class Executable:
-    """A legalized program, compiled for `tp_degree` CPU devices that are this package's own: JAX may have fewer.
+    """A legalized program, compiled for `tp_degree` CPU devices of a client of this package: JAX may have fewer.
 
-    Arrays live on those devices between calls. Inputs that the program aliases to outputs are consumed.
+    Arrays stay on those devices between calls. Inputs that the program aliases to outputs are donated.
 
     Attributes:
         mesh: the devices, along the axis "tp".
@@ -42,11 +42,11 @@ class Executable:
             raise LoweringError(f"the program {module.name!r} cannot run on the host: {error}") from error
 
     def sharding(self, partition: Sequence[str | None]) -> NamedSharding:
-        """Where the parts of an array go that is split along these axes: for `jax.device_put`."""
+        """The sharding of an array that is split along these axes, for `jax.device_put`."""
         return NamedSharding(self.mesh, PartitionSpec(*partition))
 
     def put(self, ranks: Sequence[Any]) -> jax.Array:
-        """One array a core, in rank order, as one argument. Of the result only its shards mean anything."""
+        """Places one array a core, in rank order, as one argument. Only the shards of the result are meaningful."""
         devices = self.mesh.devices.tolist()
         if len(ranks) != len(devices):
             raise InputError(f"{len(ranks)} arrays given for {len(devices)} cores: give one a core, in rank order")
@@ -65,28 +65,30 @@ class Executable:
                 one array a core.
 
         Returns:
-            For each output a list of its arrays, one a core. They may still be being computed.
+            For each output a list of its arrays, one a core. They may not be computed yet.
 
         Raises:
             InputError: an argument is not what the program takes.
         """
         arrays = [arg if isinstance(arg, jax.Array) else self.put(arg) for arg in args]
-        found = [(a.sharding.shard_shape(a.shape), a.dtype) for a in arrays]
-        if found != self.inputs:
-            raise InputError(_difference(found, self.inputs))
+        signature = [(a.sharding.shard_shape(a.shape), a.dtype) for a in arrays]
+        if signature != self.inputs:
+            raise InputError(_difference(signature, self.inputs))
         return _jaxlib.execute(self._loaded, arrays)
 
 
-def _difference(found: list[Any], wanted: list[Any]) -> str:
-    if len(found) != len(wanted):
-        return f"{len(found)} arguments given: the program takes {len(wanted)}"
-    n = next(n for n, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-    (shape, dtype), (wanted_shape, wanted_dtype) = found[n], wanted[n]
-    return f"argument {n} is {dtype}{list(shape)} on each core: the program takes {wanted_dtype}{list(wanted_shape)}"
+def _difference(signature: list[Any], expected: list[Any]) -> str:
+    if len(signature) != len(expected):
+        return f"{len(signature)} arguments given: the program takes {len(expected)}"
+    n = next(n for n, (a, b) in enumerate(zip(signature, expected, strict=True)) if a != b)
+    (shape, dtype), (expected_shape, expected_dtype) = signature[n], expected[n]
+    return (
+        f"argument {n} is {dtype}{list(shape)} on each core: the program takes {expected_dtype}{list(expected_shape)}"
+    )
 
 
 def _expand(rewriter: Rewriter, i: Any) -> None:
-    """Neuron's custom calls, where lowering makes them, as the operators that they stand for."""
+    """Replaces the Neuron custom calls that lowering emits by the XLA operators that they stand for."""
     if i.opcode != "custom-call" or not i.custom_call_target.startswith(("AwsNeuron", "Resize", "NeuronBoundary")):
         return
     if i.custom_call_target != TOP_K:

@@ -16,7 +16,7 @@ from jx_neuron.util.progress import track
 
 
 def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dtype: Any) -> Traced:
-    """The program of `key` with a state table of so many slots and positions, traced and not yet partitioned."""
+    """Traces the program of `key` over a state table of `slots` and `positions`."""
     params, state = decoder.abstract_params(dtype), decoder.abstract_state(slots, positions, dtype)
     inputs = [jax.ShapeDtypeStruct(*layout) for layout in key.inputs().values()]
     kinds: list[Kind] = ["param", "state"]
@@ -45,8 +45,9 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
 def lower_model(
     decoder: Decoder, keys: Sequence[ProgramKey], slots: int, positions: int, dtype: Any, workers: int = 2
 ) -> Iterator[Program]:
-    """The programs of `keys` over a state table of so many slots and positions, in order, `workers` at a time while the
-    next is traced, under a progress bar.
+    """The programs of `keys`, in order, over a state table of `slots` and `positions`.
+
+    `workers` are lowered at a time while the next is traced, under a progress bar.
 
     Raises LoweringError where one cannot be partitioned or legalized.
     """

@@ -1,8 +1,8 @@
 """StableHLO with shardings → the program of one core, by XLA's own partitioner (Shardy and SPMD).
 
-XLA partitions on the way to CPU code, and dumps what it has after each pass. That runs in child processes that import
-jaxlib alone, so no device of this process is needed and several programs are partitioned at once; each is ended once
-the partitioned program is there, as making CPU code of it would take longer than all that went before.
+XLA partitions on the way to CPU code, and dumps the module after each pass. It runs in child processes that import
+jaxlib alone, so this process needs no device, and several programs are partitioned at once. Each child is killed once
+the partitioned module is dumped: generating CPU code takes longer than the passes before it.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
         LoweringError: XLA cannot partition it.
     """
     if tp_degree == 1:
-        return _jaxlib.hlo_of(stablehlo)
+        return _jaxlib.unpartitioned_hlo(stablehlo)
     with temporary_folder() as folder:
         source = folder / "program.mlir"
         source.write_bytes(stablehlo)
@@ -38,7 +38,7 @@ def partition(stablehlo: bytes, tp_degree: int) -> bytes:
                     time.sleep(0.02)
             finally:
                 child.kill()
-        dumps = sorted(p for p in folder.glob(f"*.{_STAGE}.*.hlo.pb") if any(done in p.name for done in _DONE))
+        dumps = sorted(p for p in folder.glob(f"*.{_STAGE}.*.hlo.pb") if any(suffix in p.name for suffix in _DONE))
         if not dumps:
             reason = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
             raise LoweringError(f"XLA could not partition the program over {tp_degree} cores:\n{reason}")

@@ -42,7 +42,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Program(ProgramSpec):
-    """What one core runs.
+    """The program that each core runs.
 
     Attributes:
         name, mesh, tp_degree, inputs, outputs: as of `ProgramSpec`.
@@ -57,7 +57,7 @@ class Program(ProgramSpec):
 
     def as_text(self) -> str:
         """The HLO as XLA prints it."""
-        return _jaxlib.text_of(self.hlo_module)
+        return _jaxlib.hlo_text(self.hlo_module)
 
     def collectives(self) -> list[cost.Collective]:
         """Every collective, in order."""
@@ -68,7 +68,7 @@ class Program(ProgramSpec):
         return cost.cost(self.hlo_module)
 
     def verify(self, target: str, *, lnc: int | None = None) -> list[Violation]:
-        """What neuronx-cc is documented to refuse, with the line of source where known.
+        """Every violation of what neuronx-cc is documented to refuse, with the line of source where known.
 
         Args:
             target: inf2, trn1, trn1n, trn2 or trn3.
@@ -90,12 +90,12 @@ class Program(ProgramSpec):
             InputError: an array is not what the program takes.
         """
         leaves = jax.tree.leaves(args)
-        wanted = [spec for spec in self.inputs if spec.kind != "rank"]
-        if len(leaves) != len(wanted):
-            raise InputError(f"{self.name} takes {len(wanted)} arrays ({len(leaves)} given)")
+        specs = [spec for spec in self.inputs if spec.kind != "rank"]
+        if len(leaves) != len(specs):
+            raise InputError(f"{self.name} takes {len(specs)} arrays ({len(leaves)} given)")
         executable = _executable(self.hlo_module, self.tp_degree)
         arrays = []
-        for spec, leaf in zip(wanted, leaves, strict=True):
+        for spec, leaf in zip(specs, leaves, strict=True):
             array = np.asarray(leaf, jnp.result_type(leaf))
             if (array.shape, array.dtype.name) != (spec.global_shape(self.tp_degree), spec.dtype):
                 expected = f"{spec.dtype}{list(spec.global_shape(self.tp_degree))}"
@@ -103,11 +103,11 @@ class Program(ProgramSpec):
                     f"{self.name}: {spec.name} is {array.dtype}{list(array.shape)}, and must be {expected}"
                 )
             arrays.append(jax.device_put(array, executable.sharding(spec.partition)))
-        if len(wanted) < len(self.inputs):
+        if len(specs) < len(self.inputs):
             ranks = np.arange(self.tp_degree, dtype=np.int32)
             arrays.append(jax.device_put(ranks, executable.sharding(self.inputs[-1].partition)))
-        shards_by_output = executable.execute(arrays)
-        return [_whole(shards, spec) for shards, spec in zip(shards_by_output, self.outputs, strict=True)]
+        outputs = executable.execute(arrays)
+        return [_whole(shards, spec) for shards, spec in zip(outputs, self.outputs, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -123,10 +123,9 @@ def _whole(shards: list[jax.Array], spec: TensorSpec) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Traced(ProgramSpec):
-    """A function traced, in so many `seconds`, and not yet partitioned: StableHLO with shardings, independent of the
-    function.
+    """A traced function, not yet partitioned: StableHLO with shardings, independent of the function.
 
-    Whether there is a rank among the inputs is known after partitioning only.
+    Tracing took `seconds`. Partitioning may add an input of kind "rank".
     """
 
     stablehlo: bytes = field(repr=False)
@@ -140,12 +139,12 @@ class Traced(ProgramSpec):
         """
         began = time.perf_counter()
         aliases = {n: spec.alias for n, spec in enumerate(self.outputs) if spec.alias is not None}
-        done = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name, aliases)
-        module = proto.parse(done.hlo_module)
+        legalized = legalize(partition(self.stablehlo, self.tp_degree), self.tp_degree, self.name, aliases)
+        module = proto.parse(legalized.hlo_module)
         inputs = self.inputs
-        if done.takes_rank:
+        if legalized.takes_rank:
             inputs += (TensorSpec("rank", "rank", (1,), "int32", tuple(self.mesh)),)
-        program = Program(self.name, self.mesh, inputs, self.outputs, done.hlo_module, done.sources)
+        program = Program(self.name, self.mesh, inputs, self.outputs, legalized.hlo_module, legalized.sources)
         _check_shapes(program, module)
         return replace(program, seconds=self.seconds + time.perf_counter() - began)
 
@@ -158,8 +157,8 @@ def _check_shapes(program: Program, module: Any) -> None:
     ):
         stated = [(s.dtype, s.shape) for s in specs]
         if stated != [(proto.dtype(s), tuple(s.dimensions)) for s in shapes]:
-            got = ", ".join(map(proto.describe, shapes))
-            raise LoweringError(f"{program.name}: partitioned to ({got}), where the specs give {stated}")
+            partitioned = ", ".join(map(proto.describe, shapes))
+            raise LoweringError(f"{program.name}: partitioned to ({partitioned}), where the specs give {stated}")
 
 
 def trace(
@@ -263,7 +262,7 @@ def lower(
 def lower_many(traced: Iterable[Traced], workers: int = 2) -> Iterator[Program]:
     """The second half of `lower` for several programs, `workers` at a time; yields them in order.
 
-    `traced` may still be in the making: each is begun as soon as it is there.
+    `traced` may be a generator: each program is begun as soon as it is traced.
     """
     pending: deque[Future[Program]] = deque()
     with ThreadPoolExecutor(workers) as pool:

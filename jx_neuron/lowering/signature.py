@@ -1,4 +1,4 @@
-"""What a program takes and gives, as lowering, manifests and runtimes share it."""
+"""The inputs and outputs of a program, as lowering, manifests and runtimes share them."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, FailFast, Field
 
 Kind = Literal["param", "state", "input", "rank", "output"]
 
-MOST_ENTRIES = 100_000  # of anything that there are several of
+MOST_ENTRIES = 100_000  # of any list in a manifest
 
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], FailFast(), Field(max_length=MOST_ENTRIES)]
@@ -22,10 +22,10 @@ RECORD = ConfigDict(extra="forbid", strict=True, revalidate_instances="always")
 
 def _dtype(name: str) -> str:
     try:
-        known = np.dtype(name).name
+        canonical = np.dtype(name).name
     except TypeError:
-        known = ""
-    if known != name:
+        canonical = ""
+    if canonical != name:
         raise ValueError(f"{name!r} is no numpy or ml_dtypes type")
     return name
 
@@ -53,12 +53,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it on one core."""
+        """Bytes of the tensor on one core."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def split_axis(self) -> int | None:
-        """The number of the axis that is split over the cores, None where each core has all of it."""
+        """The index of the axis that is split over the cores; None where every core has the whole tensor."""
         return next((axis for axis, name in enumerate(self.partition) if name), None)
 
     def global_shape(self, tp_degree: int) -> tuple[int, ...]:
@@ -71,10 +71,10 @@ class ProgramSpec:
     """A program without its code.
 
     Attributes:
-        mesh: the cores that run it together, as the names and sizes of a mesh's axes: {"tp": 8}.
-        inputs: its parameters in order. One of kind "rank", int32[1], comes last where the program depends on which
-            core it runs on; rank r is given r.
-        outputs: the elements of its result in order; the result is no tuple where there is one.
+        mesh: the names and sizes of the axes of the cores that run the program: {"tp": 8}.
+        inputs: the program's parameters in order. An input of kind "rank", int32[1], comes last where the program
+            depends on the core that it runs on; rank r receives r.
+        outputs: the elements of the result in order; a single output is no tuple.
     """
 
     name: ProgramName
@@ -86,5 +86,5 @@ class ProgramSpec:
 
     @property
     def tp_degree(self) -> int:
-        """How many cores run it together."""
+        """The number of cores that run the program."""
         return math.prod(self.mesh.values())

@@ -1,4 +1,4 @@
-"""The inputs and outputs of a program: pytrees of arrays and PartitionSpecs, flattened and named."""
+"""The inputs and outputs of a program: pytrees of arrays and PartitionSpecs, flattened, with a name for each leaf."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,8 @@ def _is_spec(node: Any) -> bool:
 
 
 def spread(what: str, specs: Any, tree: Any, mesh: Mapping[str, int]) -> Any:
-    """A pytree prefix of PartitionSpecs (or None) as the axes of every leaf. LoweringError where one does not fit."""
+    """Broadcasts a pytree prefix of PartitionSpecs (or None) to the axes of every leaf. Raises LoweringError where one
+    does not fit."""
 
     def one(spec: PartitionSpec | None, below: Any) -> Any:
         return jax.tree.map(lambda leaf: _Axes(_axes(what, spec, leaf.shape, mesh)), below)
@@ -50,7 +51,7 @@ def _axes(
 
 
 def shardings(mesh: AbstractMesh, tree: Any) -> Any:
-    """What `spread` gives as shardings over a mesh."""
+    """The axes that `spread` returns, as shardings over a mesh."""
     return jax.tree.map(lambda axes: NamedSharding(mesh, PartitionSpec(*axes.names)), tree)
 
 
@@ -61,19 +62,19 @@ def _key(path: tuple[Any, ...]) -> str:
 def input_labels(
     fn: Callable[..., Any], args: tuple[Any, ...], kinds: Sequence[Kind], names: Sequence[str] | None
 ) -> Iterator[tuple[str, Kind]]:
-    """The name and kind of every array of the arguments, as `lower` states them."""
+    """The name and kind of every array of the arguments, as `lower` documents them."""
     if len(kinds) != len(args):
         raise LoweringError(f"{len(kinds)} input_kinds given for {len(args)} arguments")
-    argument_names = [
+    labels = [
         (key if kind == "param" and key else f"{argument}.{key}" if key else argument, kind)
         for argument, kind, tree in zip(_argument_names(fn, args), kinds, args, strict=True)
         for key in (_key(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
     ]
     if names is None:
-        return iter(argument_names)
-    if len(names) != len(argument_names):
-        raise LoweringError(f"{len(names)} input_names given for {len(argument_names)} arrays")
-    return zip(names, [kind for _, kind in argument_names], strict=True)
+        return iter(labels)
+    if len(names) != len(labels):
+        raise LoweringError(f"{len(names)} input_names given for {len(labels)} arrays")
+    return zip(names, [kind for _, kind in labels], strict=True)
 
 
 def _argument_names(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
@@ -96,7 +97,7 @@ def output_labels(outputs: Any) -> Iterator[tuple[str, Kind]]:
 
 
 def tensor_specs(tree: Any, axes: Any, mesh: Mapping[str, int], labels: Iterator[tuple[str, Kind]]) -> list[TensorSpec]:
-    """The arrays of a pytree as one core of `mesh` holds them. LoweringError where an axis does not divide."""
+    """A spec of each array of a pytree on one core of `mesh`. Raises LoweringError where an axis does not divide."""
     specs = []
     for leaf, split, (name, kind) in zip(jax.tree.leaves(tree), jax.tree.leaves(axes), labels, strict=True):
         cores = [mesh[axis] if axis else 1 for axis in split.names]
@@ -111,14 +112,14 @@ def tensor_specs(tree: Any, axes: Any, mesh: Mapping[str, int], labels: Iterator
 
 
 def alias_donated(inputs: list[TensorSpec], donated: list[int], outputs: list[TensorSpec]) -> list[TensorSpec]:
-    """The outputs, with those that take the memory of donated inputs marked and named as these.
+    """The outputs, of which those that alias donated inputs have their names and numbers.
 
-    LoweringError where the donated inputs do not come back.
+    Raises LoweringError where no run of outputs matches the donated inputs.
     """
-    wanted = [_placement(inputs[n]) for n in donated]
+    donated_placements = [_placement(inputs[n]) for n in donated]
     for start in range(len(outputs) - len(donated), -1, -1):
-        run = outputs[start : start + len(donated)]
-        if [_placement(spec) for spec in run] == wanted:
+        candidates = outputs[start : start + len(donated)]
+        if [_placement(spec) for spec in candidates] == donated_placements:
             return [
                 *outputs[:start],
                 *(replace(inputs[n], alias=n) for n in donated),

@@ -23,7 +23,7 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.nn.state import KV, PLAIN, Layout, Positions, S, State
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 
 __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
 
@@ -152,7 +152,7 @@ def _one_key() -> nnx.Rngs:
 
 def _outline(family: Family, config: HFConfig) -> Any:
     """The model of `config`, with shapes for parameters."""
-    with uncollected():
+    with gc_paused():
         return nnx.eval_shape(lambda: family.Model(config, _one_key()))
 
 

@@ -152,9 +152,11 @@ def splits(rows: Sequence[W], padding: Padding) -> None:
     for row in rows:
         for letter, size in zip(row.letters, row.target_shape(padding), strict=True):
             if letter != "v" and first.setdefault(letter, (size, row))[0] != size:
-                (whole, left), (padded, split) = sorted((first[letter], (size, row)), key=lambda entry: entry[0])
+                (whole, unsplit_row), (padded, split_row) = sorted(
+                    (first[letter], (size, row)), key=lambda entry: entry[0]
+                )
                 raise ConfigError(
-                    f"row {left} leaves the axis {letter!r} whole, and row {split} splits it: at "
+                    f"row {unsplit_row} leaves the axis {letter!r} whole, and row {split_row} splits it: at "
                     f"tp_degree={padding.tp_degree} it has {whole} entries in the one and {padded} in the other. "
                     "Split it in both"
                 )

@@ -1,4 +1,4 @@
-"""What fits where, and how fast: before an instance is paid for and before anything is compiled."""
+"""Plans where a model fits and how fast it runs, before an instance is paid for and anything is compiled."""
 
 from jx_neuron.planning.instances import INSTANCES, Instance, find
 from jx_neuron.planning.memory import Memory

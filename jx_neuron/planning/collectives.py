@@ -1,8 +1,8 @@
-"""How many all-reduces a layer needs, read off the traced decoder: nothing is lowered, and no backend starts.
+"""Counts the all-reduces of a layer in the traced decoder. Nothing is lowered, and no backend starts.
 
-A matmul whose contracted axis is split gives each core a partial sum. Partial sums may be added up before they are
-reduced, as a parallel residual does and lowering too (legalize/reassociate.py): those that meet in additions take one
-all-reduce, which is due where anything else reads them.
+A matmul whose contracted axis is split gives each core a partial sum. Partial sums that are added before they are
+reduced, as in a parallel residual, need one all-reduce together (legalize/reassociate.py does so). It is counted where
+any other operator reads the sum.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ _VIEWS = frozenset(
 
 
 class _Mark(NamedTuple):
-    """What an array is: a kernel whose inputs are split, and the partial sums that are to be reduced in it."""
+    """Whether an array is a kernel whose input axis is split, and which partial sums it holds."""
 
     kernel: bool = False
     partial: frozenset[int] = frozenset()
@@ -56,22 +56,22 @@ class _Count:
         self.reduced: set[int] = set()
 
     def reduce(self, marks: list[_Mark]) -> None:
-        """One all-reduce for each array that holds partial sums not yet reduced."""
+        """Counts an all-reduce for each array that holds partial sums not yet reduced."""
         for mark in marks:
             if due := mark.partial - self.reduced:
                 self.all_reduces += 1
                 self.reduced |= due
 
     def through(self, jaxpr: Jaxpr, marks: list[_Mark]) -> list[_Mark]:
-        """The marks of a jaxpr's outputs, of those of its inputs."""
-        known: dict[Any, _Mark] = dict(zip(jaxpr.invars, marks, strict=True))
+        """The marks of a jaxpr's outputs, given those of its inputs."""
+        mark_by_variable: dict[Any, _Mark] = dict(zip(jaxpr.invars, marks, strict=True))
 
         def marks_of(atoms: Any) -> list[_Mark]:
-            return [_Mark() if isinstance(atom, Literal) else known.get(atom, _Mark()) for atom in atoms]
+            return [_Mark() if isinstance(atom, Literal) else mark_by_variable.get(atom, _Mark()) for atom in atoms]
 
         for equation in jaxpr.eqns:
             results = self._results(equation, marks_of(equation.invars))
-            known |= zip(equation.outvars, results, strict=True)
+            mark_by_variable |= zip(equation.outvars, results, strict=True)
         return marks_of(jaxpr.outvars)
 
     def _results(self, equation: Any, marks: list[_Mark]) -> list[_Mark]:

@@ -2,7 +2,7 @@
 
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-instances.html
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-devices.html
-Tensor-parallel degrees are those the Neuron runtime is documented to form a group of:
+Tensor-parallel degrees are those that the Neuron runtime is documented to support:
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/archive/transformers-neuronx/transformers-neuronx-developer-guide.html
 (SDK 2.32.)
 """
@@ -20,13 +20,13 @@ TERA = 10**12
 class Device:
     """One accelerator chip.
 
-    target:         neuronx-cc's name for it.
+    target:         the family's name in neuronx-cc.
     cores:          NeuronCores as the runtime counts them: logical ones, of `lnc` physical cores each (the default).
     hbm:            bytes of device memory.
     bandwidth:      of that memory, bytes/s.
     bf16_flops:     dense, per second.
     link:           NeuronLink, bytes/s.
-    degrees:        tensor-parallel degrees that the runtime can form.
+    degrees:        tensor-parallel degrees that the runtime supports.
     ring:           whether devices form a ring; else a hypercube (trn1) or a torus of 4 x 4 (trn2), where the longest
                     way among 2^n neighbouring devices is n links.
     inferred:       fields that the source does not state.
@@ -56,33 +56,33 @@ class Instance:
 
     @property
     def cores(self) -> int:
-        """NeuronCores of all its devices."""
+        """NeuronCores of all devices."""
         return self.devices * self.device.cores
 
     @property
     def hbm_per_core(self) -> int:
-        """Bytes of device memory."""
+        """Bytes of device memory of one core."""
         return self.device.hbm // self.device.cores
 
     @property
     def bandwidth_per_core(self) -> float:
-        """Of device memory, bytes/s."""
+        """Bandwidth of device memory of one core, bytes/s."""
         return self.device.bandwidth / self.device.cores
 
     @property
     def flops_per_core(self) -> float:
-        """Dense, in bf16, per second."""
+        """Dense bf16 operations per second of one core."""
         return self.device.bf16_flops / self.device.cores
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """The tensor-parallel degrees that the runtime can form here."""
+        """The tensor-parallel degrees that the runtime supports on this instance."""
         return tuple(degree for degree in self.device.degrees if degree <= self.cores)
 
     def hops(self, tp_degree: int) -> int:
-        """Links on the longest way between two of `tp_degree` cores; 1 between the cores of one device."""
-        used = math.ceil(tp_degree / self.device.cores)
-        across = used // 2 if self.device.ring else (used - 1).bit_length()
+        """Links on the longest path between two of `tp_degree` cores; 1 between cores of one device."""
+        devices = math.ceil(tp_degree / self.device.cores)
+        across = devices // 2 if self.device.ring else (devices - 1).bit_length()
         return max(across, 1) if tp_degree > 1 else 0
 
 
@@ -102,23 +102,23 @@ INSTANCES = (
     Instance("trn1n.32xlarge", TRN1N, 16, 512 * GIB),
     Instance("trn2.48xlarge", TRN2, 16, 2048 * GIB),
 )
-"""In the order in which they are tried: by devices, then by host memory. No prices are kept here; they change."""
+"""In the order in which plans try them: by devices, then by host memory. Prices change, so there are none here."""
 
 # one device: the sizes of trn3 instances are not in the source, so none is tried unless it is named
 TRN3_DEVICE = Instance("trn3", TRN3, 1, None, inferred=("devices", "host_memory"))
 
 
 def find(name: str) -> Instance:
-    """The instance of that name, or for the name of a family ("trn1"), its largest.
+    """The instance of that name, or the largest of a family ("trn1").
 
     >>> find("trn1").name, find("inf2.48xlarge").degrees
     ('trn1.32xlarge', (1, 2, 4, 8, 24))
 
-    Raises InputError that lists those known.
+    Raises InputError, which lists the known instances.
     """
-    named = {one.name: one for one in (*INSTANCES, TRN3_DEVICE)}
-    family = [one for one in INSTANCES if one.device.target == name]
-    instance = named.get(name) or (family[-1] if family else None)
-    if instance is None:
-        raise InputError(f"instance {name!r} is not known; known are {', '.join(named)}")
-    return instance
+    by_name = {instance.name: instance for instance in (*INSTANCES, TRN3_DEVICE)}
+    family = [instance for instance in INSTANCES if instance.device.target == name]
+    match = by_name.get(name) or (family[-1] if family else None)
+    if match is None:
+        raise InputError(f"instance {name!r} is not known; known are {', '.join(by_name)}")
+    return match

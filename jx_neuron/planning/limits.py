@@ -1,13 +1,13 @@
-"""What cannot be had at all, refused before anything is built."""
+"""Requests that no machine can run are refused before anything is built."""
 
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import INSTANCES
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import most
-from jx_neuron.util.pages import check_room, gib
+from jx_neuron.util.pages import check_memory, gib
 
-MOST_PADDING = 16  # times the weights: what 32 cores make of a model of 2 heads, were it attention alone
+MOST_PADDING = 16  # times the weights: 32 cores pad 2 heads to 32
 
 
 def check_degree(model: Decoder, tp_degree: int) -> None:
@@ -20,21 +20,24 @@ def check_degree(model: Decoder, tp_degree: int) -> None:
         )
 
 
-def check_host(model: Decoder, tp_degree: int, batch: int, slots: int, itemsize: int) -> None:
-    """Raises InputError where weights and the cache of `batch` rows and `slots` positions exceed the memory here."""
+def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:
+    """Raises InputError where weights and the cache of `batch` rows of `positions` exceed this machine's memory."""
     outline = Outline.of(model)
     weights = tp_degree * outline.weight_bytes(tp_degree, itemsize)
-    cache = tp_degree * outline.cache_bytes(tp_degree, batch, slots, itemsize)
-    check_room(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {slots} positions take")
+    cache = tp_degree * outline.cache_bytes(tp_degree, batch, positions, itemsize)
+    check_memory(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {positions} positions take")
 
 
-def check_devices(model: Decoder, tp_degree: int, batch: int, slots: int, itemsize: int) -> None:
-    """Raises InputError where these exceed the memory of all devices of any instance."""
+def check_devices(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:
+    """Raises InputError where weights and cache exceed the device memory of every instance."""
     outline = Outline.of(model)
-    weights, cache = outline.weight_bytes(tp_degree, itemsize), outline.cache_bytes(tp_degree, batch, slots, itemsize)
+    weights, cache = (
+        outline.weight_bytes(tp_degree, itemsize),
+        outline.cache_bytes(tp_degree, batch, positions, itemsize),
+    )
     largest = max(INSTANCES, key=lambda instance: instance.cores * instance.hbm_per_core)
     if (size := tp_degree * (weights + cache)) > (room := largest.cores * largest.hbm_per_core):
         raise InputError(
-            f"tp_degree={tp_degree}, batch_size={batch} and n_positions={slots} take {gib(size)} and the "
+            f"tp_degree={tp_degree}, batch_size={batch} and n_positions={positions} take {gib(size)} and the "
             f"largest instance, {largest.name}, has {gib(room)}; ask for less of one of them"
         )

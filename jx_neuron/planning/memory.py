@@ -1,14 +1,14 @@
 """Device memory of one core, item by item, and what the host needs to load a model.
 
-Weights and cache are exact. Activations are an upper estimate of what has to be in memory at one time, or read off the
-lowered programs. Code and DMA rings are allowances:
+Weights and KV cache are exact. Activations are an upper estimate of the intermediate results that are live at one time,
+or taken from the lowered programs. Code and DMA rings are allowances:
 
 - Code: 96 MB of microcode a physical core.
   https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/explore/device-memory.html
-- Rings: descriptors that tell the DMA engines what to move. They grow with the programs and are not known before these
-  are compiled. The first release's examples (29 GB for opt-13b, 66 GB for opt-30b, both 5 % above weights and cache)
-  give the allowance. As much as 6.5 GB beside 8.2 GB of tensors has been reported for a core: a plan that would not
-  have room for so much is called tight.
+- Rings: descriptors of the DMA engines' transfers. They grow with the programs, and are known only once these are
+  compiled. The allowance is that of the first release's examples (29 GB for opt-13b, 66 GB for opt-30b, both 5 % above
+  weights and cache). As much as 6.5 GB beside 8.2 GB of tensors has been reported for a core: a plan without room for
+  so much is called tight.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def worst(self) -> int:
-        """The total with DMA rings as large as any reported."""
+        """The total with the largest DMA rings that were reported."""
         return self.total - self.rings + round(RINGS_SEEN * (self.weights + self.cache))
 
     def items(self) -> dict[str, int]:
@@ -59,7 +59,7 @@ class Memory:
         return self.items() | {"total": self.total}
 
 
-def of_core(
+def core_memory(
     outline: Outline,
     instance: Instance,
     tp_degree: int,
@@ -68,7 +68,7 @@ def of_core(
     itemsize: int,
     activations: int | None = None,
 ) -> Memory:
-    """What a core holds to answer `batch_size` rows; `activations` where they are known better than estimated."""
+    """Memory of one core for `batch_size` rows; `activations` replaces the estimate."""
     weights = outline.weight_bytes(tp_degree, itemsize)
     cache = outline.cache_bytes(tp_degree, batch_size, buckets.capacity, itemsize)
     if activations is None:
@@ -79,7 +79,7 @@ def of_core(
 
 
 def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize: int) -> int:
-    """An upper estimate of a program's intermediate results, at the moment when they are most."""
+    """An upper estimate of a program's intermediate results at their peak."""
     padding = outline.padding(tp_degree)
     d, h = outline.config.sizes["d"], outline.config.sizes["h"]
     n, k, f, v = (padding.size(letter) // tp_degree for letter in "nkfv")
@@ -87,24 +87,24 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
     projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
     scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
-    read = 2 * key.rows * k * positions * h * itemsize  # a layer's part of the cache
+    layer_state = 2 * key.rows * k * positions * h * itemsize  # one layer of the state table
     mlp = rows * 3 * f * itemsize
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
-    return residual + max(projections + scores + read, mlp, logits)
+    return residual + max(projections + scores + layer_state, mlp, logits)
 
 
 def lowered_activation_bytes(decoder: Decoder, key: ProgramKey, positions: int, dtype: np.dtype[Any]) -> int:
-    """The most that the lowered program of `key` needs at one time for what does not fuse: a lower bound.
+    """The peak of materialized intermediate results in the lowered program of `key`: a lower bound.
 
-    Raises LoweringError where it cannot be lowered.
+    Raises LoweringError where the program cannot be lowered.
     """
     (program,) = lower_model(decoder, [key], key.rows, positions, dtype)
     return peak_bytes(parse(program.hlo_module).entry)
 
 
 def host_bytes(outline: Outline, tp_degree: int, itemsize: int) -> int:
-    """The most that the host holds while loading a checkpoint: every core's parameters, and two copies of the largest
-    tensor, as it is read (float32 at most) and as it is laid out."""
+    """The peak of host memory while a checkpoint is loaded: every core's parameters, and two copies of the largest
+    tensor, as read (float32 at most) and in the model's layout."""
     return tp_degree * outline.weight_bytes(tp_degree, itemsize) + 2 * 4 * max(
         p.elements // p.count for p in outline.parameters(1)
     )

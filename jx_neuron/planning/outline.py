@@ -1,4 +1,4 @@
-"""A model's sizes at any tensor-parallel degree, from its config alone: no weight is read and no device taken."""
+"""A model's sizes at any tensor-parallel degree, from its config alone: no weight is read and no device used."""
 
 import dataclasses
 import functools
@@ -17,7 +17,8 @@ from jx_neuron.planning import collectives
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of one layer, or of none: its padded `shape` over all cores, and how many layers have one."""
+    """A parameter: its row, its padded `shape` over all cores, over how many cores it is split, and in how many layers
+    it is."""
 
     row: W | None
     shape: tuple[int, ...]
@@ -26,12 +27,12 @@ class Parameter:
 
     @property
     def elements(self) -> int:
-        """Over all cores and layers, what is whole on every core counted once."""
+        """Elements over all cores and layers; replicated ones count once."""
         return math.prod(self.shape) * self.count
 
     @property
     def per_core(self) -> int:
-        """Elements that each core holds, over all layers."""
+        """Elements of all layers that each core holds."""
         return self.elements // self.cores
 
     @property
@@ -45,10 +46,10 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """What planning asks of a model.
+    """The sizes of a model.
 
-    decoder: the model, or one like it with fewer layers.
-    layers:  how many the model has.
+    decoder: the model, or the same with fewer layers.
+    layers:  the model's number of layers.
     """
 
     decoder: Decoder
@@ -56,7 +57,7 @@ class Outline:
 
     @classmethod
     def of(cls, model: "Mapping[str, Any] | Decoder | Outline") -> "Outline":
-        """Of a parsed config.json, or of a decoder. Raises ConfigError where the config is not supported."""
+        """The outline of a parsed config.json or of a decoder. Raises ConfigError where the config is not supported."""
         if isinstance(model, Outline):
             return model
         if isinstance(model, Decoder):
@@ -70,7 +71,7 @@ class Outline:
 
     @property
     def config(self) -> HFConfig:
-        """The model's config, but for its number of layers."""
+        """The model's config; its number of layers may be smaller."""
         return self.decoder.config
 
     @cached_property
@@ -88,7 +89,7 @@ class Outline:
 
     @cached_property
     def parameters(self) -> Callable[[int], tuple[Parameter, ...]]:
-        """The parameters as they are held at a degree."""
+        """The parameters at a degree, padded and split."""
         return functools.cache(self._parameters)
 
     def _parameters(self, tp_degree: int) -> tuple[Parameter, ...]:
@@ -107,26 +108,26 @@ class Outline:
         )
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
-        """Bytes of parameters that each core holds: split and padded, or whole."""
+        """Bytes of the parameters that each core holds, padded, and split where they are."""
         return itemsize * sum(p.per_core for p in self.parameters(tp_degree))
 
-    def cache_bytes(self, tp_degree: int, batch: int, slots: int, itemsize: int) -> int:
-        """Bytes of keys and values that each core holds."""
+    def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
+        """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
         decoder = self.at_degree(tp_degree)
-        return decoder.state_bytes(batch, slots, itemsize) * self.layers // decoder.config.layers
+        return decoder.state_bytes(batch, positions, itemsize) * self.layers // decoder.config.layers
 
     def read_elements(self, tp_degree: int) -> int:
-        """Parameters that a decode step reads on each core: all but those of tables it looks single rows up in."""
+        """Parameters that a decode step reads on each core: all but the tables from which it looks up single rows."""
         parameters = self.parameters(tp_degree)
         vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
         looked_up = sum(p.per_core for p in parameters if p.is_position_table) + sum(sorted(vocabulary)[:-1])
         return sum(p.per_core for p in parameters) - looked_up
 
     def overhead(self, tp_degree: int) -> float:
-        """What padding and replicated key/value heads add to the parameters, as a fraction of them."""
+        """Elements that padding and replicated key/value heads add, as a fraction of the parameters."""
         return sum(p.elements for p in self.parameters(tp_degree)) / self.parameter_count - 1
 
     @cached_property
     def all_reduces(self) -> float:
-        """All-reduces of a layer in a decode step; the mean where layers differ."""
+        """All-reduces of one layer in a decode step; the mean where layers differ."""
         return collectives.all_reduces(self.decoder)

@@ -10,8 +10,8 @@ from jx_neuron.planning.plan import Plan
 from jx_neuron.util.durable import write_file
 
 FORMATS = (".pdf", ".png", ".svg")
-ERROR = 0.2  # of the published rows that were not fitted, the worst is within this
-# Okabe and Ito's colours, told apart by the colour-blind too
+ERROR = 0.2  # the largest error on published rows that were not fitted
+# Okabe and Ito's palette, which the colour-blind can distinguish
 COLOURS = {
     "weights": "#0072B2",
     "cache": "#E69F00",
@@ -23,9 +23,9 @@ LABELS = {"cache": "KV cache", "rings": "DMA rings (allowance)", "code": "code (
 
 
 def draw(plan: Plan, model: str, path: Path) -> None:
-    """Writes the picture of a plan for `model` to `path`, a .png, .pdf or .svg.
+    """Writes a picture of the plan of `model` to `path`, a .png, .pdf or .svg.
 
-    Raises InputError for another suffix, a folder that is not there, and where matplotlib is missing.
+    Raises InputError for another suffix, for a folder that does not exist, and where matplotlib is missing.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"{path} cannot be drawn; name a file that ends in {', '.join(FORMATS)}")
@@ -39,10 +39,10 @@ def draw(plan: Plan, model: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"
     figure.suptitle(f"{model} ({size} parameters, {plan.amp}) on {plan.instance}", fontsize=13)
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _memory(left, plan)
-    _latency(right, plan, LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    for axes in (left, right):
+    memory_axes, latency_axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _memory(memory_axes, plan)
+    _latency(latency_axes, plan, LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    for axes in (memory_axes, latency_axes):
         axes.spines[["top", "right"]].set_visible(False)
     data = BytesIO()
     figure.savefig(data, format=path.suffix[1:])
@@ -87,10 +87,10 @@ def _latency(axes: Any, plan: Plan, ticks: Any) -> None:
     axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0, label=f"± {ERROR:.0%}")
     axes.plot(batches, milliseconds, "o-", color=colour, markersize=4, label="predicted")
     for rate, y in zip(plan.rates, milliseconds, strict=True):
-        is_planned = rate.batch_size == plan.batch_size
+        is_requested = rate.batch_size == plan.batch_size
         axes.annotate(
             f"{rate.tokens_per_second:,.0f}", (rate.batch_size, y), (0, 11), textcoords="offset points", ha="center",
-            fontsize=8, fontweight="bold" if is_planned else "normal",
+            fontsize=8, fontweight="bold" if is_requested else "normal",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])

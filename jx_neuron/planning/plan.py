@@ -16,12 +16,12 @@ from jx_neuron.util.arguments import integer
 from jx_neuron.util.pages import gib
 
 Lengths = int | Sequence[int]
-LISTED_ROWS = 256  # of the batches that speed is listed for
+LISTED_ROWS = 256  # the largest batch that `rates` lists
 
 
 @dataclass(frozen=True)
 class Degree:
-    """A tensor-parallel degree of the instance: why it will not do, or the time per token; memory of one core."""
+    """A tensor-parallel degree of the instance: why it is refused, or None; memory of one core; time per token."""
 
     tp_degree: int
     refusal: str | None
@@ -40,7 +40,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Bytes, seconds; times are estimates (docs/planning.md states their error)."""
+    """The result of `plan`, in bytes and seconds. Times are estimates; docs/planning.md states their error."""
 
     model_type: str
     parameters: int
@@ -66,7 +66,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The plan as a dictionary, for JSON."""
         fields = asdict(self)
         fields["memory"] = self.memory.as_dict()
         for listed, degree in zip(fields["degrees"], self.degrees, strict=True):
@@ -86,60 +86,62 @@ def plan(
     strict: bool = False,
     lower: bool = False,
 ) -> Plan:
-    """Where a model runs, and how fast.
+    """Plans where a model runs, and how fast.
 
     >>> from jx_neuron.models.known import config_of
-    >>> found = plan(config_of("facebook/opt-13b"), amp="f16")
-    >>> found.instance, found.tp_degree
+    >>> result = plan(config_of("facebook/opt-13b"), amp="f16")
+    >>> result.instance, result.tp_degree
     ('trn1.2xlarge', 2)
 
     model:                   a parsed config.json, or a decoder.
     instance:                an instance type, or a family ("trn1": its largest). By default the first that holds the
                              request, by number of devices and then host memory.
     tp_degree:               by default the fastest that fits.
-    n_positions:             by default 2048, or what the model was trained on where that is less.
+    n_positions:             by default 2048, or the positions that the model was trained on where those are fewer.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
-    lower:                   read the activations off the lowered program of the largest prompt, which takes seconds,
-                             where they are otherwise estimated.
+    lower:                   take activations from the lowered program of the largest prompt, which takes seconds,
+                             instead of an estimate.
 
-    Raises InputError where it cannot run, that names what is legal and the nearest request that runs.
+    Raises InputError where the request cannot run; it names what is legal, and the nearest request that runs.
     """
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
-    chosen = find(instance) if instance else None
-    where, degree = _place(request, chosen, None if tp_degree is None else integer("tp_degree", tp_degree))
-    memory = request.memory(where, degree, _lowered(model, request, degree, amp) if lower else None)
+    requested_instance = find(instance) if instance else None
+    chosen, degree = _place(request, requested_instance, None if tp_degree is None else integer("tp_degree", tp_degree))
+    memory = request.memory(chosen, degree, _lowered(model, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
-    predict = request.speed(where, degree)
-    most = request.largest_batch(where, degree)
-    rows = sorted({request.batch_size, *(1 << i for i in range(LISTED_ROWS.bit_length()) if 1 << i <= most)})
+    predict = request.speed(chosen, degree)
+    largest_batch = request.largest_batch(chosen, degree)
+    rows = sorted({request.batch_size, *(1 << i for i in range(LISTED_ROWS.bit_length()) if 1 << i <= largest_batch)})
     rates = [Rate(b, s, b / s) for b in rows for s in [predict.per_token(b, request.buckets.capacity)]]
     return Plan(
         model_type=request.outline.decoder.model_type,
         parameters=request.outline.parameter_count,
-        instance=where.name,
+        instance=chosen.name,
         tp_degree=degree,
         batch_size=request.batch_size,
         n_positions=request.buckets.capacity,
         context_length=max(request.buckets.context),
         amp=amp,
         memory=memory,
-        memory_per_core=where.hbm_per_core,
+        memory_per_core=chosen.hbm_per_core,
         activations_lowered=lower,
-        tight=memory.worst > where.hbm_per_core,
+        tight=memory.worst > chosen.hbm_per_core,
         host_bytes=host,
-        host_memory=where.host_memory,
+        host_memory=chosen.host_memory,
         padding=padding_note(request.outline, degree),
         degrees=tuple(
-            Degree(d, request.refusal(where, d), request.memory(where, d), request.seconds_per_token(where, d))
-            for d in where.degrees
+            Degree(d, request.refusal(chosen, d), request.memory(chosen, d), request.seconds_per_token(chosen, d))
+            for d in chosen.degrees
         ),
-        seconds_per_token=request.seconds_per_token(where, degree),
-        seconds_to_first_token=predict.of_prompt(request.batch_size, max(request.buckets.context), request.buckets),
+        seconds_per_token=request.seconds_per_token(chosen, degree),
+        seconds_to_first_token=predict.prompt_seconds(
+            request.batch_size, max(request.buckets.context), request.buckets
+        ),
         rates=tuple(rates),
-        largest_batch=most,
-        largest_n_positions=request.largest_positions(where, degree),
-        notes=tuple(_notes(request, where, degree, memory, host)),
+        largest_batch=largest_batch,
+        largest_n_positions=request.largest_positions(chosen, degree),
+        notes=tuple(_notes(request, chosen, degree, memory, host)),
     )
 
 
@@ -154,13 +156,13 @@ def check(
     amp: str = "f32",
     strict: bool = False,
 ) -> None:
-    """Raises InputError where `plan` would, and does no more; `instance` may be a target such as "trn1"."""
+    """Raises InputError where `plan` would. `instance` may be a target such as "trn1"."""
     request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
     _place(request, find(instance), integer("tp_degree", tp_degree))
 
 
 def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -> str | None:
-    """One line on what a degree pads or replicates, and what it costs; None where it does neither.
+    """One line that says what a degree pads or replicates, and its cost; None where it does neither.
 
     >>> from jx_neuron.models.known import config_of
     >>> padding_note(config_of("gpt2-xl"), 8)
@@ -192,13 +194,17 @@ def _request(
 def _place(request: Request, instance: Instance | None, tp_degree: int | None) -> tuple[Instance, int]:
     why: str | None
     if tp_degree is not None and instance is None:
-        holds = [of for of in INSTANCES if request.fits(of, tp_degree) and request.fits_host(of, tp_degree)]
-        if holds:
-            return holds[0], tp_degree
+        candidates = [
+            candidate
+            for candidate in INSTANCES
+            if request.fits(candidate, tp_degree) and request.fits_host(candidate, tp_degree)
+        ]
+        if candidates:
+            return candidates[0], tp_degree
         why = _why_nowhere(request, tp_degree)
     elif instance is None:
-        if (chosen := request.cheapest()) is not None:
-            return chosen
+        if (placement := request.cheapest()) is not None:
+            return placement
         why = _why_nowhere(request, None)
     else:
         degree = request.best_degree(instance) if tp_degree is None else tp_degree
@@ -216,8 +222,8 @@ def _place(request: Request, instance: Instance | None, tp_degree: int | None) -
 
 def _why_nowhere(request: Request, tp_degree: int | None) -> str:
     largest = INSTANCES[-1]
-    if tp_degree is not None and not any(tp_degree in of.degrees for of in INSTANCES):
-        legal = sorted({degree for of in INSTANCES for degree in of.degrees})
+    if tp_degree is not None and not any(tp_degree in instance.degrees for instance in INSTANCES):
+        legal = sorted({degree for instance in INSTANCES for degree in instance.degrees})
         return f"tp_degree={tp_degree} is not a degree of any instance, which are {', '.join(map(str, legal))}"
     degree = tp_degree if tp_degree in largest.degrees else largest.degrees[-1]
     return f"Even on the largest instance, {largest.name}, at tp_degree={degree}: {request.refusal(largest, degree)}"

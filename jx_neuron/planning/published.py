@@ -1,10 +1,10 @@
-"""Times that AWS has published, to hold the speed model against.
+"""Times that AWS has published, to fit and test the speed model.
 
 From the AWS Neuron SDK documentation, its pages on inference performance of inf2 and of trn1, and for trn2 the NxD
 Inference tutorials; P50 unless noted:
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/libraries/nxd-inference/tutorials/index.html
 
-The configs are those of the named checkpoints, in the fields that bear on size.
+The configs have those fields of the named checkpoints that determine sizes.
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 class Decode:
     """A published time per output token.
 
-    sequence:     positions that the cache was compiled for.
-    weight_bytes: of one weight; 1 where they were int8.
-    fitted:       whether the constants of `speed` were fitted on it; if not, it tests them.
+    sequence:     positions of the compiled KV cache.
+    weight_bytes: bytes of one weight; 1 for int8.
+    fitted:       whether the constants of `speed` were fitted on this row; the other rows test them.
     """
 
     model: str

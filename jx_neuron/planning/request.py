@@ -1,4 +1,4 @@
-"""Whether a request can be had on an instance, why not, and the nearest one that can."""
+"""Whether a request fits an instance, why it does not, and the nearest request that does."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from jx_neuron.errors import InputError
 from jx_neuron.planning.instances import INSTANCES, Instance
-from jx_neuron.planning.memory import Memory, host_bytes, of_core
+from jx_neuron.planning.memory import Memory, core_memory, host_bytes
 from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.speed import Speed, speed
 from jx_neuron.step.buckets import MOST_POSITIONS, Buckets
 from jx_neuron.util.pages import gib
 
 FIRST_RELEASE_DEGREES = (1, 2, 8, 32)
-GRAIN = 128  # contexts are tried in steps of so many positions
+GRAIN = 128  # positions: the step in which contexts are tried
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an instance.
+    """A model and the batch, buckets and dtype to run it with.
 
-    itemsize: bytes of a weight, and of a cache entry.
+    itemsize: bytes of a weight, and of a number of the KV cache.
     strict:   the three rules of the first release of transformers-neuronx: heads divisible by the degree; weights and
               cache smaller than a core's memory times the degree; degrees of 1, 2, 8 and 32. So nothing is padded.
     """
@@ -32,11 +32,11 @@ class Request:
     strict: bool = False
 
     def memory(self, instance: Instance, tp_degree: int, activations: int | None = None) -> Memory:
-        """Of one core."""
-        return of_core(self.outline, instance, tp_degree, self.batch_size, self.buckets, self.itemsize, activations)
+        """Memory of one core."""
+        return core_memory(self.outline, instance, tp_degree, self.batch_size, self.buckets, self.itemsize, activations)
 
     def refusal(self, instance: Instance, tp_degree: int) -> str | None:
-        """Why it cannot run on that many cores of `instance`; None where it can."""
+        """Why the request cannot run on `tp_degree` cores of `instance`; None where it can."""
         if tp_degree not in instance.degrees:
             legal = _list(instance.degrees)
             return f"tp_degree={tp_degree} is not a degree that the runtime has on {instance.name}, which are {legal}"
@@ -64,11 +64,11 @@ class Request:
         return speed(self.outline, instance, tp_degree, self.itemsize)
 
     def seconds_per_token(self, instance: Instance, tp_degree: int) -> float:
-        """Of a step at the full context."""
+        """Seconds of a decode step at the full context."""
         return self.speed(instance, tp_degree).per_token(self.batch_size, self.buckets.capacity)
 
     def best_degree(self, instance: Instance) -> int | None:
-        """The fastest degree, of those that it can run at."""
+        """The fastest degree at which the request can run; None where there is none."""
         fitting = [degree for degree in instance.degrees if self.fits(instance, degree)]
         return min(fitting, key=lambda degree: self.seconds_per_token(instance, degree), default=None)
 
@@ -78,7 +78,7 @@ class Request:
         return room is None or host_bytes(self.outline, tp_degree, self.itemsize) <= room
 
     def cheapest(self) -> tuple[Instance, int] | None:
-        """The first of `INSTANCES` that holds it, the host's memory included, and the fastest degree there."""
+        """The first of `INSTANCES` that fits the request, host memory included, and the fastest degree on it."""
         for instance in INSTANCES:
             degree = self.best_degree(instance)
             if degree is not None and self.fits_host(instance, degree):
@@ -89,14 +89,14 @@ class Request:
         return dataclasses.replace(self, batch_size=batch_size)
 
     def with_positions(self, n_positions: int) -> "Request":
-        """With another capacity. Context buckets are chosen anew, and are not larger than before."""
+        """The request with another capacity. Context buckets are chosen anew, and are not larger than before."""
         longest = max(self.buckets.context)
         buckets = Buckets.of(n_positions)
         context = tuple(size for size in buckets.context if size <= longest) or (min(longest, n_positions),)
         return dataclasses.replace(self, buckets=Buckets(context, buckets.tokens))
 
     def with_context(self, context_length_estimate: int) -> "Request":
-        """With no longer prompts in one piece."""
+        """The request with context buckets up to `context_length_estimate`."""
         context = sorted({min(size, context_length_estimate) for size in self.buckets.context})
         return dataclasses.replace(self, buckets=Buckets(tuple(context), self.buckets.tokens))
 
@@ -105,14 +105,14 @@ class Request:
         return most(lambda batch: self.with_batch(batch).fits(instance, tp_degree))
 
     def largest_positions(self, instance: Instance, tp_degree: int) -> int:
-        """The longest sequence that fits and that the model was made for, in steps of 128; 0 where none does."""
+        """The longest sequence that fits and that the model has positions for, in steps of 128; 0 where none does."""
         limit = min(max(self.outline.config.trained_positions or 0, self.buckets.capacity), MOST_POSITIONS)
         steps = most(lambda n: n * GRAIN <= limit and self.with_positions(n * GRAIN).fits(instance, tp_degree))
         whole = limit if steps == limit // GRAIN and self.with_positions(limit).fits(instance, tp_degree) else 0
         return max(steps * GRAIN, whole)
 
     def nearest(self, instance: Instance | None, tp_degree: int | None) -> list[str]:
-        """The requests nearest to this one that can run: on `instance` where that was asked for, and elsewhere."""
+        """The nearest requests that can run: on `instance` where that is not None, and on others."""
         here = next(self._changed(instance, tp_degree), None) if instance else None
         requests = [here] if here else []
         elsewhere = self.cheapest()
@@ -123,7 +123,7 @@ class Request:
         return requests
 
     def _changed(self, instance: Instance, tp_degree: int | None) -> Iterator[str]:
-        """Changes that make it run on `instance`, the least first."""
+        """Changes with which the request runs on `instance`, the smallest first."""
         by_distance = sorted(instance.degrees, key=lambda degree: abs(degree - (tp_degree or instance.cores)))
         for degree in by_distance:
             if self.fits(instance, degree):
@@ -141,7 +141,7 @@ class Request:
 
 
 def most(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, where all up to some number do; 0 if none."""
+    """The largest number for which the monotonic `fits` is true; 0 if none."""
     if not fits(1):
         return 0
     above = 2
@@ -155,7 +155,7 @@ def most(fits: Callable[[int], bool]) -> int:
 
 
 def _halved(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The first of half of `start`, a quarter, … down to 128 that fits."""
+    """The first of start/2, start/4, … down to 128 that fits."""
     size = start // 2
     while size >= GRAIN:
         if fits(size):

@@ -1,11 +1,11 @@
-"""How long a token takes, by a roofline with three constants fitted on published times. An estimate, no measurement.
+"""Estimates the time of a token by a roofline model with three constants, fitted on published times.
 
     time per token       = max(bytes / bandwidth, flops / peak) + layers · (collectives + LAYER + ROW · (batch - 1))
     time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
     a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
 
-Bytes are those each core reads: its parameters (of tables that are looked up, nothing) and its part of the cache as
-compiled. docs/planning.md holds predictions against what was published.
+Bytes are those that each core reads: its parameters, without lookup tables, and its part of the KV cache as compiled.
+docs/planning.md compares predictions with published times.
 """
 
 import dataclasses
@@ -26,8 +26,12 @@ FLOAT32 = 1 / 4  # of the bfloat16 rate: 47.5 of 190 TFLOP/s on inf2 and trn1
 
 @dataclass(frozen=True)
 class Constants:
-    """layer: seconds that each layer takes beside its bytes, at batch 1; row: what each further row adds to that;
-    efficiency: the part of the peak rate that a prefill's matrix products reach."""
+    """Fitted constants.
+
+    layer:      seconds of overhead of each layer at batch 1.
+    row:        seconds of overhead that each further row adds.
+    efficiency: the fraction of the peak rate that the matmuls of a prefill reach.
+    """
 
     layer: float
     row: float
@@ -35,12 +39,12 @@ class Constants:
 
 
 FITTED = Constants(layer=125.7e-6, row=13.3e-6, efficiency=0.24)
-"""What `fitted` gives for the published rows that are marked so."""
+"""The constants that `fitted` computes from the published rows marked as fitted."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted seconds, of one model on one instance at one degree, amp and set of buckets."""
+    """Predicted seconds of one model on one instance at one degree and itemsize."""
 
     outline: Outline
     instance: Instance
@@ -49,24 +53,28 @@ class Speed:
     weight_itemsize: int
     constants: Constants = FITTED
 
-    def per_token(self, batch: int, slots: int) -> float:
-        """Of a decode step over a cache of `slots` positions."""
-        of, tp = self.outline, self.tp_degree
-        read = of.read_elements(tp) * self.weight_itemsize + of.cache_bytes(tp, batch, slots, self.itemsize)
+    def per_token(self, batch: int, positions: int) -> float:
+        """Seconds of a decode step over a KV cache of `positions`."""
+        outline, tp = self.outline, self.tp_degree
+        bytes_read = outline.read_elements(tp) * self.weight_itemsize + outline.cache_bytes(
+            tp, batch, positions, self.itemsize
+        )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
-        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, 1, slots) / self._peak)
-        return roof + of.layers * (self.collectives(batch) + fixed)
+        roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, 1, positions) / self._peak)
+        return roof + outline.layers * (self.collectives(batch) + fixed)
 
-    def to_first_token(self, batch: int, tokens: int, slots: int) -> float:
-        """Of one prompt chunk of `tokens` a row, over `slots` positions."""
-        of, tp = self.outline, self.tp_degree
-        read = of.weight_bytes(tp, self.weight_itemsize) + of.cache_bytes(tp, batch, slots, self.itemsize)
+    def to_first_token(self, batch: int, tokens: int, positions: int) -> float:
+        """Seconds of one prompt chunk of `tokens` a row, over `positions`."""
+        outline, tp = self.outline, self.tp_degree
+        bytes_read = outline.weight_bytes(tp, self.weight_itemsize) + outline.cache_bytes(
+            tp, batch, positions, self.itemsize
+        )
         rate = self._peak * self.constants.efficiency
-        roof = max(read / self.instance.bandwidth_per_core, self.flops(batch, tokens, slots) / rate)
-        return roof + of.layers * (self.collectives(batch * tokens) + self.constants.layer)
+        roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
+        return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
-    def of_prompt(self, batch: int, tokens: int, buckets: Buckets) -> float:
-        """Time to first token of a prompt, in chunks of the largest context bucket where it is longer."""
+    def prompt_seconds(self, batch: int, tokens: int, buckets: Buckets) -> float:
+        """Seconds to the first token of a prompt; a longer one goes through in chunks of the largest context bucket."""
         chunk, total = buckets.context[-1], 0.0
         while tokens > chunk:
             total += self.to_first_token(batch, chunk, buckets.capacity)
@@ -74,16 +82,16 @@ class Speed:
         size = fit(buckets.context, tokens)
         return total + self.to_first_token(batch, size, buckets.capacity if total else size)
 
-    def flops(self, batch: int, tokens: int, slots: int) -> float:
-        """Of one core: products with the parameters (the head for each row's last token alone), and attention."""
-        of, tp = self.outline, self.tp_degree
-        head = max((p.per_core for p in of.parameters(tp) if p.is_vocabulary_table), default=0)
-        n, h = of.padding(tp).size("n") // tp, of.config.sizes["h"]
-        products = (of.read_elements(tp) - head) * tokens + head
-        return 2.0 * batch * (products + 2 * of.layers * tokens * slots * n * h)
+    def flops(self, batch: int, tokens: int, positions: int) -> float:
+        """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), and attention."""
+        outline, tp = self.outline, self.tp_degree
+        head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
+        n, h = outline.padding(tp).size("n") // tp, outline.config.sizes["h"]
+        multiply_adds = (outline.read_elements(tp) - head) * tokens + head
+        return 2.0 * batch * (multiply_adds + 2 * outline.layers * tokens * positions * n * h)
 
     def collectives(self, rows: int) -> float:
-        """Of one layer, for `rows` hidden states."""
+        """Seconds of one layer's all-reduces, of `rows` hidden states each."""
         if self.tp_degree == 1:
             return 0.0
         moved = rows * self.outline.config.sizes["d"] * self.itemsize
@@ -96,7 +104,7 @@ class Speed:
 
 
 def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -> Speed:
-    """The predictions for weights and cache of `itemsize` bytes each."""
+    """The predictions where weights and cache entries have `itemsize` bytes."""
     return Speed(outline, instance, tp_degree, itemsize, itemsize)
 
 
@@ -119,7 +127,7 @@ def compare(constants: Constants = FITTED) -> list[Compared]:
 
 
 def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefill]) -> Constants:
-    """The constants of least squared relative error on the given rows."""
+    """The constants with the least squared relative error on these rows."""
     rows = list(decode)
     zero = Constants(0, 0, 1)
     seconds = np.array([row.milliseconds / 1e3 for row in rows])
@@ -130,30 +138,30 @@ def fitted(decode: Iterable[published.Decode], prefill: Iterable[published.Prefi
     return Constants(float(layer), float(row_cost), float(np.mean(efficiencies)))
 
 
-def left_out() -> Iterator[Compared]:
-    """Each published decode row, predicted by constants fitted on all the others."""
+def leave_one_out() -> Iterator[Compared]:
+    """Leave-one-out validation: each published decode row, predicted by constants fitted on all the others."""
     for row in published.DECODE:
         constants = fitted((other for other in published.DECODE if other is not row), published.PREFILL)
         yield Compared(row, 1e3 * _predict(row, constants))
 
 
 def _efficiency(row: published.Prefill, constants: Constants) -> float:
-    model_speed = _of(row, constants)
-    fixed = model_speed.outline.layers * (model_speed.collectives(row.tokens) + constants.layer)
-    return model_speed.flops(1, row.tokens, row.tokens) / model_speed._peak / (row.milliseconds / 1e3 - fixed)
+    prediction = _speed(row, constants)
+    fixed = prediction.outline.layers * (prediction.collectives(row.tokens) + constants.layer)
+    return prediction.flops(1, row.tokens, row.tokens) / prediction._peak / (row.milliseconds / 1e3 - fixed)
 
 
 def _predict(row: published.Decode | published.Prefill, constants: Constants) -> float:
-    model_speed = _of(row, constants)
+    prediction = _speed(row, constants)
     if isinstance(row, published.Prefill):
-        return model_speed.to_first_token(1, row.tokens, row.tokens)
-    return model_speed.per_token(row.batch_size, row.sequence)
+        return prediction.to_first_token(1, row.tokens, row.tokens)
+    return prediction.per_token(row.batch_size, row.sequence)
 
 
-def _of(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    model_speed = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
+def _speed(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
+    prediction = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
     weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
-    return dataclasses.replace(model_speed, weight_itemsize=weight_itemsize, constants=constants)
+    return dataclasses.replace(prediction, weight_itemsize=weight_itemsize, constants=constants)
 
 
 @cache

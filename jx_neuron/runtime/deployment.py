@@ -29,25 +29,25 @@ from jx_neuron.util.temporary import temporary_folder
 BACKENDS = ("xla", "host", "neuron")
 
 
-def choose_backend(asked: str | None) -> str:
+def choose_backend(requested: str | None) -> str:
     """`asked`, or else neuron where torch-neuronx and a NeuronCore are present, or else xla.
 
     Raises ConfigError for a backend that does not exist.
     """
-    if asked is None:
+    if requested is None:
         return "neuron" if neuron.available() else "xla"
-    if asked not in BACKENDS:
-        raise ConfigError(f"backend={asked!r} does not exist; it may be one of {', '.join(BACKENDS)}")
-    return asked
+    if requested not in BACKENDS:
+        raise ConfigError(f"backend={requested!r} does not exist; it may be one of {', '.join(BACKENDS)}")
+    return requested
 
 
-def target_for(asked: str | None) -> str:
+def target_for(requested: str | None) -> str:
     """The instance family `asked` for, or that of NEURON_CC_FLAGS, or this machine's, or trn1.
 
     Raises CompilerError where the first two differ, and LoweringError for one that does not exist.
     """
-    machine = None if neuronx_cc.asked_target() else neuron.target()
-    return target_of(neuronx_cc.target(CompilerOptions(target=asked or machine))).name
+    machine = None if neuronx_cc.user_target() else neuron.target()
+    return target_of(neuronx_cc.target(CompilerOptions(target=requested or machine))).name
 
 
 @dataclass
@@ -67,9 +67,11 @@ class Deployment:
 
     def check(self, target: str) -> None:
         """Notes what the programs are for. Raises LoweringError with all that neuronx-cc would refuse there."""
-        wrong = [f"{name}: {v}" for name, found in self.violations(target) for v in found if v.severity == "error"]
-        if wrong:
-            raise LoweringError(f"neuronx-cc would refuse the model for {target}:\n" + "\n".join(wrong))
+        errors = [
+            f"{name}: {v}" for name, violations in self.violations(target) for v in violations if v.severity == "error"
+        ]
+        if errors:
+            raise LoweringError(f"neuronx-cc would refuse the model for {target}:\n" + "\n".join(errors))
         self.settings = dataclasses.replace(self.settings, target=target)
 
     def compile(self, target: str | None = None, jobs: int | None = None) -> None:

@@ -12,7 +12,7 @@ from jx_neuron.lowering.signature import TensorSpec
 from jx_neuron.runtime.bundle import Bundle, Joined
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput, StepOutput
-from jx_neuron.util.progress import side_by_side, track
+from jx_neuron.util.progress import map_concurrently, track
 
 
 class HostRuntime:
@@ -37,7 +37,7 @@ class HostRuntime:
     def load(self, programs: Iterable[ProgramKey]) -> None:
         by_name = {self._bundle.find(key).name: key for key in programs}
         missing = [key for name, key in by_name.items() if name not in self._executables]
-        side_by_side(self._executable, missing, "compiling for the host")
+        map_concurrently(self._executable, missing, "compiling for the host")
 
     def run(self, step: StepInput) -> StepOutput:
         program, executable = self._bundle.find(step.key), self._executable(step.key)

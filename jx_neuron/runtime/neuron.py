@@ -184,11 +184,11 @@ def _torch() -> Any:
 @contextmanager
 def _one_set_of_weights() -> Iterator[None]:
     """Has the runtime keep its descriptors of one set of tensors, where the user has not chosen otherwise."""
-    ours = IO_RING_CACHE not in os.environ
-    if ours:
+    is_unset = IO_RING_CACHE not in os.environ
+    if is_unset:
         os.environ[IO_RING_CACHE] = "1"
     try:
         yield
     finally:
-        if ours:
+        if is_unset:
             del os.environ[IO_RING_CACHE]

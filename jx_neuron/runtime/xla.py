@@ -22,8 +22,8 @@ from jx_neuron.runtime.gpu import OneGPU
 from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput, StepOutput
-from jx_neuron.util.pages import check_room, give_back, uncollected
-from jx_neuron.util.progress import side_by_side
+from jx_neuron.util.pages import check_memory, gc_paused, release_memory
+from jx_neuron.util.progress import map_concurrently
 
 MOST_PROGRAMS = 128
 """Programs that a model keeps. One takes 2 to 5 MB and 160 of the 65530 memory maps that Linux gives a process."""
@@ -54,14 +54,16 @@ class XlaRuntime:
         self._platform = mesh.devices.flat[0].platform
         on_one = {"cpu": OneCPU, "gpu": OneGPU}.get(self._platform, Sharded)
         self._placed: Sharded = (on_one if mesh.size == 1 else Sharded)(decoder, source, mesh, self.dtype)
-        give_back()
+        release_memory()
         self._compiled: OrderedDict[tuple[ProgramKey, int, int], Any] = OrderedDict()
         self._state: State | None = None
         self._sizes = 0, 0
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
         keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
-        side_by_side(lambda key: self._program(*key), [key for key in keys if key not in self._compiled], "compiling")
+        map_concurrently(
+            lambda key: self._program(*key), [key for key in keys if key not in self._compiled], "compiling"
+        )
 
     def run(self, step: StepInput) -> StepOutput:
         key = step.key
@@ -99,7 +101,7 @@ class XlaRuntime:
         if self._state is not None:
             return self._grown(self._state, slots, positions)
         empty = self._placed.state(slots, positions)
-        self._check_room(empty)
+        self._check_memory(empty)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         return jax.device_put(zeros, jax.tree.map(_sharding, empty))
 
@@ -107,14 +109,14 @@ class XlaRuntime:
         slots, positions = max(slots, state.slots), max(positions, state.positions)
         if (slots, positions) == (state.slots, state.positions):
             return state
-        self._check_room(self._placed.state(slots, positions))
+        self._check_memory(self._placed.state(slots, positions))
         with jax.set_mesh(self.mesh):
             return _resize(state, slots, positions)
 
-    def _check_room(self, table: State) -> None:
+    def _check_memory(self, table: State) -> None:
         if self._platform == "cpu":
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(table))
-            check_room(size, f"the keys and values of {table.slots} rows and {table.positions} positions take")
+            check_memory(size, f"the keys and values of {table.slots} rows and {table.positions} positions take")
 
     def _program(self, key: ProgramKey, slots: int, positions: int) -> Any:
         """The program of `key` over a table of so many slots and positions."""
@@ -138,12 +140,12 @@ class XlaRuntime:
             compiler_options=xla_options.options(self._platform, self.mesh.size == 1, several),
         )
         inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in key.inputs().values()]
-        give_back()
+        release_memory()
         with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
-            with uncollected():
+            with gc_paused():
                 lowered = program.lower(self._placed.params(key), state, *inputs)
             executable = lowered.compile()
-        give_back()
+        release_memory()
         return executable
 
 

@@ -71,8 +71,8 @@ def keep_between_processes() -> None:
 
 def _cpu() -> str:
     """A name for this kind of CPU: a hash of its instruction sets where the system tells, else its family."""
-    name = _instruction_sets() or platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    instruction_sets = _instruction_sets() or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(instruction_sets.encode()).hexdigest()[:12]}"
 
 
 @cache

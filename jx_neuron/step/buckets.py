@@ -105,11 +105,11 @@ class Buckets:
 
 def fit(buckets: Iterable[int], length: int) -> int:
     """The smallest of ascending `buckets` that is at least `length`, or the largest."""
-    size = 0
-    for size in buckets:
-        if size >= length:
+    bucket = 0
+    for bucket in buckets:
+        if bucket >= length:
             break
-    return size
+    return bucket
 
 
 def bucket_sizes(name: str, value: Any, most: int) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""What any room may need: arguments, parsing, host memory, files written whole or not at all, progress."""
+"""Utilities of all packages: arguments, parsing, host memory, atomic writes, progress."""

@@ -1,4 +1,4 @@
-"""One reading of what a user gives: numbers of Python's, numpy's, jax's and torch's, alone or several, and flags."""
+"""Validation of users' arguments: flags, and numbers of Python, numpy, jax and torch, one or several."""
 
 import math
 import operator
@@ -30,7 +30,7 @@ def plain(value: Any) -> Any:
 def integer(
     name: str, value: Any, *, least: int = 1, most: int | None = None, error: type[JxNeuronError] = InputError
 ) -> int:
-    """`value` as an int from `least` to `most`. Raises `error` that names it for anything else, 2.0 and True among it.
+    """`value` as an int from `least` to `most`. Raises `error` that names it for anything else, also 2.0 and True.
 
     >>> integer("batch_size", np.int64(4))
     4
@@ -55,8 +55,8 @@ def real(
 ) -> float:
     """`value` as a float whose float32 is from `least`, or `above` a bound, to `most`; never NaN.
 
-    Raises `error` that names it for anything else. By default all that are finite in float32 are legal, of which
-    subnormal ones count as 0, since devices flush them.
+    Raises `error` that names it for anything else. By default every value finite in float32 is legal. Subnormal values
+    count as 0, since devices flush them.
     """
     try:
         if isinstance(one := plain(value), bool | str | bytes):
@@ -80,10 +80,10 @@ def flag(name: str, value: Any, *, error: type[JxNeuronError] = InputError) -> b
     return one
 
 
-def each(name: str, value: Any, read: Callable[..., Any], **legal: Any) -> Any:
-    """What `read` makes of `value`; where that is a sequence or an array, a tuple of what it makes of each.
+def one_or_each(name: str, value: Any, read: Callable[..., Any], **legal: Any) -> Any:
+    """read(value), or a tuple of `read` of each element where `value` is a sequence or an array.
 
-    >>> each("eos_token_id", [5, 17], integer)
+    >>> one_or_each("eos_token_id", [5, 17], integer)
     (5, 17)
     """
     several = plain(value)
@@ -96,13 +96,13 @@ def integers(
     name: str, value: Any, *, least: int = 1, most: int | None = None, error: type[JxNeuronError] = InputError
 ) -> list[int]:
     """One integer or several, as a list of at least one."""
-    numbers = each(name, value, integer, least=least, most=most, error=error)
+    numbers = one_or_each(name, value, integer, least=least, most=most, error=error)
     return list(numbers) if isinstance(numbers, tuple) else [numbers]
 
 
 def per_row(name: str, value: Any, rows: int, read: Callable[..., Any]) -> list[Any]:
-    """What `read` makes of `value`, one for all rows or one a row, as a list of `rows`."""
-    values = each(name, value, read)
+    """A list of `rows` values, `read` from one value for all rows or one a row."""
+    values = one_or_each(name, value, read)
     if not isinstance(values, tuple):
         return [values] * rows
     if len(values) != rows:
@@ -111,7 +111,7 @@ def per_row(name: str, value: Any, rows: int, read: Callable[..., Any]) -> list[
 
 
 def shown(value: Any) -> str:
-    """A value in an error's words, cut where it is long."""
+    """repr of a value for an error message, truncated where it is long."""
     try:
         return reprlib.repr(value)
     except ValueError:  # https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process or the machine dies."""
+"""Atomic writes of files and folders: each is whole or absent, whenever the process or the machine dies."""
 
 import errno
 import os
@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-PATIENCE = 5.0  # seconds for what takes another process microseconds
+PATIENCE = 5.0  # seconds to wait for renames of another process, which take microseconds
 NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
-_unfinished: dict[Path, Path] = {}  # the folder that each lock of this process is for
+_unfinished: dict[Path, Path] = {}  # lock of this process → the folder that it replaces
 
 
 def sync(path: Path) -> None:
@@ -27,7 +27,7 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary sibling, fsync, rename."""
+    """Writes `path` atomically: a temporary sibling, fsync, rename."""
     temporary = path.with_name(f".{path.stem}-{uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)
@@ -41,11 +41,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of `folder` when the block ends well.
+    """Yields an empty folder to fill, which replaces `folder` when the block ends without an error.
 
-    Two renames do it: `folder` is set aside, and the new one takes its name. A process killed in between
-    leaves the old folder to `settle`. Of several processes that replace one folder, the last to end has it.
-    Files put into the new folder are for the caller to `sync`. Raises OSError where the disk does.
+    Two renames do it: `folder` is set aside, and the new one takes its name. After a process killed in between,
+    `settle` restores the old folder. Of several processes that replace one folder, the last to end wins.
+    The caller calls `sync` on files in the new folder. Raises OSError where the disk does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.{uuid4().hex}.lock")
@@ -68,16 +68,16 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def abandon() -> None:
-    """Puts right what this process is in the midst of `replacing`; for the thread that ends it while others work."""
+    """Undoes every unfinished `replacing` of this process; for the thread that ends it while others work."""
     for lock, folder in list(_unfinished.items()):
         _clear(folder, lock)
         lock.unlink(missing_ok=True)
 
 
 def settle(folder: Path) -> None:
-    """Sees that `folder` is there if it is being replaced, or was by a process that died in the middle.
+    """Restores `folder` where a process died while replacing it, and waits for one that is replacing it now.
 
-    Raises OSError where the path is none that the system can look up.
+    Raises OSError where the system cannot look the path up.
     """
     deadline = time.monotonic() + PATIENCE
     while not folder.exists() and any(_beside(folder, ".old")) and time.monotonic() < deadline:
@@ -99,7 +99,7 @@ def _put_in_place(fresh: Path, folder: Path, lock: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Puts right what processes that died while `replacing` have left beside `folder`; leaves the living alone."""
+    """Cleans up beside `folder` after processes that died while `replacing`; those still running are not touched."""
     for path in _beside(folder, ".lock"):
         lock = FileLock(path)
         try:
@@ -114,11 +114,11 @@ def recover(folder: Path) -> None:
 
 
 def _clear(folder: Path, lock: Path) -> None:
-    """Takes away what the process of `lock` has put beside `folder`. What it set aside returns if nothing is there."""
+    """Removes what the process of `lock` has put beside `folder`, and restores the old folder where there is none."""
     _discard(lock.with_suffix(".tmp"), lock)
     former = lock.with_suffix(".old")
     deadline = time.monotonic() + PATIENCE
-    while former.exists() and time.monotonic() < deadline:  # other processes put one there, and set it aside
+    while former.exists() and time.monotonic() < deadline:  # other processes may replace the folder meanwhile
         if folder.exists():
             _discard(former, lock)
         else:
@@ -127,7 +127,7 @@ def _clear(folder: Path, lock: Path) -> None:
 
 
 def _discard(former: Path, lock: Path) -> None:
-    """Removes a folder under another name, so that what is half removed never takes the place of a whole one."""
+    """Renames a folder before removing it, so that a half-removed one is never restored."""
     gone = lock.with_suffix(".gone")
     shutil.rmtree(gone, ignore_errors=True)
     with suppress(OSError):  # it is not there, or the disk refuses

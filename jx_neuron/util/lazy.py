@@ -1,4 +1,4 @@
-"""Names that a package takes from its modules when they are first read, so that importing it is quick."""
+"""Lazy exports: a package imports each public name from its module at first access."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """A package's `__getattr__`, `__dir__` and `__all__`.
 
-    modules: by module, relative to `package`, the names to be taken from it, with spaces between.
+    modules: module, relative to `package` → the names that it exports, separated by spaces.
     """
     homes = {name: module for module, names in modules.items() for name in names.split()}
 
-    def read(name: str) -> Any:
+    def getter(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{homes[name]}"), name)
 
-    return read, lambda: sorted(homes), sorted(homes)
+    return getter, lambda: sorted(homes), sorted(homes)
 
 
 class Moved(MetaPathFinder, Loader):

@@ -1,4 +1,4 @@
-"""Values that are made when they are first asked for."""
+"""Values computed on first use."""
 
 from collections.abc import Callable
 from threading import RLock
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Once(Generic[T]):
-    """A value that the first call makes, while other threads wait. Where making it fails, the next call tries again."""
+    """A value that the first call computes while other threads wait. Where that fails, the next call tries again."""
 
     def __init__(self, make: Callable[[], T]):
         self._make, self._lock = make, RLock()
@@ -21,11 +21,11 @@ class Once(Generic[T]):
             return self._values[0]
 
     @property
-    def made(self) -> bool:
-        """Whether there is a value yet."""
+    def is_set(self) -> bool:
+        """Whether the value has been computed."""
         return bool(self._values)
 
     def set(self, value: T) -> None:
-        """Takes `value` for the one to be made, or in place of the one that was."""
+        """Sets the value, whether or not it has been computed."""
         with self._lock:
             self._values = [value]

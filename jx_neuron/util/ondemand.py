@@ -1,4 +1,4 @@
-"""A mapping whose values are made when they are asked for."""
+"""A mapping that computes each value at each access."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OnDemand(Mapping[str, T]):
-    """`read(name)` for each of `names`, anew each time."""
+    """Maps each of `names` to `read(name)`, which is called at each access."""
 
     names: Collection[str]
     read: Callable[[str], T]

@@ -1,4 +1,4 @@
-"""Memory: in large pages, which a CPU reads a third faster; given back; how much there is; and its garbage."""
+"""Host memory: large pages, which a CPU reads a third faster; its release, its limit, and pauses of the collector."""
 
 import ctypes
 import gc
@@ -17,22 +17,22 @@ import numpy as np
 from jx_neuron.errors import InputError
 
 CHUNK = 64 * 2**20  # bytes asked of the system at once
-KEPT = 4 * 2**20  # bytes; of what is freed, a thread keeps twice that for what it asks for next: mallopt(3)
+KEPT = 4 * 2**20  # bytes; malloc keeps up to twice that of what a thread frees: mallopt(3)
 MEMORY, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 ALIGNMENT = 64  # at which XLA takes an array's memory as it is
 
 
 class Pages:
-    """Memory that grows as arrays are put there, by any thread, and is given back with the last of them.
+    """An arena of large pages. It grows as threads put arrays there, and is freed with the last of them.
 
-    https://docs.kernel.org/admin-guide/mm/transhuge.html. Where the system has no large pages, it is of small ones.
+    https://docs.kernel.org/admin-guide/mm/transhuge.html. Where the system has no large pages, small ones are used.
     """
 
     def __init__(self) -> None:
         self._chunk, self._used, self._lock = np.empty(0, np.uint8), 0, threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array in these pages, its last axis innermost, not yet filled."""
+        """An uninitialized C-contiguous array in these pages."""
         size = math.prod(shape) * dtype.itemsize
         with self._lock:
             start = -(-self._used // ALIGNMENT) * ALIGNMENT
@@ -43,11 +43,11 @@ class Pages:
         return place.view(dtype).reshape(shape)
 
     def clear(self) -> None:
-        """Lets what is put from now on take the place of what was."""
+        """Frees the arena for new arrays, which overwrite the old ones."""
         self._used = 0
 
     def put(self, array: np.ndarray) -> np.ndarray:
-        """A copy of `array` in these pages; itself, where `room` made it of a chunk's size or more."""
+        """A copy of `array` in these pages, or `array` itself where `allocate` gave it large pages already."""
         if array.nbytes >= CHUNK and array.flags.c_contiguous and isinstance(_owner(array), _Large):
             return array
         copy = self.empty(array.shape, array.dtype)
@@ -69,10 +69,10 @@ _scratch = _Scratch()
 
 @contextmanager
 def scratch() -> Iterator[None]:
-    """What `room` gives in this context and thread is in the same memory each time: malloc would keep what it had."""
+    """In this context, `allocate` reuses one arena of this thread, where malloc would keep the memory it freed."""
     if _scratch.again is None:
         _scratch.again = Pages()
-        np.empty(KEPT, np.uint8)  # when it is freed, glibc raises its thresholds to that
+        np.empty(KEPT, np.uint8)  # glibc raises its thresholds to KEPT when this is freed
     _scratch.pages = _scratch.again
     try:
         yield
@@ -81,8 +81,8 @@ def scratch() -> Iterator[None]:
         _scratch.again.clear()
 
 
-def room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array, not yet filled, that is to be put in pages: a large one is there already."""
+def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialized array, in large pages where it has `CHUNK` bytes or more."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size >= CHUNK:
@@ -91,7 +91,7 @@ def room(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _owner(array: np.ndarray) -> Any:
-    """What an array's memory belongs to."""
+    """The object that owns an array's memory."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -106,14 +106,14 @@ def _pages(size: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)
 
 
-def give_back() -> None:
-    """Gives freed memory back to the system, where glibc would keep it: tens of megabytes of each program's making."""
+def release_memory() -> None:
+    """Returns freed memory to the system. glibc would keep tens of megabytes of each program's compilation."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
 
-def room_here() -> int | None:
-    """Bytes that a process may have: memory and swap, or its container's limit; None where the system does not tell."""
+def memory_limit() -> int | None:
+    """Bytes that a process may have: memory and swap, or its container's limit; None where neither is known."""
     try:
         sizes = re.findall(r"^(?:MemTotal|SwapTotal): *(\d+) kB", MEMORY.read_text(), re.MULTILINE)
     except OSError:
@@ -125,9 +125,9 @@ def room_here() -> int | None:
         return total
 
 
-def check_room(size: int, what: str) -> None:
+def check_memory(size: int, what: str) -> None:
     """Raises InputError where `what`, of `size` bytes, is more than a process may have."""
-    if (here := room_here()) is not None and size > here:
+    if (here := memory_limit()) is not None and size > here:
         raise InputError(f"{what} {gib(size)} of memory and there is {gib(here)} here; ask for less of one of them")
 
 
@@ -138,8 +138,8 @@ def gib(size: float) -> str:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """In this context no garbage is looked for: what is imported and traced is many objects, all of which stay."""
+def gc_paused() -> Iterator[None]:
+    """Pauses the garbage collector in this context: imports and traces make many objects, and all of them stay."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Reading files that others wrote: JSON within limits, typed fields, and one boundary for whatever a parser raises."""
+"""Reading untrusted files: JSON within limits, typed fields, and one conversion of every parser's errors."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from jx_neuron.errors import CheckpointError, JxNeuronError
 from jx_neuron.util.arguments import shown
-from jx_neuron.util.pages import uncollected
+from jx_neuron.util.pages import gc_paused
 
 AGAIN = "copy or download it again"
 MOST_DIGITS = 100  # tokenizer_config.json has a model_max_length of 31
@@ -22,10 +22,10 @@ M = TypeVar("M", bound=BaseModel)
 
 @contextmanager
 def boundary(path: Path | str, error: type[JxNeuronError] = CheckpointError) -> Iterator[None]:
-    """Has whatever a parser of the file at `path` raises become an `error` that names the file.
+    """Converts whatever a parser of the file at `path` raises into an `error` that names the file.
 
-    Errors of this package pass as they are. Rust extensions raise panics that are no Exception (pyo3's PanicException),
-    so all but the interpreter's own three are taken.
+    Errors of this package pass unchanged. Rust extensions raise panics that are no Exception (pyo3's PanicException),
+    so every BaseException but the interpreter's own three is converted.
     """
     try:
         yield
@@ -47,10 +47,10 @@ def read_json_file(path: Path, error: type[JxNeuronError] = CheckpointError) -> 
 
 
 def parse_json(data: bytes, name: str, error: type[JxNeuronError] = CheckpointError) -> dict[str, Any]:
-    """The object in `data`, UTF-8 text; `name` says in errors what it is."""
+    """The object in `data`, UTF-8 text; errors call it `name`."""
     with boundary(name, error):
         try:
-            with uncollected():
+            with gc_paused():
                 value = json.loads(data.decode("utf-8"), parse_int=_integer)
         except json.JSONDecodeError as raised:
             raise error(
@@ -74,7 +74,7 @@ def _integer(digits: str) -> int:
 def typed(
     model: type[M], fields: Mapping[str, Any], name: str, error: type[JxNeuronError] = CheckpointError, prefix: str = ""
 ) -> M:
-    """The fields of a file as a pydantic `model`; `name` says in errors what they are of.
+    """The fields of a file as a pydantic `model`; errors call the file `name`.
 
     Raises `error` that names the first field of the wrong type or range, with `prefix` before it, and what is legal.
     """
@@ -85,6 +85,8 @@ def typed(
         field = f"{prefix}{first['loc'][0]}"
         if first["type"] == "missing":
             raise error(f"{name} lacks {field}; {AGAIN}.") from raised
-        says = (e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1])
-        value, legal = shown(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(says))
+        expectations = (
+            e["msg"].removeprefix("Input should be ") for e in raised.errors() if e["loc"][:1] == first["loc"][:1]
+        )
+        value, legal = shown(fields[str(first["loc"][0])]), " or ".join(dict.fromkeys(expectations))
         raise error(f"{name}: {field} is {value}; legal is {legal}; mend it, or {AGAIN}.") from raised

@@ -1,4 +1,4 @@
-"""Long work: progress bars on standard error, shown only where somebody watches, and work done ahead in threads."""
+"""Long work: progress bars on standard error where it is a terminal, concurrent maps, and prefetching in threads."""
 
 import sys
 from collections import deque
@@ -14,8 +14,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Courtesy:
-    """A stream, or None, on which what cannot be written is left out: a terminal may be gone, or lack the signs."""
+class _BestEffortStream:
+    """A stream, or None, whose write errors are ignored: a terminal may be gone, or lack the characters."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -34,11 +34,11 @@ class _Courtesy:
 
 
 def bar() -> Progress:
-    """A bar on standard error that disappears when done; silent where standard error is no terminal, or a dumb one.
+    """A progress bar on standard error, removed when done and disabled where that is no interactive terminal.
 
-    It never fails the work that it shows.
+    Its errors never fail the work that it shows.
     """
-    console = Console(file=cast(TextIO, _Courtesy(sys.stderr)))
+    console = Console(file=cast(TextIO, _BestEffortStream(sys.stderr)))
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -51,7 +51,7 @@ def bar() -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yields `items` under a bar that says `description`."""
+    """Yields `items` under a progress bar labelled `description`."""
     with bar() as progress:
         task = progress.add_task(description, total=total)
         for item in items:
@@ -59,20 +59,20 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             progress.advance(task)
 
 
-def side_by_side(make: Callable[[T], Any], wanted: Sequence[T], description: str) -> None:
-    """make(one) of each of `wanted` under a bar, two at a time, which largely sequential work leaves room for."""
-    if not wanted:
+def map_concurrently(make: Callable[[T], Any], items: Sequence[T], description: str) -> None:
+    """Calls `make` on each item in two threads, under a progress bar; much of the work is sequential."""
+    if not items:
         return
     pool = ThreadPoolExecutor(2)
     try:
-        for _ in track(pool.map(make, wanted), description, len(wanted)):
+        for _ in track(pool.map(make, items), description, len(items)):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def prefetch(read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """read(item) of each in turn; two threads read the next ones while one is in use."""
+    """Yields read(item) of each item in order; two threads read the next ones meanwhile."""
     reading = deque[Future[R]]()
     with ThreadPoolExecutor(2) as threads:
         for item in items:

@@ -1,4 +1,4 @@
-"""Temporary folders, removed also where the process ends at once."""
+"""Temporary folders, removed even where the process exits without cleaning up."""
 
 import shutil
 import tempfile
@@ -11,7 +11,7 @@ _folders: set[Path] = set()
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A new folder of the system's temporary ones, removed when the block ends."""
+    """Yields a new temporary folder, removed when the block ends."""
     folder = Path(tempfile.mkdtemp(prefix="jx-neuron-"))
     _folders.add(folder)
     try:
@@ -22,6 +22,6 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def abandon() -> None:
-    """Removes those that there are; for the thread that ends this process."""
+    """Removes every temporary folder; for the thread that ends this process."""
     for folder in list(_folders):
         shutil.rmtree(folder, ignore_errors=True)

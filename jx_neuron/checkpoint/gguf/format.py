@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jx_neuron.checkpoint.tensor_files import Array, check_count, check_file, read_bytes
 from jx_neuron.errors import CheckpointError
-from jx_neuron.util.pages import room
+from jx_neuron.util.pages import allocate
 from jx_neuron.util.parsing import AGAIN, boundary, typed
 
 Metadata = Mapping[str, Any]
@@ -52,7 +52,7 @@ SCALARS: Mapping[int, str] = {  # to struct and numpy alike
 MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
-BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries stay in the processor's cache
+BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries fit the processor's cache
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Cursor:
         return start
 
     def times(self, count: int, least: int) -> range:
-        """The turns in which `count` parts of at least `least` bytes are read, where the buffer can hold them."""
+        """range(count), where the buffer can hold `count` parts of at least `least` bytes."""
         self.at = self.take(count, least)
         return range(count)
 
@@ -117,14 +117,14 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind != GGUFValueType.ARRAY:
-            return self.scalar(_known(kind))
+            return self.scalar(_scalar_format(kind))
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if kind == GGUFValueType.STRING:
             return [self.string() for _ in self.times(count, 8)]
-        return self.scalars(_known(kind), count)
+        return self.scalars(_scalar_format(kind), count)
 
 
-def _known(kind: int) -> str:
+def _scalar_format(kind: int) -> str:
     if kind not in SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
     return SCALARS[kind]
@@ -198,7 +198,7 @@ def _aligned(offset: int, layout: _Layout) -> int:
 
 
 def _quantization(path: Path, name: str, shape: tuple[int, ...], number: int) -> GGMLQuantizationType:
-    """The type of that number, which can be read and can hold the shape."""
+    """The quantization type of that number. Raises CheckpointError where it cannot be read, or not with that shape."""
     try:
         kind = GGMLQuantizationType(number)
     except ValueError as error:
@@ -236,11 +236,11 @@ def _nbytes(entry: Entry) -> int:
 
 
 def load(path: Path, entry: Entry) -> Array:
-    """The tensor of `entry` as it is stored where PLAIN has its type, else dequantized to float32."""
+    """The tensor of `entry`: as stored where PLAIN has its type, else dequantized to float32."""
     if entry.type in PLAIN:
         return read_bytes(path, entry.offset, _nbytes(entry)).view(PLAIN[entry.type]).reshape(entry.shape)
     block, size = gguf.GGML_QUANT_SIZES[entry.type]
-    array = room((prod(entry.shape),), np.float32)
+    array = allocate((prod(entry.shape),), np.float32)
     for at in range(0, array.size, BLOCKS * block):
         out = array[at : at + BLOCKS * block]
         raw = read_bytes(path, entry.offset + at // block * size, out.size // block * size)

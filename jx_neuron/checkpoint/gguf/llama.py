@@ -1,4 +1,4 @@
-"""Llama models in GGUF files, seen as the Hugging Face checkpoints that they were made from.
+"""Llama models in GGUF files, converted back to Hugging Face names, layouts and config fields.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama
 """
@@ -71,9 +71,9 @@ class _Keys(BaseModel):
 
 
 def llama_tensors(file: GGUF, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors under their HF names; what has none keeps its own.
+    """The tensors under their HF names; a tensor without one keeps its own.
 
-    llama.cpp orders the rows of each head of q and k for interleaved rotation; they go back to HF's halves:
+    llama.cpp orders the rows of each head of q and k for interleaved rotation. They are permuted back to HF's halves:
     https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py (LlamaModel.permute).
     """
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -120,8 +120,8 @@ def llama_config(file: GGUF) -> dict[str, Any]:
         )
     if "token_embd.weight" not in file.entries:
         raise CheckpointError(f"{file.path}: there is no tensor 'token_embd.weight'; {AGAIN}.")
-    written = {k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")}
-    keys = typed(_Keys, written, str(file.path), prefix="llama.")
+    fields = {k.removeprefix("llama."): v for k, v in file.metadata.items() if k.startswith("llama.")}
+    keys = typed(_Keys, fields, str(file.path), prefix="llama.")
     embedding = file.entries["token_embd.weight"].shape
     layers = {layer[1] for name in file.entries if (layer := re.match(r"blk\.(\d+)\.", name))}
     head_dim = keys.key_length or keys.embedding_length // keys.heads
@@ -132,7 +132,7 @@ def llama_config(file: GGUF) -> dict[str, Any]:
         ("rope.dimension_count", head_dim, "the head size"),
         ("attention.value_length", head_dim, "the head size"),
     ):
-        if (value := written.get(key, legal)) != legal:
+        if (value := fields.get(key, legal)) != legal:
             raise CheckpointError(
                 f"{file.path}: llama.{key} is {value}; legal is {why}, {legal}. "
                 "Use the model's Hugging Face checkpoint."
@@ -167,7 +167,7 @@ def llama_config(file: GGUF) -> dict[str, Any]:
 
 
 def generation_config(metadata: Metadata) -> dict[str, Any] | None:
-    """HF's generation config: the token to begin with and those that end a turn; None where none is named."""
+    """HF's generation config: the bos token, and the tokens that end a turn; None where the file names none."""
     ends = [i for kind in ("eos", "eot") if (i := _token_id(metadata, kind)) is not None]
     begin = _token_id(metadata, "bos")
     if begin is None and not ends:

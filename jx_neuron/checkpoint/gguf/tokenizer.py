@@ -51,10 +51,10 @@ class _Keys(BaseModel):
     add_space_prefix: bool = True
     remove_extra_whitespaces: bool = False
 
-    def of_type(self, wanted: int) -> list[str]:
+    def of_type(self, token_type: int) -> list[str]:
         """The tokens of one type."""
         types = self.token_type or [NORMAL] * len(self.tokens)
-        return [token for token, kind in zip(self.tokens, types, strict=True) if kind == wanted]
+        return [token for token, kind in zip(self.tokens, types, strict=True) if kind == token_type]
 
 
 class _General(BaseModel):
@@ -68,13 +68,13 @@ class _General(BaseModel):
 def build_tokenizer(metadata: Metadata, path: Path) -> Any:
     """A `transformers.PreTrainedTokenizerFast` with special tokens and chat template.
 
-    Raises CheckpointError, which names `path`, for a file without a tokenizer and a kind that is not known.
+    Raises CheckpointError, which names `path`, for a file without a tokenizer or with one of an unknown kind.
     """
     from transformers import PreTrainedTokenizerFast
 
     prefix = "tokenizer.ggml."
-    written = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    keys, general = typed(_Keys, written, str(path), prefix=prefix), typed(_General, metadata, str(path))
+    fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    keys, general = typed(_Keys, fields, str(path), prefix=prefix), typed(_General, metadata, str(path))
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if keys.model not in builders or not keys.tokens:
         raise CheckpointError(
@@ -84,8 +84,8 @@ def build_tokenizer(metadata: Metadata, path: Path) -> Any:
     tokenizer = builders[keys.model](keys, path)
     ids = {name: getattr(keys, f"{key}_token_id") for name, key in SPECIAL.items()}
     special = {name: keys.tokens[i] for name, i in ids.items() if i not in (None, NO_TOKEN)}
-    for wanted, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
-        add([AddedToken(token, normalized=False, special=wanted == CONTROL) for token in keys.of_type(wanted)])
+    for token_type, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        add([AddedToken(token, normalized=False, special=token_type == CONTROL) for token in keys.of_type(token_type)])
     _frame(tokenizer, keys, special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -128,7 +128,7 @@ def _byte_level(keys: _Keys, path: Path) -> Tokenizer:
 
 
 def _sentencepiece(keys: _Keys, path: Path) -> Tokenizer:
-    """SentencePiece BPE with byte fallback, as of Llama 2: the pair that makes the best piece merges."""
+    """SentencePiece BPE with byte fallback, as of Llama 2: the pair that gives the piece with the best score merges."""
     if keys.remove_extra_whitespaces:
         raise CheckpointError(f"{path}: tokenizer.ggml.remove_extra_whitespaces is true; legal is false. {INSTEAD}")
     vocabulary = {token: i for i, token in enumerate(keys.tokens)}
@@ -150,7 +150,7 @@ def _sentencepiece(keys: _Keys, path: Path) -> Tokenizer:
 
 
 def _frame(tokenizer: Tokenizer, keys: _Keys, special: dict[str, str]) -> None:
-    """Has `tokenizer` begin with bos and end with eos as the file says, or else as llama.cpp does."""
+    """Makes `tokenizer` add bos and eos as the file says, or else as llama.cpp does."""
     by_default = keys.model == "llama" or keys.pre in SPLITS
     begins = by_default if keys.add_bos_token is None else keys.add_bos_token
     first = [special["bos_token"]] if begins and "bos_token" in special else []

@@ -1,1 +1,1 @@
-"""HLO modules: their protocol buffers, read as a graph, and rewritten."""
+"""HLO modules: protocol buffers, a read-only graph of them, and rewriting."""

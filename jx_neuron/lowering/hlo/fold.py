@@ -11,7 +11,7 @@ import numpy as np
 from jx_neuron.lowering.hlo.graph import Computation, Instruction
 
 Value = np.ndarray[Any, Any]
-MAX_ELEMENTS = 2**20  # an index tensor larger than this is not looked into
+MAX_ELEMENTS = 2**20  # larger index tensors are not folded
 
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FIELDS = {"b": "preds", "i": "s{}s", "u": "u{}s"}  # numpy kind -> a literal's field for it
@@ -43,7 +43,7 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
 def fold(i: Instruction, memo: dict[Instruction, Value | None] | None = None) -> Value | None:
     """The value of an integer or boolean tensor that depends on no input, as XLA would compute it; else None.
 
-    Covers what index arithmetic is made of.
+    The opcodes of index arithmetic are covered.
     """
     memo = {} if memo is None else memo
     if i not in memo:
@@ -109,7 +109,7 @@ def _literal(i: Instruction, dtype: np.dtype[Any]) -> Value:
 
 
 def trip_count(loop: Instruction) -> int | None:
-    """How often a while loop runs, where its counter starts, steps and ends at constants; else None."""
+    """The trip count of a while loop whose counter starts, steps and ends at constants; else None."""
     body, condition = loop.called
     test = condition.root
     if test.opcode != "compare":
@@ -146,7 +146,7 @@ def _scalar(i: Instruction) -> int | None:
 
 
 def _component(computation: Computation, i: Instruction) -> int | None:
-    """Which part of a loop's state an instruction of its body or condition reads unchanged."""
+    """The index of the part of a loop's state that an instruction of its body or condition reads unchanged."""
     while i.opcode in ("copy", "bitcast", "reshape"):
         i = i.operands[0]
     if i.opcode == "get-tuple-element" and i.operands[0].opcode == "parameter":
@@ -160,7 +160,7 @@ def _initial(loop: Instruction, condition: Computation, i: Instruction) -> int |
 
 
 def _step(body: Computation, condition: Computation, i: Instruction) -> int | None:
-    """What one turn of the loop adds to a part of its state; 0 where it is passed on as it is."""
+    """The constant that one iteration adds to a part of the loop's state; 0 where it is unchanged."""
     n = _component(condition, i)
     if n is None or body.root.opcode != "tuple":
         return None

@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def argument(self) -> Instruction | None:
-        """What a parameter of a computation that just one `call` reaches is given."""
+        """The operand that a parameter receives, where exactly one `call` reaches its computation."""
         callers = self.computation.callers
         if self.opcode != "parameter" or len(callers) != 1 or callers[0].opcode != "call":
             return None
@@ -86,8 +86,8 @@ class Computation:
 
     @property
     def parameters(self) -> list[Instruction]:
-        instructions = [i for i in self.instructions if i.opcode == "parameter"]
-        return sorted(instructions, key=lambda i: int(i.proto.parameter_number))
+        parameters = [i for i in self.instructions if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.proto.parameter_number))
 
 
 @dataclass(eq=False, slots=True)

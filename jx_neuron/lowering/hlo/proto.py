@@ -136,7 +136,7 @@ HloProto = _classes["HloProto"]
 
 
 def parse(data: bytes) -> Any:
-    """A serialized HloModuleProto as a message. LoweringError where the bytes hold none."""
+    """Parses a serialized HloModuleProto. Raises LoweringError where the bytes hold none."""
     try:
         module = Module.FromString(data)
     except DecodeError as error:
@@ -164,8 +164,8 @@ def root(computation: Any) -> Any:
 
 def parameters(computation: Any) -> list[Any]:
     """Its parameter instructions, by number."""
-    instructions = (i for i in computation.instructions if i.opcode == "parameter")
-    return sorted(instructions, key=lambda i: i.parameter_number)
+    parameters = (i for i in computation.instructions if i.opcode == "parameter")
+    return sorted(parameters, key=lambda i: i.parameter_number)
 
 
 def instructions(module: Any) -> Iterator[Any]:
@@ -204,22 +204,24 @@ def scalar_literal(dtype: str, value: float) -> Any:
     return literal
 
 
-def leaves(of: Any) -> list[Any]:
+def leaves(shape: Any) -> list[Any]:
     """The array shapes in a possibly nested tuple shape."""
-    if of.element_type != TUPLE:
-        return [of]
-    return [leaf for element in of.tuple_shapes for leaf in leaves(element)]
+    if shape.element_type != TUPLE:
+        return [shape]
+    return [leaf for element in shape.tuple_shapes for leaf in leaves(element)]
 
 
-def dtype(of: Any) -> str:
+def dtype(shape: Any) -> str:
     """The name of an array shape's element type; "tuple" or "token" for what is no array."""
-    return DTYPES.get(of.element_type, {TUPLE: "tuple", 14: "opaque", 17: "token"}.get(of.element_type, "unknown"))
+    return DTYPES.get(
+        shape.element_type, {TUPLE: "tuple", 14: "opaque", 17: "token"}.get(shape.element_type, "unknown")
+    )
 
 
-def nbytes(of: Any) -> int:
+def nbytes(shape: Any) -> int:
     """Bytes of a shape, tuples summed."""
     total = 0
-    for leaf in leaves(of):
+    for leaf in leaves(shape):
         if leaf.element_type in DTYPES:
             name = DTYPES[leaf.element_type]
             bits = _BITS.get(name) or (8 if name.startswith("float8") else np.dtype(name).itemsize * 8)
@@ -227,15 +229,15 @@ def nbytes(of: Any) -> int:
     return total
 
 
-def describe(of: Any) -> str:
-    """A shape as people write it: float32[4,64]."""
-    if of.element_type == TUPLE:
-        return f"({', '.join(map(describe, of.tuple_shapes))})"
-    return f"{dtype(of)}[{','.join(map(str, of.dimensions))}]"
+def describe(shape: Any) -> str:
+    """A shape as text: float32[4,64]."""
+    if shape.element_type == TUPLE:
+        return f"({', '.join(map(describe, shape.tuple_shapes))})"
+    return f"{dtype(shape)}[{','.join(map(str, shape.dimensions))}]"
 
 
 def replica_groups(instruction: Any, count: int) -> list[list[int]]:
-    """The groups of a collective over `count` participants, whichever of its four forms they are written in."""
+    """The replica groups of a collective over `count` participants, from any of the proto's four forms."""
     listed = instruction.collective_device_list
     if instruction.HasField("mesh_groups"):
         return _mesh_groups(instruction.mesh_groups)

@@ -7,9 +7,9 @@ from jx_neuron.lowering.hlo import proto
 
 
 class Rewriter:
-    """The instructions of a computation, in order, while they are rewritten.
+    """Rewrites the instructions of a computation in order.
 
-    `emit` adds an instruction before the one at hand; `replace` sends its later users to another value.
+    `emit` adds an instruction before the current one; `replace` redirects later users of one to another.
     """
 
     def __init__(self, module: Any, computation: Any) -> None:
@@ -21,7 +21,7 @@ class Rewriter:
         self._at: Any = None
 
     def run(self, rule: Callable[["Rewriter", Any], None]) -> None:
-        """Asks the rule about every instruction, then drops what the root does not need."""
+        """Applies the rule to every instruction, then drops the dead ones."""
         for instruction in list(self.computation.instructions):
             self._at = instruction
             self._resolve(instruction)
@@ -36,7 +36,7 @@ class Rewriter:
         return [self.by_id[o] for o in instruction.operand_ids]
 
     def emit(self, opcode: str, shape: Any, operands: Iterable[Any] = (), like: Any = None, **fields: Any) -> Any:
-        """A new instruction; its other fields are those of `like`, and its source that of the one at hand."""
+        """Adds an instruction, with the other fields of `like` and the source of the current instruction."""
         new = proto.Instruction()
         if like is not None:
             new.CopyFrom(like)
@@ -88,15 +88,15 @@ class Rewriter:
             ids[:] = [self._final(i) for i in ids]
 
     def _commit(self) -> None:
-        needed, stack = set[int](), [self.computation.root_id]
+        live_ids, stack = set[int](), [self.computation.root_id]
         stack += [i.id for i in self._order if i.custom_call_has_side_effect or i.opcode in _KEPT]
         while stack:
             identity = stack.pop()
-            if identity not in needed:
-                needed.add(identity)
+            if identity not in live_ids:
+                live_ids.add(identity)
                 stack += [*self.by_id[identity].operand_ids, *self.by_id[identity].control_predecessor_ids]
-        kept = [i for i in self._order if i.id in needed]
-        fresh = proto.Computation(instructions=kept)
+        live = [i for i in self._order if i.id in live_ids]
+        fresh = proto.Computation(instructions=live)
         self.computation.ClearField("instructions")
         self.computation.MergeFrom(fresh)
 
@@ -105,7 +105,7 @@ _KEPT = frozenset({"parameter", "infeed", "outfeed", "send", "send-done", "recv"
 
 
 def inline_calls(module: Any) -> None:
-    """Puts the body of each called function in the place of its call."""
+    """Inlines every call."""
     bodies = {c.id: c for c in module.computations}
 
     def inline(rewriter: Rewriter, instruction: Any) -> None:
@@ -118,16 +118,18 @@ def inline_calls(module: Any) -> None:
             Rewriter(module, computation).run(inline)
 
 
-def _inlined(rewriter: Rewriter, bodies: dict[int, Any], body: Any, given: list[Any]) -> Any:
+def _inlined(rewriter: Rewriter, bodies: dict[int, Any], body: Any, arguments: list[Any]) -> Any:
     values: dict[int, Any] = {}
     for i in body.instructions:
         operands = [values[o] for o in i.operand_ids]
         if i.opcode == "parameter":
-            values[i.id] = given[i.parameter_number]
+            values[i.id] = arguments[i.parameter_number]
         elif i.opcode == "call":
             values[i.id] = _inlined(rewriter, bodies, bodies[i.called_computation_ids[0]], operands)
         else:
             values[i.id] = rewriter.emit(i.opcode, i.shape, operands, like=i)
-            if i.metadata.stack_frame_id:  # else it was traced once for several calls, and the call says more
+            if (
+                i.metadata.stack_frame_id
+            ):  # without one it was traced once for several calls, and the call's source is better
                 values[i.id].metadata.CopyFrom(i.metadata)
     return values[body.root_id]

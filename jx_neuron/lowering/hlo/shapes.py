@@ -1,4 +1,4 @@
-"""The shape rules of HLO, as far as they are needed to find an instruction that breaks them.
+"""HLO's shape rules, of the opcodes that are checked.
 
 Reference: https://openxla.org/xla/operation_semantics
 """
@@ -28,8 +28,8 @@ def shape_fault(i: Instruction) -> str | None:
         sound = False
     if sound:
         return None
-    operands = ", ".join(str(o.shape) for o in i.operands)
-    return f"has the shape {i.shape}, which {i.opcode} does not give for ({operands})"
+    operand_shapes = ", ".join(str(o.shape) for o in i.operands)
+    return f"has the shape {i.shape}, which {i.opcode} does not give for ({operand_shapes})"
 
 
 def _array(shape: Shape) -> tuple[str, tuple[int, ...]]:
@@ -105,8 +105,8 @@ def _dot(i: Instruction, s: list[Shape]) -> bool:
 
 
 def _reduce(i: Instruction, s: list[Shape]) -> bool:
-    kept = _without(s[0].dims, *i.proto.dimensions)
-    return all(leaf.dims == kept for leaf in i.shape.leaves())
+    dims = _without(s[0].dims, *i.proto.dimensions)
+    return all(leaf.dims == dims for leaf in i.shape.leaves())
 
 
 def _all_gather(i: Instruction, s: list[Shape]) -> bool:

@@ -67,15 +67,15 @@ def _instruction(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
 
 
 def _is_annotation(i: Any) -> bool:
-    """A note to the partitioner, which at one core has not been there to take it out."""
+    """Whether this is a sharding annotation. Programs of one core keep them, since no partitioner removed them."""
     target = i.custom_call_target
     return len(i.operand_ids) == 1 and (target == "Sharding" or target.startswith(("SPMD", "xla.sdy.")))
 
 
 def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
-    """Dense groups of replicas, without channels; among one core each, nothing at all."""
+    """Rewrites a collective to dense replica groups without channel ids; groups of one core need no collective."""
     if i.opcode == "collective-permute":
-        alone = tp_degree == 1
+        is_single_core = tp_degree == 1
     else:
         groups = proto.replica_groups(i, tp_degree)
         for field in ("iota_groups", "mesh_groups", "collective_device_list", "replica_groups"):
@@ -83,15 +83,15 @@ def _collective(rewriter: Rewriter, i: Any, tp_degree: int) -> None:
         for members in groups:
             i.replica_groups.add(replica_ids=members)  # the form before 2024
             i.collective_device_list.replica_groups.add(replica_ids=members)
-        alone = len(groups[0]) == 1
+        is_single_core = len(groups[0]) == 1
     for field in ("channel_id", "all_reduce_id", "use_global_device_ids"):
         i.ClearField(field)
-    if alone and len(i.operand_ids) == 1:
+    if is_single_core and len(i.operand_ids) == 1:
         rewriter.replace(i, rewriter.operands(i)[0])
 
 
 def _rank_parameter(module: Any) -> bool:
-    """Adds the parameter that stands for partition-id, if the program asks for it."""
+    """Adds a parameter that replaces partition-id, where the program uses that."""
     main = proto.entry(module)
     if not any(i.opcode == "partition-id" for i in main.instructions):
         return False
@@ -154,19 +154,20 @@ _INSTRUCTION_NOTES = (
 
 
 def _canonical(module: Any, name: str) -> dict[str, str]:
-    """Takes out what names this run, this machine or this source tree, and gives small ids and plain names.
+    """Removes everything that names this run, machine or source tree, and assigns small ids and plain names.
 
-    Functions stand before their callers; of equal ones one is kept, of unused ones none. Answers the sources.
+    Computations precede their callers. Equal ones are merged, and unused ones dropped. Returns the source of each
+    instruction.
     """
     by_id = {c.id: c for c in module.computations}
     new_ids: dict[int, int] = {}
-    same: dict[bytes, int] = {}
-    kept: list[Any] = []
+    id_by_content: dict[bytes, int] = {}
+    computations: list[Any] = []
     sources: dict[str, str] = {}
-    used = 0
+    instruction_count = 0
 
     def visit(identity: int) -> None:
-        nonlocal used
+        nonlocal instruction_count
         computation = by_id[identity]
         for called in (c for i in computation.instructions for c in i.called_computation_ids):
             if called not in new_ids:
@@ -174,29 +175,29 @@ def _canonical(module: Any, name: str) -> dict[str, str]:
         lines = [_source(module, i) for i in computation.instructions]
         _plain(computation, new_ids)
         content = computation.SerializeToString(deterministic=True)
-        if content in same:
-            new_ids[identity] = same[content]
+        if content in id_by_content:
+            new_ids[identity] = id_by_content[content]
             return
-        kept.append(computation)
-        new_ids[identity] = same[content] = computation.id = len(kept)
-        computation.name = "main" if identity == module.entry_computation_id else f"region.{len(kept)}"
-        _shift(computation, used)
-        used += len(computation.instructions)
+        computations.append(computation)
+        new_ids[identity] = id_by_content[content] = computation.id = len(computations)
+        computation.name = "main" if identity == module.entry_computation_id else f"region.{len(computations)}"
+        _shift(computation, instruction_count)
+        instruction_count += len(computation.instructions)
         sources.update({i.name: line for i, line in zip(computation.instructions, lines, strict=True) if line})
 
     visit(module.entry_computation_id)
-    fresh = proto.Module(computations=kept)
+    fresh = proto.Module(computations=computations)
     module.ClearField("computations")
     module.MergeFrom(fresh)
     for field in _MODULE_NOTES:
         module.ClearField(field)
-    module.name, module.entry_computation_id, module.entry_computation_name = name, len(kept), "main"
+    module.name, module.entry_computation_id, module.entry_computation_name = name, len(computations), "main"
     _name_parameters(module.host_program_shape)
     return sources
 
 
 def _plain(computation: Any, computation_ids: dict[int, int]) -> None:
-    """The same content gives the same bytes: ids from 1, no names, no notes."""
+    """Renumbers ids from 1 and removes names and metadata, so that equal content gives equal bytes."""
     ids = {i.id: n for n, i in enumerate(computation.instructions, 1)}
     computation.id, computation.name, computation.root_id = 0, "", ids[computation.root_id]
     _name_parameters(computation.program_shape)

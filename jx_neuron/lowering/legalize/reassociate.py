@@ -7,7 +7,7 @@ from jx_neuron.lowering.hlo.rewrite import Rewriter
 
 
 def merge_all_reduces(module: Any, computation: Any) -> None:
-    """In every sum, the terms that are all-reduces over the same groups, and used nowhere else, become one of them."""
+    """Merges the terms of each sum that are all-reduces over the same groups and have no other use."""
     if not any(i.opcode == "all-reduce" for i in computation.instructions):
         return
     uses = Counter(o for i in computation.instructions for o in i.operand_ids)
@@ -16,7 +16,7 @@ def merge_all_reduces(module: Any, computation: Any) -> None:
     sums = {c.id: [i.opcode for i in c.instructions if i.opcode != "parameter"] == ["add"] for c in module.computations}
 
     def inner(i: Any) -> bool:
-        """A partial sum: its only use is a larger one."""
+        """Whether an add is a partial sum: its only use is a larger sum."""
         return i.opcode == "add" and uses[i.id] == 1 and i.id in users and users[i.id].opcode == "add"
 
     def merge(rewriter: Rewriter, i: Any) -> None:

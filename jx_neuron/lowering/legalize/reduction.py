@@ -12,7 +12,7 @@ from jx_neuron.lowering.hlo.rewrite import Rewriter
 def split_argreduce(rewriter: Rewriter, i: Any) -> None:
     """reduce(v, n) → best = max v, at = min(n where v is best or NaN): the first index wins, as in jnp.argmax.
 
-    Left as it is where the reducer is no argmax or argmin.
+    A reduce by any other reducer is kept unchanged.
     """
     values, indices, initial, _ = rewriter.operands(i)
     value_type, index_type = proto.dtype(values.shape), proto.dtype(indices.shape)
@@ -21,16 +21,18 @@ def split_argreduce(rewriter: Rewriter, i: Any) -> None:
     if opcode is None or np.dtype(index_type).kind not in "iu":
         return
     result = i.shape.tuple_shapes
-    kept = [d for d in range(len(values.shape.dimensions)) if d not in i.dimensions]
-    reduced = list(i.dimensions)
+    kept_axes = [d for d in range(len(values.shape.dimensions)) if d not in i.dimensions]
+    reduced_axes = list(i.dimensions)
     pred = proto.shape("bool", tuple(values.shape.dimensions))
 
-    def reduce(operand: Any, start: Any, by: str, of: Any) -> Any:
+    def reduce(operand: Any, start: Any, by: str, shape: Any) -> Any:
         region = reducer_of(rewriter.module, by, proto.dtype(operand.shape))
-        return rewriter.emit("reduce", of, [operand, start], dimensions=reduced, called_computation_ids=[region])
+        return rewriter.emit(
+            "reduce", shape, [operand, start], dimensions=reduced_axes, called_computation_ids=[region]
+        )
 
     best = reduce(values, initial, opcode, result[0])
-    spread = rewriter.emit("broadcast", values.shape, [best], dimensions=kept)
+    spread = rewriter.emit("broadcast", values.shape, [best], dimensions=kept_axes)
     chosen = rewriter.emit("compare", pred, [values, spread], comparison_direction="EQ")
     if np.dtype(value_type).kind not in "iub":
         nan = rewriter.emit("compare", pred, [values, values], comparison_direction="NE")
@@ -58,7 +60,7 @@ def reducer_of(module: Any, opcode: str, dtype: str) -> int:
 
 
 def _kind(reducer: Any, is_float: bool) -> str | None:
-    """maximum or minimum where the reducer picks the first best (value, index) of two, by trying it on examples."""
+    """ "maximum" or "minimum" where the reducer, evaluated on examples, is an argmax or argmin; else None."""
     examples: list[tuple[float, ...]] = [
         (1, 0, 2, 1),
         (2, 0, 1, 1),
@@ -69,9 +71,9 @@ def _kind(reducer: Any, is_float: bool) -> str | None:
     ]
     if is_float:
         examples += [(math.nan, 0, 1, 1), (math.nan, 1, 1, 0), (1, 0, math.nan, 1)]
-    values = [_evaluate(reducer, example) for example in examples]
+    results = [_evaluate(reducer, example) for example in examples]
     for opcode, better in (("maximum", max), ("minimum", min)):
-        if values == [_first_best(example, better) for example in examples]:
+        if results == [_first_best(example, better) for example in examples]:
             return opcode
     return None
 

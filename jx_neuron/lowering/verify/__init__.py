@@ -1,4 +1,4 @@
-"""What neuronx-cc is documented to refuse, checked rule by rule."""
+"""Rules that check a program for what neuronx-cc is documented to refuse."""
 
 from jx_neuron.lowering.verify.checking import RULES, Rule, Violation, verify
 

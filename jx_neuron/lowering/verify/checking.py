@@ -1,4 +1,4 @@
-"""Checks a program against what the Neuron compiler is documented to take, before anything is compiled.
+"""Checks a program against the documented limits of the Neuron compiler, before it is compiled.
 
     for violation in verify(hlo_module, "trn1"):
         print(violation)
@@ -27,7 +27,7 @@ RULE_MODULES = (rules_types, rules_ops, rules_integers, rules_windows, rules_ind
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What one instruction, or the module as a whole, breaks.
+    """A rule that one instruction, or the module as a whole, breaks.
 
     Attributes:
         code: the Neuron compiler's code without its `NCC_`; None where the constraint is documented without.
@@ -72,7 +72,7 @@ def verify(
     Raises:
         LoweringError: the bytes are no HLO module, or no target has that name.
     """
-    on, module = target_of(target, lnc), parse(hlo_module)
+    resolved_target, module = target_of(target, lnc), parse(hlo_module)
     sources = sources or {}
     return [
         Violation(
@@ -85,5 +85,5 @@ def verify(
             rule.severity,
         )
         for rule in RULES.values()
-        for instruction, message in rule.check(module, on)
+        for instruction, message in rule.check(module, resolved_target)
     ]

@@ -1,4 +1,4 @@
-"""How much memory and how many engine instructions a program needs at the least."""
+"""Lower bounds of a program's memory and engine instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jx_neuron.lowering.hlo.fold import trip_count
 from jx_neuron.lowering.hlo.graph import Computation, Instruction, Module
 from jx_neuron.lowering.hlo.proto import COLLECTIVES
 
-# Results that stay in memory as a whole: the operations that do not fuse with what uses them.
+# Opcodes that do not fuse with their users, so that their results are in memory whole.
 _MATERIALIZED = {
     *COLLECTIVES, "concatenate", "convolution", "custom-call", "dot", "gather", "reduce-window",
     "sort", "topk",
@@ -28,9 +28,9 @@ def resident_bytes(module: Module) -> int:
 
 
 def peak_bytes(computation: Computation) -> int:
-    """The largest sum of materialized intermediate results that are needed at one time, in the order given.
+    """The largest sum of materialized intermediate results that are live at one time, in program order.
 
-    Updates in place (dynamic-update-slice, scatter) and results that are outputs take no memory of their own.
+    In-place updates (dynamic-update-slice, scatter) and outputs take no memory of their own.
     """
     order = {i: n for n, i in enumerate(computation.instructions)}
     base: dict[Instruction, Instruction] = {}

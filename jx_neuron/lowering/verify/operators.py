@@ -115,8 +115,8 @@ def sort_comparator(i: Instruction, target: Target) -> str | None:
     root = i.called[0].root
     if root.opcode == "compare" and root.proto.comparison_direction in ("LE", "GE", "LT", "GT"):
         return None
-    found = f"compare {root.proto.comparison_direction}" if root.opcode == "compare" else root.opcode
-    return f"orders by {found}"
+    comparator = f"compare {root.proto.comparison_direction}" if root.opcode == "compare" else root.opcode
+    return f"orders by {comparator}"
 
 
 @rule(
@@ -168,8 +168,8 @@ def top_k_axis(i: Instruction, target: Target) -> str | None:
     leading dimensions."""
     if not is_top_k(i):
         return None
-    given = i.operands[0].shape.dims
-    sound = all(leaf.dims[:-1] == given[:-1] and leaf.dims[-1] <= given[-1] for leaf in i.shape.leaves())
+    operand_dims = i.operands[0].shape.dims
+    sound = all(leaf.dims[:-1] == operand_dims[:-1] and leaf.dims[-1] <= operand_dims[-1] for leaf in i.shape.leaves())
     return None if sound else f"gives {i.shape} from {i.operands[0].shape}"
 
 

@@ -9,7 +9,7 @@ from jx_neuron.lowering.hlo.proto import COLLECTIVES
 from jx_neuron.lowering.verify.footprint import engine_instructions, peak_bytes, resident_bytes
 from jx_neuron.lowering.verify.rules import GIB, Finding, Target, module_rule, rule, strip
 
-MAX_INSTRUCTIONS = 5_000_000  # "exceeds the typical limit of 5,000,000", as neuronx-cc words EVRF007
+MAX_INSTRUCTIONS = 5_000_000  # EVRF007: "exceeds the typical limit of 5,000,000"
 MAX_ID = 2**31 - 1
 THREEFRY_PARITY = 0x1BD11BDA  # the key schedule constant of threefry2x32
 _GROUPED = COLLECTIVES - {"collective-permute"}
@@ -114,12 +114,12 @@ def _is_parity(i: Instruction) -> bool:
     severity="warning",
 )  # fmt: skip
 def donated_not_aliased(module: Module, target: Target) -> Iterator[Finding]:
-    """A donated input that no output can take over costs its memory twice, as a cache would."""
+    """A donated input that no output aliases takes its memory twice: a state table would not be updated in place."""
     parameters = module.entry.parameters
     for entry in module.proto.buffer_donor.entries:
         if entry.parameter_number not in module.aliases:
-            parameter = parameters[entry.parameter_number]
-            yield parameter, f"is a donated input, {parameter.shape}, aliased with no output"
+            donor = parameters[entry.parameter_number]
+            yield donor, f"is a donated input, {donor.shape}, aliased with no output"
 
 
 @module_rule(
@@ -129,9 +129,9 @@ def donated_not_aliased(module: Module, target: Target) -> Iterator[Finding]:
     severity="warning",
 )  # fmt: skip
 def read_after_write(module: Module, target: Target) -> Iterator[Finding]:
-    """An input that shares its buffer with an output (a KV cache) is written in place. An instruction that
-    needs both the old value and something computed from the new one forces a copy of the whole cache, or
-    reads what is no longer there."""
+    """An input that shares its buffer with an output (an array of the state table) is written in place. An
+    instruction that reads both the old value and something computed from the new one forces a copy of the whole
+    array, or reads overwritten values."""
     entry = module.entry
     writes = {p: w for p in entry.parameters if (w := _write(module, p)) is not None}
     bits = {w: 1 << n for n, w in enumerate(writes.values())}
@@ -172,10 +172,10 @@ def _write(module: Module, parameter: Instruction) -> Instruction | None:
     advice="use a larger tp degree, a smaller batch size or n_positions, or 16-bit weights",
 )  # fmt: skip
 def device_memory(module: Module, target: Target) -> Iterator[Finding]:
-    """Inputs (weights and caches), outputs that are not aliased, constants, and the largest set of
-    intermediate results that have to be there at one time, against the HBM of one logical core. Intermediate
-    results of element-wise operations count as nothing (they fuse), nor does what the runtime itself takes:
-    it is a lower bound, so a program that is reported does not fit, and one that is not may still not."""
+    """Inputs (weights and state), outputs that are not aliased, constants, and the largest set of live
+    intermediate results, against the HBM of one logical core. Results of element-wise operations are not counted
+    (they fuse), nor is memory of the runtime itself. The sum is a lower bound: a program that is reported does not
+    fit, and one that is not reported may still not fit."""
     resident, live = resident_bytes(module) / GIB, peak_bytes(module.entry) / GIB
     room = target.hbm_bytes / GIB
     if resident + live > room:

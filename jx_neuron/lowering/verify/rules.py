@@ -1,7 +1,7 @@
-"""What the rules of the verifier are made of: targets, the registry, and what several rules share.
+"""Targets, the registry of rules, and helpers that several rules share.
 
-The rules themselves are in the modules `rules_*`. Codes, limits and lists are those of the Neuron compiler's
-error code pages (SDK 2.32) and of the JAX on Neuron known issues:
+The other modules of this package hold the rules. Codes, limits and lists are from the Neuron compiler's error code
+pages (SDK 2.32) and from the JAX on Neuron known issues:
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/compiler/error-codes/
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/jax/setup/jax-neuronx-known-issues.html
 """
@@ -64,7 +64,7 @@ def target_of(name: str, lnc: int | None = None) -> Target:
     return Target(name, generation, lnc, choices, hbm * lnc)
 
 
-# What a rule finds: where (None: the module as a whole) and what is wrong.
+# An instruction (None: the module as a whole), and what is wrong with it.
 Finding = tuple[Instruction | None, str]
 Check = Callable[[Module, Target], Iterable[Finding]]
 
@@ -74,12 +74,12 @@ class Rule:
     """One constraint on a program.
 
     Attributes:
-        name: what it is called here, stable across releases.
+        name: this package's name for it, stable across releases.
         codes: the Neuron compiler's codes for it without their `NCC_`, the likeliest first; empty where the
             constraint is documented without a code.
         title: one line.
         advice: what to do instead.
-        severity: an error will not compile or not run rightly; a warning may.
+        severity: a program with an error does not compile or runs wrongly; one with a warning may.
         doc: why, and what exactly is checked.
     """
 
@@ -93,7 +93,7 @@ class Rule:
 
     @property
     def code(self) -> str | None:
-        """The first of its codes; None where neuronx-cc documents none."""
+        """The rule's first code; None where neuronx-cc documents none."""
         return self.codes[0] if self.codes else None
 
 
@@ -115,9 +115,9 @@ def module_rule(
 def rule(
     name: str, *codes: str, ops: Iterable[str] = (), title: str, advice: str, severity: Severity = "error"
 ) -> Callable[[Callable[[Instruction, Target], str | None]], Callable[[Instruction, Target], str | None]]:
-    """Registers `check(instruction, target)`, which answers what is wrong or None.
+    """Registers `check(instruction, target)`, which returns what is wrong, or None.
 
-    It is asked of each instruction whose opcode is in `ops`, or of all where that is empty.
+    It is called with each instruction whose opcode is in `ops`, or with all where that is empty.
     """
     opcodes = frozenset(ops)
 
@@ -139,7 +139,7 @@ def rule(
 
 
 def strip(i: Instruction, opcodes: Iterable[str] = ("broadcast", "copy", "convert", "reshape")) -> Instruction:
-    """The instruction behind a chain of the given one-operand opcodes, and behind the parameters of calls."""
+    """The instruction behind a chain of one-operand `opcodes` and of parameters of calls."""
     while True:
         if i.opcode in opcodes:
             i = i.operands[0]

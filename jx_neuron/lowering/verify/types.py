@@ -13,7 +13,7 @@ UNSUPPORTED = {"float64", "float4_e2m1fn", "int4", "uint4", "int2", "uint2", "un
 _WIDER = "cast to bfloat16 or float16, or store the tensor as float8_e4m3 or float8_e5m2"
 
 
-def _of_type(instruction: Instruction, dtypes: set[str]) -> Shape | None:
+def _leaf_of_type(instruction: Instruction, dtypes: set[str]) -> Shape | None:
     return next((leaf for leaf in instruction.shape.leaves() if leaf.dtype in dtypes), None)
 
 
@@ -48,7 +48,7 @@ def invalid_shape(i: Instruction, target: Target) -> str | None:
 def complex_type(i: Instruction, target: Target) -> str | None:
     """No Neuron device computes with complex64 or complex128. Rotary embeddings, the usual culprit, are a
     rotation of two real halves."""
-    leaf = _of_type(i, {"complex64", "complex128"})
+    leaf = _leaf_of_type(i, {"complex64", "complex128"})
     return f"makes a complex tensor, {leaf}" if leaf else None
 
 
@@ -59,7 +59,7 @@ def complex_type(i: Instruction, target: Target) -> str | None:
 )  # fmt: skip
 def fnuz(i: Instruction, target: Target) -> str | None:
     """float8_e4m3fnuz, float8_e4m3b11fnuz and float8_e5m2fnuz exist on no Neuron device."""
-    leaf = _of_type(i, FNUZ)
+    leaf = _leaf_of_type(i, FNUZ)
     return f"makes a tensor of type {leaf}" if leaf else None
 
 
@@ -70,7 +70,7 @@ def fnuz(i: Instruction, target: Target) -> str | None:
 )  # fmt: skip
 def f8e4m3fn(i: Instruction, target: Target) -> str | None:
     """float8_e4m3fn (±448, no infinities) is native to trn3; the others have float8_e4m3 (±240)."""
-    leaf = _of_type(i, {"float8_e4m3fn"}) if target.generation < 4 else None
+    leaf = _leaf_of_type(i, {"float8_e4m3fn"}) if target.generation < 4 else None
     return f"makes a tensor of type {leaf}, which {target.name} does not have" if leaf else None
 
 
@@ -81,7 +81,7 @@ def f8e4m3fn(i: Instruction, target: Target) -> str | None:
 )  # fmt: skip
 def other_fp8(i: Instruction, target: Target) -> str | None:
     """float8_e3m4 and float8_e8m0fnu. (The FNUZ types and float8_e4m3fn have codes of their own.)"""
-    leaf = _of_type(i, {"float8_e3m4", "float8_e8m0fnu"})
+    leaf = _leaf_of_type(i, {"float8_e3m4", "float8_e8m0fnu"})
     return f"makes a tensor of type {leaf}" if leaf else None
 
 
@@ -93,7 +93,7 @@ def other_fp8(i: Instruction, target: Target) -> str | None:
 def unsupported_type(i: Instruction, target: Target) -> str | None:
     """float64, and types of fewer than 8 bits. The page of this code shows float4; "f64 dtype is not
     supported" is what users report."""
-    leaf = _of_type(i, UNSUPPORTED)
+    leaf = _leaf_of_type(i, UNSUPPORTED)
     return f"makes a tensor of type {leaf}" if leaf else None
 
 

@@ -19,7 +19,7 @@ from jax import Array
 
 from jx_neuron.nn.kernel import inputs_first, outputs_first
 from jx_neuron.nn.ops import barrier
-from jx_neuron.util.pages import room
+from jx_neuron.util.pages import allocate
 
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
@@ -73,7 +73,7 @@ def pack(kernels: Sequence[np.ndarray], axes: int) -> np.ndarray:
     """`Packed.w_nk` of matrices [*inputs, *outputs] of the same inputs."""
     inputs = math.prod(kernels[0].shape[:axes])
     parts = [to_bits(outputs_first(kernel, axes).reshape(-1, inputs)) for kernel in kernels]
-    return np.concatenate(parts, out=room((sum(map(len, parts)), inputs), parts[0].dtype))
+    return np.concatenate(parts, out=allocate((sum(map(len, parts)), inputs), parts[0].dtype))
 
 
 def to_bits(x: Any) -> Any:
