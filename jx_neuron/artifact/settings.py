@@ -1,4 +1,4 @@
-"""The settings that a model is lowered for: the part of a manifest that determines its programs."""
+"""What a model was, or is to be, lowered for: the part of a manifest that says which programs there are, and why."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def _ascending(sizes: tuple[int, ...]) -> None:
 
 
 def _legal(check: Callable[[Any], Any]) -> AfterValidator:
-    """Validates with `check`, and keeps the value."""
+    """Takes what `check` does not refuse, as it is."""
     return AfterValidator(lambda value: (check(value), value)[1])
 
 
@@ -49,13 +49,14 @@ def _buckets(buckets: Buckets) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a model is lowered for.
+    """What a model was, or is to be, lowered for.
 
     batch_sizes:  rows of its programs, ascending.
     generation:   the ids of its end and padding tokens.
     target:       the instance family that the programs were checked and compiled for; None before that.
-    prompt_batch: rows of the prefill programs, where decode programs have more.
-    rotations:    the fields of `Rotations`, where RoPE depends on the length of the prompt.
+    prompt_batch: rows of the programs that take prompts, where those that decode have more.
+    rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
+    window:       how many of a sequence's last positions every layer keeps; None for all.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -88,17 +89,17 @@ class Settings:
 
     @property
     def slots(self) -> int:
-        """The number of slots of the state table."""
+        """Sequences that the state table has room for."""
         return self.batch_sizes[-1]
 
     @property
     def token_ids(self) -> dict[str, Any] | None:
-        """The end and padding tokens; None where there is neither."""
+        """The end and padding tokens that are known; None where neither is."""
         return {name: ids for name, ids in self.generation.items() if ids is not None} or None
 
     @property
     def programs(self) -> list[ProgramKey]:
-        """Every program that the model can need."""
+        """Every program that such a model can call for."""
         keys = [key for rows in self.batch_sizes for key in self.buckets.programs(rows, self.candidates)]
         if self.prompt_batch:
             decoding = [key for key in keys if key.kind == "decode"]
@@ -108,8 +109,8 @@ class Settings:
             keys += [dataclasses.replace(key, kind="score") for key in keys if key.kind == "prefill"]
         return list(dict.fromkeys(keys))
 
-    def differences(self, requested: "Settings") -> list[str]:
-        """A text for each field that differs from that of `requested`; token ids and target do not count."""
+    def differences(self, asked: "Settings") -> list[str]:
+        """What programs of these settings lack for those `asked`, a field a text; token ids and target do not count."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in ("generation", "target")]
-        pairs = {name: (getattr(self, name), getattr(requested, name)) for name in names}
+        pairs = {name: (getattr(self, name), getattr(asked, name)) for name in names}
         return [f"{name}={own!r} and not {other!r}" for name, (own, other) in pairs.items() if own != other]

@@ -1,4 +1,4 @@
-"""Layouts: from the axes of a checkpoint's tensor to those of a parameter."""
+"""From the axes of a checkpoint's tensor to those of a parameter."""
 
 import math
 import re
@@ -19,15 +19,16 @@ _NAME = re.compile(r"\b(\w)_by_(\w)\b")  # n/k as an identifier
 
 @dataclass(frozen=True)
 class Layout:
-    """An einops pattern, "(n h) d -> d n h", where a sum is a fused axis that several parameters are parts of.
+    """An einops pattern, "(n h) d -> d n h", where a sum is an axis that several parameters take parts of.
 
-    "([n h] + k h + k h) d -> d n h" selects the first n·h of n·h + k·h + k·h rows; "(f ([1] + 1)) d -> d f" selects
-    every second row.
+    "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
+    second one. n/k is n divided by k: "(k n/k h) d -> d n h" has the n heads in k groups, and
+    "(k ([n/k h] + h + h)) d -> d n h" takes those of each group from what lies beside them.
 
     before: the tensor's axes, with `PARTS` for the sum.
     after:  the parameter's axes.
     parts:  the letters of each part, in order; none where there is no sum.
-    part:   the index of the selected part.
+    part:   which of them is taken.
     """
 
     before: str
@@ -41,14 +42,14 @@ class Layout:
         return re.findall(r"[^\s()]+", self.before)
 
     @property
-    def selected(self) -> str:
-        """The axes before the arrow, with the selected part for the sum."""
+    def taken(self) -> str:
+        """The axes before the arrow of what is taken."""
         return " ".join(self.axes).replace(PARTS, f"({self.parts[self.part]})") if self.parts else self.before
 
     def check(self) -> None:
-        """Raises EinopsError or ValueError, which says what is not legal."""
-        letters = ParsedExpression(self.selected).identifiers
-        after = ParsedExpression(self.after)
+        """Raises EinopsError or ValueError that says what is not legal."""
+        letters = ParsedExpression(self.taken).identifiers
+        after = ParsedExpression(self.composed)
         for part in self.parts:
             ParsedExpression(part)
         ParsedExpression(self.before)
@@ -63,8 +64,22 @@ class Layout:
 
     @property
     def letters(self) -> set[str]:
-        """All letters, also those of other parts."""
-        return {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
+        """All letters, those of other parts too."""
+        letters = {letter for part in (*self.axes, *self.parts) for letter in part.split()} - {PARTS, "1"}
+        return {letter for name in letters for letter in name.split("_by_")}
+
+    @property
+    def quotients(self) -> list[tuple[str, str]]:
+        """The letters of each quotient, dividend and divisor."""
+        return sorted(set(_NAME.findall(" ".join((self.before, *self.parts)))))
+
+    @property
+    def composed(self) -> str:
+        """The parameter's axes, those that quotients are of composed of their groups."""
+        return " ".join(
+            next((f"({b} {a}_by_{b})" for a, b in _NAME.findall(self.taken) if a == letter), letter)
+            for letter in self.after.split()
+        )
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that the tensor must have."""
@@ -74,7 +89,8 @@ class Layout:
         return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
 
     def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The parameter: the tensor, or its selected part, rearranged."""
+        """The tensor, or the part of it that is taken, as the parameter."""
+        sizes = self._with_quotients(sizes)
         if self.parts:
             lengths, axes = self._lengths(sizes), self.axes
             whole = {axis: sizes[axis] for axis in axes if axis != PARTS}
@@ -82,8 +98,11 @@ class Layout:
             start = sum(lengths[: self.part])
             part = slice(start, start + lengths[self.part])
             tensor = tensor[tuple(part if axis == PARTS else slice(None) for axis in axes)]
-        axis_sizes = {letter: sizes[letter] for letter in self.after.split()}
-        return einops.rearrange(tensor, f"{self.selected} -> {self.after}", **axis_sizes)
+        used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
+        return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
+
+    def _with_quotients(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {**sizes, **{f"{a}_by_{b}": sizes[a] // sizes[b] for a, b in self.quotients}}
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
@@ -91,14 +110,14 @@ class Layout:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layout:
-    """Parses a layout. Raises ValueError unless it has one arrow, and a sum one part in brackets."""
-    before, after = (side.strip() for side in text.split("->"))
+    """The layout that `text` writes. Raises ValueError unless it has one arrow, and in a sum one part in brackets."""
+    before, after = (_QUOTIENT.sub(r"\1_by_\2", side).strip() for side in text.split("->"))
     total = _SUM.search(before)
     if total is None:
         return Layout(before, after)
     parts = [part.strip() for part in total[1].split("+")]
-    bracketed = [i for i, part in enumerate(parts) if _BRACKETS.fullmatch(part)]
-    if len(bracketed) != 1:
+    taken = [i for i, part in enumerate(parts) if _BRACKETS.fullmatch(part)]
+    if len(taken) != 1:
         raise ValueError(f"brackets should say which one part of {total[0]} is taken")
-    parts[bracketed[0]] = parts[bracketed[0]][1:-1].strip()
-    return Layout(before.replace(total[0], PARTS), after, tuple(parts), bracketed[0])
+    parts[taken[0]] = parts[taken[0]][1:-1].strip()
+    return Layout(before.replace(total[0], PARTS), after, tuple(parts), taken[0])

@@ -19,7 +19,7 @@ LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
 
 
 class Tensors(Protocol):
-    """The named tensors of a checkpoint, read one at a time."""
+    """What a checkpoint offers: named tensors, read one at a time."""
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -28,13 +28,15 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class W:
-    """One weight: the HF tensor, the parameter, the layout of the one as the other, and how cores split it.
+    """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
 
     `source` is the name of HF's tensor, or a function of the config that computes the parameter. `source` and `target`
-    may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along a first axis e. `layout` is an
-    einops pattern from the tensor's axes to the parameter's, in the letters of the family's `Config.sizes`:
-    "(n h) d -> d n h". In a sum, brackets select a part of a fused axis: "(n h + [k h] + k h) d -> d k h".
-    `partition` has "tp" for the parameter's axis that is split.
+    may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along an axis e, before those of the
+    tensor, and {n} or {k} those of all heads. `layout` is an einops pattern from HF's axes to ours, in the letters of
+    the family's `Config.sizes`: "(n h) d -> d n h". In a sum, brackets take a part of a fused axis:
+    "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow is the heads of each of k groups:
+    "(k n/k h) d -> d n h".
+    `partition` names the axis of ours that is split, "tp".
     """
 
     source: str | Callable[[Any], np.ndarray]
@@ -48,12 +50,12 @@ class W:
 
     @property
     def is_computed(self) -> bool:
-        """Whether a function computes the parameter."""
+        """Whether a function fills the parameter, and no tensor."""
         return not isinstance(self.source, str)
 
     @property
     def name(self) -> str:
-        """The HF tensor's name, with {e} for the expert; the parameter's name where it is computed."""
+        """HF's name, {e} for any expert; ours where the parameter is computed."""
         return self.source if isinstance(self.source, str) else self.target
 
     @property
@@ -108,22 +110,22 @@ class W:
 
     @property
     def letters(self) -> list[str]:
-        """The parameter's axes."""
+        """The axes of ours."""
         return self.layout.split("->")[1].split()
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the fused axis of the HF tensor, as the layout writes them; none where no axis is fused."""
+        """The parts of the fused axis of HF's tensor, as the layout writes them; none where no axis is fused."""
         return self._layout.parts
 
     @property
     def part(self) -> int:
-        """The index of the part that this row selects."""
+        """Which of `parts` this row takes."""
         return self._layout.part
 
     @property
     def axes(self) -> str:
-        """The HF tensor's axes; they do not depend on the part selected."""
+        """HF's axes, whichever part is taken of them."""
         return self._layout.before
 
     def at(self, layer: int) -> "W":
@@ -131,36 +133,36 @@ class W:
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)))
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
-        """The names of the tensors to read: one, one an expert, or none."""
-        if self.is_stacked:
-            yield from (self.name.replace("{e}", str(expert)) for expert in range(sizes["e"]))
+        """The tensors that are read: one, one an expert or head, or none."""
+        if self.stacked:
+            yield from map(self.of, range(sizes[self.stacked]))
         elif not self.is_computed:
             yield self.name
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape that the HF tensor, or the computed array, must have."""
-        return self._layout.shape(sizes)[self.is_stacked :]
+        """The shape that HF's tensor must have, or what is computed."""
+        return self._layout.shape(sizes)[len(self.stacked) :]
 
     def target_shape(self, padding: Padding) -> tuple[int, ...]:
-        """The parameter's shape, padded where it is split."""
+        """The shape of ours, padded where it is split."""
         return tuple(
             padding.size(c) if split else padding.sizes[c] for c, split in zip(self.letters, self._split, strict=True)
         )
 
     def compute(self, config: HFConfig) -> np.ndarray:
-        """The computed parameter. Raises ConfigError, which names this row, where its shape is wrong."""
+        """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
         array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
         if array.shape != (expected := self.source_shape(config.sizes)):
             raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")
         return array
 
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
-        """The parameter, unpadded: computed, or rearranged from HF's tensors."""
+        """The parameter, unpadded: computed, or laid out of HF's tensors."""
         arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(config.sizes))]
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], config.sizes)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
-        """The parameter, padded where it is split."""
+        """Our layout, padded where it is split."""
         for axis, (letter, split) in enumerate(zip(self.letters, self._split, strict=True)):
             if split:
                 array = padding.apply(array, axis, letter)

@@ -1,8 +1,8 @@
-"""Schedules sequences into slots and steps: pure Python over plain data, without JAX.
+"""Which sequences go through the next step, and in which slots: pure Python over plain data, without JAX.
 
-A slot of the state table holds the first `computed` tokens of its sequence. The scheduler assigns slots to waiting
-sequences, plans one turn of steps at a time, and takes the tokens that the steps drew. A turn can be planned before the
-tokens of the turn before it are read: a decode step may take "the token that this slot drew last".
+A sequence is tokens of which a slot of the state table holds the first `computed`. The scheduler gives waiting
+sequences slots, makes a turn of steps at a time, and takes the tokens that were drawn. A turn may be planned before the
+tokens of the one before it are known: a decode step takes "the token that this slot drew last".
 """
 
 import weakref
@@ -21,7 +21,7 @@ from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
 
 class Drawing(Protocol):
-    """Sampling parameters of a sequence that programs draw from, as in `jx_neuron.nn.sampling.Sampling`."""
+    """How a program draws a sequence's tokens; the numbers are those of `jx_neuron.nn.sampling.Sampling`."""
 
     @property
     def candidates(self) -> int: ...
@@ -38,18 +38,19 @@ class Drawing(Protocol):
 
 @dataclass(eq=False)
 class Sequence:
-    """A sequence of tokens, and how far it is computed.
+    """Tokens that go through a model, and where they are.
 
-    tokens:       the known tokens: given, or drawn and read.
-    prompt:       the number of tokens given at first.
-    limit:        the most tokens that drawing may reach; at most `prompt` where none is drawn.
-    drawing:      sampling parameters of programs; None where the host chooses tokens, or nothing is drawn.
-    every_logits: whether the logits of every token are needed, not only of the last.
-    source:       a sequence that begins with the same tokens, to copy state from.
-    extents:      of each given token, the length of the sequence in which it was computed; RoPE may depend on it.
-    computed:     the number of tokens in the slot once the steps in flight have run.
-    pending:      the number of tokens that were drawn and not read yet.
-    sink:         the receiver of outputs: a `Sink` of jx_neuron.engine.engine.
+    tokens:       known ones: given, or drawn and read.
+    prompt:       how many were given at first.
+    limit:        most tokens that it may come to by drawing; no more than `prompt` for one that draws none.
+    drawing:      how programs draw; None where they do not: the host chooses, or nobody does.
+    every_logits: the logits of every token are wanted, not only of the last.
+    source:       a sequence that begins with the same tokens, to copy them from.
+    extents:      of each given token, the length of the sequence that it was computed in, which RoPE may depend on.
+    computed:     how many tokens the slot holds, or will once the steps under way have run.
+    written:      how many it held at most; more than `computed` where tokens were forgotten since.
+    pending:      how many tokens were drawn and are not known yet.
+    sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
     """
 
     tokens: list[int]
@@ -72,26 +73,26 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """The number of tokens, with those not read yet."""
+        """Tokens, with those that are not known yet."""
         return len(self.tokens) + self.pending
 
     @property
     def remaining(self) -> int:
-        """The number of tokens to compute; 0 where drawing has reached `limit`."""
+        """Tokens that are yet to be computed; none where it draws and has as many as it may."""
         full = self.drawing is not None and self.length >= self.limit
         return 0 if full else self.length - self.computed
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Appends given tokens."""
+        """Puts given tokens at the end."""
         self.tokens.extend(tokens)
         self.extents += [len(self.tokens)] * (len(self.tokens) - len(self.extents))
 
     def fork(self) -> "Sequence":
-        """A sequence that begins with the same tokens; their state is copied where possible."""
+        """Another that begins with the same tokens, which are copied where they can be."""
         return Sequence(list(self.tokens), extents=list(self.extents), prompt=self.prompt, source=self, sink=self.sink)
 
     def crop(self, length: int) -> None:
-        """Removes the tokens from `length` on."""
+        """Forgets the tokens from `length` on."""
         del self.tokens[length:], self.extents[length:]
         self.computed, self.prompt = min(self.computed, length), min(self.prompt, length)
 
@@ -117,7 +118,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Plan:
-    """The next turn: copies (source slot, target slot) in order, then steps in order."""
+    """What runs next: copies (source slot, target slot) in order, then steps in order."""
 
     copies: tuple[tuple[int, int], ...]
     turns: tuple[Turn, ...]
@@ -125,7 +126,7 @@ class Plan:
 
 @dataclass
 class _Slot:
-    """A slot: its owner or, without one, the tokens that it holds and their former owner."""
+    """A slot's owner; without one, what it holds and whose that was."""
 
     owner: "weakref.ref[Sequence] | None" = None
     tokens: list[int] = field(default_factory=list)
@@ -139,14 +140,16 @@ class _Slot:
 
 
 class Scheduler:
-    """Assigns slots to sequences, and plans turns.
+    """Requests and slots.
 
     batch_sizes:  rows of decode steps, ascending; the last is the number of slots.
-    prompt_rows:  rows of prefill steps, ascending.
-    chunk_sizes:  tokens of prefill steps that start after position 0.
-    candidates:   the number of candidates that every program samples from; None where it may be any.
-    rotations:    the dependence of RoPE on a prompt's length; None where there is none.
-    budget:       the most tokens of a turn, unless a single row of a prompt has more; None for no limit.
+    prompt_rows:  rows of steps that take prompts, ascending.
+    chunk_sizes:  tokens of steps that go on behind others.
+    candidates:   how many candidates every program samples from; None where a program may have any number.
+    rotations:    how RoPE depends on a prompt's length, None where it does not.
+    window:       how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
+                  that can go back by one token; by none where the window is 0, as with recurrent layers.
+    budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
     """
 
     def __init__(
@@ -169,10 +172,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._clock = 0
         self.prefix: list[int] = []
-        """A kept prefix: its tokens serve the sequences that start with them, and its slot is reused last."""
+        """Tokens that are kept for sequences that start with them: their slot is taken by others last."""
 
     def submit(self, sequence: Sequence, *, first: bool = False) -> None:
-        """Queues a sequence, with `first` before all others."""
+        """Has a sequence computed, and its tokens drawn; `first`, before all that wait."""
         if sequence.slot is not None:
             self._running.append(sequence)
         elif first:
@@ -181,32 +184,31 @@ class Scheduler:
             self._waiting.append(sequence)
 
     def pause(self, sequence: Sequence) -> None:
-        """Pauses a sequence. It keeps its slot until another needs that."""
+        """Computes no more of a sequence, which keeps its slot until another needs it."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
     def close(self, sequence: Sequence) -> None:
-        """Ends a sequence and frees its slot, whose state another sequence may reuse."""
+        """Ends a sequence; its slot is free, and what it holds may serve another."""
         self.pause(sequence)
         self._release(sequence)
 
     @property
     def busy(self) -> bool:
-        """Whether any sequence is waiting or running."""
+        """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
 
     @property
     def free_slots(self) -> int:
-        """The number of slots without an owner."""
+        """Slots without an owner."""
         return sum(slot.sequence is None for slot in self._slots)
 
     def keep_prefix(self, sequence: Sequence | None, *, aside: bool) -> int | None:
-        """Keeps a computed sequence's tokens in its slot as the prefix; None drops the kept prefix.
+        """Keeps the tokens of a computed sequence, or None, for those that start with them, in its slot.
 
-        aside: keeps them in a slot after those of decode steps instead. Returns its number; the caller copies the state
-               there.
+        aside: in a slot behind those that decode, whose number is given: it is to be copied there.
         """
         del self._slots[self.batch_sizes[-1] :]
         self.prefix = [] if sequence is None else list(sequence.tokens)
@@ -216,8 +218,7 @@ class Scheduler:
         return len(self._slots) - 1
 
     def sizes(self) -> tuple[int, int] | None:
-        """Slots and positions that waiting sequences need, where they reuse no slot's state and none runs; else
-        None."""
+        """Slots and positions for what waits, where nothing that any slot holds is needed; else None."""
         if not self._waiting or self.prefix or self.free_slots < len(self._slots):
             return None
         if any(self._reusable(sequence, slot) for sequence in self._waiting for slot in self._slots):
@@ -228,7 +229,7 @@ class Scheduler:
         return slots, self.buckets.positions(min(longest + 1, self.buckets.capacity))
 
     def forget(self) -> None:
-        """Empties every slot, as after a fault. Sequences with slots are computed again."""
+        """Has no slot hold anything, as after a fault: sequences with slots are computed again."""
         lost = [sequence for slot in self._slots if (sequence := slot.sequence) is not None]
         self._slots = [_Slot() for _ in self._slots]
         for sequence in lost:
@@ -237,7 +238,7 @@ class Scheduler:
         self._running = []
 
     def plan(self) -> Plan:
-        """Plans the next turn; it has no steps where no sequence can run."""
+        """The next turn; no steps where nothing can go on."""
         self._clock += 1
         copies = self._admit()
         for sequence in self._running:
@@ -252,23 +253,23 @@ class Scheduler:
         return Plan(tuple(copies), tuple(turns))
 
     def upcoming(self, turn: Turn) -> list[ProgramKey]:
-        """The programs that the longest sequence of `turn` needs next, up to its first decode step."""
+        """The programs that will be needed after `turn` for its longest sequence, the first decode step last."""
         row = max(turn.rows, key=lambda row: row.sequence.length)
         sequence, key, keys = row.sequence, turn.step.key, []
-        computed, length = row.start + row.count, sequence.length
-        while length - computed > 1 and self._chunk_sizes:
-            count = min(length - computed, self._chunk_sizes[-1])
+        done, length = row.start + row.count, sequence.length
+        while length - done > 1 and self._chunk_sizes:
+            count = min(length - done, self._chunk_sizes[-1])
             t = fit(self._chunk_sizes, count)
-            keys.append(ProgramKey(key.kind, key.rows, t, self._positions(computed + count, t), key.candidates))
-            computed += count
-        if (sequence.remaining and sequence.drawing is not None) or length - computed == 1:
+            keys.append(ProgramKey(key.kind, key.rows, t, self._positions(done + count, t), key.candidates))
+            done += count
+        if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
             rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self._running))
             positions = self.buckets.positions(min(length + 1, self.buckets.capacity))
             keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
         return keys
 
     def _admit(self) -> list[tuple[int, int]]:
-        """Assigns slots to waiting sequences. Returns the copies (source slot, target slot) to make."""
+        """Gives waiting sequences slots, and says what is to be copied there."""
         copies = []
         while self._waiting and (choice := self._choose(self._waiting[0])) is not None:
             sequence = self._waiting.popleft()
@@ -280,7 +281,7 @@ class Scheduler:
         return copies
 
     def _choose(self, sequence: Sequence) -> tuple[int, int | None, int] | None:
-        """A slot for a sequence, the slot to copy from (None for no copy), and the number of tokens it then holds."""
+        """A slot for a sequence, the slot to copy from (None for nothing) and how many tokens it then holds."""
         reusable = [self._reusable(sequence, slot) for slot in self._slots]
         places = range(self.batch_sizes[-1])
         free = [number for number in places if self._slots[number].sequence is None]
@@ -307,10 +308,10 @@ class Scheduler:
         return count < written - (1 if self._window else 0)
 
     def _reusable(self, sequence: Sequence, slot: _Slot) -> int:
-        """The number of tokens of a sequence whose state in a slot can be reused.
+        """How many tokens of a sequence may be taken from a slot.
 
-        Any number from its source or the kept prefix; from other slots whole chunks of a prompt, so that the numbers
-        are those that it would compute itself.
+        Of its source or the kept prefix any number; else whole chunks of a prompt, as it would compute them itself.
+        None where the slot has lost what would follow on them.
         """
         written = slot.written if slot.sequence is None else slot.sequence.written
         count = self._common(sequence, slot)
@@ -358,7 +359,7 @@ class Scheduler:
             sequence.slot = None
 
     def _compact(self, stepwise: SequenceOf[Sequence]) -> list[tuple[int, int]]:
-        """Moves sequences to lower slots where all then fit a smaller decode step. Returns the copies to make."""
+        """Moves sequences to lower slots where a smaller decode step then takes all."""
         owned = [slot.sequence for slot in self._slots if slot.sequence is not None]
         least = fit(self.batch_sizes, len(owned))
         if not stepwise or fit(self.batch_sizes, 1 + max(s.slot or 0 for s in stepwise)) <= least:
@@ -374,31 +375,31 @@ class Scheduler:
         return moves
 
     def _extent(self, sequence: Sequence) -> int:
-        """The length of the sequence in which the next token is computed."""
+        """The length of the sequence that the next token is computed in."""
         if self._rotations is None:
             return sequence.length
         at = sequence.computed
         return sequence.extents[at] if at < len(sequence.extents) else at + 1
 
     def _count(self, sequence: Sequence) -> int:
-        """The most tokens of a sequence that its next step takes; 1 in a decode step."""
+        """How many tokens the next step takes of a sequence, at most; 1 in a decode step."""
         count = self._extent(sequence) - sequence.computed
         sizes = self._chunk_sizes if sequence.computed else [t for t in self.buckets.context if t > 1]
         return min(count, sizes[-1]) if sizes else 1
 
     def _positions(self, length: int, tokens: int) -> int:
-        """The token bucket of a step of `tokens` tokens that start after position 0, up to `length`."""
+        """The token bucket of a step of `tokens` tokens that goes on behind others, up to `length`."""
         return next(s for s in self.buckets.tokens if s >= length and s > tokens)
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> Turn:
-        """A decode step: one token of each sequence."""
+        """One token of each."""
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
         positions = self.buckets.positions(1 + max(sequence.computed for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
         return self._turn("decode", rows, 1, positions, slots, dict.fromkeys(slots, 1))
 
     def _prefill(self, sequences: SequenceOf[Sequence], decoding: int) -> Turn:
-        """A prefill step: chunks of prompts that fit one program, all from position 0 or all from later ones."""
+        """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens."""
         first = sequences[0]
         alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (first.computed > 0, first.every_logits)]
         chosen = alike[: self.prompt_rows[-1]]
@@ -417,23 +418,23 @@ class Scheduler:
     def _turn(
         self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]
     ) -> Turn:
-        """A step of `sequences`, by row; their tokens count as computed from now on."""
-        candidates = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
-        key = ProgramKey(kind, rows, t, positions, self._candidates or max(candidates, default=1))
+        """A step of sequences by row, which count as computed from now on."""
+        wanted = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
+        key = ProgramKey(kind, rows, t, positions, self._candidates or max(wanted, default=1))
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
         for name in ("temperature_b", "top_k_b", "top_p_b"):
             if name in arrays:
                 arrays[name][:] = 1
         if "slot_b" in arrays:
-            occupied = {sequence.slot for sequence in sequences.values()}
-            idle = iter([number for number in range(len(self._slots)) if number not in occupied])
-            slot_b = [sequences[i].slot if i in sequences else next(idle) for i in range(rows)]
+            taken = {sequence.slot for sequence in sequences.values()}
+            others = iter([number for number in range(len(self._slots)) if number not in taken])
+            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(rows)]
             arrays["slot_b"][:] = np.array(slot_b, np.int32)
         turn_rows = []
         for index, sequence in sequences.items():
             start, count = sequence.computed, counts[index]
-            tokens = sequence.tokens[start : start + count]
-            arrays["tokens_bt"][index, :count] = tokens + [DRAWN_LAST] * (count - len(tokens))
+            known = sequence.tokens[start : start + count]
+            arrays["tokens_bt"][index, :count] = known + [DRAWN_LAST] * (count - len(known))
             arrays["start_b"][index], arrays["length_b"][index] = start, self._extent(sequence) - start
             last = start + count == sequence.length
             if sequence.drawing is not None and "uniform_b" in arrays:
@@ -449,14 +450,14 @@ class Scheduler:
         return Turn(StepInput(key, arrays), tuple(turn_rows))
 
     def take(self, sequence: Sequence, token: int) -> None:
-        """Appends the token that a step drew, or that the host chose, to a sequence."""
+        """The token that a step drew for a sequence, or that the host chose for it."""
         if sequence.drawing is not None:
             sequence.pending -= 1
         sequence.tokens.append(token)
 
 
 def _common(a: SequenceOf[int], b: SequenceOf[int], most: int) -> int:
-    """The length of the common prefix of two sequences, up to `most`."""
+    """How many tokens two sequences have in common from their beginning, up to `most`."""
     if a[:most] == b[:most]:
         return most
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
