@@ -213,8 +213,7 @@ class Scheduler:
         return len(self._slots) - 1
 
     def sizes(self) -> tuple[int, int] | None:
-        """Slots and positions that waiting sequences need, where they reuse no slot's state and none runs; else
-        None."""
+        """Slots and positions that the waiting sequences need; None where any slot's state is still needed."""
         if not self._waiting or self.prefix or self.free_slots < len(self._slots):
             return None
         if any(self._reusable(sequence, slot) for sequence in self._waiting for slot in self._slots):
