@@ -1,10 +1,10 @@
-"""How the time of a decode step grows with context: its bytes, weights and cache, against those of a short one.
+"""How the time of a decode step grows with context: its bytes, weights and state, beside those of a short context.
 
-    python benchmarks/context.py smollm2 --slots 128 512 2048
+    python benchmarks/context.py smollm2 --positions 128 512 2048
 
-Weights are random. `over_bytes` is how many times longer a step takes than at the first number of slots, over how many
-times more bytes it reads: 1 where time grows as the cache does, above 1 where it grows faster. `long_cache` is a step
-over the first number of slots in a cache of the last, over the same step in a cache of its own.
+Weights are random. `over_bytes` is the ratio of a step's time to that over the first number of positions, divided by
+the ratio of their bytes: 1 where time grows as the state does, above 1 where it grows faster. `long_cache` is the time
+of a step over the first number of positions in a table of the last number, divided by that in a table of the first.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CONFIGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=CONFIGS)
-    parser.add_argument("--slots", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--positions", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--amp", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--rounds", type=int, default=31, help="steps timed of each, in turn")
@@ -50,8 +50,8 @@ def main() -> None:
     weights = sum(array.nbytes for array in params.values())
     runtime = XlaRuntime(decoder, from_params(params, decoder.rows, decoder.padding, dtype), sharding.mesh(1), dtype)
     del params
-    first, last = options.slots[0], options.slots[-1]
-    pairs = [(slots, slots) for slots in options.slots] + [(first, last)]
+    first, last = options.positions[0], options.positions[-1]
+    pairs = [(positions, positions) for positions in options.positions] + [(first, last)]
     seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
     for turn in range(options.rounds + 1):
         for pair in pairs:
@@ -63,12 +63,15 @@ def main() -> None:
     read = {pair: weights + decoder.state_bytes(options.batch, pair[1], dtype.itemsize) for pair in pairs}
     rows = [
         {
-            "slots": slots,
-            "milliseconds": 1e3 * median[slots, slots],
-            "gigabytes_per_second": read[slots, slots] / median[slots, slots] / 1e9,
-            "over_bytes": median[slots, slots] / median[first, first] * read[first, first] / read[slots, slots],
+            "positions": positions,
+            "milliseconds": 1e3 * median[positions, positions],
+            "gigabytes_per_second": read[positions, positions] / median[positions, positions] / 1e9,
+            "over_bytes": median[positions, positions]
+            / median[first, first]
+            * read[first, first]
+            / read[positions, positions],
         }
-        for slots in options.slots
+        for positions in options.positions
     ]
     print(
         json.dumps(vars(options) | {"rows": rows, "long_cache": median[first, last] / median[first, first]}, indent=1)

@@ -92,7 +92,7 @@ def main() -> None:
         "models", nargs="*", metavar="MODEL", help=f"by default all: {', '.join(MODELS)}", default=list(MODELS)
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--bucket", type=int, help="cache slots read at each step; by default 1024, or 64 with --tiny")
+    parser.add_argument("--bucket", type=int, help="positions read at each step; by default 1024, or 64 with --tiny")
     parser.add_argument("--new", type=int, help="tokens made; by default 256, or 8 with --tiny")
     parser.add_argument("--runs", type=int, default=5, help="runs, of which the median is given, after one not counted")
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu", help="where to run")

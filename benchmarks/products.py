@@ -52,7 +52,7 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
     plain = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
     pages = Pages()
     laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(pack([np.asarray(w)], 1))), plain)
-    how = options("cpu", alone=True, several=are_several(rows))
+    how = options("cpu", single_device=True, many_rows=are_several(rows))
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
         "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=how), laid_out),

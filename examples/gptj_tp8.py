@@ -44,8 +44,8 @@ def main() -> None:
 
 
 def decode_shape(model):
-    """Of the programs that read all slots of the cache, the one that makes one token from one."""
-    return max((shape for shape in model.lowered().programs if shape.tokens == 1), key=lambda shape: shape.slots)
+    """The key of the decode program that attends to the most positions."""
+    return max((key for key in model.lowered().programs if key.kind == "decode"), key=lambda key: key.positions)
 
 
 if __name__ == "__main__":

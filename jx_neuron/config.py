@@ -1,4 +1,4 @@
-"""What a user may ask of a model beside its checkpoint, named as in transformers-neuronx."""
+"""Options of a model beside its checkpoint, named as in transformers-neuronx."""
 
 import dataclasses
 import warnings
@@ -21,7 +21,7 @@ _LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", 
 
 
 def dtype_of(amp: str) -> np.dtype[Any]:
-    """The dtype of weights and cache. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name).
+    """The dtype of weights and state. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name).
 
     >>> dtype_of("bf16").itemsize
     2
@@ -33,7 +33,7 @@ def dtype_of(amp: str) -> np.dtype[Any]:
 
 
 class GQA(Enum):
-    """How key/value heads are spread where there are fewer of them than cores."""
+    """How key/value heads are distributed where there are fewer of them than cores."""
 
     SHARD_OVER_HEADS = "shard-over-heads"
     REPLICATED_HEADS = "replicated-heads"
@@ -43,7 +43,7 @@ class GQA(Enum):
 
 PerRow = float | Sequence[float]
 
-# what the fields of GenerationConfig, and sample's arguments of the same names, may be
+# validation of the fields of GenerationConfig, and of sample's arguments of the same names
 READ: dict[str, Callable[..., Any]] = dict(
     max_length=integer,
     do_sample=flag,
@@ -62,15 +62,16 @@ _LINES = ("top_k", "top_p", "temperature", "top_p_min_tokens")
 
 @dataclass
 class GenerationConfig:
-    """How tokens are chosen where `sample` is not told otherwise; the fields are `sample`'s arguments.
+    """The defaults of `sample`; the fields are its arguments.
 
-    max_length:     of prompt and answer together, where `sample` is given no sequence_length.
-    do_sample:      without, the most likely token is taken.
-    global_top_k:   how many candidates compiled programs keep (the static size of their top-k); `top_k` may be changed
-                    up to it without compiling anything.
+    max_length:     the most tokens of prompt and answer, where `sample` gets no sequence_length.
+    do_sample:      False takes the most likely token.
+    global_top_k:   the number of candidates of compiled programs (the static size of their top-k); `top_k` may be
+                    changed up to it without compiling anything.
     eos_token_id:   the token or tokens that end a row, instead of the checkpoint's; -1 for none.
-    dynamic:        lets `update_generation_config` change it, as in transformers-neuronx; either compiles nothing.
-    deterministic:  every draw takes the middle of the distribution, the token at which a half is passed.
+    dynamic:        whether `update_generation_config` may change it, as in transformers-neuronx; neither compiles.
+    deterministic:  every draw takes the median of the distribution: the first token at which the cumulative probability
+                    exceeds 0.5.
     per_batch_line: top_k, top_p, temperature and top_p_min_tokens hold one value a row.
 
     Fields may be assigned. A model takes a copy when it is made and at `update_generation_config`, so that a later
@@ -106,7 +107,7 @@ class GenerationConfig:
         object.__setattr__(self, name, value)
 
 
-# steer transformers-neuronx's code generator and change no result; accepted, and said to have no effect
+# options of transformers-neuronx's code generator that change no result: accepted, with a warning that they do nothing
 _NO_EFFECT: dict[str, Any] = dict(
     allow_flash_attention=None,
     attention_layout=None,
@@ -129,7 +130,7 @@ _NO_EFFECT: dict[str, Any] = dict(
     use_2d_cache_ids=False,
     weight_tiling=False,
 )
-# would change results, and are not supported: only these values are legal
+# options that would change results and are not supported: only these values are legal
 _REFUSED: dict[str, Sequence[Any]] = dict(
     all_reduce_dtype=(None, "float32"),
     bf16_rms_norm=(False, None),
@@ -154,10 +155,10 @@ class NeuronConfig:
 
     group_query_attention:     a `GQA`; heads are replicated or padded as the tensor-parallel degree calls for.
     on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
-    output_all_logits:         calling the model gives the logits of every token of the prompt.
-    padding_side:              which side of a row `start_ids` and `attention_mask` find padding on.
-    compilation_worker_count:  how many programs the compiler works on at once.
-    strict_sharding:           refuses a tensor-parallel degree that heads would have to be padded for.
+    output_all_logits:         calling the model returns the logits of every token of the prompt.
+    padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding.
+    compilation_worker_count:  the number of programs that the compiler works on at once.
+    strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """

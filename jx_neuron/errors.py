@@ -1,7 +1,7 @@
-"""What can go wrong because of what was given, as opposed to a fault of ours.
+"""Errors of input, as opposed to bugs of this package.
 
-Each message says what was wrong, what would be legal, and what to do next. The
-command line prints it alone and exits with status 2.
+Each message says what is wrong, what is legal, and what to do. The command line prints only the message and exits with
+status 2.
 """
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
 
 
 class JxNeuronError(ValueError):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can fix."""
 
 
 class ConfigError(JxNeuronError):
@@ -25,7 +25,7 @@ class ConfigError(JxNeuronError):
 
 
 class CheckpointError(JxNeuronError):
-    """A checkpoint is missing, cut short, or does not hold the tensors that its config calls for."""
+    """A checkpoint is missing, truncated, or lacks tensors of its config."""
 
 
 class InputError(JxNeuronError):

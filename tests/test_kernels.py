@@ -38,7 +38,7 @@ def for_cpu(function, *args):
         with using(CpuOps()):
             return function(*args)
 
-    return np.asarray(jax.jit(call, compiler_options=options("cpu", alone=True))(*args), np.float64)
+    return np.asarray(jax.jit(call, compiler_options=options("cpu", single_device=True))(*args), np.float64)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)

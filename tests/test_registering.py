@@ -117,7 +117,7 @@ def test_a_parameter_without_a_row_is_named_once_for_all_layers() -> None:
 
 
 class WithoutLogits(nnx.Module):
-    def __call__(self, tokens_bt, cache, at): ...
+    def __call__(self, tokens_bt, state, at): ...
 
 
 class Misnamed(WithoutLogits):
@@ -125,7 +125,7 @@ class Misnamed(WithoutLogits):
 
 
 class TooFew(WithoutLogits):
-    def __call__(self, tokens_bt, cache): ...
+    def __call__(self, tokens_bt, state): ...
 
     def logits(self, x_btd): ...
 
@@ -172,7 +172,7 @@ class Halves(Config):
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        (dict(Model=WithoutLogits), "Model has no method logits; it needs __call__(self, tokens_bt, cache, at)"),
+        (dict(Model=WithoutLogits), "Model has no method logits; it needs __call__(self, tokens_bt, state, at)"),
         (dict(Model=Misnamed), "did you mean logits by logit?"),
         (dict(Model=nnx.Module), "Model has no method __call__"),
         (dict(Model=TooFew), "Model.__call__ should take 3 arguments after self"),
@@ -311,8 +311,8 @@ class Doubled(gpt2.Model):
 
 
 class Shifted(gpt2.Model):
-    def __call__(self, tokens_bt, cache, at):
-        return super().__call__(tokens_bt, cache, dataclasses.replace(at, position_bt=at.position_bt + 1))
+    def __call__(self, tokens_bt, state, at):
+        return super().__call__(tokens_bt, state, dataclasses.replace(at, position_bt=at.position_bt + 1))
 
 
 def test_a_forgotten_bias_is_named_with_its_row() -> None:

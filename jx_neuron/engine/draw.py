@@ -36,8 +36,10 @@ class Draw:
         return not (self.min_p or (self.min_tokens > 1 and self.top_p < 1))
 
     def uniform(self, index: int) -> float:
-        """The uniform number of token `index` of the answer, float32 in [0, 1). A function of the key and the index
-        (Philox, Salmon et al., 2011)."""
+        """The uniform number of token `index` of the answer, float32 in [0, 1).
+
+        It is a function of the key and the index alone (Philox, Salmon et al., 2011).
+        """
         if self.key is None or self.top_k == 1:
             return MIDDLE
         counter = np.random.Philox(key=np.array(self.key, np.uint64), counter=index)

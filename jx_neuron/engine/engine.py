@@ -101,7 +101,7 @@ class Engine:
                 raise
 
     def _dispatch(self) -> bool:
-        """Dispatches the next turn. Returns False where it failed; its requests then fail too."""
+        """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
         if self.runtime.programs is None and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()

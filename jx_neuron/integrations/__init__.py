@@ -1,1 +1,1 @@
-"""What other libraries call: Hugging Face's `generate()`, lm-evaluation-harness; and comparison with HF's own model."""
+"""Adapters to Hugging Face's `generate()` and lm-evaluation-harness, and parity checks against HF's own models."""

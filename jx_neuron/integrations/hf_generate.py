@@ -1,4 +1,4 @@
-"""Hugging Face's `generate()` over a model of this package. Takes torch, for its tensors; the model itself does not."""
+"""Hugging Face's `generate()` over a model of this package. It needs torch, for tensors; the model itself does not."""
 
 import copy
 from typing import Any
@@ -19,12 +19,12 @@ except ImportError as error:
     raise InputError(f"HuggingFaceGenerationModelAdapter takes torch ({error}): pip install torch") from None
 
 
-# its name among a model's arguments and results, which transformers 5.24 changed
+# the cache's name in arguments and results, which transformers 5.24 changed
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
 class DeviceCache(Cache):  # type: ignore[misc]
-    """Stands for the cache on the devices in HF's generation loop: it knows its length, and passes on what to do."""
+    """Stands for the state table in HF's generation loop: it has the length of HF's rows, and forwards operations."""
 
     is_compileable = False
     is_croppable = True
@@ -36,17 +36,17 @@ class DeviceCache(Cache):  # type: ignore[misc]
         self.width = 0
 
     def required(self) -> Rows:
-        """The rows that have gone through. Raises InputError where there are none."""
+        """The rows computed so far. Raises InputError where there are none."""
         if self.rows is None:
             raise InputError("this cache holds nothing yet; begin with a prompt")
         return self.rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many positions of HF's rows have gone through, padding among them."""
+        """The number of computed positions of HF's rows, padding included."""
         return self.width
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on from what row `beam_idx[i]` held. Raises InputError where there are not as many such rows."""
+        """Row i continues row `beam_idx[i]`. Raises InputError unless there are as many rows, all existing."""
         rows = self.required()
         index = integers("beam_idx", beam_idx, least=0, most=rows.count - 1)
         if len(index) != rows.count:
@@ -54,7 +54,7 @@ class DeviceCache(Cache):  # type: ignore[misc]
         rows.reorder(np.array(index))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens, as many as the negative number says; a positive one is the length to keep."""
+        """Removes the last -n tokens for a negative n; a positive one is the length to keep."""
         tokens = integer("tokens_to_remove", tokens_to_remove, least=-self.width)
         forgotten = -tokens if tokens <= 0 else max(0, self.width - tokens)
         if forgotten:
@@ -65,10 +65,10 @@ class DeviceCache(Cache):  # type: ignore[misc]
 class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Gives a model HF's `generate()`: https://huggingface.co/docs/transformers/main_classes/text_generation
 
-    config: the checkpoint's HF config. What its generation_config.json says is what `generate` does by default.
+    config: the checkpoint's HF config. Its generation_config.json gives the defaults of `generate`.
 
-    Each call begins anew: nothing of the last one is left. With beams or several sequences a prompt takes as many rows,
-    which the model's batch_size must have room for; fewer are padded.
+    Calls are independent. A prompt with beams or several sequences takes as many rows, which must not exceed the
+    model's batch_size; fewer rows are padded.
     """
 
     main_input_name = "input_ids"
@@ -83,16 +83,16 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
 
     @property
     def device(self) -> torch.device:
-        """Where `generate` handles ids and logits."""
+        """The device of ids and logits in `generate`."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """The dtype of the logits."""
         return torch.float32
 
     def generate(self, inputs: torch.Tensor | None = None, *others: Any, **options: Any) -> Any:
-        """HF's, of the same arguments. Raises InputError for a prompt or a mask that the model cannot take."""
+        """HF's `generate`. Raises InputError for a prompt or a mask that the model cannot take."""
         if options.get("inputs_embeds") is not None:
             raise InputError("inputs_embeds: this model takes token ids alone; give input_ids")
         ids = options.get("input_ids") if inputs is None else inputs
@@ -103,7 +103,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         return super().generate(inputs, *others, **options)
 
     def can_generate(self) -> bool:
-        """Yes."""
+        """True."""
         return True
 
     def reset_generation(self) -> None:
@@ -126,17 +126,17 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         return_dict: bool | None = True,
         **refused: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of `input_ids` [b, t], which follow what the cache holds.
+        """Logits of `input_ids` [b, t], which continue the rows of the cache.
 
         attention_mask: [b, tokens so far], 1 on real tokens.
-        cache:          what earlier calls left; `past_key_values` to older transformers.
-        logits_to_keep: of how many last tokens; 0 for all.
+        cache:          the cache of earlier calls; `past_key_values` in older transformers.
+        logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
 
-        Raises InputError for what this model does not give (attentions, hidden states, embeddings going in), and for
-        ids, a mask or a cache that do not fit it, or each other.
+        Raises InputError for unsupported arguments (attentions, hidden states, input embeddings), and for ids, a mask
+        or a cache that do not fit the model, or each other.
         """
         positions = refused.pop("position_ids", None)
-        refused.pop("tokenizer", None)  # which generate() hands on with stop_strings
+        refused.pop("tokenizer", None)  # generate() passes it on with stop_strings
         if names := sorted(name for name, value in refused.items() if value is not None and value is not False):
             raise InputError(f"{', '.join(names)}: this model gives logits alone; call generate() without")
         ids_bt = self._ids(input_ids)
@@ -168,7 +168,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
 
 
 def _check_goes_on(rows: Rows, mask: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises InputError where new tokens, padding or not, do not fit the rows that went through."""
+    """Raises InputError where new tokens, padding or not, do not fit the computed rows."""
     count, new = shape
     if count != rows.count:
         raise InputError(f"input_ids has {count} rows and the cache {rows.count}; give one for each of its rows")
@@ -182,7 +182,7 @@ def _check_goes_on(rows: Rows, mask: np.ndarray, shape: tuple[int, ...]) -> None
 
 
 def _check_positions(positions: Any, mask: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises InputError for position_ids other than each row's own count of its real tokens."""
+    """Raises InputError for position_ids that do not count each row's real tokens."""
     ours_bt, real_bt = (mask.cumsum(-1) - 1)[:, -shape[1] :], mask[:, -shape[1] :]
     theirs_bt = np.asarray(plain(positions))
     if theirs_bt.shape not in (shape, (1, shape[1]), shape[1:]) or (theirs_bt != ours_bt)[real_bt].any():
@@ -190,7 +190,7 @@ def _check_positions(positions: Any, mask: np.ndarray, shape: tuple[int, ...]) -
 
 
 def _at_the_end(logits_btv: np.ndarray, length_b: np.ndarray, width: int) -> np.ndarray:
-    """Logits as left-padded rows have them."""
+    """Logits of right-padded rows, moved to where left-padded rows have them."""
     moved = np.zeros((len(logits_btv), width, logits_btv.shape[-1]), np.float32)
     for into, row, length in zip(moved, logits_btv, length_b, strict=False):
         into[width - length :] = row[:length]

@@ -1,6 +1,6 @@
 """lm-evaluation-harness over a model of this package: https://github.com/EleutherAI/lm-evaluation-harness
 
-Importing this registers the harness's model "jx-neuron". Takes the extra `eval`.
+Importing this module registers the harness's model "jx-neuron". It needs the extra `eval`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +31,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 class JxNeuronLM(TemplateLM):  # type: ignore[misc]
     """A model for `lm_eval.simple_evaluate`.
 
-    pretrained:   a model in hand, or what its `from_pretrained` takes, `options` with it.
-    max_gen_toks: longest answer in tokens, where a task does not say.
+    pretrained:   a model, or the first argument of `from_pretrained`, with `options` as its others.
+    max_gen_toks: the longest answer in tokens, where a task has no limit.
 
-    What is too long for the model loses its beginning. Tokens and one more must fit n_positions.
+    Texts that are too long for the model are truncated at the beginning. n_positions must exceed the number of tokens.
 
-    Raises InputError for what the model cannot score or answer.
+    Raises InputError for texts that the model cannot score or answer.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Most tokens that one is predicted from."""
+        """The most tokens from which the next is predicted."""
         return self.model.buckets.capacity - 1
 
     @property
@@ -74,17 +74,17 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text of which every token is scored: the beginning token, or else the end token."""
+        """The token before a text whose every token is scored: the bos token, or else the end token."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """The tokenizer's name, a key of the harness's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text; one that spells out the beginning token gets no other."""
+        """Token ids of a text. A text that begins with the bos token gets no second one."""
         begin = self.tokenizer.bos_token
         special = not (begin and string.startswith(begin)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer.encode(string, add_special_tokens=special))
@@ -132,7 +132,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         return log_likelihoods
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Each prompt's answer, up to the first of the texts that the task has it end at."""
+        """The answer to each prompt, up to the first stop string of the task."""
         answers = [""] * len(requests)
         prompts, samplings = zip(*(self._sampling(*request.args) for request in requests), strict=True)
         events = self.model.generate(prompts, samplings, stream=True)
@@ -144,13 +144,13 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _texts(self, events: Iterator[Event], texts: list[str]) -> Iterator[Event]:
-        """The events, whose texts are added to those of their prompts."""
+        """Yields the events, and appends their texts to those of their prompts."""
         for event in events:
             texts[event.prompt] += event.text or ""
             yield event
 
     def _sampling(self, prompt: str, gen_kwargs: Mapping[str, Any]) -> tuple[list[int], SamplingParams]:
-        """A prompt as tokens, without the beginning that leaves no room for an answer, and how it is answered."""
+        """A prompt's tokens, truncated at the beginning to leave room for an answer, and its sampling parameters."""
         options = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
         until, new = options.pop("until"), integer("max_gen_toks", options.pop("max_gen_toks"))
         samples = options.pop("do_sample")

@@ -1,6 +1,6 @@
-"""Holding a decoder against its Hugging Face original, number by number.
+"""Compares a decoder with its Hugging Face original, number by number.
 
-The parity tests of this package use it, and so may those of a decoder of one's own:
+This package's parity tests use it, and tests of your own decoder may:
 
     from jx_neuron.integrations.parity import parity
     result = parity(hf_model, tp_degree=4)
@@ -41,12 +41,12 @@ _ROUNDING = 1e-4  # relative to the greatest magnitude; float32 in another order
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the logits, and where they are far apart the hidden states, are from HF's.
+    """Differences of the logits from HF's and, where they exceed rounding, of the hidden states.
 
     prefill:          the greatest absolute difference of logits over all tokens of all prompts.
-    decode:           that of each decode step.
-    first_difference: after what the hidden states of the longest prompt first differ by more than rounding, such as
-                      "layer 1, by 0.31 where HF's are up to 4.2"; None where the logits differ by no more.
+    decode:           the greatest absolute difference of each decode step.
+    first_difference: the place after which hidden states of the longest prompt first differ by more than rounding, such
+                      as "layer 1, by 0.31 where HF's are up to 4.2"; None where the logits differ only by rounding.
     """
 
     prefill: float
@@ -55,7 +55,7 @@ class Parity:
 
     @property
     def worst(self) -> float:
-        """The greatest of all."""
+        """The greatest difference of all."""
         return float(np.max([self.prefill, *self.decode]))
 
 
@@ -68,15 +68,15 @@ class ModelTensors:
         self._state = revert_weight_conversion(model, model.state_dict())
 
     def names(self) -> Iterable[str]:
-        """Of every tensor."""
+        """The names of the tensors."""
         return list(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """HF's."""
+        """The shape of a tensor."""
         return tuple(self._state[name].shape)
 
     def read(self, name: str) -> np.ndarray:
-        """In float32."""
+        """A tensor in float32."""
         return np.asarray(self._state[name].detach().float().cpu().numpy())
 
 
@@ -90,16 +90,16 @@ def parity(
     chunk: int | None = None,
     seed: int = 0,
 ) -> Parity:
-    """Runs one ragged, padded batch through the jitted step and each of its rows alone through HF, in float32.
+    """Runs a ragged, padded batch through the jitted step, and each of its rows by itself through HF, in float32.
 
-    Prompts are random tokens, one of each of `lengths`; then `steps` further random tokens are given to both, one at
-    a time, so that every step is compared on the same sequence whatever the differences before it.
+    Prompts are random tokens, one prompt of each of `lengths`. Then both models get the same `steps` further random
+    tokens, one at a time, so that differences do not change the sequences compared.
 
     Args:
-        original: an HF causal language model in float32, or a checkpoint folder, which HF and we each read.
+        original: an HF causal language model in float32, or a checkpoint folder, which both HF and this package read.
         model_type: the registered decoder; by default the one that the config names.
-        tp_degree: cores; beyond a CPU, as many JAX devices are needed.
-        chunk: query tokens of a prefill call; by default the longest prompt, in one.
+        tp_degree: cores; on other platforms than a CPU, JAX needs as many devices.
+        chunk: query tokens of a prefill call; by default the length of the longest prompt.
 
     Raises:
         ConfigError: the config is not supported.
@@ -191,14 +191,14 @@ def _hidden_states(decoder: Decoder, source: weights.Source, mesh: Mesh, prompt:
 
 
 class _Blocks(list[Any]):
-    """Blocks that are no modules, in the place of `Layers`."""
+    """Blocks that are no modules, in place of `Layers`."""
 
     def __call__(self, x_btd: Array, state: State, *args: Any) -> tuple[Array, State]:
         return through(self, x_btd, state, *args)
 
 
 def _original_hidden_states(model: Any, prompt: np.ndarray) -> list[np.ndarray]:
-    """HF's: what enters each layer, then the last, which HF takes after the final norm."""
+    """HF's hidden states: the input of each layer, then the output of the final norm."""
     import torch
 
     with torch.inference_mode():
@@ -220,7 +220,7 @@ def _original_logits(model: Any, sequence: np.ndarray, steps: int) -> np.ndarray
     prompt = len(sequence) - steps
     model.eval()
     with torch.inference_mode():
-        model(ids[:, :1])  # HF's dynamic RoPE remembers the longest sequence of the calls before, until a short one
+        model(ids[:, :1])  # resets HF's dynamic RoPE, which keeps the longest length of earlier calls until a short one
         out = model(ids[:, :prompt], use_cache=True)
         logits = [out.logits[0]]
         for i in range(prompt, len(sequence)):

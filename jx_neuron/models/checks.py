@@ -1,4 +1,4 @@
-"""Whether the parts of a decoder fit together; each refusal names the part or the row, and what would be legal."""
+"""Checks that the parts of a decoder fit together. Each error names the part or the row, and what is legal."""
 
 import dataclasses
 import inspect
@@ -17,12 +17,12 @@ from jx_neuron.nn.sharding import Padding
 from jx_neuron.util.arguments import integer
 
 PARTS = ("Config", "Model", "WEIGHTS", "IGNORE")
-METHODS = {"__call__": 3, "logits": 1}  # of Model, and how many arguments each takes: DecoderModule
-LETTERS = "dnkhv"  # those that the cache, padding and plan read
+METHODS = {"__call__": 3, "logits": 1}  # methods of Model and their numbers of arguments: DecoderModule
+LETTERS = "dnkhv"  # axes that STATE, padding and plans need
 
 
 def parts(model_type: str, family: Any) -> None:
-    """Raises ConfigError unless `family` has what a decoder is made of, each of the right kind."""
+    """Raises ConfigError unless `family` has every part of a decoder, each of the right type."""
     decoder = f"the decoder registered as {model_type!r}"
     if absent := [name for name in PARTS if not hasattr(family, name)]:
         raise ConfigError(f"{decoder} lacks {', '.join(absent)}{_misspelt(absent, dir(family))}")
@@ -41,15 +41,15 @@ def parts(model_type: str, family: Any) -> None:
         method = next((vars(base)[name] for base in model.__mro__ if name in vars(base)), None)
         if method is None:
             raise ConfigError(
-                f"{decoder}: Model has no method {name}; it needs __call__(self, tokens_bt, cache, at), which returns "
-                f"hidden states and cache, and logits(self, x_btd){_misspelt([name], dir(model))}"
+                f"{decoder}: Model has no method {name}; it needs __call__(self, tokens_bt, state, at), which returns "
+                f"hidden states and state, and logits(self, x_btd){_misspelt([name], dir(model))}"
             )
         try:
             inspect.signature(method).bind(*range(1 + count))
         except TypeError as error:
             raise ConfigError(
                 f"{decoder}: Model.{name} should take {count} arguments after self, as do "
-                f"__call__(self, tokens_bt, cache, at) and logits(self, x_btd): {error}"
+                f"__call__(self, tokens_bt, state, at) and logits(self, x_btd): {error}"
             ) from error
     if isinstance(family.WEIGHTS, str) or not all(isinstance(row, W) for row in family.WEIGHTS):
         raise ConfigError(f"{decoder}: WEIGHTS should be a sequence of W, a row for each weight")
@@ -66,7 +66,7 @@ def parts(model_type: str, family: Any) -> None:
 
 
 def sizes(config: HFConfig) -> None:
-    """Raises ConfigError unless `config` gives a size of 1 or more for each letter, and has those that are needed."""
+    """Raises ConfigError unless every size of `config` is 1 or more, and every letter of `LETTERS` has one."""
     sizes = config.sizes
     if absent := [letter for letter in LETTERS if letter not in sizes]:
         raise ConfigError(
@@ -80,8 +80,8 @@ def sizes(config: HFConfig) -> None:
 def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]], *, complete: bool) -> None:
     """Raises ConfigError unless the rows of a weight table fit the sizes of `config` and the parameters of the model.
 
-    shapes:   of each parameter, by path, unpadded.
-    complete: whether every parameter needs a row, as it does where a checkpoint is to fill it.
+    shapes:   the unpadded shape of each parameter, by path.
+    complete: whether every parameter needs a row, as for a checkpoint.
     """
     sizes = config.sizes
     for row in rows:
@@ -113,7 +113,7 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
 
 
 def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises ConfigError unless all layers have parameters of the same shapes, and a field says how many there are."""
+    """Raises ConfigError unless all layers have the same shapes, and a field has the number of layers."""
     config.with_layers(1)
     for row in (row for row in rows if "{i}" in row.target):
         if len({tuple(shapes.get(row.at(layer).target, ())) for layer in range(config.layers)}) > 1:
@@ -124,7 +124,7 @@ def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[in
 
 
 def _parts(rows: Sequence[W]) -> None:
-    """Raises ConfigError unless the rows that take parts of one tensor take each of them once."""
+    """Raises ConfigError unless the rows that select parts of one tensor select each part once."""
     by_name: dict[str, list[W]] = {}
     for row in rows:
         by_name.setdefault(row.name, []).append(row)
@@ -144,9 +144,10 @@ def _parts(rows: Sequence[W]) -> None:
 
 
 def splits(rows: Sequence[W], padding: Padding) -> None:
-    """Raises ConfigError where an axis that `padding` makes longer is split in one row and left whole in another.
+    """Raises ConfigError where an axis that is padded is split in one row and not in another.
 
-    The arrays of the two would not fit each other; but those of the vocabulary never meet.
+    Arrays of the two rows would have different sizes of one axis. Arrays of the vocabulary are never combined, so that
+    axis is exempt.
     """
     first: dict[str, tuple[int, W]] = {}
     for row in rows:

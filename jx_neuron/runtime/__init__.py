@@ -1,1 +1,1 @@
-"""Where steps run: through `jax.jit`, as lowered programs on the host, or on NeuronCores."""
+"""Runtimes of steps: through `jax.jit`, as lowered programs on the host, or on NeuronCores."""

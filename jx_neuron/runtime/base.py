@@ -1,4 +1,4 @@
-"""Ways to run steps, behind one interface."""
+"""The interface of runtimes, which run steps."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -14,26 +14,25 @@ class Runtime(Protocol):
 
     @property
     def programs(self) -> frozenset[ProgramKey] | None:
-        """What it can run; None where programs are compiled on demand."""
+        """The programs that it can run; None where programs are compiled on demand."""
         ...
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
-        """Makes programs ready."""
+        """Loads or compiles programs, so that their first run does not wait."""
         ...
 
     def run(self, step: StepInput) -> StepOutput:
-        """Runs a step on the state table. Where it fails, the table may be lost: `reset` makes another."""
+        """Runs a step on the state table. After an error the table may be invalid until `reset`."""
         ...
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
-        """Slot target_n[i] becomes what slot source_n[i] was, for all i at once."""
+        """Copies the state of slot source_n[i] to slot target_n[i], for all i at once."""
         ...
 
     def clear(self, slot_n: np.ndarray) -> None:
-        """Zeros in slots, such as those with numbers that are not finite: 0 · NaN is NaN, also where attention is
-        masked."""
+        """Fills slots with zeros. A slot with NaN needs it, since 0 · NaN is NaN even where attention is masked."""
         ...
 
     def reset(self, slots: int, positions: int) -> None:
-        """Forgets what all slots hold. The next table has room for as many slots and positions at least."""
+        """Empties all slots. The next table has at least so many slots and positions."""
         ...

@@ -1,4 +1,4 @@
-"""What a runtime without model code needs: programs with their inputs and outputs, and parameters."""
+"""A lowered model for runtimes without model code: programs with their signatures, and parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ from jx_neuron.step.program_key import ProgramKey
 class Bundle:
     """A lowered model.
 
-    programs:   by the key of each.
-    hlo:        gives a program's serialized HloModuleProto by name.
-    neff:       gives a program's NEFF by name, or None.
-    parameters: each rank's part of each, by name; they may be read when they are asked for.
+    programs:   the signature of each program, by key.
+    hlo:        returns a program's serialized HloModuleProto by name.
+    neff:       returns a program's NEFF by name, or None.
+    parameters: each rank's part of each parameter, by name, possibly read at access.
     """
 
     programs: Mapping[ProgramKey, ProgramSpec]
@@ -28,16 +28,16 @@ class Bundle:
 
     @property
     def tp_degree(self) -> int:
-        """How many cores run its programs."""
+        """The number of cores that run its programs."""
         return next(iter(self.programs.values())).tp_degree
 
     @property
     def candidates(self) -> int:
-        """How many candidates its programs sample from."""
+        """The number of candidates that its programs sample from."""
         return max(key.candidates for key in self.programs)
 
     def find(self, key: ProgramKey) -> ProgramSpec:
-        """The program of `key`. Raises InputError that lists those there are."""
+        """The program of `key`. Raises InputError, which lists the programs, where there is none."""
         if key not in self.programs:
             raise InputError(
                 f"no program {key.name} was compiled; there are {', '.join(sorted(k.name for k in self.programs))}. "
@@ -46,12 +46,12 @@ class Bundle:
         return self.programs[key]
 
     def of_kind(self, kind: str) -> list[TensorSpec]:
-        """The inputs of a kind, "param" or "state", in order; they are the same in every program."""
+        """The inputs of a kind, "param" or "state", in order. All programs have the same."""
         return [tensor for tensor in next(iter(self.programs.values())).inputs if tensor.kind == kind]
 
 
 class Joined:
-    """The parts of an array that is split among cores along `axis`, joined when it is read; None where it is whole."""
+    """An array of which each core has a part along `axis`, or the whole array (None). Reading it joins the parts."""
 
     def __init__(self, ranks: Sequence[Any], axis: int | None):
         self._ranks, self._axis = ranks, axis

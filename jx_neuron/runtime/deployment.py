@@ -1,4 +1,4 @@
-"""Between a decoder and what runs it: lowering, checking, compiling and saving."""
+"""Deployment of a decoder: lowering, checking, compiling and saving its programs."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ BACKENDS = ("xla", "host", "neuron")
 
 
 def choose_backend(requested: str | None) -> str:
-    """`asked`, or else neuron where torch-neuronx and a NeuronCore are present, or else xla.
+    """`requested` or, where that is None, neuron if torch-neuronx and a NeuronCore are present, else xla.
 
     Raises ConfigError for a backend that does not exist.
     """
@@ -42,9 +42,9 @@ def choose_backend(requested: str | None) -> str:
 
 
 def target_for(requested: str | None) -> str:
-    """The instance family `asked` for, or that of NEURON_CC_FLAGS, or this machine's, or trn1.
+    """The instance family `requested`, or that of NEURON_CC_FLAGS, or this machine's, or trn1.
 
-    Raises CompilerError where the first two differ, and LoweringError for one that does not exist.
+    Raises CompilerError where the first two differ, and LoweringError for an unknown family.
     """
     machine = None if neuronx_cc.user_target() else neuron.target()
     return target_of(neuronx_cc.target(CompilerOptions(target=requested or machine))).name
@@ -52,7 +52,7 @@ def target_for(requested: str | None) -> str:
 
 @dataclass
 class Deployment:
-    """Programs of a model, lowered and perhaps compiled, by key."""
+    """The lowered programs of a model, by key, and the NEFFs of those that are compiled."""
 
     settings: Settings
     programs: Mapping[ProgramKey, ProgramSpec]
@@ -60,13 +60,13 @@ class Deployment:
     neffs: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def violations(self, target: str, lnc: int | None = None) -> Iterator[tuple[str, list[Violation]]]:
-        """What neuronx-cc is documented to refuse on a target, program by program."""
+        """Yields (program name, violations) of what neuronx-cc is documented to refuse on a target."""
         for program in self.programs.values():
             sources = getattr(program, "sources", None)
             yield program.name, verify(self.hlo(program.name), target, lnc=lnc, sources=sources)
 
     def check(self, target: str) -> None:
-        """Notes what the programs are for. Raises LoweringError with all that neuronx-cc would refuse there."""
+        """Records the target. Raises LoweringError, which lists everything that neuronx-cc would refuse for it."""
         errors = [
             f"{name}: {v}" for name, violations in self.violations(target) for v in violations if v.severity == "error"
         ]
@@ -75,12 +75,12 @@ class Deployment:
         self.settings = dataclasses.replace(self.settings, target=target)
 
     def compile(self, target: str | None = None, jobs: int | None = None) -> None:
-        """Has neuronx-cc compile each program that has no NEFF yet, once all are checked.
+        """Checks all programs, then compiles those without a NEFF with neuronx-cc.
 
-        target: an instance family, as `target_for` takes it.
+        target: an instance family, as for `target_for`.
 
-        Raises LoweringError for programs that cannot compile there, and CompilerError where the compiler is missing or
-        fails.
+        Raises LoweringError for programs that the target does not support, and CompilerError where the compiler is
+        missing or fails.
         """
         missing = [p.name for p in self.programs.values() if p.name not in self.neffs]
         if not missing:
@@ -92,7 +92,7 @@ class Deployment:
         self.neffs = {**self.neffs, **{name: partial(neffs.__getitem__, name) for name in neffs}}
 
     def bundle(self, parameters: Mapping[str, Sequence[np.ndarray]]) -> Bundle:
-        """The programs with parameters to run them on: of each, a part a rank."""
+        """The programs with their parameters: a part a rank of each."""
 
         def neff(name: str) -> bytes | None:
             return self.neffs[name]() if name in self.neffs else None
@@ -100,7 +100,7 @@ class Deployment:
         return Bundle(self.programs, self.hlo, neff, parameters)
 
     def run_on(self, backend: str, parameters: Mapping[str, Sequence[np.ndarray]], jobs: int | None = None) -> Runtime:
-        """A runtime, "host" or "neuron", with parameters on its devices."""
+        """A runtime, "host" or "neuron", with the parameters on its devices."""
         if backend == "neuron":
             self.compile(jobs=jobs)
             self._check_machine()
@@ -137,9 +137,9 @@ def save(
     parameters: Mapping[str, Sequence[np.ndarray]] | None,
     save_tokenizer: Callable[[Path], Sequence[Path]],
 ) -> Path:
-    """Writes an artifact: programs, NEFFs where there are any, the tokenizer, and parameters where given.
+    """Writes an artifact: programs, NEFFs where there are any, the tokenizer and, where given, parameters.
 
-    save_tokenizer: writes the tokenizer's files into a folder, and returns their paths.
+    save_tokenizer: writes the tokenizer's files into a folder and returns their paths.
     """
     with temporary_folder() as folder:
         extra = {path.name: path.read_bytes() for path in save_tokenizer(folder)}
@@ -157,7 +157,7 @@ def save(
 
 
 def config_of(model: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """The config of a saved model, as its manifest has it; of anything else what `models.known.config_of` gives."""
+    """The config in the manifest of a saved model; of any other model the result of `models.known.config_of`."""
     from jx_neuron.models import known
 
     if is_artifact(model):

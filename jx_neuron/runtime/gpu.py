@@ -1,4 +1,4 @@
-"""A model on one GPU: kernels lie with their outputs first, as most checkpoints have them (docs/notes/gpu.md)."""
+"""A model on one GPU. Its kernels are stored with output axes first, as in most checkpoints (docs/notes/gpu.md)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ class OutputsFirst:
 
 
 class GpuOps(Ops):
-    """A single row is multiplied as sums."""
+    """Equations for a GPU: a single row is multiplied by a reduction."""
 
     def matmul_rows(self, x: Array, table_nk: Array) -> Array:
         if x.size != x.shape[-1]:
@@ -45,14 +45,14 @@ class GpuOps(Ops):
 
 
 def _matmul_row(x: Array, kernel: Array, axes: int) -> Array:
-    """x · kernel of a single row, as a sum: a GPU spends more of its bandwidth on that than on a dot."""
+    """x · kernel of a single row, as a reduction, which reaches more of a GPU's bandwidth than a dot."""
     wide_x, wide_kernel = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (x, kernel))
     terms = wide_x.reshape(*kernel.shape[:axes], *[1] * (kernel.ndim - axes)) * wide_kernel
     return terms.sum(range(axes)).astype(jnp.result_type(x, kernel))
 
 
 class OneGPU(Sharded):
-    """A decoder's parameters on one GPU, and its steps over them."""
+    """A decoder's parameters and steps on one GPU."""
 
     ops = GpuOps()
 

@@ -1,4 +1,4 @@
-"""Runs lowered programs themselves, one replica a core on host devices: no model code, and no chip."""
+"""Runs lowered programs on host devices, one replica a core, without model code and without a chip."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ from jx_neuron.util.progress import map_concurrently, track
 
 
 class HostRuntime:
-    """Holds each rank's parameters and state on a host device, and runs what neuronx-cc would be given."""
+    """Holds each rank's parameters and state on a host device, and runs the very programs that neuronx-cc compiles."""
 
     def __init__(self, bundle: Bundle):
         self._bundle = bundle
@@ -55,7 +55,7 @@ class HostRuntime:
         self._state = [self._on_each(_cleared, array, slot_n) for array in self._state]
 
     def reset(self, slots: int, positions: int) -> None:
-        """The table has the size that its programs were lowered for."""
+        """Makes a table of the size that the programs were lowered for."""
         devices = self._first.mesh.devices.tolist()
         self._state = [
             self._first.put([jnp.zeros(tensor.shape, tensor.dtype, device=device) for device in devices])
@@ -63,7 +63,7 @@ class HostRuntime:
         ]
 
     def _on_each(self, change: Any, array: jax.Array, *indices: np.ndarray) -> jax.Array:
-        """`change` of each rank's part, on its own device."""
+        """Applies `change` to each rank's part, on its device."""
         return self._first.put([change(shard.data, *indices) for shard in array.addressable_shards])
 
     def _argument(self, executable: Executable, tensor: TensorSpec, params: Any, state: Any, step: StepInput) -> Any:

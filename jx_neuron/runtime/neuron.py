@@ -1,6 +1,4 @@
-"""Runs NEFFs on NeuronCores through torch-neuronx's public classes.
-
-They are used as transformers-neuronx uses them:
+"""Runs NEFFs on NeuronCores through torch-neuronx's public classes, as transformers-neuronx does:
 https://github.com/aws-neuron/transformers-neuronx/blob/main/src/transformers_neuronx/compiler.py
 """
 
@@ -23,24 +21,24 @@ from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.progress import track
 
 DEVICES = Path("/dev")
-PRODUCT = Path("/sys/class/dmi/id/product_name")  # of an EC2 instance, its type
+PRODUCT = Path("/sys/class/dmi/id/product_name")  # holds the type of an EC2 instance
 IO_RING_CACHE = "NEURON_RT_IO_RING_CACHE_SIZE"
-FIRST_RANK = 1  # of _parallel_executor_run: how many ranks' outputs to copy to the host
+FIRST_RANK = 1  # argument of _parallel_executor_run: the number of ranks whose outputs are copied to the host
 
 
 def available() -> bool:
-    """Whether torch-neuronx is installed and a Neuron device is there; imports neither it nor torch."""
+    """Whether torch-neuronx is installed and a Neuron device exists. Imports neither torch-neuronx nor torch."""
     return importlib.util.find_spec("torch_neuronx") is not None and any(DEVICES.glob("neuron[0-9]*"))
 
 
 def target() -> str | None:
-    """neuronx-cc's target for this machine, or None where it is no Neuron instance."""
+    """neuronx-cc's target for this machine; None where it is no Neuron instance."""
     family = PRODUCT.read_text().strip().partition(".")[0] if PRODUCT.is_file() else ""
     return family if family in TARGETS else None
 
 
 class NeuronRuntime:
-    """Holds parameters and state on NeuronCores, shared by all programs; programs are loaded when first needed.
+    """Holds parameters and state on NeuronCores, shared by all programs. A program is loaded at its first use.
 
     Raises CompilerError where torch-neuronx is not installed.
     """
@@ -79,7 +77,7 @@ class NeuronRuntime:
         return StepOutput(first.numpy(), _Logits(self, _outputs(program)[1]))
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
-        """Through the host, as transformers-neuronx broadcasts its cache."""
+        """Copies through the host, as transformers-neuronx broadcasts its KV cache."""
         source, target = (self._torch.from_numpy(np.asarray(slots, np.int64)) for slots in (source_n, target_n))
         self._rewrite(lambda rank: rank.index_copy(0, target, rank.index_select(0, source)))
 
@@ -88,7 +86,7 @@ class NeuronRuntime:
         self._rewrite(lambda rank: rank.index_fill(0, slots, 0))
 
     def reset(self, slots: int, positions: int) -> None:
-        """The table keeps its memory; positions yet to be written are masked."""
+        """Does nothing: the table keeps its memory, and attention masks positions that are not written yet."""
 
     def _rewrite(self, change: Callable[[Any], Any]) -> None:
         for tensor in self._bundle.of_kind("state"):
@@ -121,7 +119,7 @@ class NeuronRuntime:
         return tensor_set
 
     def _device_tensor(self, tensor: TensorSpec) -> Any:
-        """What a program reads or writes: its outputs take the state's memory; all programs share it."""
+        """The device tensor of an input or output. All programs share it, and outputs alias the state's memory."""
         if tensor.kind == "rank":
             return self._rank
         if tensor.name in self._held:
@@ -143,13 +141,13 @@ class NeuronRuntime:
 
     def _host_tensor(self, array: np.ndarray) -> Any:
         array = np.require(array, requirements=["C", "W"])
-        if array.dtype.name == "bfloat16":  # which torch does not take from numpy
+        if array.dtype.name == "bfloat16":  # torch.from_numpy does not support it
             return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
         return self._torch.from_numpy(array)
 
 
 class _Logits:
-    """Logits on the NeuronCores, read from all of them when asked for; the next run overwrites them."""
+    """Logits on the NeuronCores, joined from all of them when read. The next run overwrites them."""
 
     def __init__(self, runtime: NeuronRuntime, tensor: TensorSpec):
         self._runtime, self._tensor, self._made_by = runtime, tensor, runtime._runs
@@ -164,7 +162,7 @@ class _Logits:
 
 
 def _outputs(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:
-    """Tokens and logits: what a program gives beside the cache."""
+    """A program's outputs beside the state: tokens and logits."""
     token, logits = (tensor for tensor in program.outputs if tensor.kind == "output")
     return token, logits
 
@@ -183,7 +181,7 @@ def _torch() -> Any:
 
 @contextmanager
 def _one_set_of_weights() -> Iterator[None]:
-    """Has the runtime keep its descriptors of one set of tensors, where the user has not chosen otherwise."""
+    """Makes the Neuron runtime keep DMA descriptors of one set of tensors, unless the user has set the variable."""
     is_unset = IO_RING_CACHE not in os.environ
     if is_unset:
         os.environ[IO_RING_CACHE] = "1"

@@ -1,4 +1,4 @@
-"""Saved models: opened from an artifact, and all that is needed to run them."""
+"""Saved models: an artifact's settings, programs, parameters and tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ class SavedModel:
 
     @classmethod
     def open(cls, directory: Path | str) -> "SavedModel":
-        """Raises ArtifactError with the reason where it is not whole."""
+        """Opens an artifact. Raises ArtifactError, with the reason, where it is incomplete."""
         return cls(artifact.read(directory))
 
     @property
@@ -40,22 +40,22 @@ class SavedModel:
 
     @property
     def settings(self) -> Settings:
-        """What it was lowered for."""
+        """The settings that the model was lowered for."""
         return self.artifact.manifest.settings
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The config.json of its checkpoint."""
+        """The config.json of the model's checkpoint."""
         return self.artifact.manifest.config
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
-        """The end and padding tokens of its checkpoint; None without any."""
+        """The end and padding tokens of the model's checkpoint; None where there are none."""
         return self.settings.token_ids
 
     @cached_property
     def deployment(self) -> Deployment:
-        """Raises ArtifactError unless each program that the settings call for is there, and is what its name says."""
+        """The programs. Raises ArtifactError unless every program of the settings is there and fits its key."""
         settings = self.settings
         saved = {program.name: program for program in self.artifact.manifest.programs}
         buckets = settings.buckets
@@ -82,7 +82,7 @@ class SavedModel:
         return Deployment(settings, programs, self.artifact.hlo, neffs)
 
     def require_complete(self) -> None:
-        """Raises ArtifactError unless its weights and every program are there."""
+        """Raises ArtifactError unless the artifact has weights and every program."""
         if not self.artifact.manifest.weights:
             raise ArtifactError(
                 f"{self.path} was saved without weights; make the model from its checkpoint and load() this folder, "
@@ -101,7 +101,7 @@ class SavedModel:
         return ArtifactError(f"artifact {self.path}: {reason}; save it again")
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is the one of its checkpoint."""
+        """Whether `config` is the config.json of the model's checkpoint."""
         return config == self.config
 
     def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
@@ -109,7 +109,7 @@ class SavedModel:
         return deployment().run_on(backend, self.parameters(), jobs)
 
     def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
-        """Each rank's part of each parameter, read when asked for. Raises ArtifactError where they were not saved."""
+        """Each rank's part of each parameter, read at access. Raises ArtifactError where they were not saved."""
         return self.artifact.parameters()
 
     def first_not_finite(self) -> str | None:
@@ -119,7 +119,7 @@ class SavedModel:
         return first_not_finite(self.parameters())
 
     def tokenizer(self) -> Any:
-        """The tokenizer of the listed files, checked. Raises ArtifactError where there is none."""
+        """The tokenizer, of files whose hashes are checked. Raises ArtifactError where there is none."""
         from jx_neuron.checkpoint.tokenizer import load_tokenizer
 
         if not set(TOKENIZER_FILES) & set(self.artifact.manifest.files):
@@ -127,7 +127,7 @@ class SavedModel:
         return load_tokenizer(self.path, self.config, self.save_tokenizer, ArtifactError)
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Writes the listed files of the tokenizer, checked, into `folder`."""
+        """Writes the tokenizer's files into `folder`, once their hashes are checked, and returns their paths."""
         paths = [folder / name for name in TOKENIZER_FILES if name in self.artifact.manifest.files]
         for path in paths:
             path.write_bytes(self.artifact.file(path.name))

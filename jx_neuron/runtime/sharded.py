@@ -1,4 +1,4 @@
-"""A model on several devices, or on a chip: parameters are arrays, split over a mesh."""
+"""A model on several devices, or on a chip: its parameters are arrays sharded over a mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from jx_neuron.step.step import step
 
 
 class Sharded:
-    """A decoder's parameters where programs take them, and its steps over them."""
+    """A decoder's parameters, sharded over a mesh, and its steps."""
 
     ops = Ops()
     """The equations that its steps are traced with."""
@@ -29,15 +29,15 @@ class Sharded:
         return source.place(self._mesh)
 
     def state(self, slots: int, positions: int) -> State:
-        """A state table as shapes."""
+        """A state table as ShapeDtypeStructs."""
         return self._decoder.abstract_state(slots, positions, self._dtype, self._mesh)
 
     def params(self, key: ProgramKey) -> Params:
-        """What the step of `key` takes for parameters."""
+        """The parameters that the step of `key` takes."""
         return self._params
 
     def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
-        """The step of `key`, over `params` of it."""
+        """The step of `key`, over `params(key)`."""
         traced = step(self._decoder_of(key), key)
 
         def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
@@ -47,5 +47,5 @@ class Sharded:
         return run
 
     def _decoder_of(self, key: ProgramKey) -> Decoder:
-        """The decoder that binds `params` of `key`."""
+        """The decoder that binds `params(key)`."""
         return self._decoder

@@ -1,4 +1,4 @@
-"""The step through `jax.jit`: on a CPU, a GPU, or the Neuron PJRT plugin."""
+"""Runs steps through `jax.jit`, on a CPU, a GPU, or the Neuron PJRT plugin."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ from jx_neuron.util.pages import check_memory, gc_paused, release_memory
 from jx_neuron.util.progress import map_concurrently
 
 MOST_PROGRAMS = 128
-"""Programs that a model keeps. One takes 2 to 5 MB and 160 of the 65530 memory maps that Linux gives a process."""
+"""Programs that a model keeps. One takes 2 to 5 MB, and 160 of the 65530 memory maps that Linux allows a process."""
 
 
 def mesh(tp_degree: int) -> Mesh:
-    """A mesh over JAX's devices; where these are CPU devices and too few, over CPU devices of this package's own.
+    """A mesh over JAX's devices, or over CPU devices of this package's own client where JAX has too few CPU devices.
 
     Raises InputError where JAX has too few devices of another kind.
     """
@@ -41,9 +41,9 @@ def mesh(tp_degree: int) -> Mesh:
 
 
 class XlaRuntime:
-    """Programs are compiled when first needed, and the `MOST_PROGRAMS` that were used last are kept.
+    """Compiles programs on demand, and keeps the `MOST_PROGRAMS` that were used last.
 
-    The state table has the size that `reset` said, and grows with the slots and positions that steps need.
+    The state table has the size of the last `reset`, and grows with the slots and positions that steps need.
     """
 
     programs = None
@@ -89,7 +89,7 @@ class XlaRuntime:
         self._state, self._sizes = None, (slots, positions)
 
     def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
-        """Slots and positions of the table that a program is to run on."""
+        """Slots and positions of the table that the program of `key` runs on."""
         if self._state is None:
             least_slots, least_positions = self._sizes
         else:
@@ -119,7 +119,7 @@ class XlaRuntime:
             check_memory(size, f"the keys and values of {table.slots} rows and {table.positions} positions take")
 
     def _program(self, key: ProgramKey, slots: int, positions: int) -> Any:
-        """The program of `key` over a table of so many slots and positions."""
+        """The program of `key` over a table of `slots` and `positions`."""
         sizes = key, slots, positions
         program = self._compiled.get(sizes) or self._compile(*sizes)
         self._compiled[sizes] = program

@@ -1,1 +1,1 @@
-"""One step of a decoder: a pure function on fixed shapes, the shapes, and the buckets that they are taken from."""
+"""One step of a decoder: a pure function on fixed shapes, its key, its inputs, and the buckets of shapes."""

@@ -20,7 +20,9 @@ MOST_BUCKETS = 64
 
 @dataclass(frozen=True)
 class Buckets:
-    """Lengths of prompts (`context`) and of caches read (`tokens`), ascending; the last of `tokens` is the capacity.
+    """Bucket sizes, ascending: of prompts (`context`), and of the positions that attention reads (`tokens`).
+
+    The last of `tokens` is the capacity.
 
     A prompt longer than the largest context bucket goes through in chunks of it.
     """
@@ -104,7 +106,7 @@ class Buckets:
 
 
 def fit(buckets: Iterable[int], length: int) -> int:
-    """The smallest of ascending `buckets` that is at least `length`, or the largest."""
+    """The smallest of ascending `buckets` that is at least `length`, else the largest."""
     bucket = 0
     for bucket in buckets:
         if bucket >= length:

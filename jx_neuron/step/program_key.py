@@ -1,4 +1,4 @@
-"""What a compiled program of a model is for, and what it takes beside parameters and state."""
+"""The key of a compiled program: its purpose and its static shapes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +14,13 @@ SAMPLING = ("temperature_b", "top_k_b", "top_p_b", "uniform_b")
 class ProgramKey:
     """One program.
 
-    kind:       "prefill" puts tokens of prompts into slots, and gives the logits of each row's last token; "score"
-                gives those of every token; "decode" takes one token of each of the first slots: row i is slot i.
+    kind:       "prefill" computes tokens of prompts in any slots, and returns the logits of each row's last token;
+                "score" returns those of every token; "decode" computes one token in each of the first slots: row i is
+                slot i.
     rows:       sequences, b.
     tokens:     tokens of a row, t: a context bucket, or 1 to decode.
     positions:  positions that attention sees, s: a token bucket. With s = t, rows begin at position 0.
-    candidates: how many of the most likely tokens are sampled from; 1 is greedy.
+    candidates: the number of most likely tokens that are sampled from; 1 is greedy.
     """
 
     kind: Kind

@@ -1,4 +1,4 @@
-"""The step: one pure function on fixed shapes, for prompts, decoding and scores."""
+"""The step: one pure function on fixed shapes, for prefill, decoding and scores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,14 @@ from jx_neuron.step.step_input import DRAWN_LAST
 def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
     """The program of `key`, to be jitted.
 
-    It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, temperature_b, top_k_b, top_p_b, uniform_b]): row
-    b's tokens stand at positions start_b on in slot slot_b (in slot b where it decodes), and length_b counts the tokens
-    of its sequence from there, which may exceed t where a prompt goes through in chunks; tokens from length_b on are
-    padding, and a row of length 0 leaves its slot as it is. It gives (next tokens [b, 1] int32, logits float32 [b, v],
-    or [b, t, v] for scores, state): tokens and logits [b, v] are of each row's last real token. v is padded to the
-    tensor-parallel degree, with the least float32 for the logits of padding.
+    It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, temperature_b, top_k_b, top_p_b, uniform_b]). The
+    tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b in a decode step). length_b counts
+    the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in chunks. Tokens from
+    length_b on are padding, and a row of length 0 leaves its slot unchanged.
+
+    It returns (next tokens [b, 1] int32, logits float32 [b, v], or [b, t, v] for scores, state). Next tokens and logits
+    [b, v] are those of each row's last real token. v is padded to a multiple of the tensor-parallel degree, with the
+    least float32 as logits of the padding.
     """
 
     def run(params: Params, state: State, tokens_bt: Array, *inputs: Array) -> tuple[Array, Array, State]:

@@ -1,4 +1,4 @@
-"""What one step takes and gives, as plain data."""
+"""The inputs and outputs of one step, as plain data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from jx_neuron.step.program_key import ProgramKey
 
 DRAWN_LAST = -1
-"""In a decode step, in place of a token: the one that this slot drew last, which the state table has."""
+"""In place of a token of a decode step: the token that the slot drew last, which is in the state table."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StepInput:
 
 
 class StepOutput(NamedTuple):
-    """What one program gave; arrays that may still be computed until they are read with numpy.
+    """The outputs of one program. The arrays may be asynchronous: reading them with numpy waits.
 
     token_b1: the next token of each row, int32 [b, 1].
     logits:   float32 [b, v], or [b, t, v] of a "score"; v padded to the tensor-parallel degree.

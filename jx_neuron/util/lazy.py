@@ -28,9 +28,9 @@ def exports(
 
 
 class Moved(MetaPathFinder, Loader):
-    """Imports modules by names that they had before.
+    """Imports modules by their former names.
 
-    modules: the present name by the former one.
+    modules: former name → present name.
     """
 
     def __init__(self, modules: Mapping[str, str]):
@@ -40,5 +40,5 @@ class Moved(MetaPathFinder, Loader):
         return spec_from_loader(fullname, self) if fullname in self._modules else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Puts the module that moved in the place of `module`."""
+        """Replaces `module` by the module that moved."""
         sys.modules[module.__name__] = import_module(self._modules[module.__name__])
