@@ -218,7 +218,7 @@ class Scheduler:
         return len(self._slots) - 1
 
     def sizes(self) -> tuple[int, int] | None:
-        """Slots and positions that the waiting sequences need; None where any slot's state is still needed."""
+        """Slots and positions for what waits, where nothing that any slot holds is needed; else None."""
         if not self._waiting or self.prefix or self.free_slots < len(self._slots):
             return None
         if any(self._reusable(sequence, slot) for sequence in self._waiting for slot in self._slots):
