@@ -30,7 +30,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {}
 for path in sorted(Path(__file__).parent.glob("families_*.py")):
     for name, options in import_module(path.stem).OPTIONS.items():
         OPTIONS.setdefault(name, []).extend(options)
-FIRST = [pytest.param(name, options[0], id=name) for name, options in OPTIONS.items()]
+# one of each kind of weight row, norm, rotation, window and residual; the others are run as `slow`
+USUAL = "bloom cohere2 falcon gemma3_text gpt_bigcode gpt_neox ministral3 olmo2 phi3 qwen3 smollm3 stablelm".split()
+FIRST = [
+    pytest.param(name, options[0], id=name, marks=[] if name in USUAL else pytest.mark.slow)
+    for name, options in OPTIONS.items()
+]
 OTHERS = [
     pytest.param(name, options, id=f"{name}-{number}")
     for name, several in OPTIONS.items()
