@@ -17,10 +17,10 @@ def test_threads_that_ask_together_get_one_value() -> None:
         return made[-1]
 
     value = Once(make)
-    assert not value.made
+    assert not value.is_set
     with ThreadPoolExecutor(8) as threads:
         assert {*threads.map(lambda _: value(), range(8))} == {0}
-    assert (made, value.made) == ([0], True)
+    assert (made, value.is_set) == ([0], True)
 
 
 def test_what_failed_is_made_anew_and_what_was_set_is_not_made() -> None:
@@ -35,7 +35,7 @@ def test_what_failed_is_made_anew_and_what_was_set_is_not_made() -> None:
     value = Once(make)
     with pytest.raises(ValueError, match="too early"):
         value()
-    assert not value.made
+    assert not value.is_set
     assert value() == "later"
     value.set("another")
     assert value() == "another"
