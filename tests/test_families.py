@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
 from jx_neuron.integrations.hf_generate import CACHE
-from jx_neuron.models import family, model_types
+from jx_neuron.models import _FAMILIES, family
 
 LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 18, 64
 TOLERANCE = 1e-5  # of the largest logit
@@ -149,7 +149,8 @@ def test_four_cores(model_type: str, options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_every_family_is_here() -> None:
-    assert set(model_types()) == set(OPTIONS)
+    ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}  # others may have registered theirs
+    assert ours == set(OPTIONS)
 
 
 @st.composite
