@@ -97,13 +97,15 @@ def through(
 ) -> tuple[Array, State]:
     """What `Layers` does, of any sequence of blocks, one by one; `first` is the layer of the first.
 
-    For a CPU, blocks that differ in their parameters alone are traced once.
+    Blocks that differ in their parameters alone are traced once.
     """
     if not state.layout.stacked:
-        for layer, block in enumerate(blocks, first):
-            x, part = block(x, state.of_layer(layer), *args)
-            state = part.state
-        return x, state
+        arrays = list(state.arrays)
+        for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
+            alone = dataclasses.replace(state, arrays=(arrays[layer],), windows=(state.windows[layer],))
+            x, own = _apply(graph, params, LayerState(alone, 0, 0), x, *args)
+            (arrays[layer],) = own.arrays
+        return x, dataclasses.replace(state, arrays=tuple(arrays))
     like = {window: layer for layer, window in reversed(list(enumerate(state.windows)))}
     for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
         # behind the barrier, and as a layer of the same window, for what reads and writes the state to be compiled once
