@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron.runtime.cpu.kernel import Packed, are_several, pack
+from jx_neuron.runtime.cpu.formulation import choose
+from jx_neuron.runtime.cpu.kernel import Formulation, Packed, pack
 from jx_neuron.runtime.xla_options import options
 from jx_neuron.util.pages import Pages
 
@@ -52,10 +53,11 @@ def measure(weights: list[Any], rng: np.random.Generator, rows: int, dtype: str,
     plain = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
     pages = Pages()
     laid_out = jax.tree.map(lambda w: jax.device_put(pages.put(pack([np.asarray(w)], 1))), plain)
-    how = options("cpu", single_device=True, many_rows=are_several(rows))
+    formulation = choose(dtype).formulation
+    how = options("cpu", formulation, rows)
     chains = {
         "default": (jax.jit(lambda x, all: chain(jnp.matmul, x, all)), plain),
-        "ours": (jax.jit(partial(ours, dtype=dtype), compiler_options=how), laid_out),
+        "ours": (jax.jit(partial(ours, dtype=dtype, formulation=formulation), compiler_options=how), laid_out),
     }
     seconds: dict[str, list[float]] = {name: [] for name in chains}
     told: dict[str, float] = {}
@@ -82,9 +84,9 @@ def chain(product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, we
     return x
 
 
-def ours(x: jax.Array, weights: Any, dtype: str) -> jax.Array:
+def ours(x: jax.Array, weights: Any, dtype: str, formulation: Formulation) -> jax.Array:
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        (y,) = Packed(w, (w.shape[::-1],), 1, jnp.dtype(dtype)).matmul(x)
+        (y,) = Packed(w, (w.shape[::-1],), 1, jnp.dtype(dtype), formulation).matmul(x)
         return y
 
     return chain(product, x, weights)

@@ -6,6 +6,7 @@ Tests run side by side, and threads that wait for work by spinning would take th
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JX_NEURON_CPU_FORMULATION", "instruction-sets")  # what is measured is another each time
 
 import hypothesis
 import jax

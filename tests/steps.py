@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron.nn.state import KV, Layout, S, State
+from jx_neuron.runtime.cpu.kernel import Formulation
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput
+
+FORMULATION = Formulation(wide=(), passes=8, dot="eigen")
+"""How float32 matrices are multiplied on any CPU."""
 
 
 def step_input(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import table
+from steps import FORMULATION, table
 
 from jx_neuron.nn.attention import attend
 from jx_neuron.nn.ops import using
@@ -78,7 +78,7 @@ def test_attention_is_the_formula_s(layout, kind, options) -> None:
     def traced(*arrays):
         if layout is PLAIN:
             return run(*arrays)
-        with using(CpuOps()):
+        with using(CpuOps(FORMULATION)):
             return run(*arrays)
 
     out_btnh = jax.jit(traced)(*(jnp.asarray(x, jnp.float32) for x in (k_bskh, v_bskh, q_btnh)))

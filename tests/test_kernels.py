@@ -1,10 +1,12 @@
 """Products as a CPU computes them: the same numbers as one dot, in programs that copy no weights."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import step_input, table
+from steps import FORMULATION, step_input, table
 
 from jx_neuron.checkpoint.weights import from_params
 from jx_neuron.models import Decoder
@@ -14,7 +16,7 @@ from jx_neuron.nn.kernel import matmul
 from jx_neuron.nn.ops import PLAIN as PLAIN_OPS
 from jx_neuron.nn.ops import using
 from jx_neuron.nn.state import PLAIN, positions_of
-from jx_neuron.runtime.cpu.kernel import Packed, pack
+from jx_neuron.runtime.cpu.kernel import Formulation, Packed, pack
 from jx_neuron.runtime.cpu.ops import BLOCK, CpuOps
 from jx_neuron.runtime.cpu.weights import OneCPU
 from jx_neuron.runtime.xla import XlaRuntime
@@ -33,18 +35,28 @@ LLAMA = dict(
 )
 
 
-def for_cpu(function, *args):
+def for_cpu(function, *args, formulation=FORMULATION, rows=0):
     def call(*args):
-        with using(CpuOps()):
+        with using(CpuOps(formulation)):
             return function(*args)
 
-    return np.asarray(jax.jit(call, compiler_options=options("cpu", single_device=True))(*args), np.float64)
+    how = options("cpu", formulation, rows)
+    return np.asarray(jax.jit(call, compiler_options=how)(*args), np.float64)
+
+
+FORMULATIONS = {
+    "a CPU of AVX2": FORMULATION,
+    "with AVX-512": Formulation((1, 8), 32, "eigen"),
+    "that multiplies 16 bits": Formulation((4,), 8, "ynnpack"),
+}
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)
 @pytest.mark.parametrize("inputs", [(768,), (3, 256), (67,), (1,)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_a_product_is_that_of_float64(rows, inputs, dtype, name) -> None:
+    how = dict(formulation=FORMULATIONS[name], rows=math.prod(rows))
     rng = np.random.default_rng(0)
     shapes = (*rows, *inputs), (*inputs, 3, 5), (*inputs, 4), (40, inputs[-1])
     x, *kernels, table = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
@@ -52,22 +64,22 @@ def test_a_product_is_that_of_float64(rows, inputs, dtype) -> None:
     for found, expected, most in (
         *(
             (
-                for_cpu(lambda x, packed, i=i: packed.matmul(x)[i], x, packed(kernels, len(inputs))),
+                for_cpu(lambda x, w, i=i: w.matmul(x)[i], x, packed(kernels, len(inputs), FORMULATIONS[name]), **how),
                 np.tensordot(wide_x, wide_kernel, len(inputs)),
                 4,
             )
             for i, wide_kernel in enumerate(wide_kernels)
         ),
-        (for_cpu(CpuOps().matmul_rows, x, table), wide_x @ wide_table.T, 8),
+        (for_cpu(CpuOps(FORMULATIONS[name]).matmul_rows, x, table, **how), wide_x @ wide_table.T, 8),
     ):
         assert found.shape == expected.shape
         error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
         assert error < most * float(jnp.finfo(dtype).eps)
 
 
-def packed(kernels, axes: int) -> Packed:
+def packed(kernels, axes: int, formulation=FORMULATION) -> Packed:
     w_nk = jnp.asarray(pack([np.asarray(kernel) for kernel in kernels], axes))
-    return Packed(w_nk, tuple(kernel.shape for kernel in kernels), axes, kernels[0].dtype)
+    return Packed(w_nk, tuple(kernel.shape for kernel in kernels), axes, kernels[0].dtype, formulation)
 
 
 def test_off_a_cpu_a_product_is_one_dot() -> None:
@@ -153,4 +165,4 @@ def test_attention_in_blocks_is_that_over_all_slots() -> None:
 
 
 def _traced_blocks(tokens: int, slots: int) -> list[tuple[int, int, int]]:
-    return CpuOps().query_blocks(tokens, slots)
+    return CpuOps(FORMULATION).query_blocks(tokens, slots)

@@ -1,5 +1,6 @@
 """A model on one CPU: stacked weights and state, read in place, and a loop over the layers."""
 
+import json
 import re
 import warnings
 
@@ -130,20 +131,21 @@ def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
     np.testing.assert_allclose(*logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("has", ["fpu avx2 avx512f", "fpu avx2", ""])
-def test_wide_vectors_are_for_several_rows_where_the_cpu_has_them(has, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "_instruction_sets", lambda: has)
-    name = "xla_cpu_prefer_vector_width"
+@pytest.mark.parametrize("wide", [(8,), (1, 4), ()], ids=str)
+def test_vectors_are_as_wide_as_the_formulation_of_the_rows_says(wide, monkeypatch) -> None:
+    pinned = {"float32": {"wide": wide, "passes": 8, "dot": "eigen"}}
+    monkeypatch.setenv("JX_NEURON_CPU_FORMULATION", json.dumps(pinned))
     asked = []
     options = compiled.options
     monkeypatch.setattr(compiled, "options", lambda *of: asked.append(options(*of)) or asked[-1])
     of, rng = runtime(Decoder.from_config(GPT2)), np.random.default_rng(0)
     tokens_b1 = rng.integers(0, 1000, (8, 1)).astype(np.int32)
     logits = []
-    for rows in (8, 4, 1):
+    for rows in (8, 3, 1):
         of.reset(0, 0)
         logits.append(np.asarray(of.run(step_input(ProgramKey("decode", rows, 1, 16), tokens_b1[:rows])).logits))
-    assert [options.get(name) for options in asked] == [512 if "avx512f" in has else None, None, None]
+    widths = [options.get("xla_cpu_prefer_vector_width") for options in asked]
+    assert widths == [512 if rows in wide else None for rows in (8, 4, 1)]
     for some in logits[1:]:
         np.testing.assert_allclose(some, logits[0][: len(some)], atol=2e-5)
 

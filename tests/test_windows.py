@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import table
+from steps import FORMULATION, table
 
 from jx_neuron.nn.attention import attend
 from jx_neuron.nn.ops import using
@@ -60,7 +60,7 @@ def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
         index_bt = np.minimum(start_b[:, None] + np.arange(t), S - 1)
         arrays = [x[:, np.asarray(slots)[:, None], index_bt] for x in (q, k, v)]
         at = positions_of(jnp.asarray(start_b, jnp.int32), jnp.asarray(counts, jnp.int32), slot_b, t, positions)
-        with using(CpuOps()) if layout is CPU else nullcontext():
+        with using(CpuOps(FORMULATION)) if layout is CPU else nullcontext():
             outputs, state = run(state, at, arrays)
         for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
             for layer in range(len(WINDOWS)):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import typer
 from jx_neuron.cli import options
 from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError
+
+ROWS = {1: "1", 4: "2 to 4", 8: "5 to 8"}
+"""The classes of rows of a formulation."""
 
 
 def command(
@@ -70,6 +74,7 @@ def command(
         "prefill_milliseconds": prefill_seconds * 1e3,
         "milliseconds_per_token": decode_seconds / (new_tokens - 1) * 1e3,
         "tokens_per_second": batch_size * (new_tokens - 1) / decode_seconds,
+        "matmul": _matmul(causal_lm),
     }
     if as_json:
         typer.echo(json.dumps(results))
@@ -81,6 +86,22 @@ def command(
     print_message(
         f"ready    {results['load_seconds']:.2f} s to load, {results['first_run_seconds']:.2f} s for the first run"
     )
+    if matmul := results["matmul"]:
+        rows = [ROWS[most] for most in matmul["wide"]]
+        wide = f", with vectors of 512 bits for {' and '.join(rows)} rows" if rows else ""
+        print_message(
+            f"matmul   up to {matmul['passes']} rows in passes{wide}; more by {matmul['dot']} ({matmul['reason']})"
+        )
+
+
+def _matmul(model: Any) -> dict[str, Any] | None:
+    """How one CPU multiplies matrices, and why so; None for other runtimes."""
+    from jx_neuron.runtime.cpu.formulation import choose
+
+    if getattr(model.runtime, "formulation", None) is None:
+        return None
+    formulation, reason = choose(model.settings.dtype)
+    return asdict(formulation) | {"reason": reason}
 
 
 def _run(model: Any, prompt_bt: np.ndarray, new: int) -> tuple[float, float]:

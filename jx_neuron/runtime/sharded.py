@@ -11,6 +11,7 @@ from jx_neuron.checkpoint.weights import Params, Source
 from jx_neuron.models import Decoder
 from jx_neuron.nn.ops import Ops, using
 from jx_neuron.nn.state import State
+from jx_neuron.runtime.cpu.kernel import Formulation
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
 
@@ -20,6 +21,9 @@ class Sharded:
 
     ops = Ops()
     """The equations that its steps are traced with."""
+
+    formulation: Formulation | None = None
+    """How one CPU multiplies; None elsewhere."""
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self._decoder, self._mesh, self._dtype = decoder, mesh, dtype

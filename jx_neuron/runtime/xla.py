@@ -16,7 +16,7 @@ from jx_neuron.nn import sharding
 from jx_neuron.nn.sharding import AXIS
 from jx_neuron.nn.state import State
 from jx_neuron.runtime import xla_options
-from jx_neuron.runtime.cpu.kernel import are_several
+from jx_neuron.runtime.cpu.kernel import Formulation
 from jx_neuron.runtime.cpu.weights import OneCPU
 from jx_neuron.runtime.gpu import OneGPU
 from jx_neuron.runtime.sharded import Sharded
@@ -58,6 +58,11 @@ class XlaRuntime:
         self._compiled: OrderedDict[tuple[ProgramKey, int, int], Any] = OrderedDict()
         self._state: State | None = None
         self._sizes = 0, 0
+
+    @property
+    def formulation(self) -> Formulation | None:
+        """How matrices are multiplied on one CPU; None elsewhere."""
+        return self._placed.formulation
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
         keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
@@ -132,12 +137,11 @@ class XlaRuntime:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS))
         state = self._placed.state(slots, positions)
-        several = are_several(key.rows * key.tokens)
         program = jax.jit(
             self._placed.step(key),
             donate_argnums=1,
             out_shardings=(everywhere, split, jax.tree.map(_sharding, state)),
-            compiler_options=xla_options.options(self._platform, self.mesh.size == 1, several),
+            compiler_options=xla_options.options(self._platform, self._placed.formulation, key.rows * key.tokens),
         )
         inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in key.inputs().values()]
         release_memory()

@@ -7,16 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from platformdirs import user_cache_path
 
-# jaxlib 0.10 runs dots and reductions by YNNPACK by default. That sums all of k in one chain, with twice the error of
-# Eigen, which sums in blocks. 0.8.0 has neither YNNPACK nor the option.
-_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""} if version("jaxlib") != "0.8.0" else {}
+if TYPE_CHECKING:
+    from jx_neuron.runtime.cpu.kernel import Formulation
+
+HAS_YNNPACK = version("jaxlib") != "0.8.0"
+"""Whether jaxlib has YNNPACK, and the option that says what it computes."""
+
+# By default it runs dots and reductions. It sums all of k in one chain, with twice the error of Eigen, which sums in
+# blocks.
+_WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""} if HAS_YNNPACK else {}
+
+# Dots alone, each by itself: what would be fused with them is slower.
+_YNNPACK_DOTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 # 16-bit results are rounded where a program says so, as on other backends.
 _ALWAYS = {"xla_allow_excess_precision": False}
@@ -28,20 +37,22 @@ _MATMULS = {
     "xla_disable_hlo_passes": "cse_barrier_expander,transpose-folding,tree_reduction_rewriter",
 }
 
-# LLVM prefers 256 bits, also where the CPU has 512.
 _WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 
-def options(platform: str, single_device: bool, many_rows: bool = False) -> dict[str, Any]:
+def options(platform: str, formulation: "Formulation | None" = None, rows: int = 0) -> dict[str, Any]:
     """XLA's options for a platform.
 
-    single_device: whether programs run on one device, with the matmuls of jx_neuron/runtime/cpu.
-    many_rows:     whether `are_several` is true of their rows.
+    formulation: how the matmuls of jx_neuron/runtime/cpu are computed; None where these are not in use.
+    rows:        of those matmuls.
     """
-    if platform == "cpu":
-        wide = single_device and many_rows and "avx512f" in _instruction_sets().split()
-        return _ALWAYS | _WITHOUT_YNNPACK | (_MATMULS if single_device else {}) | (_WIDE_VECTORS if wide else {})
-    return _ALWAYS if platform == "gpu" else {}
+    if platform != "cpu":
+        return _ALWAYS if platform == "gpu" else {}
+    if formulation is None:
+        return _ALWAYS | _WITHOUT_YNNPACK
+    by_ynnpack = formulation.dot == "ynnpack" and not formulation.in_passes(rows)
+    wide = formulation.is_wide(rows)
+    return _ALWAYS | _MATMULS | (_YNNPACK_DOTS if by_ynnpack else _WITHOUT_YNNPACK) | (_WIDE_VECTORS if wide else {})
 
 
 def precision(platform: str, dtype: Any) -> AbstractContextManager[None]:
@@ -62,24 +73,25 @@ def keep_between_processes() -> None:
     default is 1 s. JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS sets another time.
     """
     if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
-        folder = user_cache_path("jx-neuron", appauthor=False) / "xla" / _cpu()
+        folder = user_cache_path("jx-neuron", appauthor=False) / "xla" / cpu()
         compilation_cache.set_cache_dir(str(folder))
         if jax.config.jax_persistent_cache_min_compile_time_secs == 1 and _LEAST.upper() not in os.environ:
             jax.config.update(_LEAST, 0.1)
         compilation_cache.reset_cache()
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """A name of this kind of CPU: a hash of its instruction sets, or of its family where those are unknown."""
-    instruction_sets = _instruction_sets() or platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(instruction_sets.encode()).hexdigest()[:12]}"
+    known = " ".join(sorted(instruction_sets())) or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
 
 @cache
-def _instruction_sets() -> str:
+def instruction_sets() -> frozenset[str]:
     """The CPU's instruction sets by name; empty where the system does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return frozenset()
+    _, _, names = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")
+    return frozenset(names.split())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,43 @@ from jx_neuron.util.pages import allocate
 FEW = 8
 """Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
 
+CLASSES = (1, FEW // 2, FEW)
+"""Classes of the rows of a pass, each by its most: a row, what memory limits, and what arithmetic limits too."""
+
 STREAMS = {4: 3, 2: 2}
 """Parts of a matrix that are read side by side in that pass, by bytes of its entries: a row loaded once serves each."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w_nk"], meta_fields=["shapes", "axes", "dtype"])
+@dataclass(frozen=True)
+class Formulation:
+    """How matrices of one dtype are multiplied (jx_neuron.runtime.cpu.formulation chooses).
+
+    wide:   the CLASSES of rows of a pass whose programs have vectors of 512 bits; LLVM prefers 256, also where the CPU
+            has 512.
+    passes: most rows that go through in passes over a matrix, of 8 each.
+    dot:    how more rows are multiplied: "ynnpack" takes matrices of 16 bits as they are, "eigen" widens them first.
+    """
+
+    wide: tuple[int, ...]
+    passes: int
+    dot: Literal["eigen", "ynnpack"]
+
+    def __post_init__(self) -> None:
+        if not {*self.wide} <= {*CLASSES}:
+            raise ValueError(f"wide={self.wide}: legal are some of {CLASSES}")
+        if self.passes % FEW or not FEW <= self.passes <= 4 * FEW:
+            raise ValueError(f"passes={self.passes}: legal are 8, 16, 24 and 32")
+
+    def in_passes(self, rows: int) -> bool:
+        """Whether so many rows are multiplied in passes over a matrix, which then need not lie alone in memory."""
+        return rows <= self.passes
+
+    def is_wide(self, rows: int) -> bool:
+        """Whether programs of so many rows have vectors of 512 bits."""
+        return next((most for most in CLASSES if rows <= most), None) in self.wide
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w_nk"], meta_fields=["shapes", "axes", "dtype", "formulation"])
 @dataclass(frozen=True)
 class Packed:
     """Matrices of one input, one after the other's outputs, as `to_bits` of `dtype`.
@@ -41,12 +73,13 @@ class Packed:
     shapes: tuple[tuple[int, ...], ...]
     axes: int
     dtype: Any
+    formulation: Formulation
 
     def matmul(self, x: Array) -> list[Array]:
         rows = x.shape[: x.ndim - self.axes]
         x_mk = x.reshape(-1, self.w_nk.shape[1])
-        alone_nk = self.w_nk if are_few(len(x_mk), self.dtype) else barrier(self.w_nk)
-        y_mn = matmul_packed(x_mk, alone_nk, self.dtype)
+        alone_nk = self.w_nk if self.formulation.in_passes(len(x_mk)) else barrier(self.w_nk)
+        y_mn = matmul_packed(x_mk, alone_nk, self.dtype, self.formulation)
         return [
             y.reshape(*rows, *shape[self.axes :])
             for y, shape in zip(jnp.split(y_mn, self._ends(), axis=1), self.shapes, strict=True)
@@ -86,26 +119,23 @@ def from_bits(x: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def are_few(rows: int, dtype: Any) -> bool:
-    """Whether so many rows are multiplied in passes over a matrix, which then need not lie alone in memory."""
-    return rows <= (FEW if jnp.dtype(dtype).itemsize == 4 else 4 * FEW)
-
-
-def are_several(rows: int) -> bool:
-    """Whether one pass of so many rows is bound by arithmetic too, which wide vectors help; fewer they slow down."""
-    return FEW // 2 < rows <= FEW
-
-
-def matmul_packed(x_mk: Array, w_nk: Array, dtype: Any) -> Array:
+def matmul_packed(x_mk: Array, w_nk: Array, dtype: Any, formulation: Formulation) -> Array:
     """x · wᵀ, where w is `to_bits` of `dtype`."""
     m, narrow = len(x_mk), jnp.result_type(x_mk, dtype)
-    x_mk = widen(x_mk)
-    if are_few(m, dtype):
-        parts = [x_mk[i : i + FEW] for i in range(0, m, FEW)]
+    if formulation.in_passes(m):
+        wide_mk = widen(x_mk)
+        parts = [wide_mk[i : i + FEW] for i in range(0, m, FEW)]
         y_mn = jnp.concatenate([_in_one_pass(part, w_nk, dtype) for part in parts])
+    elif formulation.dot == "ynnpack" and x_mk.dtype == dtype:
+        y_mn = barrier(_outputs_dot(barrier(x_mk), from_bits(w_nk, dtype)))
     else:  # without the barrier XLA would make it x · wᵀ, and transpose the matrix first
-        y_mn = barrier(widen(from_bits(w_nk, dtype)) @ x_mk.T).T
+        y_mn = barrier(widen(from_bits(w_nk, dtype)) @ widen(x_mk).T).T
     return y_mn.astype(narrow)
+
+
+def _outputs_dot(x_mk: Array, w_nk: Array) -> Array:
+    """x · wᵀ, summed in float32."""
+    return jax.lax.dot_general(x_mk, w_nk, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _in_one_pass(x_mk: Array, w_nk: Array, dtype: Any) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jx_neuron.nn.ops import Ops, barrier
-from jx_neuron.runtime.cpu.kernel import FEW, matmul_packed, sums, to_bits, widen
+from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, to_bits, widen
 
 BLOCK = 128
 """Queries that go through attention at a time, where later positions can be left out."""
@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 class CpuOps(Ops):
     """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
+
+    def __init__(self, formulation: Formulation):
+        self.formulation = formulation
 
     def once(self, x: T) -> T:
         return barrier(x)
@@ -35,7 +38,8 @@ class CpuOps(Ops):
     def matmul_rows(self, x: Array, table_nk: Array) -> Array:
         # XLA would widen a 16-bit table once, whole, for this and for its use as an embedding
         alone_nk = to_bits(barrier(table_nk))
-        return matmul_packed(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype).reshape(*x.shape[:-1], -1)
+        y_mn = matmul_packed(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype, self.formulation)
+        return y_mn.reshape(*x.shape[:-1], -1)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
         """Where as many tokens as positions go through, they stand at these, and none sees those behind it."""

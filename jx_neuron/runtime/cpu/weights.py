@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.weights import Params, Source, flatten
 from jx_neuron.models import Decoder
 from jx_neuron.nn.layers import Layers, Linear, LinearParams, Linears
 from jx_neuron.nn.state import State
-from jx_neuron.runtime.cpu.kernel import Packed, are_few, pack
+from jx_neuron.runtime.cpu.formulation import choose
+from jx_neuron.runtime.cpu.kernel import Formulation, Packed, pack
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.cpu.ops import CpuOps
 from jx_neuron.runtime.sharded import Sharded
@@ -33,11 +34,14 @@ class OneCPU(Sharded):
     matrix out of a stack for its product: they take each layer's part, which is the same memory.
     """
 
-    ops = CpuOps()
+    def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
+        self.formulation: Formulation = choose(dtype).formulation
+        self.ops = CpuOps(self.formulation)
+        super().__init__(decoder, source, mesh, dtype)
 
     def _place(self, source: Source) -> Params:
         module: Any = self._decoder.bind(self._decoder.abstract_params(self._dtype))
-        packed = dict(_pack(module, self._dtype))
+        packed = dict(_pack(module, self._dtype, self.formulation))
         self._packed, names = replace(self._decoder, graph=nnx.graphdef(module)), list(flatten(nnx.state(module)))
         places = dict(_stack(module, names))
         self._stacked = replace(self._decoder, graph=nnx.graphdef(module))
@@ -82,10 +86,10 @@ class OneCPU(Sharded):
         return self._stacked if self._reads_in_passes(key) else self._packed
 
     def _reads_in_passes(self, key: ProgramKey) -> bool:
-        return are_few(key.rows * key.tokens, self._dtype)
+        return self.formulation.in_passes(key.rows * key.tokens)
 
 
-def _pack(module: nnx.Module, dtype: Any) -> Iterator[tuple[str, tuple[list[str], Packed]]]:
+def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[tuple[str, tuple[list[str], Packed]]]:
     """Has the kernels of `module`, which holds shapes, be `Packed`: for each its path, and those of what it holds."""
 
     def packed(layers: list[LinearParams]) -> Packed:
@@ -93,7 +97,7 @@ def _pack(module: nnx.Module, dtype: Any) -> Iterator[tuple[str, tuple[list[str]
         n, k = sum(math.prod(shape[axes:]) for shape in shapes), math.prod(shapes[0][:axes])
         stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
         abstract: Any = jax.ShapeDtypeStruct((n, k), stored)
-        return Packed(abstract, shapes, axes, dtype)
+        return Packed(abstract, shapes, axes, dtype, formulation)
 
     for path, node in list(nnx.iter_graph(module)):
         prefix = ".".join(map(str, path))
