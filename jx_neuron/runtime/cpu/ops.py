@@ -53,23 +53,29 @@ class CpuOps(Ops):
         if g * t <= FEW:
             w_bkrs = _matmul_few(widen(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh)
         else:  # tokens last, as products leave them
-            q_bkhr = widen(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
-            w_bkrs = _dot(q_bkhr, widen(k_bksh), 2, 3)
+            q_bkhr = self._operand(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
+            w_bkrs = _dot(q_bkhr, self._operand(k_bksh), 2, 3)
         return w_bkrs.reshape(b, k, g, t, -1)
 
     def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:
         if v_bksh.dtype.itemsize == 4:  # the sum divides the result, which is smaller than the weights
             e_bkgts = jnp.exp(w_bkgts - w_bkgts.max(-1, keepdims=True))
-            return _weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
+            return self._weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
         p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
-        return _weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
+        return self._weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
 
+    def _weighted(self, p_bkgts: Array, v_bksh: Array) -> Array:
+        b, k, g, t, s = p_bkgts.shape
+        p_bkrs = p_bkgts.reshape(b, k, g * t, s)
+        if g * t <= FEW:
+            a_bkrh = _matmul_few(widen(p_bkrs), v_bksh.swapaxes(2, 3))
+        else:
+            a_bkrh = _dot(self._operand(p_bkrs), self._operand(v_bksh), 3, 2)
+        return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
 
-def _weighted(p_bkgts: Array, v_bksh: Array) -> Array:
-    b, k, g, t, s = p_bkgts.shape
-    p_bkrs = widen(p_bkgts).reshape(b, k, g * t, s)
-    a_bkrh = _matmul_few(p_bkrs, v_bksh.swapaxes(2, 3)) if g * t <= FEW else _dot(p_bkrs, widen(v_bksh), 3, 2)
-    return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
+    def _operand(self, x: Array) -> Array:
+        """x as the dots of this CPU take it."""
+        return x if self.formulation.dot == "ynnpack" else widen(x)
 
 
 def _matmul_few(x_bkrc: Array, y_bknc: Array) -> Array:
@@ -83,6 +89,7 @@ def _matmul_few(x_bkrc: Array, y_bknc: Array) -> Array:
 
 
 def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-    """x · y over an axis of each, all but the last two in common; XLA neither swaps nor fuses it."""
+    """x · y over an axis of each, all but the last two in common, summed in float32; XLA neither swaps nor fuses it."""
     common = tuple(range(x.ndim - 2))
-    return barrier(jax.lax.dot_general(barrier(x), y, (((x_axis,), (y_axis,)), (common, common))))
+    axes = ((x_axis,), (y_axis,)), (common, common)
+    return barrier(jax.lax.dot_general(barrier(x), y, axes, preferred_element_type=jnp.float32))
