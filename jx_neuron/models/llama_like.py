@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.hf_config import FULL, HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.layers import ACT, Embedding, Layers, RMSNorm
@@ -29,7 +29,7 @@ __all__ = [
     "sliding_from",
 ]
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,9 @@ class RopeConfig(HFConfig):
         _ = self.ropes, self.windows
 
     @property
-    def types(self) -> list[str]:
-        """The type of each layer, as HF's layer_types has them."""
-        return [FULL] * self.layers
-
-    @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
-        return self._scaling(self.rope_fields, self.original_max_position_embeddings)
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings, None)
 
     @property
     def ropes(self) -> dict[str, RopeScaling | None]:
@@ -76,7 +71,7 @@ class RopeConfig(HFConfig):
             return dict.fromkeys(types, self.rope)
         entries = by_layer_type(self.rope_fields, types)
         return {
-            kind: None if entry is None else self._scaling(_without_truncate(entry), None)
+            kind: None if entry is None else self._scaling(_without_truncate(entry), None, self.types.index(kind))
             for kind, entry in entries.items()
         }
 
@@ -97,10 +92,10 @@ class RopeConfig(HFConfig):
     def _has_rope_by_type(self) -> bool:
         return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
 
-    def _scaling(self, parameters: Mapping[str, Any], original: int | None) -> RopeScaling:
+    def _scaling(self, parameters: Mapping[str, Any], original: int | None, layer: int | None) -> RopeScaling:
         return RopeScaling(
             parameters,
-            self.sizes["h"],
+            self.sizes_of(layer)["h"],
             self.max_position_embeddings,
             self.rope_theta,
             original,
@@ -159,10 +154,10 @@ class GroupedQueryConfig(RopeConfig):
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
         one_of(family, "hidden_act", self.hidden_act, self.ACT)
-        n, k = self.sizes["n"], self.sizes["k"]
         if self.head_dim is None:
-            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
-        divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
+            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", self.sizes["n"])
+        for sizes in map(self.sizes_of, (None, *range(self.layers))):
+            divisible(family, "num_attention_heads", sizes["n"], "num_key_value_heads", sizes["k"])
         super().__post_init__()
 
     @property
