@@ -15,7 +15,7 @@ from test_state import DECODE, LAYOUTS, PLACES, POSITIONS, SEQUENCES, SLOTS, Lay
 from jx_neuron import models
 from jx_neuron.checkpoint.hf_config import FULL, HFConfig
 from jx_neuron.checkpoint.weights import W
-from jx_neuron.errors import ConfigError
+from jx_neuron.errors import ConfigError, InputError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
 from jx_neuron.models.rows import embedding
@@ -244,9 +244,11 @@ def test_a_decoder_of_several_kinds_of_layers(tp: int, hybrid: None) -> None:
 
 def test_what_the_decoder_of_several_kinds_says_of_itself(hybrid: None) -> None:
     decoder = Decoder.from_config({"model_type": "hybrid"}, 2)
-    assert decoder.padding.changes == (
-        "3 key/value heads as 4", "an MLP width of 5 as 6", "a vocabulary of 101 as 102", "an MLP width of 9 as 10"
-    )  # fmt: skip
+    heads = ("6 query heads as 8", "3 key/value heads as 4")  # those of wide layers divide
+    widths = ("an MLP width of 5 as 6", "a vocabulary of 101 as 102", "an MLP width of 9 as 10")
+    assert decoder.padding.changes == (*heads, *widths)
+    with pytest.raises(InputError, match="tp_degree=2 does not divide the 6 query and 3 key/value heads"):
+        decoder.padding.require_exact()
     assert decoder.window == 0
     per_core = 2 * 8 + 2 * 6 * 2 * 2 + 2 * POSITIONS * 1 * 4  # recurrent layers, then keys and values of one of each
     assert decoder.state_bytes(3, POSITIONS, 4) == 4 * 3 * per_core
@@ -266,7 +268,7 @@ def test_what_the_decoder_of_several_kinds_says_of_itself(hybrid: None) -> None:
         ({"types": [FULL]}, r"Config\.types has 1 entries for 8 layers"),
         (
             {"sizes_of": lambda self, layer: self.sizes | {"z": 1}},
-            r"Config\.sizes has other letters than Config\.sizes",
+            r"Config\.sizes_of\(0\) has other letters than Config\.sizes",
         ),
     ],
 )

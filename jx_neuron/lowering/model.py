@@ -35,7 +35,7 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
         input_kinds=kinds,
         input_names=[
             *params,
-            *(f"state.{i}.{row.name}" for i, rows in enumerate(state.rows) for row in rows),
+            *(f"state.{name}" for name in decoder.slot(positions)),
             "state.token",
             *key.inputs(),
         ],

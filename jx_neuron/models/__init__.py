@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 import jax
@@ -302,12 +303,17 @@ class Decoder:
             return 0
         return min((layer.window for layer in self.kept if layer.window is not None), default=None)
 
+    def slot(self, positions: int) -> dict[str, tuple[int, ...]]:
+        """The shape of one slot of each array of a state table on one core, by layer and row of STATE: "0.k"."""
+        state, tp = self.abstract_state(1, positions, "uint8"), self.tp_degree
+        return {
+            f"{layer}.{row.name}": tuple(
+                size // tp if axis == AXIS else size for size, axis in zip_longest(array.shape[1:], row.partition)
+            )
+            for layer, (arrays, rows) in enumerate(zip(state.arrays, state.rows, strict=True))
+            for array, row in zip(arrays, rows, strict=True)
+        }
+
     def state_bytes(self, slots: int, positions: int, itemsize: int) -> int:
         """Bytes of a state table that each core holds, of `itemsize` bytes an entry."""
-        state = self.abstract_state(slots, positions, "uint8")
-        elements = (
-            math.prod(array.shape) // (self.tp_degree if AXIS in row.partition else 1)
-            for arrays, rows in zip(state.arrays, state.rows, strict=True)
-            for array, row in zip(arrays, rows, strict=True)
-        )
-        return itemsize * sum(elements)
+        return itemsize * slots * sum(map(math.prod, self.slot(positions).values()))

@@ -68,7 +68,8 @@ def parts(model_type: str, family: Any) -> None:
 
 
 def sizes(config: HFConfig) -> None:
-    """Raises ConfigError unless every size of `config` is 1 or more, and every letter of `LETTERS` has one."""
+    """Raises ConfigError unless every size of `config` is 1 or more, every letter of `LETTERS` has one, and what is said
+    of each layer is said of all."""
     sizes = config.sizes
     if absent := [letter for letter in LETTERS if letter not in sizes]:
         raise ConfigError(
@@ -77,6 +78,11 @@ def sizes(config: HFConfig) -> None:
         )
     for letter, size in sizes.items():
         integer(f"{config.MODEL_TYPE}: Config.sizes[{letter!r}]", size, error=ConfigError)
+    for name in ("types", "windows", "own_state"):
+        if len(values := getattr(config, name)) != config.layers:
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: Config.{name} has {len(values)} entries for {config.layers} layers"
+            )
     for layer in range(config.layers):
         own = config.sizes_of(layer)
         if own.keys() != sizes.keys():
@@ -92,11 +98,6 @@ def state(rows: Sequence[S], config: HFConfig) -> None:
             raise ConfigError(
                 f"{config.MODEL_TYPE}: {row} of STATE has the letter {', '.join(map(repr, unknown))}; legal are s, for "
                 f"positions, and those of Config.sizes, {', '.join(sorted(config.sizes))}"
-            )
-    for name in ("types", "windows", "own_state"):
-        if len(values := getattr(config, name)) != config.layers:
-            raise ConfigError(
-                f"{config.MODEL_TYPE}: Config.{name} has {len(values)} entries for {config.layers} layers"
             )
     for kind in dict.fromkeys(config.types):
         counts = Counter(row.name for row in rows if row.of in (None, kind))
