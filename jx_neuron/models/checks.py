@@ -68,8 +68,8 @@ def parts(model_type: str, family: Any) -> None:
 
 
 def sizes(config: HFConfig) -> None:
-    """Raises ConfigError unless every size of `config` is 1 or more, every letter of `LETTERS` has one, and what is said
-    of each layer is said of all."""
+    """Raises ConfigError unless every size is 1 or more, every letter of `LETTERS` has one, and what `config` says
+    of each layer it says of all."""
     sizes = config.sizes
     if absent := [letter for letter in LETTERS if letter not in sizes]:
         raise ConfigError(
