@@ -129,9 +129,8 @@ class Config(HFConfig):
     def sizes(self) -> dict[str, int]:
         return dict(d=self.hidden_size, n=6, k=3, h=2, f=5, v=self.vocab_size)
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        wide = layer is not None and self.types[layer] == WIDE
-        return self.sizes | (dict(k=2, h=4, f=9) if wide else {})
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        return self.sizes | (dict(k=2, h=4, f=9) if self.types[layer] == WIDE else {})
 
 
 class Block(nnx.Module):
@@ -197,7 +196,7 @@ def hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkpoint(decoder: Decoder) -> Tensors:
     rng = np.random.default_rng(0)
-    shapes = {row.name: row.source_shape(decoder.config.sizes_of(row.layer)) for row in decoder.rows}
+    shapes = {row.name: row.source_shape(row.sizes(decoder.config)) for row in decoder.rows}
     return Tensors({name: rng.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in shapes.items()})
 
 

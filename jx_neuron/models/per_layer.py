@@ -77,8 +77,8 @@ class PerLayerConfig(LayerTypesConfig):
         p = self.hidden_size_per_layer_input or 1
         return super().sizes | dict(u=self.vocab_size_per_layer_input, p=p, q=p * self.layers)
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        own = {} if layer is None else self.heads.get(self.types[layer], {})
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        own = self.heads.get(self.types[layer], {})
         return self.sizes | {HEADS[name]: size for name, size in own.items()}
 
 
