@@ -111,7 +111,7 @@ import re, sys
 if sys.argv[2] == "bin":
     import torch
 from jx_neuron.checkpoint import folder as checkpoint
-import jx_neuron.checkpoint.gguf.llama  # what opening imports is no part of the checkpoint
+import jx_neuron.checkpoint.gguf.model  # what opening imports is no part of the checkpoint
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
