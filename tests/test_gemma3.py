@@ -93,7 +93,13 @@ def test_logits_and_greedy_tokens_are_hfs(name: str, hf: Any, model: NeuronAutoM
 def test_tokenizer_is_hfs(path: Path) -> None:
     ours = open_checkpoint(path).tokenizer()
     hf = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    texts = [*PROMPTS.values(), "", " a  b   c\n\n\nd\te 12345", "naïve 漢字 🙂 ßß", "<start_of_turn>user\nHi<end_of_turn>\n"]
+    texts = [
+        *PROMPTS.values(),
+        "",
+        " a  b   c\n\n\nd\te 12345",
+        "naïve 漢字 🙂 ßß",
+        "<start_of_turn>user\nHi<end_of_turn>\n",
+    ]
     for text in texts:
         assert ours(text)["input_ids"] == hf(text)["input_ids"]
         assert ours.decode(ours(text)["input_ids"]) == hf.decode(hf(text)["input_ids"])

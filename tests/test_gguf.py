@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Q
 
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import load_config, open_checkpoint
+from jx_neuron.checkpoint.gguf.format import PLAIN
 from jx_neuron.errors import CheckpointError
 
 
@@ -36,15 +37,12 @@ def test_gguf_tensors_are_the_hf_ones(tmp_path, tied, bias):
 def test_gguf_config(tmp_path):
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf").parent)
     assert checkpoint.config == FIELDS | {
-        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 50000.0,
-        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         "vocab_size": 320,
         "attention_bias": False,
         "mlp_bias": False,
@@ -62,8 +60,9 @@ def test_gguf_defaults(tmp_path):
     state = llama_state()
     state = {name: array for name, array in state.items() if "k_proj" not in name and "v_proj" not in name}
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", state, skip=skip))
-    expected = {"vocab_size": 320, "num_key_value_heads": 4, "rope_theta": 10000.0, "head_dim": 16}
+    expected = {"vocab_size": 320, "num_key_value_heads": 4, "head_dim": 16}
     assert expected.items() <= checkpoint.config.items()
+    assert checkpoint.config["rope_parameters"]["rope_theta"] == 10000.0
     assert checkpoint.generation_config is None
     with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model is None"):
         checkpoint.tokenizer()
@@ -87,6 +86,30 @@ def test_gguf_types(tmp_path, kind):
     expected = {name: array.astype(plain.get(kind, np.float32)) for name, array in (state | rounded).items()}
     expected |= {name: array for name, array in state.items() if name not in types}
     assert_holds(checkpoint, expected)
+
+
+PACKED = [kind for kind in Q if kind not in PLAIN]
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
+def test_gguf_packed_types_are_read_as_the_gguf_package_reads_them(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("jx_neuron.checkpoint.gguf.format.BLOCKS", 3)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (5, 2 * size), np.uint8)
+
+    def edit(writer):
+        writer.add_tensor("packed.weight", raw, raw_shape=raw.shape, raw_dtype=kind)
+
+    path = write_gguf(tmp_path / "m.gguf", edit=edit)
+    try:
+        expected = gguf.dequantize(raw, kind)
+    except NotImplementedError:
+        refused(path, f"'packed.weight' is {kind.name}", "use a Q8_0 file")
+        return
+    found = open_checkpoint(path).read("packed.weight")
+    assert found.dtype == np.float32
+    assert found.shape == (5, 2 * block)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_gguf_tensor_of_many_blocks(tmp_path, monkeypatch):
@@ -119,8 +142,7 @@ def test_gguf_equals_transformers(tmp_path, kind):
     config, theirs = transformers_reading(tmp_path / "m.gguf")
     assert_holds(checkpoint, theirs)
     ours = dict(checkpoint.config)
-    assert config.rope_parameters["rope_theta"] == ours.pop("rope_theta")
-    for field in ("architectures", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ours.pop(field)  # transformers leaves these at its defaults
     for field, value in ours.items():
         assert getattr(config, field) == pytest.approx(value), field
@@ -142,8 +164,8 @@ def test_demo_model_equals_transformers():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"type": "none", "factor": 4.0}, None),
-        ({"factor": 1.0}, None),
+        ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+        ({"factor": 1.0}, {"rope_type": "default"}),
         ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         (
@@ -169,7 +191,8 @@ def test_gguf_rope_scaling(tmp_path, keys, expected):
             }
             add[type(value)](f"llama.rope.scaling.{key}", value)
 
-    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).config["rope_scaling"] == expected
+    config = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).config
+    assert config["rope_parameters"] == {"rope_theta": 50000.0} | expected
 
 
 def test_gguf_llama3_rope_scaling_is_read_from_its_divisors(tmp_path):
@@ -195,11 +218,23 @@ def test_gguf_llama3_rope_scaling_is_read_from_its_divisors(tmp_path):
         return lambda writer: writer.add_tensor("rope_freqs.weight", factors)
 
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit(divisors)))
-    assert checkpoint.config["rope_scaling"] == scaling
+    assert checkpoint.config["rope_parameters"] == scaling | {"rope_theta": 50000.0}
     assert not any("rope" in name for name in checkpoint.names())
     ones = open_checkpoint(write_gguf(tmp_path / "ones.gguf", edit=edit(np.ones(8, np.float32))))
-    assert ones.config["rope_scaling"] is None
-    refused(write_gguf(tmp_path / "odd.gguf", edit=edit(divisors * 1.01)), "rope_freqs.weight", "Llama 3")
+    assert ones.config["rope_parameters"] == {"rope_type": "default", "rope_theta": 50000.0}
+    odd = open_checkpoint(write_gguf(tmp_path / "odd.gguf", edit=edit(divisors * np.float32(1.01)))).config
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_parameters=odd["rope_parameters"],
+    )
+    scaled, factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+    np.testing.assert_allclose(scaled.numpy(), plain / (divisors * 1.01), rtol=1e-6)
+    assert factor == 1.0
+    for wrong in (np.ones(7, np.float32), np.array([0, *[1] * 7], np.float32)):
+        refused(write_gguf(tmp_path / "wrong.gguf", edit=edit(wrong)), "rope_freqs.weight")
 
 
 def added(method, *values):
@@ -209,7 +244,7 @@ def added(method, *values):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "qwen2"}, ["architecture 'qwen2'", "legal is 'llama'"]),
+        ({"architecture": "rwkv7"}, ["architecture 'rwkv7'", "legal are apertus, arcee", "llama"]),
         ({"skip": ("head_count",)}, ["lacks llama.attention.head_count"]),
         (
             {"skip": ("head_count_kv",), "edit": added("add_head_count_kv", [2, 1])},
@@ -222,10 +257,14 @@ def added(method, *values):
         ({"edit": added("add_value_length", 32)}, ["value_length is 32"]),
         ({"edit": added("add_expert_count", 8)}, ["llama.expert_count = 8", "legal is 0"]),
         ({"edit": added("add_sliding_window", 64)}, ["llama.attention.sliding_window = 64"]),
-        ({"edit": added("add_string", "llama.rope.scaling.type", "longrope")}, ["'longrope'", "'yarn'"]),
         (
             {"edit": added("add_float32", "llama.rope.scaling.attn_factor", 2.0)},
             ["attn_factor = 2.0", "legal is 1.0"],
+        ),
+        ({"edit": added("add_string", "llama.rope.scaling.type", "su")}, ["'su'", "'yarn'"]),
+        (
+            {"edit": added("add_string", "llama.rope.scaling.type", "longrope")},
+            ["'rope_factors_short.weight' is missing"],
         ),
         ({"edit": added("add_uint16", "split.count", 3)}, ["3 parts", "llama-gguf-split --merge"]),
         ({"state": {"model.norm.weight": np.ones(64, np.float32)}}, ["'token_embd.weight'"]),
@@ -389,6 +428,7 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 sys.modules["torch"] = None
+from jx_neuron.checkpoint.gguf.format import PLAIN
 from jx_neuron.checkpoint.folder import open_checkpoint
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(path)

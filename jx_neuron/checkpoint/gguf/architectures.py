@@ -33,7 +33,6 @@ class Architecture:
     more:       further fields.
     rope:       HF's rope_parameters; None where positions are no rotation.
     partial:    whether a part of a head may be rotated.
-    windows:    whether layers may attend to a sliding window.
     edits:      how tensors are laid out as in HF, by name.
     one_added:  whether weights of norms are stored plus one.
     in_order:   whether a SentencePiece vocabulary is in the order in which its pieces merge, whatever their scores.
@@ -50,7 +49,6 @@ class Architecture:
     more: Callable[[Header], dict[str, Any]] = lambda header: {}
     rope: Callable[[Header], dict[str, Any]] | None = Header.rope
     partial: bool = False
-    windows: bool = False
     edits: Mapping[str, Edit] = field(default_factory=dict)
     one_added: bool = False
     in_order: bool = False
@@ -97,6 +95,7 @@ def decoder(
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TEMPERATURE = "attention.temperature_scale"
+WINDOWS = {"attention.sliding_window", "attention.sliding_window_pattern"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = dict(zip(("attn_q", "attn_k", "attn_v"), QKV, strict=True)) | {"attn_output": "self_attn.o_proj"}
 UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -245,7 +244,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fields=LAYER_NORM,
         numbers={"logit_scale": "logit_scale"},
         flags=ATTENTION_BIAS,
-        windows=True,
+        reads=WINDOWS,
         more=windowed(4),
     ),
     "command-r": Architecture(
@@ -259,7 +258,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "exaone4": Architecture(
         model_type="exaone4",
         names=llama_like(**POST_NORMS, **ATTENTION, **HEAD_NORMS, **GATED),
-        windows=True,
+        reads=WINDOWS,
         more=windowed(4),
     ),
     "falcon": Architecture(
@@ -279,7 +278,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         flags=ATTENTION_BIAS,
         one_added=True,
         in_order=True,
-        windows=True,
+        reads=WINDOWS,
         more=lambda header: windowed(2)(header) | query_scalar(header, layers=46),
     ),
     "gemma3": Architecture(
@@ -290,7 +289,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         one_added=True,
         in_order=True,
         rope=lambda header: full_alone(header, 10000.0),
-        windows=True,
+        reads=WINDOWS | {"rope.freq_base_swa"},
         more=lambda header: windowed(6)(header) | query_scalar(header, layers=62),
     ),
     "glm4": Architecture(
@@ -421,7 +420,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         names=llama_like(**POST_NORMS, **ATTENTION, **HEAD_NORMS, **GATED),
         flags=ATTENTION_BIAS,
         rope=lambda header: full_alone(header, header.keys.rope_theta) if header.windows.size else header.rope(),
-        windows=True,
+        reads=WINDOWS | {"rope.freq_base_swa"},
         more=lambda header: {"model_type": "olmo3", **windowed(4)(header)} if header.windows.size else {},
     ),
     "phi2": Architecture(
@@ -444,8 +443,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="phi3",
         names=llama_like(attn_qkv="self_attn.qkv_proj", attn_output="self_attn.o_proj", **PRE_NORMS, **FUSED_GATE),
         partial=True,
-        windows=True,
         more=phi3,
+        reads={"attention.sliding_window"},
     ),
     "qwen2": Architecture(model_type="qwen2", names=DENSE),
     "qwen3": Architecture(model_type="qwen3", names=DENSE | llama_like(**HEAD_NORMS), flags=ATTENTION_BIAS),

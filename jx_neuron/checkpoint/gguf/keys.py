@@ -141,6 +141,9 @@ class Header:
             return plain | self._divided()
         if keys.scaling == "longrope" or {SHORT, LONG} & set(self.file.entries):
             return plain | self._longrope()
+        self._only("rope.scaling.attn_factor", keys.attention_factor)
+        if keys.scaling != "yarn":
+            self._only("rope.scaling.yarn_attn_factor", keys.yarn_attention_factor)
         if keys.scaling == "none" or (keys.scaling == "linear" and factor == 1.0):
             return plain
         if keys.scaling == "linear":
@@ -160,6 +163,11 @@ class Header:
                 **{name: value for name, value in rest.items() if value is not None},
             }
         raise self.refusal("rope.scaling.type", keys.scaling, "legal are 'none', 'linear', 'yarn' and 'longrope'")
+
+    def _only(self, key: str, factor: float | None) -> None:
+        """Raises CheckpointError unless a factor of cosine and sine is 1, where HF's rotation has none."""
+        if factor not in (None, 1.0):
+            raise self.refusal(key, factor, "legal is 1.0")
 
     def _factors(self, name: str) -> np.ndarray:
         """The factors that divide frequencies, float64 [rotated / 2]."""

@@ -20,7 +20,7 @@ from jx_neuron.checkpoint.gguf.architectures import (
     without_one,
 )
 from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load
-from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys, Windows
+from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
@@ -132,8 +132,6 @@ class Model:
                 )
         known = {info.alias or name for name, info in Keys.model_fields.items()}
         known |= {*architecture.numbers, *architecture.reads}
-        if architecture.windows:
-            known |= {str(info.alias) for info in Windows.model_fields.values()}
         if architecture.rope is None:
             read = {"rope.dimension_count"} if fields["rotated"] else set()
             known -= {key for key in known if key.startswith("rope.")} - read
