@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import transformers_reading
 from filelock import FileLock
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
@@ -60,8 +61,14 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def hf(path: Path) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    return model.eval()
+    config, state = transformers_reading(path)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    missing, extra = model.load_state_dict(tensors, strict=False, assign=True)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not extra
+    model.tie_weights()
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from checkpoints import (
     peak_while_reading,
     refused,
     run,
+    transformers_reading,
     write,
     write_gguf,
 )
@@ -20,6 +21,7 @@ from gguf import GGMLQuantizationType as Q
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import load_config, open_checkpoint
 from jx_neuron.checkpoint.gguf.format import PLAIN
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
 from jx_neuron.errors import CheckpointError
 
 
@@ -73,6 +75,19 @@ def test_gguf_end_of_turn_ends_generation(tmp_path):
     assert open_checkpoint(path).generation_config["eos_token_id"] == [2, 7]
 
 
+def test_gguf_end_of_turn_of_the_chat_template_ends_generation(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>"]
+
+    def edit(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+
+    path = write_gguf(tmp_path / "m.gguf", skip=("tokenizer",), edit=edit)
+    assert open_checkpoint(path).generation_config["eos_token_id"] == [2, 3]
+
+
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], ids=lambda kind: kind.name)
 def test_gguf_types(tmp_path, kind):
     state = llama_state()
@@ -119,19 +134,6 @@ def test_gguf_tensor_of_many_blocks(tmp_path, monkeypatch):
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", state, types={name: Q.Q8_0}))
     expected = gguf.dequantize(gguf.quantize(state[name], Q.Q8_0), Q.Q8_0)
     np.testing.assert_array_equal(checkpoint.read(name), expected)
-
-
-def transformers_reading(path):
-    """The config and state that transformers itself makes of a GGUF file."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = AutoConfig.for_model(**load_gguf_checkpoint(path)["config"])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-    return config, {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", [Q.F32, Q.Q8_0], ids=lambda kind: kind.name)
@@ -347,6 +349,31 @@ def test_gguf_tokenizer(tmp_path, pre):
     assert chat == "<s>the</s>"
 
 
+HARD = [
+    "  two  spaces\t\n\n 12345 it's",
+    "It's 3.14, WE'LL — naïveté ÉTÉ 漢字かな 🙂👍🏽",
+    "a\n \n\nb  ",
+    "x=1;y+=2 // `c` <d> …",
+]
+
+
+@pytest.mark.parametrize("pre", sorted(SPLITS))
+def test_gguf_pre_tokenizers(tmp_path, pre):
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    ours = open_checkpoint(write_gguf(tmp_path / "m.gguf", pre=pre)).tokenizer()
+    for text in HARD:
+        assert ours.decode(ours(text, add_special_tokens=False).input_ids) == text
+    if pre in GGUF_PRE_TOKENIZER_SPLITS:  # HF splits texts as GPT-2 where it does not know the name
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+        for text in HARD:
+            ids = ours(text, add_special_tokens=False).input_ids
+            assert ids == hf(text, add_special_tokens=False).input_ids
+            split = [part for part, _ in ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+            assert split == [part for part, _ in hf.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
 def test_gguf_tokenizer_saved(tmp_path):
     transformers = pytest.importorskip("transformers")
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf"))
@@ -414,12 +441,51 @@ def test_gguf_sentencepiece_tokenizer(tmp_path):
     assert bare.decode(bare(" ab").input_ids, skip_special_tokens=True) == " ab"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
+def test_gguf_sentencepiece_is_hfs(tmp_path, architecture):
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    runs = {"".join(rng.choice(list("ab▁"), rng.integers(2, 5))) for _ in range(200)}
+    plain = [run for run in sorted(runs) if "▁" not in run[1:] and run != "▁"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n\n", "  ", "   "]
+    kinds = [3, 3, 3, 2] + [6] * 256 + [4] * 3
+
+    def edit(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([*pieces, *plain, "▁", "a", "b", "\n"])
+        writer.add_token_scores([-1000.0] * len(kinds) + [-float(i) for i in range(len(plain) + 4)])
+        writer.add_token_types(kinds + [1] * (len(plain) + 4))
+        writer.add_bos_token_id(2)
+        writer.add_eos_token_id(1)
+        writer.add_unk_token_id(3)
+        writer.add_add_space_prefix(architecture in ("llama", "phi3"))
+
+    path = write_gguf(tmp_path / "m.gguf", architecture=architecture, skip=("tokenizer",), edit=edit)
+    ours = open_checkpoint(path).tokenizer()
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    texts = [
+        "ab",
+        "abba bab",
+        "aab  ba   ab",
+        "éa\n\nb\nc",
+        "a<eos>",
+        *("".join(rng.choice(list("ab "), 30)).strip() for _ in range(20)),
+    ]
+    if architecture == "llama":  # of which HF puts a space before the first text alone, and llama.cpp after each token
+        texts = [text for text in texts if "  " not in text]
+    else:
+        texts += [" ab", "   ba "]
+    for text in texts:
+        assert ours(text).input_ids == hf(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == hf.decode(hf(text).input_ids)
+
+
 def test_gguf_tokenizer_of_an_unknown_kind(tmp_path):
     def edit(writer):
         add_bpe(writer, bpe(), "unheard-of")
 
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", skip=("tokenizer",), edit=edit))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is 'unheard-of'; legal are .*smollm.*llama-bpe"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is 'unheard-of'; legal are .*llama-bpe.*smollm"):
         checkpoint.tokenizer()
 
 
@@ -429,6 +495,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 sys.modules["torch"] = None
 from jx_neuron.checkpoint.gguf.format import PLAIN
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
 from jx_neuron.checkpoint.folder import open_checkpoint
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(path)

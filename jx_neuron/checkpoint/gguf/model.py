@@ -49,6 +49,9 @@ NO_CHANGE: Mapping[str, tuple[Any, ...]] = {  # keys that change nothing at thes
     "rope.scaling.yarn_ext_factor": (1.0,),
     "tensor_data_layout": ("Meta AI original pth",),
 }
+# of those with which llama.cpp ends an answer by their text, the ones that chat templates write after a turn:
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (special_eog_ids)
+ENDS_OF_TURN = "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <turn|> <EOT> [EOT] <end_of_utterance>".split()
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,23 @@ class Model:
 
 
 def generation_config(metadata: Metadata) -> dict[str, Any] | None:
-    """HF's generation config: the bos token, and the tokens that end a turn; None where the file names none."""
-    ends = [i for kind in ("eos", "eot") if (i := _token_id(metadata, kind)) is not None]
+    """HF's generation config: the bos token, and the tokens that end a turn; None where the file names none.
+
+    Many files name only the token that ends a text, and not the one with which their chat template ends a turn.
+    """
+    named = (_token_id(metadata, kind) for kind in ("eos", "eot"))
+    ends = list(dict.fromkeys([*(i for i in named if i is not None), *_ends_in_template(metadata)]))
     begin = _token_id(metadata, "bos")
     if begin is None and not ends:
         return None
     return {"bos_token_id": begin, "eos_token_id": ends or None, "pad_token_id": _token_id(metadata, "pad")}
+
+
+def _ends_in_template(metadata: Metadata) -> Iterator[int]:
+    tokens, template = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.chat_template")
+    if isinstance(tokens, list) and isinstance(template, str):
+        used = {text for text in ENDS_OF_TURN if text in template}
+        yield from (i for i, token in enumerate(tokens) if token in used)
 
 
 def _token_id(metadata: Metadata, kind: str) -> Any:
