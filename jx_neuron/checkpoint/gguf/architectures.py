@@ -14,7 +14,7 @@ from jx_neuron.checkpoint.tensor_files import Array
 
 __all__ = ["ARCHITECTURES", "ROWS", "Architecture", "Edit", "Names", "transposed", "without_one"]
 
-Names = Mapping[str, str | tuple[str, ...]]
+Names = dict[str, str | tuple[str, ...]]
 Fields = dict[str, str | None]
 Edit = Callable[[Array, int, int], Array]
 """Of values in the file's layout, and the numbers of query and of key heads: the values in HF's."""
@@ -80,17 +80,15 @@ def transposed(rows: Array, n: int, k: int) -> Array:
     return np.ascontiguousarray(rows.T)
 
 
-def decoder(
-    top: str, embedding: str, norm: str, layer: str, head: str = "lm_head", **block: str | tuple[str, ...]
-) -> Names:
-    """Names of embeddings, last norm and head, and of each layer's tensors."""
+def decoder(modules: str, layer: str, block: Mapping[str, str | tuple[str, ...]]) -> Names:
+    """Names of embeddings, last norm and head, and after the prefix `layer` of each layer's tensors."""
 
     def within(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        prefix = f"{top}{layer}.{{i}}."
+        prefix = f"{layer}.{{i}}."
         return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
 
-    blocks = {f"blk.{{i}}.{name}": within(hf) for name, hf in block.items()}
-    return {"token_embd": top + embedding, "output_norm": top + norm, "output": head, **blocks}
+    top: Names = dict(zip(("token_embd", "output_norm", "output"), modules.split(), strict=True))
+    return top | {f"blk.{{i}}.{name}": within(hf) for name, hf in block.items()}
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -108,21 +106,21 @@ SANDWICH = POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedfo
 
 
 def llama_like(**block: str | tuple[str, ...]) -> Names:
-    return decoder("model.", "embed_tokens", "norm", "layers", **block)
+    return decoder("model.embed_tokens model.norm lm_head", "model.layers", block)
 
 
-GPT2_NAMES = {"position_embd": "transformer.wpe"} | decoder(
-    "transformer.",
-    "wte",
-    "ln_f",
-    "h",
-    attn_norm="ln_1",
-    attn_qkv="attn.c_attn",
-    attn_output="attn.c_proj",
-    ffn_norm="ln_2",
-    ffn_up="mlp.c_fc",
-    ffn_down="mlp.c_proj",
-)
+GPT2_NAMES = decoder(
+    "transformer.wte transformer.ln_f lm_head",
+    "transformer.h",
+    dict(
+        attn_norm="ln_1",
+        attn_qkv="attn.c_attn",
+        attn_output="attn.c_proj",
+        ffn_norm="ln_2",
+        ffn_up="mlp.c_fc",
+        ffn_down="mlp.c_proj",
+    ),
+) | {"position_embd": "transformer.wpe"}
 DENSE = llama_like(**PRE_NORMS, **ATTENTION, **GATED)
 ROWS: Mapping[str, Callable[[int, int], int]] = {  # of tensors that are taken apart or rearranged, in heads
     "attn_q": lambda n, k: n,
@@ -202,7 +200,7 @@ def falcon(header: Header) -> dict[str, Any]:
 def falcon_names(header: Header) -> Names:
     two = header.has("attn_norm_2.weight")
     norms = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"} if two else {"attn_norm": "input_layernorm"}
-    return decoder("transformer.", "word_embeddings", "ln_f", "h", **norms, **MEGATRON)
+    return decoder("transformer.word_embeddings transformer.ln_f lm_head", "transformer.h", norms | MEGATRON)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -224,7 +222,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "bloom": Architecture(
         model_type="bloom",
-        names=decoder("transformer.", "word_embeddings", "ln_f", "h", **PRE_NORMS, **MEGATRON)
+        names=decoder("transformer.word_embeddings transformer.ln_f lm_head", "transformer.h", PRE_NORMS | MEGATRON)
         | {"token_embd_norm": "transformer.word_embeddings_layernorm"},
         fields=EPSILON
         | ALL_HEADS
@@ -314,17 +312,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gptj": Architecture(
         model_type="gptj",
         names=decoder(
-            "transformer.",
-            "wte",
-            "ln_f",
-            "h",
-            attn_norm="ln_1",
-            attn_q="attn.q_proj",
-            attn_k="attn.k_proj",
-            attn_v="attn.v_proj",
-            attn_output="attn.out_proj",
-            ffn_up="mlp.fc_in",
-            ffn_down="mlp.fc_out",
+            "transformer.wte transformer.ln_f lm_head",
+            "transformer.h",
+            dict(
+                attn_norm="ln_1",
+                attn_q="attn.q_proj",
+                attn_k="attn.k_proj",
+                attn_v="attn.v_proj",
+                attn_output="attn.out_proj",
+                ffn_up="mlp.fc_in",
+                ffn_down="mlp.fc_out",
+            ),
         ),
         fields=GPT2 | {"rotated": "rotary_dim"},
         rope=None,
@@ -332,16 +330,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gptneox": Architecture(
         model_type="gpt_neox",
         names=decoder(
-            "gpt_neox.",
-            "embed_in",
-            "final_layer_norm",
-            "layers",
-            "embed_out",
-            attn_qkv="attention.query_key_value",
-            attn_output="attention.dense",
-            ffn_up="mlp.dense_h_to_4h",
-            ffn_down="mlp.dense_4h_to_h",
-            **PRE_NORMS,
+            "gpt_neox.embed_in gpt_neox.final_layer_norm embed_out",
+            "gpt_neox.layers",
+            PRE_NORMS
+            | dict(
+                attn_qkv="attention.query_key_value",
+                attn_output="attention.dense",
+                ffn_up="mlp.dense_h_to_4h",
+                ffn_down="mlp.dense_4h_to_h",
+            ),
         ),
         fields=LAYER_NORM | ALL_HEADS,
         numbers={"use_parallel_residual": "use_parallel_residual"},
@@ -374,16 +371,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mpt": Architecture(
         model_type="mpt",
         names=decoder(
-            "transformer.",
-            "wte",
-            "norm_f",
-            "blocks",
-            attn_norm="norm_1",
-            attn_qkv="attn.Wqkv",
-            attn_output="attn.out_proj",
-            ffn_norm="norm_2",
-            ffn_up="ffn.up_proj",
-            ffn_down="ffn.down_proj",
+            "transformer.wte transformer.norm_f lm_head",
+            "transformer.blocks",
+            dict(
+                attn_norm="norm_1",
+                attn_qkv="attn.Wqkv",
+                attn_output="attn.out_proj",
+                ffn_norm="norm_2",
+                ffn_up="ffn.up_proj",
+                ffn_down="ffn.down_proj",
+            ),
         ),
         fields=EPSILON
         | ALL_HEADS
@@ -426,15 +423,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi2": Architecture(
         model_type="phi",
         names=decoder(
-            "model.",
-            "embed_tokens",
-            "final_layernorm",
-            "layers",
-            attn_norm="input_layernorm",
-            attn_qkv=QKV,
-            ffn_up="mlp.fc1",
-            ffn_down="mlp.fc2",
-            **ATTENTION | {"attn_output": "self_attn.dense"},
+            "model.embed_tokens model.final_layernorm lm_head",
+            "model.layers",
+            (ATTENTION | {"attn_output": "self_attn.dense"})
+            | dict(attn_norm="input_layernorm", attn_qkv=QKV, ffn_up="mlp.fc1", ffn_down="mlp.fc2"),
         ),
         fields=LAYER_NORM | {"key_length": None},
         partial=True,

@@ -1,7 +1,7 @@
 """The model of a GGUF file as HF has it: config fields, and tensors by HF's names in HF's layouts."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -28,7 +28,7 @@ from jx_neuron.util.parsing import AGAIN
 
 __all__ = ["Model", "generation_config"]
 
-FIELDS: Mapping[str, str | None] = {  # of Keys: HF's usual names of fields
+FIELDS: dict[str, str | None] = {  # of Keys: HF's usual names of fields
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -40,7 +40,7 @@ FIELDS: Mapping[str, str | None] = {  # of Keys: HF's usual names of fields
     "epsilon": None,
     "rotated": None,
 }
-NO_CHANGE: Mapping[str, tuple[Any, ...]] = {  # keys that change nothing at these values
+NO_CHANGE: dict[str, tuple[Any, ...]] = {  # keys that change nothing at these values
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
     "expert_count": (0,),
@@ -138,7 +138,7 @@ class Model:
         if architecture.rope is None:
             read = {"rope.dimension_count"} if fields["rotated"] else set()
             known -= {key for key in known if key.startswith("rope.")} - read
-        legal_values = NO_CHANGE | architecture.legal
+        legal_values = {**NO_CHANGE, **architecture.legal}
         for key, value in header.fields.items():
             if key in architecture.legal or key not in known:
                 legal_here = legal_values.get(key)

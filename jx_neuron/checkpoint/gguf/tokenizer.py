@@ -3,7 +3,7 @@
 Pre-tokenizers and defaults: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,8 +120,12 @@ def build_tokenizer(metadata: Metadata, path: Path, context_length: int, *, in_o
     fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     keys, templates = typed(_Keys, fields, str(path), prefix=prefix), typed(_Templates, metadata, str(path))
     sentencepiece = partial(_sentencepiece, in_order=in_order)
-    builders = {"gpt2": _byte_level, "llama": sentencepiece, "gemma4": sentencepiece}
-    if keys.model not in builders or not keys.tokens:
+    builders: Mapping[str, Callable[[_Keys, Path], Tokenizer]] = {
+        "gpt2": _byte_level,
+        "llama": sentencepiece,
+        "gemma4": sentencepiece,
+    }
+    if keys.model is None or keys.model not in builders or not keys.tokens:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.model is {keys.model!r}, of {len(keys.tokens)} tokens; legal are "
             f"{', '.join(builders)}. {INSTEAD}"
@@ -154,7 +158,7 @@ def _chat_template(templates: _Templates) -> str | dict[str, str] | None:
 
 def _byte_level(keys: _Keys, path: Path) -> Tokenizer:
     """Byte-level BPE, as of GPT-2."""
-    if keys.pre not in SPLITS:
+    if keys.pre is None or keys.pre not in SPLITS:
         raise CheckpointError(
             f"{path}: tokenizer.ggml.pre is {keys.pre!r}; legal are {', '.join(sorted(SPLITS))}. {INSTEAD}"
         )
