@@ -14,7 +14,7 @@ from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
 from jx_neuron.models import Decoder
 from jx_neuron.models.llama_like import RopeConfig
-from jx_neuron.nn.state import positions_of
+from jx_neuron.nn.positions import positions_of
 
 # of which a file has other forms, and what follows from them is compared
 FORMS = """attn_config head_dim layer_types n_inner no_rope_layers original_max_position_embeddings rope_parameters

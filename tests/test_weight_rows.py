@@ -133,15 +133,14 @@ def test_quotients_that_are_refused(text: str, message: str) -> None:
 
 FUSED = (
     *(row for row in llama.WEIGHTS if "self_attn" not in row.name and "mlp" not in row.name),
-    *attention("model.layers.{i}.self_attn.", "layers.{i}.", fused="qkv_proj", bias=False),
-    *gated_mlp("model.layers.{i}.mlp.", "layers.{i}.", fused="gate_up_proj", bias=False),
+    *attention("model.layers.{i}.self_attn", fused="qkv_proj", bias=False),
+    *gated_mlp("model.layers.{i}.mlp", fused="gate_up_proj", bias=False),
 )
 
 
 @dataclass(frozen=True)
 class Phi3(llama.Config):
     MODEL_TYPE: ClassVar[str] = "phi3"
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "embd_pdrop", "resid_pdrop"})
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])
@@ -366,7 +365,7 @@ def test_llama_s_file_is_short() -> None:
 
 def test_a_row_reads_as_it_was_written() -> None:
     assert (
-        "W('model.layers.{i}.self_attn.qkv_proj.weight', 'layers.{i}.qkv.k_proj.kernel', "
+        "W('model.layers.{i}.self_attn.qkv_proj.weight', 'layers.{i}.self_attn.qkv.k_proj.kernel', "
         "'(n h + [k h] + k h) d -> d k h', P(None, 'tp', None))"
     ) in map(str, FUSED)
     assert str(SLOPES) == "W(alibi_slopes, 'slopes', 'n -> n', P('tp',))"

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
-__all__ = ["INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+__all__ = ["FULL", "INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+
+FULL = "full_attention"
 
 # https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py: fields of any
 # model that name it, steer training, describe other heads than the language model's, or are read by generation
@@ -22,6 +24,11 @@ INERT = frozenset(
     output_attentions output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id
     task_specific_params tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class torch_dtype
     torchscript transformers.js_config transformers_version use_bfloat16 use_cache xla_device
+
+    activation_dropout attention_dropout attn_pdrop classifier_dropout dropout emb_pdrop embd_pdrop embed_dropout
+    embedding_dropout hidden_dropout init_std layerdrop resid_dropout resid_pdrop residual_dropout
+
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 
     assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
@@ -96,6 +103,10 @@ class HFConfig:
             "of WEIGHTS, such as dict(d=self.hidden_size, n=…, k=…, h=…, f=…, v=self.vocab_size)"
         )
 
+    def sizes_of(self, layer: int | None) -> dict[str, int]:
+        """The sizes in one layer, of the same letters: `sizes`, unless a family's layers differ; `sizes` for None."""
+        return self.sizes
+
     @property
     def layers(self) -> int:
         """The number of decoder layers.
@@ -118,6 +129,17 @@ class HFConfig:
         positions are computed (RoPE, ALiBi) returns None.
         """
         return next(self._values(_POSITIONS), None)
+
+    @property
+    def types(self) -> Sequence[str]:
+        """The type of each layer, as HF's layer_types has them: rows of STATE may be of one type."""
+        return [FULL] * self.layers
+
+    @property
+    def own_state(self) -> Sequence[bool]:
+        """Whether each layer has a state of its own. One that has none reads that of the last layer before it that has
+        the same type, sizes and window; its block gives `attend` no keys and values."""
+        return [True] * self.layers
 
     @property
     def windows(self) -> Sequence[int | None]:
