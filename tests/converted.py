@@ -14,6 +14,7 @@ from gguf import RopeScalingType
 ARCHITECTURES = {
     "cohere": "command-r",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "glm": "chatglm",
     "gpt_bigcode": "starcoder",
     "gpt_neox": "gptneox",
@@ -28,7 +29,7 @@ ONE_ADDED = "gemma gemma2 gemma3_text nemotron".split()
 LAYER_NORM = (
     "bloom cohere cohere2 falcon gpt2 gpt_bigcode gpt_neox gptj mpt nemotron olmo phi stablelm starcoder2".split()
 )
-WINDOWED = "cohere2 exaone4 gemma2 gemma3_text olmo3 phi3".split()
+WINDOWED = "cohere2 exaone4 gemma2 gemma3_text gemma4_text olmo3 phi3".split()
 SCALES = {
     "attention_multiplier": "attention_scale",
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -92,7 +93,7 @@ class Converter:
             )
         else:
             add.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        if config.get("head_dim") and self.type not in ("granite", "glm", "phi3"):
+        if config.get("head_dim") and self.type not in ("gemma4_text", "glm", "granite", "phi3"):
             add.add_key_length(self.h)
             add.add_value_length(self.h)
         for field, key in SCALES.items():
@@ -108,14 +109,46 @@ class Converter:
             add.add_max_alibi_bias(8.0)
             if config["attn_config"]["clip_qkv"] is not None:
                 add.add_clamp_kqv(config["attn_config"]["clip_qkv"])
+        if self.type == "gemma4_text":
+            self.layers_of_types()
         if self.type == "apertus":
             for name in ("alpha_p", "alpha_n", "beta", "eps"):
                 numbers = [self.state.pop(f"model.layers.{i}.mlp.act_fn.{name}").item() for i in range(self.layers)]
                 getattr(add, f"add_xielu_{name}")(numbers)
 
+    def layers_of_types(self) -> None:
+        add, config, layers = self.writer, self.config, range(self.layers)
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        wide = [self.state[f"model.layers.{i}.self_attn.q_norm.weight"].shape[0] for i in layers]
+        full = wide[slides.index(False)]
+        own = self.layers - config["num_kv_shared_layers"]
+        keys = [self.state.get(f"model.layers.{i}.self_attn.k_proj.weight") for i in layers]
+        by_type = {slide: len(rows) // h for slide, h, rows in zip(slides, wide, keys, strict=True) if rows is not None}
+        for add_to, value in (
+            (add.add_key_length, full),
+            (add.add_value_length, full),
+            (add.add_key_length_swa, self.h),
+            (add.add_value_length_swa, self.h),
+            (add.add_rope_dimension_count, full),
+            (add.add_rope_dimension_count_swa, self.h),
+            (add.add_shared_kv_layers, config["num_kv_shared_layers"]),
+            (add.add_embedding_length_per_layer_input, config["hidden_size_per_layer_input"]),
+            (add.add_sliding_window_pattern, slides),
+            (add.add_feed_forward_length, [config["intermediate_size"] * (1 + (i >= own)) for i in layers]),
+            (add.add_head_count_kv, [by_type[slide] for slide in slides]),
+        ):
+            if add_to != add.add_feed_forward_length or config["use_double_wide_mlp"]:
+                add_to(value)
+        theta = config["rope_parameters"]
+        add.add_rope_freq_base(theta["full_attention"]["rope_theta"])
+        add.add_rope_freq_base_swa(theta["sliding_attention"]["rope_theta"])
+        rotated = int(full * theta["full_attention"]["partial_rotary_factor"] / 2)
+        divisors = np.array([1.0] * rotated + [1e30] * (full // 2 - rotated), np.float32)
+        add.add_tensor("rope_freqs.weight", divisors)
+
     def rope(self) -> None:
         add, fields = self.writer, self.config.get("rope_parameters")
-        if not fields:
+        if not fields or self.type == "gemma4_text":
             return
         full = fields.get("full_attention", fields)
         theta, kind, factor = full["rope_theta"], full["rope_type"], full.get("factor")
@@ -147,6 +180,7 @@ class Converter:
             add.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / factor + smooth)).astype(np.float32))
 
     def tensor(self, name: str, array: np.ndarray) -> None:
+        name = f"{name}.weight" if name.endswith("layer_scalar") else name
         stem, _, suffix = name.rpartition(".")
         head, norms, number = stem.partition(".norms.")
         if norms:  # one a head, which become one

@@ -3,7 +3,7 @@
 from typing import Any
 
 from families_f1 import BIASES, GPT2, LLAMA, LLAMA3, LONGROPE, YARN
-from families_f2 import TYPES
+from families_f2 import FULL, GEMMA4, SLIDING, TYPES
 from families_f3 import BLOOM, FALCON, MPT, NEOX, PHI, STABLELM, STARCODER2
 
 ONE_KEY_HEAD = {"num_attention_heads": 6, "num_key_value_heads": 1}
@@ -49,6 +49,29 @@ MODELS: dict[str, list[dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
+        },
+    ],
+    "gemma4_text": [
+        GEMMA4
+        | {
+            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "num_hidden_layers": 8,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "sliding_window": 7,
+            "final_logit_softcapping": 20.0,
+        },
+        GEMMA4
+        | TYPES
+        | {
+            "layer_types": [FULL, SLIDING, FULL],
+            "sliding_window": 9,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 101,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
         },
     ],
     "glm": [LLAMA | {"head_dim": 12, "rms_norm_eps": 1e-5}],

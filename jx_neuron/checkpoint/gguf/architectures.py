@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.checkpoint.gguf.keys import Header
+from jx_neuron.checkpoint.gguf.keys import DIVISORS, INSTEAD, Header
 from jx_neuron.checkpoint.tensor_files import Array
+from jx_neuron.errors import CheckpointError
 
 __all__ = ["ARCHITECTURES", "ROWS", "Architecture", "Edit", "Names", "transposed", "without_one"]
 
@@ -37,6 +38,7 @@ class Architecture:
     one_added:  whether weights of norms are stored plus one.
     in_order:   whether a SentencePiece vocabulary is in the order in which its pieces merge, whatever their scores.
     lists:      HF's names and shapes of tensors of which a key has one number for each layer.
+    several:    keys that may have a number for each layer.
     reads:      further keys, which `more` and `rope` read.
     legal:      values of further keys, which need no field.
     """
@@ -53,6 +55,7 @@ class Architecture:
     one_added: bool = False
     in_order: bool = False
     lists: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    several: Collection[str] = ()
     reads: Collection[str] = ()
     legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -92,6 +95,8 @@ def decoder(modules: str, layer: str, block: Mapping[str, str | tuple[str, ...]]
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+GEMMA4_SEVERAL = ("feed_forward_length", "attention.head_count_kv")
+MOST_DIVISOR = 1e30  # of a frequency that is to be none
 TEMPERATURE = "attention.temperature_scale"
 WINDOWS = {"attention.sliding_window", "attention.sliding_window_pattern"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -163,6 +168,38 @@ def full_alone(header: Header, theta: float) -> dict[str, Any]:
     """rope_parameters by type of layer: those with a window have another theta, by default `theta`, and no scaling."""
     sliding = {"rope_type": "default", "rope_theta": header.windows.rope_theta or theta}
     return {FULL: header.rope(), SLIDING: sliding}
+
+
+def proportional(header: Header) -> dict[str, Any]:
+    """Of full layers RoPE of the first frequencies of a head, whose other divisors are great, and of the others' whole.
+
+    https://github.com/ggml-org/llama.cpp/blob/master/conversion/gemma.py (Gemma4Model.generate_extra_tensors)
+    """
+    divisors = header.factors(DIVISORS)
+    part = int(np.count_nonzero(divisors == 1)) / len(divisors)
+    if not ((divisors == 1) | (divisors >= MOST_DIVISOR)).all():
+        raise CheckpointError(f"{header.file.path}: {DIVISORS} has other divisors than 1 and {MOST_DIVISOR}. {INSTEAD}")
+    theta, swa = header.windows.rope_theta or 10000.0, header.fields
+    if swa.get("rope.dimension_count_swa") != swa.get("attention.key_length_swa"):
+        raise header.refusal("rope.dimension_count_swa", swa.get("rope.dimension_count_swa"), "legal is the head size")
+    full = {"rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": header.keys.rope_theta}
+    return {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": theta}}
+
+
+def gemma4(header: Header) -> dict[str, Any]:
+    types = windowed(6)(header)["layer_types"]
+    full = types.index(FULL) if FULL in types else 0
+    inner, heads = (header.by_layer(key) for key in GEMMA4_SEVERAL)
+    table = header.file.entries.get("per_layer_token_embd.weight")
+    return {
+        **windowed(6)(header),
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in header.file.entries,
+        "intermediate_size": inner[0],
+        "use_double_wide_mlp": inner[-1] == 2 * inner[0],
+        "num_key_value_heads": heads[types.index(SLIDING) if SLIDING in types else 0],
+        "num_global_key_value_heads": heads[full],
+        "vocab_size_per_layer_input": table.shape[0] if table else header.file.entries["token_embd.weight"].shape[0],
+    }
 
 
 def tempered(header: Header) -> dict[str, Any]:
@@ -289,6 +326,37 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rope=lambda header: full_alone(header, 10000.0),
         reads=WINDOWS | {"rope.freq_base_swa"},
         more=lambda header: windowed(6)(header) | query_scalar(header, layers=62),
+    ),
+    "gemma4": Architecture(
+        model_type="gemma4_text",
+        names=llama_like(
+            inp_gate="per_layer_input_gate",
+            proj="per_layer_projection",
+            post_norm="post_per_layer_input_norm",
+            **SANDWICH,
+            **ATTENTION,
+            **HEAD_NORMS,
+            **GATED,
+        )
+        | {
+            "blk.{i}.layer_output_scale.weight": "model.layers.{i}.layer_scalar",
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        },
+        fields={"key_length": "global_head_dim"},
+        numbers={
+            "attention.key_length_swa": "head_dim",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        flags=ATTENTION_BIAS,
+        rope=proportional,
+        several=GEMMA4_SEVERAL,
+        reads=WINDOWS
+        | {"rope.freq_base_swa", "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"},
+        more=gemma4,
     ),
     "glm4": Architecture(
         model_type="glm4",

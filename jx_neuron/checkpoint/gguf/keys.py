@@ -4,6 +4,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llm
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -65,10 +66,14 @@ class Windows(BaseModel):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its model: the keys of its architecture, and the shapes of its tensors."""
+    """What a file says of its model: the keys of its architecture, and the shapes of its tensors.
+
+    several: keys that may have a number for each layer; `keys` has the first of them.
+    """
 
     file: GGUF
     architecture: str
+    several: Collection[str] = ()
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -79,7 +84,9 @@ class Header:
     @cached_property
     def keys(self) -> Keys:
         """Those that many architectures have. Raises CheckpointError for a wrong type, and where one is missing."""
-        return typed(Keys, self.fields, str(self.file.path), prefix=f"{self.architecture}.")
+        several = ((key, self.fields.get(key)) for key in self.several)
+        first = {key: values[0] for key, values in several if isinstance(values, list) and values}
+        return typed(Keys, self.fields | first, str(self.file.path), prefix=f"{self.architecture}.")
 
     @cached_property
     def windows(self) -> Windows:
@@ -98,6 +105,14 @@ class Header:
     def rotated(self) -> int:
         """How many entries of a head are rotated."""
         return self.keys.rotated or self.head_dim
+
+    def by_layer(self, key: str) -> list[Any]:
+        """The values of a key that may have one for all layers or one for each."""
+        layers, value = self.keys.block_count, self.fields.get(key)
+        values = value if isinstance(value, list) else [value] * layers
+        if len(values) != layers:
+            raise self.refusal(key, value, f"legal is one number, or one for each of {layers} layers")
+        return values
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor in the first layer."""
@@ -169,7 +184,7 @@ class Header:
         if factor not in (None, 1.0):
             raise self.refusal(key, factor, "legal is 1.0")
 
-    def _factors(self, name: str) -> np.ndarray:
+    def factors(self, name: str) -> np.ndarray:
         """The factors that divide frequencies, float64 [rotated / 2]."""
         entry = self.file.entries.get(name)
         if entry is None or entry.shape != (self.rotated // 2,):
@@ -191,8 +206,8 @@ class Header:
         given = usual if keys.attention_factor is None else keys.attention_factor
         return {
             "rope_type": "longrope",
-            "short_factor": self._factors(SHORT).tolist(),
-            "long_factor": self._factors(LONG).tolist(),
+            "short_factor": self.factors(SHORT).tolist(),
+            "long_factor": self.factors(LONG).tolist(),
             "original_max_position_embeddings": original,
             **({} if math.isclose(given, usual, rel_tol=1e-6) else {"attention_factor": given}),
         }
@@ -203,7 +218,7 @@ class Header:
         https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py
         """
         low, high, original = 1.0, 4.0, 8192
-        divisors = self._factors(DIVISORS)
+        divisors = self.factors(DIVISORS)
         if (divisors == 1).all():
             return {}
         factor = float(divisors.max())

@@ -75,7 +75,8 @@ class Model:
             )
         if "token_embd.weight" not in file.entries:
             raise CheckpointError(f"{file.path}: there is no tensor 'token_embd.weight'; {AGAIN}.")
-        return cls(Header(file, name), ARCHITECTURES[name])
+        architecture = ARCHITECTURES[name]
+        return cls(Header(file, name, architecture.several), architecture)
 
     def config(self) -> dict[str, Any]:
         """The fields of HF's config.json."""
@@ -162,6 +163,9 @@ class Model:
         stem, _, suffix = name.rpartition(".")
         layer = re.match(r"blk\.(\d+)\.", stem)
         generic = re.sub(r"^blk\.\d+\.", "blk.{i}.", stem)
+        if isinstance(exact := names.get(f"{generic}.{suffix}"), str) and layer:
+            yield exact.replace("{i}", layer[1]), self._tensor(entry, None)
+            return
         hf = names.get(generic)
         if hf is None:
             yield name, self._tensor(entry, None)
