@@ -151,8 +151,8 @@ def rates() -> str:
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, gguf, instances, models, neuron_config, peers, rates, rooms, rules,
-        targets,
+        command_line, compiler_errors, config_fields, gguf, instances, models, neuron_config, peers, rates, rooms,
+        rules, targets,
     )
 }  # fmt: skip
 
