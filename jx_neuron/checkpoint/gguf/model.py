@@ -45,6 +45,7 @@ NO_CHANGE: dict[str, tuple[Any, ...]] = {  # keys that change nothing at these v
     "attention.sliding_window": (0,),
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "nextn_predict_layers": (0,),
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "tensor_data_layout": ("Meta AI original pth",),
