@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jx_neuron
+from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
 from jx_neuron.checkpoint.hf_config import ONLY
 from jx_neuron.compiler.errors import ERRORS
 from jx_neuron.config import _NO_EFFECT, _REFUSED
@@ -51,6 +52,13 @@ def models() -> str:
                 )
             )
     return _table(("model_type", "class", "decoder", "known by name, without a network"), rows)
+
+
+def gguf() -> str:
+    """The architectures of GGUF files, and what HF calls the model."""
+    names = {"mistral3": "`ministral3` or `mistral`", "olmo2": "`olmo2` or `olmo3`"}
+    rows = [(f"`{name}`", names.get(name, f"`{of.model_type}`")) for name, of in sorted(ARCHITECTURES.items())]
+    return _table(("general.architecture", "model_type"), rows)
 
 
 def rules() -> str:
@@ -143,8 +151,8 @@ def rates() -> str:
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, instances, models, neuron_config, peers, rates, rooms, rules,
-        targets,
+        command_line, compiler_errors, config_fields, gguf, instances, models, neuron_config, peers, rates, rooms,
+        rules, targets,
     )
 }  # fmt: skip
 

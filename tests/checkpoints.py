@@ -111,7 +111,7 @@ import re, sys
 if sys.argv[2] == "bin":
     import torch
 from jx_neuron.checkpoint import folder as checkpoint
-import jx_neuron.checkpoint.gguf.llama  # what opening imports is no part of the checkpoint
+import jx_neuron.checkpoint.gguf.model  # what opening imports is no part of the checkpoint
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
@@ -244,3 +244,16 @@ def write_gguf(path, state=None, *, types=None, pre="smollm", architecture="llam
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def transformers_reading(path):
+    """The config and state that transformers itself makes of a GGUF file."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.for_model(**load_gguf_checkpoint(path)["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    return config, {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ from checkpoints import (
     peak_while_reading,
     refused,
     run,
+    transformers_reading,
     write,
     write_gguf,
 )
@@ -19,6 +20,8 @@ from gguf import GGMLQuantizationType as Q
 
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import load_config, open_checkpoint
+from jx_neuron.checkpoint.gguf.format import PLAIN
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
 from jx_neuron.errors import CheckpointError
 
 
@@ -36,15 +39,12 @@ def test_gguf_tensors_are_the_hf_ones(tmp_path, tied, bias):
 def test_gguf_config(tmp_path):
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf").parent)
     assert checkpoint.config == FIELDS | {
-        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 50000.0,
-        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         "vocab_size": 320,
         "attention_bias": False,
         "mlp_bias": False,
@@ -62,8 +62,9 @@ def test_gguf_defaults(tmp_path):
     state = llama_state()
     state = {name: array for name, array in state.items() if "k_proj" not in name and "v_proj" not in name}
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", state, skip=skip))
-    expected = {"vocab_size": 320, "num_key_value_heads": 4, "rope_theta": 10000.0, "head_dim": 16}
+    expected = {"vocab_size": 320, "num_key_value_heads": 4, "head_dim": 16}
     assert expected.items() <= checkpoint.config.items()
+    assert checkpoint.config["rope_parameters"]["rope_theta"] == 10000.0
     assert checkpoint.generation_config is None
     with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model is None"):
         checkpoint.tokenizer()
@@ -72,6 +73,19 @@ def test_gguf_defaults(tmp_path):
 def test_gguf_end_of_turn_ends_generation(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", edit=lambda writer: writer.add_eot_token_id(7))
     assert open_checkpoint(path).generation_config["eos_token_id"] == [2, 7]
+
+
+def test_gguf_end_of_turn_of_the_chat_template_ends_generation(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>"]
+
+    def edit(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+
+    path = write_gguf(tmp_path / "m.gguf", skip=("tokenizer",), edit=edit)
+    assert open_checkpoint(path).generation_config["eos_token_id"] == [2, 3]
 
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], ids=lambda kind: kind.name)
@@ -89,6 +103,30 @@ def test_gguf_types(tmp_path, kind):
     assert_holds(checkpoint, expected)
 
 
+PACKED = [kind for kind in Q if kind not in PLAIN]
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
+def test_gguf_packed_types_are_read_as_the_gguf_package_reads_them(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("jx_neuron.checkpoint.gguf.format.BLOCKS", 3)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (5, 2 * size), np.uint8)
+
+    def edit(writer):
+        writer.add_tensor("packed.weight", raw, raw_shape=raw.shape, raw_dtype=kind)
+
+    path = write_gguf(tmp_path / "m.gguf", edit=edit)
+    try:
+        expected = gguf.dequantize(raw, kind)
+    except NotImplementedError:
+        refused(path, f"'packed.weight' is {kind.name}", "use a Q8_0 file")
+        return
+    found = open_checkpoint(path).read("packed.weight")
+    assert found.dtype == np.float32
+    assert found.shape == (5, 2 * block)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_gguf_tensor_of_many_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr("jx_neuron.checkpoint.gguf.format.BLOCKS", 7)
     state = llama_state()
@@ -96,19 +134,6 @@ def test_gguf_tensor_of_many_blocks(tmp_path, monkeypatch):
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", state, types={name: Q.Q8_0}))
     expected = gguf.dequantize(gguf.quantize(state[name], Q.Q8_0), Q.Q8_0)
     np.testing.assert_array_equal(checkpoint.read(name), expected)
-
-
-def transformers_reading(path):
-    """The config and state that transformers itself makes of a GGUF file."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = AutoConfig.for_model(**load_gguf_checkpoint(path)["config"])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-    return config, {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", [Q.F32, Q.Q8_0], ids=lambda kind: kind.name)
@@ -119,8 +144,7 @@ def test_gguf_equals_transformers(tmp_path, kind):
     config, theirs = transformers_reading(tmp_path / "m.gguf")
     assert_holds(checkpoint, theirs)
     ours = dict(checkpoint.config)
-    assert config.rope_parameters["rope_theta"] == ours.pop("rope_theta")
-    for field in ("architectures", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"):
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ours.pop(field)  # transformers leaves these at its defaults
     for field, value in ours.items():
         assert getattr(config, field) == pytest.approx(value), field
@@ -142,8 +166,8 @@ def test_demo_model_equals_transformers():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"type": "none", "factor": 4.0}, None),
-        ({"factor": 1.0}, None),
+        ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+        ({"factor": 1.0}, {"rope_type": "default"}),
         ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         (
@@ -169,7 +193,8 @@ def test_gguf_rope_scaling(tmp_path, keys, expected):
             }
             add[type(value)](f"llama.rope.scaling.{key}", value)
 
-    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).config["rope_scaling"] == expected
+    config = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).config
+    assert config["rope_parameters"] == {"rope_theta": 50000.0} | expected
 
 
 def test_gguf_llama3_rope_scaling_is_read_from_its_divisors(tmp_path):
@@ -195,11 +220,23 @@ def test_gguf_llama3_rope_scaling_is_read_from_its_divisors(tmp_path):
         return lambda writer: writer.add_tensor("rope_freqs.weight", factors)
 
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit(divisors)))
-    assert checkpoint.config["rope_scaling"] == scaling
+    assert checkpoint.config["rope_parameters"] == scaling | {"rope_theta": 50000.0}
     assert not any("rope" in name for name in checkpoint.names())
     ones = open_checkpoint(write_gguf(tmp_path / "ones.gguf", edit=edit(np.ones(8, np.float32))))
-    assert ones.config["rope_scaling"] is None
-    refused(write_gguf(tmp_path / "odd.gguf", edit=edit(divisors * 1.01)), "rope_freqs.weight", "Llama 3")
+    assert ones.config["rope_parameters"] == {"rope_type": "default", "rope_theta": 50000.0}
+    odd = open_checkpoint(write_gguf(tmp_path / "odd.gguf", edit=edit(divisors * np.float32(1.01)))).config
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_parameters=odd["rope_parameters"],
+    )
+    scaled, factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+    np.testing.assert_allclose(scaled.numpy(), plain / (divisors * 1.01), rtol=1e-6)
+    assert factor == 1.0
+    for wrong in (np.ones(7, np.float32), np.array([0, *[1] * 7], np.float32)):
+        refused(write_gguf(tmp_path / "wrong.gguf", edit=edit(wrong)), "rope_freqs.weight")
 
 
 def added(method, *values):
@@ -209,7 +246,7 @@ def added(method, *values):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "qwen2"}, ["architecture 'qwen2'", "legal is 'llama'"]),
+        ({"architecture": "rwkv7"}, ["architecture 'rwkv7'", "legal are apertus, arcee", "llama"]),
         ({"skip": ("head_count",)}, ["lacks llama.attention.head_count"]),
         (
             {"skip": ("head_count_kv",), "edit": added("add_head_count_kv", [2, 1])},
@@ -222,10 +259,14 @@ def added(method, *values):
         ({"edit": added("add_value_length", 32)}, ["value_length is 32"]),
         ({"edit": added("add_expert_count", 8)}, ["llama.expert_count = 8", "legal is 0"]),
         ({"edit": added("add_sliding_window", 64)}, ["llama.attention.sliding_window = 64"]),
-        ({"edit": added("add_string", "llama.rope.scaling.type", "longrope")}, ["'longrope'", "'yarn'"]),
         (
             {"edit": added("add_float32", "llama.rope.scaling.attn_factor", 2.0)},
             ["attn_factor = 2.0", "legal is 1.0"],
+        ),
+        ({"edit": added("add_string", "llama.rope.scaling.type", "su")}, ["'su'", "'yarn'"]),
+        (
+            {"edit": added("add_string", "llama.rope.scaling.type", "longrope")},
+            ["'rope_factors_short.weight' is missing"],
         ),
         ({"edit": added("add_uint16", "split.count", 3)}, ["3 parts", "llama-gguf-split --merge"]),
         ({"state": {"model.norm.weight": np.ones(64, np.float32)}}, ["'token_embd.weight'"]),
@@ -308,6 +349,31 @@ def test_gguf_tokenizer(tmp_path, pre):
     assert chat == "<s>the</s>"
 
 
+HARD = [
+    "  two  spaces\t\n\n 12345 it's",
+    "It's 3.14, WE'LL — naïveté ÉTÉ 漢字かな 🙂👍🏽",
+    "a\n \n\nb  ",
+    "x=1;y+=2 // `c` <d> …",
+]
+
+
+@pytest.mark.parametrize("pre", sorted(SPLITS))
+def test_gguf_pre_tokenizers(tmp_path, pre):
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    ours = open_checkpoint(write_gguf(tmp_path / "m.gguf", pre=pre)).tokenizer()
+    for text in HARD:
+        assert ours.decode(ours(text, add_special_tokens=False).input_ids) == text
+    if pre in GGUF_PRE_TOKENIZER_SPLITS:  # HF splits texts as GPT-2 where it does not know the name
+        hf = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+        for text in HARD:
+            ids = ours(text, add_special_tokens=False).input_ids
+            assert ids == hf(text, add_special_tokens=False).input_ids
+            split = [part for part, _ in ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+            assert split == [part for part, _ in hf.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
 def test_gguf_tokenizer_saved(tmp_path):
     transformers = pytest.importorskip("transformers")
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf"))
@@ -375,12 +441,51 @@ def test_gguf_sentencepiece_tokenizer(tmp_path):
     assert bare.decode(bare(" ab").input_ids, skip_special_tokens=True) == " ab"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
+def test_gguf_sentencepiece_is_hfs(tmp_path, architecture):
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    runs = {"".join(rng.choice(list("ab▁"), rng.integers(2, 5))) for _ in range(200)}
+    plain = [run for run in sorted(runs) if "▁" not in run[1:] and run != "▁"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\n\n", "  ", "   "]
+    kinds = [3, 3, 3, 2] + [6] * 256 + [4] * 3
+
+    def edit(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([*pieces, *plain, "▁", "a", "b", "\n"])
+        writer.add_token_scores([-1000.0] * len(kinds) + [-float(i) for i in range(len(plain) + 4)])
+        writer.add_token_types(kinds + [1] * (len(plain) + 4))
+        writer.add_bos_token_id(2)
+        writer.add_eos_token_id(1)
+        writer.add_unk_token_id(3)
+        writer.add_add_space_prefix(architecture in ("llama", "phi3"))
+
+    path = write_gguf(tmp_path / "m.gguf", architecture=architecture, skip=("tokenizer",), edit=edit)
+    ours = open_checkpoint(path).tokenizer()
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    texts = [
+        "ab",
+        "abba bab",
+        "aab  ba   ab",
+        "éa\n\nb\nc",
+        "a<eos>",
+        *("".join(rng.choice(list("ab "), 30)).strip() for _ in range(20)),
+    ]
+    if architecture == "llama":  # of which HF puts a space before the first text alone, and llama.cpp after each token
+        texts = [text for text in texts if "  " not in text and "\n\n" not in text]
+    else:
+        texts += [" ab", "   ba "]
+    for text in texts:
+        assert ours(text).input_ids == hf(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == hf.decode(hf(text).input_ids)
+
+
 def test_gguf_tokenizer_of_an_unknown_kind(tmp_path):
     def edit(writer):
         add_bpe(writer, bpe(), "unheard-of")
 
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", skip=("tokenizer",), edit=edit))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is 'unheard-of'; legal are .*smollm.*llama-bpe"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is 'unheard-of'; legal are .*llama-bpe.*smollm"):
         checkpoint.tokenizer()
 
 
@@ -389,6 +494,8 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 sys.modules["torch"] = None
+from jx_neuron.checkpoint.gguf.format import PLAIN
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
 from jx_neuron.checkpoint.folder import open_checkpoint
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(path)

@@ -293,19 +293,19 @@ def _listed(names: Collection[str], most: int = 8) -> str:
 
 def _open_gguf(path: Path) -> Checkpoint:
     from jx_neuron.checkpoint.gguf import format as gguf_format
-    from jx_neuron.checkpoint.gguf import llama as gguf_llama
-    from jx_neuron.checkpoint.gguf import tokenizer as gguf_tokenizer
+    from jx_neuron.checkpoint.gguf import model as gguf_model
 
     file = gguf_format.read_gguf(path)
-    config = gguf_llama.llama_config(file)
-    generation = gguf_llama.generation_config(file.metadata)
+    model = gguf_model.Model.of(file)
+    config = model.config()
+    generation = gguf_model.generation_config(file.metadata)
     return Checkpoint(
         path=path,
         config={**config, **token_ids(config, str(path))},
         generation_config=generation and {**generation, **token_ids(generation, str(path))},
-        tensors=gguf_llama.llama_tensors(file, config),
+        tensors=model.tensors(),
         tokenizer_files=(),
-        load_tokenizer=lambda: gguf_tokenizer.build_tokenizer(file.metadata, path),
+        load_tokenizer=model.tokenizer,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jx_neuron.errors import CheckpointError, JxNeuronError
 from jx_neuron.util.temporary import temporary_folder
 
+PROCESSOR_TEMPLATE = "chat_template.json"  # of a multimodal model's processor, which may be all that has one
 AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
 
 
@@ -39,6 +40,10 @@ def load_tokenizer(
                 _check_class(json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class"))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokenizer.decode(tokenizer("a")["input_ids"])  # values of a wrong type fail only in use
+            processor = folder / PROCESSOR_TEMPLATE
+            if not tokenizer.chat_template and processor.is_file():
+                template = json.loads(processor.read_text(encoding="utf-8")).get("chat_template")
+                tokenizer.chat_template = template if isinstance(template, str) else None
         except (JxNeuronError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as raised:  # a panic of the tokenizers library is no Exception

@@ -24,7 +24,7 @@ from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.tokenizer import refuse_custom_code
 from jx_neuron.errors import InputError
-from jx_neuron.models import Decoder
+from jx_neuron.models import Decoder, text_model
 from jx_neuron.nn.layers import through
 from jx_neuron.nn.state import State, positions_of
 from jx_neuron.runtime import xla
@@ -115,7 +115,8 @@ def parity(
     else:
         tensors = ModelTensors(original)
     raw = json.loads(original.config.to_json_string(use_diff=False))
-    decoder = Decoder.from_config(raw | {"model_type": model_type or raw["model_type"]}, tp_degree)
+    raw, tensors = text_model(raw | {"model_type": model_type or raw["model_type"]}, tensors)
+    decoder = Decoder.from_config(raw, tp_degree)
     limit = decoder.config.max_positions
     if min(lengths) < 1 or (limit is not None and max(lengths) + steps > limit):
         raise InputError(

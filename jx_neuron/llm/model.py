@@ -129,6 +129,9 @@ class NeuronAutoModelForCausalLM:
 
         The arguments are those of `from_pretrained`.
         """
+        from jx_neuron.models import text_config
+
+        config = text_config(config)
         cls._check_family(config.get("model_type"))
         return cls(ConfigOrigin.of(config, options), "host", options["neuron_config"])
 

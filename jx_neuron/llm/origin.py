@@ -177,7 +177,7 @@ class CheckpointOrigin(DecoderOrigin):
 
         check_family: is given the config's model_type, to refuse it before anything is made of it.
         """
-        from jx_neuron.models import Decoder
+        from jx_neuron.models import Decoder, text_model
 
         dtype = dtype_of(options["amp"])
         checkpoint = open_checkpoint(
@@ -187,12 +187,12 @@ class CheckpointOrigin(DecoderOrigin):
             local_files_only=options["local_files_only"],
             cache_dir=options["cache_dir"],
         )
-        config = checkpoint.config
+        config, tensors = text_model(checkpoint.config, checkpoint)
         check_family(config.get("model_type"))
-        decoder = Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), checkpoint)
+        decoder = Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
-        return cls(decoder, settings, config, decoder.source(checkpoint, dtype), checkpoint)
+        return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint)
 
     @property
     def generation_config(self) -> dict[str, Any] | None:

@@ -21,14 +21,14 @@ from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.errors import ConfigError
-from jx_neuron.models import checks
+from jx_neuron.models import checks, wrapper
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
 from jx_neuron.nn.positions import Positions
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.nn.state import State
 from jx_neuron.util.pages import gc_paused
 
-__all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
+__all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register", "text_config", "text_model"]
 
 
 class DecoderModule(Protocol):
@@ -97,9 +97,38 @@ _FAMILIES: dict[str, Family | str] = {
 }
 
 
+# multimodal models, and the model types of the text models within them, the usual first
+_TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
+    "mistral3": ("mistral", "ministral3"),
+}
+
+
 def model_types() -> list[str]:
     """The model types that can be loaded."""
     return sorted(_FAMILIES)
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parsed config.json, or of a multimodal model that of its text model, with a warning of what is left out."""
+    if (legal := _TEXT_MODELS.get(str(raw.get("model_type")))) is None:
+        return raw
+    config = wrapper.text_config(raw, legal)
+    wrapper.warn(raw, config, (key for key in raw if key.endswith("_config") and key != "text_config"))
+    return config
+
+
+def text_model(raw: Mapping[str, Any], tensors: weights.Tensors) -> tuple[Mapping[str, Any], weights.Tensors]:
+    """A parsed config.json and a checkpoint's tensors, or of a multimodal model those of its text model, with a warning
+    of what is left out.
+    """
+    if (legal := _TEXT_MODELS.get(str(raw.get("model_type")))) is None:
+        return raw, tensors
+    text = wrapper.TextTensors.of(tensors)
+    config = wrapper.text_config(raw, legal, text.names())
+    wrapper.warn(raw, config, text.others)
+    return config, text
 
 
 def register(model_type: str, family: Any) -> None:
@@ -135,7 +164,8 @@ def family(model_type: str) -> Family:
     """The family of an HF model_type. Raises ConfigError that lists those known."""
     if model_type not in _FAMILIES:
         raise ConfigError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}. "
+            f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}, and of "
+            f"{', '.join(_TEXT_MODELS)} the text models. "
             "A decoder of your own is added with jx_neuron.register()"
         )
     entry = _FAMILIES[model_type]
@@ -194,6 +224,7 @@ class Decoder:
         Raises ConfigError that names the field that is not supported, or the row of the weight table that does not fit,
         and CheckpointError where the config's sizes are not those of `tensors`, before it builds.
         """
+        raw = text_config(raw)
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
             raise ConfigError("the config has no model_type; it should name one of " + ", ".join(model_types()))

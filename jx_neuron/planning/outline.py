@@ -10,7 +10,7 @@ from typing import Any
 
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
-from jx_neuron.models import Decoder, family, model_types
+from jx_neuron.models import Decoder, family, model_types, text_config
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.planning import collectives
 
@@ -63,6 +63,7 @@ class Outline:
             return model
         if isinstance(model, Decoder):
             return cls(dataclasses.replace(model, tp_degree=1), model.config.layers)
+        model = text_config(model)
         model_type = model.get("model_type")
         config = family(model_type).Config.from_hf(model) if model_type in model_types() else None
         if config is None or not config.LAYERS_ALIKE:

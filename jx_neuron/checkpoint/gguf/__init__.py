@@ -1,1 +1,1 @@
-"""GGUF, the files of llama.cpp: the format, the models of architecture "llama", and their tokenizers."""
+"""GGUF, the files of llama.cpp: the format, its architectures as HF's models, and their tokenizers."""

@@ -1,0 +1,136 @@
+"""GGUF files of every architecture, against the HF models that are written so: tensors, configs and rotations."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from converted import Converter
+from gguf import GGMLQuantizationType as Q
+from gguf import GGUFValueType
+from gguf_models import MODELS
+from test_families import random_model
+
+from jx_neuron.checkpoint.folder import open_checkpoint
+from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
+from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.models import Decoder
+from jx_neuron.models.llama_like import RopeConfig
+from jx_neuron.nn.positions import positions_of
+
+# of which a file has other forms, and what follows from them is compared
+FORMS = """attn_config global_head_dim head_dim layer_types n_inner no_rope_layers num_global_key_value_heads
+original_max_position_embeddings per_layer_config rope_parameters rope_scaling rope_theta
+partial_rotary_factor sliding_window sliding_window_pattern max_position_embeddings""".split()
+
+
+def rotations(config: Any) -> dict[str, np.ndarray]:
+    """Cosines and sines of 40 positions, by layer type."""
+    if not isinstance(config, RopeConfig):
+        return {}
+    at = positions_of(jnp.zeros((1,), jnp.int32), jnp.full((1,), 40, jnp.int32), None, 40, 40)
+    return {kind: np.stack(rope(at)) for kind, rope in config.ropes.items() if rope is not None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        pytest.param(name, options, id=f"{name}-{number}")
+        for name, several in MODELS.items()
+        for number, options in enumerate(several)
+    ],
+)
+def test_files_are_hfs_models(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(model_type, options)
+    model.save_pretrained(tmp_path / "hf")
+    Converter(model, tmp_path / "m.gguf").write()
+    folder, file = open_checkpoint(tmp_path / "hf"), open_checkpoint(tmp_path / "m.gguf")
+    assert file.names() == folder.names()
+    for name in folder.names():
+        assert file.shape(name) == folder.shape(name)
+        np.testing.assert_allclose(file.read(name), folder.read(name), rtol=0, atol=2e-7, err_msg=name)
+    hf, ours = Decoder.from_config(folder.config), Decoder.from_config(file.config, tensors=file)
+    assert sorted(ours.source(file, np.float32).paths) == sorted(hf.source(folder, np.float32).paths)
+    for layer in (None, *range(hf.config.layers)):
+        assert ours.config.sizes_of(layer) == hf.config.sizes_of(layer)
+    assert list(ours.config.windows) == list(hf.config.windows)
+    if type(ours.config) is type(hf.config):  # mistral's file is llama's
+        for field in {field.name for field in dataclasses.fields(hf.config)} - set(FORMS):
+            assert getattr(ours.config, field) == pytest.approx(getattr(hf.config, field)), field
+    for kind, expected in rotations(hf.config).items():
+        np.testing.assert_allclose(rotations(ours.config)[kind], expected, rtol=1e-5, atol=2e-5)
+
+
+class Fused(Converter):
+    """Query, key and value rows in one tensor, and in blocks, as in files of the first GLM-4 and Phi."""
+
+    def tensor(self, name: str, array: np.ndarray) -> None:
+        if ".q_proj." in name:
+            parts = [self.state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            fused, kind = np.concatenate(parts), Q.Q8_0 if array.ndim == 2 else Q.F32
+            ours = f"blk.{name.split('.')[2]}.attn_qkv.{name.rpartition('.')[2]}"
+            self.writer.add_tensor(ours, gguf.quantize(fused, kind), raw_dtype=kind)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            super().tensor(name, array)
+
+
+@pytest.mark.parametrize("model_type", ["glm", "phi"])
+def test_fused_rows_are_taken_apart(model_type: str, tmp_path: Path) -> None:
+    model = random_model(
+        model_type, MODELS[model_type][0] | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 256}
+    )
+    model.save_pretrained(tmp_path / "hf")
+    Fused(model, tmp_path / "m.gguf").write()
+    folder, file = open_checkpoint(tmp_path / "hf"), open_checkpoint(tmp_path / "m.gguf")
+    assert file.names() == folder.names()
+    assert file.config.get("attention_bias", True)
+    for name in file.names():
+        expected = folder.read(name)
+        if re.search(r"[qkv]_proj.weight", name):
+            expected = gguf.dequantize(gguf.quantize(expected, Q.Q8_0), Q.Q8_0)
+        np.testing.assert_array_equal(file.read(name), expected, err_msg=name)
+    Decoder.from_config(file.config, tensors=file).source(file, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "add", "words"),
+    [
+        ("qwen2", "attention.sliding_window", 7, "legal is 0"),
+        ("gpt2", "rope.freq_base", 500.0, "HF's gpt2 has nothing like it"),
+        ("gpt2", "attention.head_count_kv", 2, "legal is the number of heads, 6"),
+        ("bloom", "feed_forward_length", 90, "legal is four times the width, 192"),
+        ("gpt_bigcode", "attention.head_count_kv", 4, "legal is 1"),
+        ("mpt", "attention.max_alibi_bias", 4.0, "legal is 8.0"),
+        ("olmo", "attention.layer_norm_epsilon", 0.1, "legal is 1e-05"),
+        ("exaone4", "attention.sliding_window_pattern", [True], "legal is true or false for each of 5 layers"),
+        ("phi", "rope.dimension_count", 7, "partial_rotary_factor"),
+        ("falcon", "tensor_data_layout", "other", "legal is 'jploski'"),
+        ("gemma4_text", "attention.head_count_kv", [1, 2], "one for each of 8 layers"),
+        ("gemma4_text", "rope.dimension_count_swa", 6, "legal is the head size"),
+        ("apertus", "xielu.beta", [0.5], "legal is a number for each of 2 layers"),
+    ],
+)
+def test_refused(model_type: str, key: str, add: Any, words: str, tmp_path: Path) -> None:
+    converter = Converter(random_model(model_type, MODELS[model_type][0]), tmp_path / "m.gguf")
+    end = converter.writer.write_header_to_file
+
+    def edited() -> None:
+        named = key if key.startswith("xielu") else f"{converter.writer.arch}.{key}"
+        converter.writer.kv_data[0].pop(named, None)
+        kind = GGUFValueType.ARRAY if isinstance(add, list) else GGUFValueType.get_type(add)
+        converter.writer.add_key_value(named, add, kind)
+        end()
+
+    converter.writer.write_header_to_file = edited
+    converter.write()
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(words)):
+        Decoder.from_config(open_checkpoint(tmp_path / "m.gguf").config)
+
+
+def test_every_architecture_is_here() -> None:
+    made = {ARCHITECTURES[name].model_type for name in ARCHITECTURES}
+    assert made - set(MODELS) == {"gptj"}  # which llama.cpp has no converter for
