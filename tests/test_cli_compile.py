@@ -11,12 +11,12 @@ import tiny
 import tokenizers
 import transformers
 from doubles import neuronx_cc
+from families import FIRST_RELEASE
 from test_cli import Done, run
 
 from jx_neuron import LlamaForSampling
 from jx_neuron.artifact.manifest import neff_file, read_manifest
 from jx_neuron.lowering.hlo import proto
-from jx_neuron.models.known import KNOWN
 from jx_neuron.runtime import neuron as runtime
 
 SHORT = ("--n-positions", 16, "--context-length-estimate", 16)
@@ -231,7 +231,7 @@ DEGREES = {"EleutherAI/gpt-j-6B": 8, "gpt2-large": 4, "gpt2-xl": 1, "facebook/op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", FIRST_RELEASE)
 def test_the_eleven_checkpoints_of_the_first_release_pass_everywhere(name: str, tmp_path: Path) -> None:
     out, tp = tmp_path / "out", DEGREES.get(name, 2)
     done = run("compile", name, "--tp", tp, "--amp", "f16", "--hlo-only", "--no-weights", "-o", out)

@@ -6,7 +6,6 @@ Prompts of different lengths go through in chunks, and are continued beyond ever
 import dataclasses
 import math
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import OPTIONS
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
@@ -26,10 +26,6 @@ LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 18, 64
 TOLERANCE = 1e-5  # of the largest logit
 TARGETS = ("inf2", "trn1", "trn2")
 
-OPTIONS: dict[str, list[dict[str, Any]]] = {}
-for path in sorted(Path(__file__).parent.glob("families_*.py")):
-    for name, options in import_module(path.stem).OPTIONS.items():
-        OPTIONS.setdefault(name, []).extend(options)
 # one of each kind of weight row, norm, rotation, window and residual; the others are run as `slow`
 USUAL = "bloom cohere2 falcon gemma3_text gpt_bigcode gpt_neox ministral3 olmo2 phi3 qwen3 smollm3 stablelm".split()
 FIRST = [
