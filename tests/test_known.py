@@ -173,7 +173,7 @@ def parameters(config: dict[str, Any]) -> int:
 
     def count(**layers: int) -> int:
         parameters = Outline.of(config | layers).parameters(1)
-        return sum(p.elements for p in parameters if p.row is None or not p.row.is_computed)
+        return sum(p.elements for p in parameters if not p.is_computed)
 
     (name,) = LAYERS & set(config) or [None]
     if name is None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
 from jx_neuron.models import Decoder, family, model_types
@@ -34,6 +36,10 @@ class Parameter:
     def per_core(self) -> int:
         """Elements of all layers that each core holds."""
         return self.elements // self.cores
+
+    @property
+    def is_computed(self) -> bool:
+        return self.row is not None and self.row.is_computed
 
     @property
     def is_position_table(self) -> bool:
@@ -109,7 +115,8 @@ class Outline:
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
         """Bytes of the parameters that each core holds, padded, and split where they are."""
-        return itemsize * sum(p.per_core for p in self.parameters(tp_degree))
+        computed = np.dtype(np.float32).itemsize
+        return sum(p.per_core * (computed if p.is_computed else itemsize) for p in self.parameters(tp_degree))
 
     def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
