@@ -303,6 +303,24 @@ def test_the_table_in_the_docs_is_what_is_predicted() -> None:
         assert f"| {c.row.milliseconds:g} | {c.predicted:.1f} | {c.error:+.0%} |" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "instance", "tp"),
+    [
+        ("Qwen/Qwen3-32B", "inf2.24xlarge", 8),
+        ("google/gemma-3-27b-it", "inf2.24xlarge", 8),
+        ("mistralai/Mistral-Small-24B-Instruct-2501", "inf2.24xlarge", 8),
+        ("microsoft/phi-4", "trn1.2xlarge", 2),
+        ("tiiuae/falcon-40b", "inf2.24xlarge", 8),
+        ("bigscience/bloom", "inf2.48xlarge", 24),
+    ],
+)
+def test_full_sizes_fit_where_the_plan_says(name: str, instance: str, tp: int) -> None:
+    chosen = plan(config_of(name), amp="bf16")
+    assert (chosen.instance, chosen.tp_degree) == (instance, tp)
+    with pytest.raises(InputError, match="cannot run"):
+        plan(config_of(name), "inf2.xlarge", 1, amp="bf16")
+
+
 def test_a_config_that_is_not_supported_is_refused() -> None:
     with pytest.raises(ConfigError, match="model_type 'bert' is not supported"):
         plan({"model_type": "bert"})
