@@ -38,19 +38,12 @@ def models() -> str:
         if getattr(of := getattr(jx_neuron, name), "MODEL_TYPE", None)
     }
     rows = []
-    for model_type in model_types():
-        of = family(model_type)
-        if getattr(of, "__name__", "").startswith("jx_neuron."):
-            known = [f"`{name}`" for name, config in sorted(KNOWN.items()) if config["model_type"] == model_type]
-            described = (inspect.getdoc(of) or "").splitlines()[0].rstrip(".")
-            rows.append(
-                (
-                    f"`{model_type}`",
-                    f"`{classes.get(model_type, 'NeuronAutoModelForCausalLM')}`",
-                    described,
-                    ", ".join(known),
-                )
-            )
+    for model_type in _own():
+        described = (inspect.getdoc(family(model_type)) or "").splitlines()[0].rstrip(".")
+        first, *others = [f"`{name}`" for name, config in KNOWN.items() if config["model_type"] == model_type]
+        names = f"{first} … {others[-1]}" if others else first
+        title = classes.get(model_type, "NeuronAutoModelForCausalLM")
+        rows.append((f"`{model_type}`", f"`{title}`", described, names))
     return _table(("model_type", "class", "decoder", "known by name, without a network"), rows)
 
 
@@ -59,6 +52,33 @@ def gguf() -> str:
     names = {"mistral3": "`ministral3` or `mistral`", "olmo2": "`olmo2` or `olmo3`"}
     rows = [(f"`{name}`", names.get(name, f"`{of.model_type}`")) for name, of in sorted(ARCHITECTURES.items())]
     return _table(("general.architecture", "model_type"), rows)
+
+
+def families() -> str:
+    """Which families this package has, from its registry, and which others have, from families.json."""
+    others = json.loads((ROOT / "docs" / "families.json").read_text())
+    own = _own()
+    theirs = {name for project in others.values() for name in project["yes"]}
+    rows = [
+        (
+            f"`{model_type}`",
+            "yes" if model_type in own else "",
+            *(next((how for how in ("yes", "contrib") if model_type in of.get(how, ())), "") for of in others.values()),
+        )
+        for model_type in sorted({*own, *theirs}, key=lambda name: (name not in own, name))
+    ]
+    count = [sum(bool(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows.append(("families", *map(str, count[1:])))
+    sources = [f"[{name}]({of['source']}), {of['date']}: {of['about']}." for name, of in others.items()]
+    return "\n\n".join([_table(("model_type", "jx_neuron", *others), rows), " ".join(sources)])
+
+
+def known() -> str:
+    """The checkpoints that known.json has, by family."""
+    names: dict[str, list[str]] = {}
+    for group in json.loads((ROOT / "jx_neuron" / "models" / "known.json").read_text()):
+        names.setdefault(group["model_type"], []).extend(f"`{name}`" for name in group["rows"])
+    return _table(("model_type", "checkpoints"), [(f"`{model}`", ", ".join(of)) for model, of in names.items()])
 
 
 def rules() -> str:
@@ -151,10 +171,15 @@ def rates() -> str:
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, gguf, instances, models, neuron_config, peers, rates, rooms,
-        rules, targets,
+        command_line, compiler_errors, config_fields, families, gguf, instances, known, models, neuron_config, peers,
+        rates, rooms, rules, targets,
     )
 }  # fmt: skip
+
+
+def _own() -> list[str]:
+    """The model types of this package, and not of a decoder that was registered."""
+    return [name for name in model_types() if getattr(family(name), "__name__", "").startswith("jx_neuron.")]
 
 
 def _by_engine(cell: Callable[[Engines, str, str], str]) -> str:

@@ -2,7 +2,13 @@
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +17,7 @@ import tiny
 import tokenizers
 import transformers
 from doubles import neuronx_cc
+from families import FIRST_RELEASE
 from test_cli import Done, run
 
 from jx_neuron import LlamaForSampling
@@ -231,7 +238,7 @@ DEGREES = {"EleutherAI/gpt-j-6B": 8, "gpt2-large": 4, "gpt2-xl": 1, "facebook/op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", FIRST_RELEASE)
 def test_the_eleven_checkpoints_of_the_first_release_pass_everywhere(name: str, tmp_path: Path) -> None:
     out, tp = tmp_path / "out", DEGREES.get(name, 2)
     done = run("compile", name, "--tp", tp, "--amp", "f16", "--hlo-only", "--no-weights", "-o", out)
@@ -242,3 +249,67 @@ def test_the_eleven_checkpoints_of_the_first_release_pass_everywhere(name: str, 
         told = json.loads(checked.stdout)
         assert len(told["programs"]) == (9 if "gpt2" in name else 11)
         assert not any(told["programs"].values())
+
+
+FULL_SIZES = """Qwen/Qwen3-32B google/gemma-3-27b-it mistralai/Mistral-Small-24B-Instruct-2501 microsoft/phi-4
+tiiuae/falcon-40b bigscience/bloom""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [8, 32])
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_full_sizes_lower_in_a_minute_and_two_gigabytes(name: str, tp: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jx_neuron", "compile", name, "--tp", str(tp), "--amp", "bf16", "--hlo-only"]
+    used = measured([*command, "--no-weights", "-o", str(out)], cwd=Path(__file__).parent.parent)
+    assert used.bytes < 2e9
+    assert used.cpu_seconds < 2 * 60  # of two processes, one that traces and one that partitions
+    for target in ("inf2", "trn1", "trn2"):
+        assert not any(json.loads(run("check", out, "--target", target, "--json").stdout)["programs"].values())
+
+
+def test_a_full_size_with_few_layers_lowers(tmp_path: Path) -> None:
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(KNOWN["tiiuae/falcon-40b"] | {"num_hidden_layers": 2}))
+    lengths = ("--n-positions", 128, "--context-length-estimate", 64)
+    done = run("compile", config, "--tp", 32, "--amp", "bf16", "--hlo-only", "--no-weights", "-o", out, *lengths)
+    assert done.returncode == 0, done
+    for target in ("inf2", "trn1", "trn2"):
+        assert not any(json.loads(run("check", out, "--target", target, "--json").stdout)["programs"].values())
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a command and its children used: `bytes` of memory at most at a time, shared pages divided."""
+
+    bytes: int
+    cpu_seconds: float
+
+
+def measured(command: list[str], cwd: Path) -> Used:
+    before, most = resource.getrusage(resource.RUSAGE_CHILDREN), 0
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None:
+            most = max(most, sum(map(proportional, session(process.pid))))
+            time.sleep(0.1)
+    assert process.returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Used(most, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def session(leader: int) -> list[Path]:
+    """The processes in /proc of a session."""
+
+    def is_in(path: Path) -> bool:
+        with suppress(OSError):
+            return int((path / "stat").read_text().rpartition(")")[2].split()[3]) == leader
+        return False
+
+    return [path for path in Path("/proc").glob("[0-9]*") if is_in(path)]
+
+
+def proportional(process: Path) -> int:
+    with suppress(OSError):
+        lines = (process / "smaps_rollup").read_text().splitlines()
+        return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return 0

@@ -29,6 +29,7 @@ from markdown_it import MarkdownIt
 
 import jx_neuron
 from jx_neuron.cli.app import app
+from jx_neuron.models import _FAMILIES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -222,6 +223,20 @@ def test_generated_tables_are_up_to_date(document: str, part: str) -> None:
     listed = re.search(rf"^<!-- {part}: .* -->\n(.*)<!-- /{part} -->$", (ROOT / document).read_text(), re.M | re.S)
     assert listed is not None
     assert listed[1] == generated.PARTS[part]() + "\n", f"python docs/generated.py {part} prints what belongs there"
+
+
+def test_families_beside_those_of_other_projects() -> None:
+    others = json.loads((ROOT / "docs" / "families.json").read_text())
+    for project in others.values():
+        assert project["source"].startswith("https://")
+        assert re.fullmatch(r"[A-Z][a-z]+ 20\d\d", project["date"])
+        assert {*project["yes"], *project.get("contrib", ())} <= set(transformers.CONFIG_MAPPING)
+        assert not set(project["yes"]) & set(project.get("contrib", ()))
+    head, _, *rows = (re.split(r" *\| *", line)[1:-1] for line in generated.families().split("\n\n")[0].splitlines())
+    assert head == ["model_type", "jx_neuron", *others]
+    ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}
+    assert {row[0].strip("`") for row in rows if row[1] == "yes"} == ours
+    assert rows[-1][1] == str(len(ours))
 
 
 def test_benchmark_tables_hold_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

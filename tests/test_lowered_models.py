@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
 import pytest
 import tiny
+from families import FIRST_RELEASE, NORMS_OVER_HEADS, OPTIONS, is_parallel, numbered
 from jax import numpy as jnp
+from transformers import AutoConfig
 
 from jx_neuron.lowering import Program
 from jx_neuron.lowering.hlo import graph as hlo
@@ -35,8 +38,9 @@ def collectives(program: Program) -> Counter[str]:
     return Counter(c.opcode for c in program.collectives())
 
 
-@pytest.mark.parametrize(("name", "per_layer"), [("gpt2", 2), ("opt", 2), ("gptj", 1), ("llama", 2)])
-def test_collectives_of_a_step(name: str, per_layer: int) -> None:
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_collectives_of_a_step(name: str) -> None:
+    per_layer = 1 if is_parallel(name, {}) else 2
     one, two = programs(name, 1), programs(name, 2)
     for key in (DECODE, SAMPLED, PREFILL):
         assert collectives(two[key]) - collectives(one[key]) == Counter({"all-reduce": per_layer})
@@ -46,6 +50,27 @@ def test_collectives_of_a_step(name: str, per_layer: int) -> None:
     assert collectives(one[SAMPLED]) == fixed + Counter({"all-reduce": per_layer})
     for program in two.values():
         assert {c.replica_groups for c in program.collectives()} == {(tuple(range(TP)),)}
+
+
+EVERY = [(name, options) for name, several in OPTIONS.items() for options in several]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=numbered(EVERY))
+def test_collectives_of_every_family(name: str, options: dict[str, Any]) -> None:
+    """An all-reduce for each sum over split axes: of embeddings, of attention and MLP, together where the residual adds
+    both, and of squares of queries and keys where a norm is over all heads. Two gathers are of candidates, and one of
+    the numbers of key heads for such a norm."""
+    raw = AutoConfig.for_model(name, **deepcopy(options)).to_dict()
+    decoder, over_heads = Decoder.from_config(raw, TP), name in NORMS_OVER_HEADS
+    per_layer = (1 if is_parallel(name, raw) else 2) + 2 * over_heads
+    keys = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32, 16)]
+    for program in lower_model(decoder, keys, SLOTS, POSITIONS, jnp.bfloat16):
+        expected = Counter({"all-reduce": 1 + per_layer * decoder.config.layers, "all-gather": 2 + over_heads})
+        assert collectives(program) == expected, program.name
+        assert {c.replica_groups for c in program.collectives()} == {(tuple(range(TP)),)}
+        for target in ("inf2", "trn1", "trn2"):
+            assert program.verify(target) == [], f"{program.name} on {target}"
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -104,7 +129,7 @@ def small(name: str) -> tuple[dict[str, Any], int]:
     return raw, next(tp for tp in (8, 4, 2, 1) if heads % tp == 0)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", FIRST_RELEASE)
 def test_neuron_takes_the_checkpoints_of_the_first_release(name: str) -> None:
     raw, tp = small(name)
     decoder = Decoder.from_config(raw, tp)

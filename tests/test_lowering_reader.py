@@ -5,17 +5,23 @@ import re
 import subprocess
 import sys
 import venv
+from copy import deepcopy
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from families import OPTIONS
 from jax.sharding import PartitionSpec as P
+from transformers import AutoConfig
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.lowering import lower
 from jx_neuron.lowering.hlo import proto
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.models import Decoder
+from jx_neuron.step.program_key import ProgramKey
 
 READ = """
 import json, sys
@@ -76,16 +82,8 @@ def test_xla_of_2023_reads_the_modules(python_of_2023: Path, tmp_path: Path) -> 
     assert "Malformed" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-def test_xla_of_2023_reads_the_artifacts_of_every_family(python_of_2023: Path, tmp_path: Path, family: str) -> None:
-    config = json.loads(tiny.CONFIGS[family]().to_json_string(use_diff=False))
-    files = []
-    for tp in (1, 2, 4, 8):
-        folder = tmp_path / f"tp{tp}"
-        NeuronAutoModelForCausalLM.from_config(config, tp_degree=tp, n_positions=64).save(folder)
-        files += sorted((folder / "hlo").glob("*.pb"))
-    assert len(files) == 4 * 3
+def check_read(python_of_2023: Path, files: list[Path], aliases: int) -> None:
+    """Reads the modules, and looks for what an XLA of 2023 has no word for, and for `aliases` of state and outputs."""
     done = subprocess.run([python_of_2023, "-c", READ, *map(str, files)], capture_output=True, text=True, check=True)
     for file, text in zip(files, json.loads(done.stdout), strict=True):
         assert max(i.id for i in proto.instructions(proto.parse(file.read_bytes()))) < 2**31
@@ -94,4 +92,29 @@ def test_xla_of_2023_reads_the_artifacts_of_every_family(python_of_2023: Path, t
         assert "partition-id" not in text
         assert "channel_id" not in text
         assert " topk(" not in text
-        assert text.count("must-alias") == 4
+        assert text.count("must-alias") == aliases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_xla_of_2023_reads_artifacts(python_of_2023: Path, tmp_path: Path, family: str) -> None:
+    config = json.loads(tiny.CONFIGS[family]().to_json_string(use_diff=False))
+    files = []
+    for tp in (1, 2, 4, 8):
+        folder = tmp_path / f"tp{tp}"
+        NeuronAutoModelForCausalLM.from_config(config, tp_degree=tp, n_positions=64).save(folder)
+        files += sorted((folder / "hlo").glob("*.pb"))
+    assert len(files) == 4 * 3
+    check_read(python_of_2023, files, 4 + 1)  # keys and values of two layers, and the last tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OPTIONS)
+def test_xla_of_2023_reads_the_programs_of_every_family(python_of_2023: Path, tmp_path: Path, family: str) -> None:
+    decoder = Decoder.from_config(AutoConfig.for_model(family, **deepcopy(OPTIONS[family][0])).to_dict(), 4)
+    keys = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32, 16)]
+    files = []
+    for program in lower_model(decoder, keys, 3, 96, jnp.bfloat16):
+        files.append(tmp_path / f"{program.name}.pb")
+        files[-1].write_bytes(program.hlo_module)
+    check_read(python_of_2023, files, sum(spec.alias is not None for spec in program.outputs))

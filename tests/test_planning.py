@@ -16,12 +16,12 @@ import tiny
 from jx_neuron import InputError, NeuronAutoModelForCausalLM
 from jx_neuron.artifact import folder as artifact
 from jx_neuron.cli.app import app
-from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.errors import ConfigError
 from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.lowering.verify.footprint import peak_bytes, resident_bytes
 from jx_neuron.models import Decoder
-from jx_neuron.models.known import KNOWN, config_of
+from jx_neuron.models.known import config_of
 from jx_neuron.planning import INSTANCES, check, find, memory, padding_note, plan, published, speed
 from jx_neuron.planning.instances import GIB
 from jx_neuron.planning.outline import Outline
@@ -63,15 +63,6 @@ def test_the_outline_of_a_config_is_that_of_the_whole_model(config: dict) -> Non
         assert quick.weight_bytes(tp, 2) == whole.weight_bytes(tp, 2)
         assert quick.read_elements(tp) == whole.read_elements(tp)
         assert quick.overhead(tp) == pytest.approx(whole.overhead(tp))
-
-
-def test_parameters_are_as_many_as_published() -> None:
-    counts = {name: Outline.of(config).parameter_count for name, config in KNOWN.items()}
-    assert counts["gpt2"] == 124_439_808
-    assert counts["gpt2-xl"] == 1_557_611_200
-    assert counts["facebook/opt-125m"] == 125_239_296
-    assert counts["EleutherAI/gpt-j-6B"] == 6_050_882_784
-    assert Outline.of(LLAMA_70B).parameter_count == 68_976_648_192
 
 
 @pytest.mark.parametrize("tp", [1, 3, 8])
@@ -312,25 +303,22 @@ def test_the_table_in_the_docs_is_what_is_predicted() -> None:
         assert f"| {c.row.milliseconds:g} | {c.predicted:.1f} | {c.error:+.0%} |" in text
 
 
-# the checkpoints known by name
-
-
-def test_the_first_release_s_checkpoints_are_known_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert len(KNOWN) == 11
-    for name, config in KNOWN.items():
-        assert config_of(name) == config
-        Outline.of(config)
-    assert config_of("openai-community/gpt2-xl") == KNOWN["gpt2-xl"]
-    with pytest.raises(CheckpointError, match="no such folder or file"):
-        config_of("./nowhere/config.json")
-
-
-def test_a_path_comes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gpt2").mkdir()
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(TWO_LAYERS["gpt2"]))
-    assert config_of("gpt2") == TWO_LAYERS["gpt2"]
+@pytest.mark.parametrize(
+    ("name", "instance", "tp"),
+    [
+        ("Qwen/Qwen3-32B", "inf2.24xlarge", 8),
+        ("google/gemma-3-27b-it", "inf2.24xlarge", 8),
+        ("mistralai/Mistral-Small-24B-Instruct-2501", "inf2.24xlarge", 8),
+        ("microsoft/phi-4", "trn1.2xlarge", 2),
+        ("tiiuae/falcon-40b", "inf2.24xlarge", 8),
+        ("bigscience/bloom", "inf2.48xlarge", 24),
+    ],
+)
+def test_full_sizes_fit_where_the_plan_says(name: str, instance: str, tp: int) -> None:
+    chosen = plan(config_of(name), amp="bf16")
+    assert (chosen.instance, chosen.tp_degree) == (instance, tp)
+    with pytest.raises(InputError, match="cannot run"):
+        plan(config_of(name), "inf2.xlarge", 1, amp="bf16")
 
 
 def test_a_config_that_is_not_supported_is_refused() -> None:

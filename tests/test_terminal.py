@@ -215,7 +215,7 @@ def test_words_stay_whole_and_lines_keep_their_indent() -> None:
         (("plan", "--strict", "facebook/opt-1"), ["facebook/opt-125m", "facebook/opt-1.3b", "facebook/opt-13b"]),
         (("compile", ""), list(KNOWN)),
         (("sample", "gpt2-"), ["gpt2-medium", "gpt2-large", "gpt2-xl"]),
-        (("bench", "Eleuther"), ["EleutherAI/gpt-j-6B"]),
+        (("bench", "EleutherAI/gpt-j"), ["EleutherAI/gpt-j-6B"]),
         (("plan", "gpt2", "--amp", ""), ["f32", "f16", "bf16"]),
         (("check", "--target", "trn1"), ["trn1", "trn1n"]),
         (("compile", "gpt2", "--target", ""), ["inf2", "trn1", "trn1n", "trn2", "trn3"]),

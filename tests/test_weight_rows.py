@@ -357,6 +357,15 @@ def test_a_function_that_gives_another_shape_is_named() -> None:
         made("alibi", Alibi, Sloped, (*llama.WEIGHTS, replace(SLOPES, source=too_few)))
 
 
+def test_computed_parameters_are_float32_in_any_model() -> None:
+    raw = made("alibi", Alibi, Sloped, (*llama.WEIGHTS, SLOPES), num_attention_heads=12, num_key_value_heads=12)
+    decoder = Decoder.from_config(raw)
+    params = decoder.abstract_params(jnp.bfloat16)
+    assert {path for path, array in params.items() if array.dtype == jnp.float32} == {"slopes"}
+    source = from_params({"slopes": alibi_slopes(decoder.config)}, decoder.rows, decoder.padding, np.dtype("f2"))
+    assert np.array_equal(source.read("slopes"), alibi_slopes(decoder.config))
+
+
 def test_a_tensor_by_the_name_of_a_computed_parameter_is_refused() -> None:
     raw = made("alibi", Alibi, Sloped, (*llama.WEIGHTS, SLOPES))
     decoder = Decoder.from_config(raw)

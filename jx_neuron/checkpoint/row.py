@@ -55,6 +55,10 @@ class W:
         """Whether a function fills the parameter, and no tensor."""
         return not isinstance(self.source, str)
 
+    def dtype(self, dtype: Any) -> np.dtype[Any]:
+        """That of the parameter in a model of `dtype`. A computed one, which 16 bits would round, is float32."""
+        return np.dtype(np.float32 if self.is_computed else dtype)
+
     @property
     def name(self) -> str:
         """HF's name, {e} for any expert; ours where the parameter is computed."""

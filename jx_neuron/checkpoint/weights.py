@@ -242,7 +242,7 @@ def from_checkpoint(
 
     def read(path: str) -> np.ndarray:
         row = by_path[path]
-        return row.pad(row.read(config, tensors), padding).astype(dtype, copy=False)
+        return row.pad(row.read(config, tensors), padding).astype(row.dtype(dtype), copy=False)
 
     return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name)
 
@@ -259,8 +259,10 @@ def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, 
         )
 
     def read(path: str) -> np.ndarray:
-        array = np.asarray(params[path])
-        return (by_path[path].pad(array, padding) if path in by_path else array).astype(dtype, copy=False)
+        array, row = np.asarray(params[path]), by_path.get(path)
+        if row is None:
+            return array.astype(dtype, copy=False)
+        return row.pad(array, padding).astype(row.dtype(dtype), copy=False)
 
     return Source(list(params), read, lambda path: by_path[path].partition if path in by_path else REPLICATED)
 

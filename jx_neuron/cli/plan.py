@@ -20,8 +20,8 @@ def command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A config.json, checkpoint folder, .gguf file or hub id. The first release's checkpoints, such as "
-            "facebook/opt-13b, are known by name.",
+            help="A config.json, checkpoint folder, .gguf file or hub id. Many checkpoints, such as "
+            "facebook/opt-13b, are known by name, without a network.",
             show_default=False,
             autocompletion=options.models,
             callback=options.model,

@@ -290,7 +290,7 @@ class Decoder:
         return {
             path: jax.ShapeDtypeStruct(
                 self._row[path].target_shape(self.padding) if path in self._row else shape,
-                jnp.dtype(dtype),
+                self._row[path].dtype(dtype) if path in self._row else jnp.dtype(dtype),
                 sharding=NamedSharding(mesh, self.partition(path)) if mesh else None,
             )
             for path, shape in self.shapes.items()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
 from jx_neuron.models import Decoder, family, model_types, text_config
@@ -39,6 +41,10 @@ class Parameter:
     def is_looked_up(self) -> bool:
         """Whether it is a table, by position or token, that is never a head."""
         return self.row is not None and bool({"s", "u"} & {*self.row.letters})
+
+    @property
+    def is_computed(self) -> bool:
+        return self.row is not None and self.row.is_computed
 
     @property
     def is_vocabulary_table(self) -> bool:
@@ -111,7 +117,8 @@ class Outline:
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
         """Bytes of the parameters that each core holds, padded, and split where they are."""
-        return itemsize * sum(p.per_core for p in self.parameters(tp_degree))
+        computed = np.dtype(np.float32).itemsize
+        return sum(p.per_core * (computed if p.is_computed else itemsize) for p in self.parameters(tp_degree))
 
     def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
