@@ -40,8 +40,8 @@ def models() -> str:
     rows = []
     for model_type in _own():
         described = (inspect.getdoc(family(model_type)) or "").splitlines()[0].rstrip(".")
-        first, *others = [f"`{name}`" for name, config in KNOWN.items() if config["model_type"] == model_type]
-        names = f"{first} … {others[-1]}" if others else first
+        known = [f"`{name}`" for name, config in KNOWN.items() if config["model_type"] == model_type]
+        names = f"{known[0]} … {known[-1]}" if len(known) > 1 else "".join(known)
         title = classes.get(model_type, "NeuronAutoModelForCausalLM")
         rows.append((f"`{model_type}`", f"`{title}`", described, names))
     return _table(("model_type", "class", "decoder", "known by name, without a network"), rows)

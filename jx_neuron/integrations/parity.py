@@ -25,7 +25,6 @@ from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.tokenizer import refuse_custom_code
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder, text_model
-from jx_neuron.nn.layers import through
 from jx_neuron.nn.state import State, positions_of
 from jx_neuron.runtime import xla
 from jx_neuron.step.program_key import ProgramKey
@@ -195,7 +194,10 @@ class _Blocks(list[Any]):
     """Blocks that are no modules, in place of `Layers`."""
 
     def __call__(self, x_btd: Array, state: State, *args: Any) -> tuple[Array, State]:
-        return through(self, x_btd, state, *args)
+        for layer, block in enumerate(self):
+            x_btd, part = block(x_btd, state.of_layer(layer), *args)
+            state = part.state
+        return x_btd, state
 
 
 def _original_hidden_states(model: Any, prompt: np.ndarray) -> list[np.ndarray]:

@@ -36,7 +36,7 @@ class Layers(nnx.List[Any]):
     def __call__(self, x: Array, state: State, *args: Any) -> tuple[Array, State]:
         """x through every block, called as block(x, its layer's state, *args), and the state written."""
         if self._depth is None:
-            return through(list(self), x, state, *args)
+            return _one_by_one(list(self), x, state, *args)
         period, periods = self._length, self._depth // self._length
 
         def apply_period(number: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
@@ -49,9 +49,9 @@ class Layers(nnx.List[Any]):
         if not state.repeats(period, periods) or _avals(
             jax.eval_shape(apply_period, np.int32(0), (x, state))
         ) != _avals((x, state)):
-            return through(list(self), x, state, *args)
+            return _one_by_one(list(self), x, state, *args)
         x, state = jax.lax.fori_loop(0, periods, apply_period, (x, state))
-        return through(self[period * periods :], x, state, *args, first=period * periods)
+        return _one_by_one(self[period * periods :], x, state, *args, first=period * periods)
 
     @property
     def period(self) -> int:
@@ -90,10 +90,10 @@ class Layers(nnx.List[Any]):
         return (self[i] for i in range(len(self)))
 
 
-def through(
-    blocks: Sequence[Callable[..., Any]], x: Array, state: State, *args: Any, first: int = 0
+def _one_by_one(
+    blocks: Iterable[nnx.Module], x: Array, state: State, *args: Any, first: int = 0
 ) -> tuple[Array, State]:
-    """What `Layers` does, of any sequence of blocks, one by one; `first` is the layer of the first.
+    """x through each block, of which the first is that of layer `first`, and the state written.
 
     Blocks that differ in their parameters alone are traced once.
     """
