@@ -1,6 +1,7 @@
 """Layers of a decoder that differ in kind: in what they keep, in sizes, and in whose state they read."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from steps import filled, step_input
 from test_state import DECODE, LAYOUTS, PLACES, POSITIONS, SEQUENCES, SLOTS, Layer, Tensors, at, check, every, prefilled
 
-from jx_neuron import models
+from jx_neuron import NeuronAutoModelForCausalLM, models
 from jx_neuron.checkpoint.hf_config import FULL, HFConfig
 from jx_neuron.checkpoint.weights import W
-from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.errors import ArtifactError, ConfigError, InputError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
 from jx_neuron.models.rows import embedding
@@ -24,6 +25,7 @@ from jx_neuron.nn.attention import attend
 from jx_neuron.nn.layers import Embedding, Layers, Linear, Linears
 from jx_neuron.nn.layout import KV, Kept, S
 from jx_neuron.runtime.cpu.layout import CPU
+from jx_neuron.runtime.saved import SavedModel
 from jx_neuron.runtime.xla import XlaRuntime
 
 WIDE, RECURRENT, NOTHING = "wide_attention", "recurrent", "mlp"
@@ -256,6 +258,22 @@ def test_what_the_decoder_of_several_kinds_says_of_itself(hybrid: None) -> None:
     assert names == [
         "state.0.h", "state.1.k", "state.1.v", "state.3.k", "state.3.v", "state.4.h", "state.token"
     ]  # fmt: skip
+
+
+def test_a_saved_model_states_its_table(hybrid: None, tmp_path: Path) -> None:
+    options = dict(tp_degree=2, n_positions=16, context_length_estimate=8)
+    NeuronAutoModelForCausalLM.from_config({"model_type": "hybrid"}, **options).save(tmp_path / "saved")
+    saved = SavedModel.open(tmp_path / "saved")
+    assert saved.settings.state == {
+        "0.h": (8,), "1.k": (2, 6, 2), "1.v": (2, 6, 2), "3.k": (1, 16, 4), "3.v": (1, 16, 4), "4.h": (8,)
+    }  # fmt: skip
+    assert saved.deployment.settings == saved.settings
+    other = replace(saved.settings, state=saved.settings.state | {"1.k": (2, 7, 2)})
+    manifest = saved.artifact.manifest.model_copy(update={"settings": other})
+    with pytest.raises(
+        ArtifactError, match=r"its state has state\.1\.k float32\[1, 2, 6, 2\], not 1 slots of 16 positions"
+    ):
+        _ = SavedModel(replace(saved.artifact, manifest=manifest)).deployment
 
 
 @pytest.mark.parametrize(
