@@ -32,7 +32,7 @@ PUBLIC = {
         Collective Cost Executable Program ProgramSpec TensorSpec Traced compile_py_func lower lower_many trace
     """,
     "jx_neuron.lowering.verify.checking": "RULES Rule Violation verify",
-    "jx_neuron.models": "Decoder DecoderModule Family family model_types register",
+    "jx_neuron.models": "Decoder DecoderModule Family family model_types register text_config text_model",
     "jx_neuron.models.known": "KNOWN config_of",
     "jx_neuron.planning": "INSTANCES Instance Memory Plan check find padding_note plan",
     "jx_neuron.nn.rope": """

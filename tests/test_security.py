@@ -223,7 +223,7 @@ ALLOWED = {
             for name in (
                 "AddedToken", "Regex", "Tokenizer", "decoders.ByteFallback", "decoders.ByteLevel", "decoders.Fuse",
                 "decoders.Replace", "decoders.Sequence", "decoders.Strip", "models.BPE", "normalizers.Prepend",
-                "normalizers.Replace", "normalizers.Sequence", "pre_tokenizers.Sequence",
+                "normalizers.Replace", "normalizers.Sequence", "pre_tokenizers.ByteLevel", "pre_tokenizers.Sequence",
                 "pre_tokenizers.Split", "processors.TemplateProcessing",
             )
         },
