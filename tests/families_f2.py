@@ -70,9 +70,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         GEMMA4
         | {
-            "layer_types": [SLIDING, FULL] * 6,
-            "num_hidden_layers": 12,
-            "num_kv_shared_layers": 8,
+            "layer_types": [SLIDING, FULL] * 3,
+            "num_hidden_layers": 6,
             "num_attention_heads": 6,
             "num_key_value_heads": 6,
             "num_global_key_value_heads": 1,

@@ -55,7 +55,8 @@ def test_files_are_hfs_models(model_type: str, options: dict[str, Any], tmp_path
         np.testing.assert_allclose(file.read(name), folder.read(name), rtol=0, atol=2e-7, err_msg=name)
     hf, ours = Decoder.from_config(folder.config), Decoder.from_config(file.config, tensors=file)
     assert sorted(ours.source(file, np.float32).paths) == sorted(hf.source(folder, np.float32).paths)
-    for layer in (None, *range(hf.config.layers)):
+    assert ours.config.sizes == hf.config.sizes
+    for layer in range(hf.config.layers):
         assert ours.config.sizes_of(layer) == hf.config.sizes_of(layer)
     assert list(ours.config.windows) == list(hf.config.windows)
     if type(ours.config) is type(hf.config):  # mistral's file is llama's

@@ -26,7 +26,8 @@ def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
     if isinstance(theta, dict):  # of two layer types
         names |= {"rope_theta": theta["global"], "rope_local_base_freq": theta["local"]}
     for entry in (hf().to_dict().get("per_layer_config") or {}).values():
-        names |= {"global_head_dim": entry["head_dim"], "per_layer_config": None}
+        nulls |= dict.fromkeys(["num_global_key_value_heads", "per_layer_config"])
+        names |= {"global_head_dim": entry["head_dim"]}
     return nulls | names | {"sliding_window_pattern": getattr(hf(), "_sliding_window_pattern", None)}
 
 

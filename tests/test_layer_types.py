@@ -129,9 +129,8 @@ class Config(HFConfig):
     def sizes(self) -> dict[str, int]:
         return dict(d=self.hidden_size, n=6, k=3, h=2, f=5, v=self.vocab_size)
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        wide = layer is not None and self.types[layer] == WIDE
-        return self.sizes | (dict(k=2, h=4, f=9) if wide else {})
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        return self.sizes | (dict(k=2, h=4, f=9) if self.types[layer] == WIDE else {})
 
 
 class Block(nnx.Module):
@@ -197,7 +196,7 @@ def hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkpoint(decoder: Decoder) -> Tensors:
     rng = np.random.default_rng(0)
-    shapes = {row.name: row.source_shape(decoder.config.sizes_of(row.layer)) for row in decoder.rows}
+    shapes = {row.name: row.source_shape(row.sizes(decoder.config)) for row in decoder.rows}
     return Tensors({name: rng.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in shapes.items()})
 
 
@@ -278,3 +277,45 @@ def test_kinds_that_do_not_fit(changed: dict, message: str) -> None:
     parts |= {"STATE": changed.get("STATE", Hybrid.STATE), "Config": type("Config", (Config,), own)}
     with pytest.raises(ConfigError, match=message):
         models.register("hybrid", type("Hybrid", (), parts))
+
+
+# a family of the package
+
+
+GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 7, "layer_types": ["sliding_attention"] * 6 + [FULL]}
+
+
+def test_sizes_by_layer_of_a_config() -> None:
+    hub = {"global_head_dim": 64, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+    saved = {"attention_k_eq_v": True, "per_layer_config": {"06": {"head_dim": 64, "num_key_value_heads": 2}}}
+    for fields in (hub, saved):
+        config = models.family("gemma4_text").Config.from_hf(GEMMA4 | fields)
+        assert [config.sizes_of(layer)["h"] for layer in (0, 5, 6)] == [256, 256, 64]
+        assert [config.sizes_of(layer)["k"] for layer in (0, 5, 6)] == [4, 4, 2]
+        assert (config.ropes[FULL].h, config.ropes["sliding_attention"].h) == (64, 256)
+    config = models.family("gemma4_text").Config.from_hf(GEMMA4 | {"per_layer_config": {}})
+    assert config.sizes_of(6) == config.sizes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"per_layer_config": {"0": {"head_dim": 8}}},
+            "legal are numbers of layers, each with a head_dim and a num_key",
+        ),
+        ({"per_layer_config": {"7": {"head_dim": 8}}}, "legal are numbers of layers"),
+        ({"per_layer_config": {"6": {"hidden_size": 8}}}, "legal are numbers of layers"),
+        ({"per_layer_config": {"6": {"head_dim": "8"}}}, "legal are numbers of layers"),
+        ({"per_layer_config": {"6": 8}}, "legal are numbers of layers"),
+        ({"per_layer_config": {"6": {"num_key_value_heads": 3}}}, "num_attention_heads=8 is not divisible by .*=3"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers=1 leaves no full_attention layer with keys and values"),
+        ({"num_kv_shared_layers": 8}, "num_kv_shared_layers=8 leaves no full_attention layer"),
+        ({"enable_moe_block": True}, "enable_moe_block=True is not supported, only False"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' is not supported"),
+        ({"global_head_dim": 63}, "the head size 63 is odd"),
+    ],
+)
+def test_refusals_of_configs_by_layer(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        models.family("gemma4_text").Config.from_hf(GEMMA4 | fields)

@@ -22,7 +22,7 @@ from jx_neuron.checkpoint.weights import W, from_params
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, llama
-from jx_neuron.models.rows import alibi_slopes, attention, gated_mlp, grouped_qkv
+from jx_neuron.models.rows import alibi_slopes, attention, embedding, gated_mlp, grouped_qkv, mlp, rms_norm
 from jx_neuron.planning.outline import Outline
 
 SIZES = dict(
@@ -93,6 +93,16 @@ def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:
     tensor = np.arange(np.prod(row.source_shape(sizes))).reshape(row.source_shape(sizes))
     actual = layout.parse(text).apply(tensor, sizes)
     np.testing.assert_array_equal(actual, expected(tensor))
+
+
+def test_a_target_is_hf_s_name_without_the_prefix_of_the_base_model() -> None:
+    assert rms_norm("model.norm").target == "norm.scale"
+    assert rms_norm("transformer.h.{i}.ln_1").target == "layers.{i}.ln_1.scale"
+    assert rms_norm("transformer.ln_f", "norm").target == "norm.scale"
+    assert embedding("lm_head").target == "lm_head.embedding"
+    up, down = mlp("model.decoder.layers.{i}.mlp", up="fc1", down="fc2", bias=False)
+    assert (up.source, up.target) == ("model.decoder.layers.{i}.mlp.fc1.weight", "layers.{i}.mlp.up_proj.kernel")
+    assert (down.source, down.target) == ("model.decoder.layers.{i}.mlp.fc2.weight", "layers.{i}.mlp.down_proj.kernel")
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])

@@ -103,8 +103,8 @@ class HFConfig:
             "of WEIGHTS, such as dict(d=self.hidden_size, n=…, k=…, h=…, f=…, v=self.vocab_size)"
         )
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        """The sizes in one layer, of the same letters: `sizes`, unless a family's layers differ; `sizes` for None."""
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        """The sizes in one layer, of the same letters: `sizes`, unless a family's layers differ."""
         return self.sizes
 
     @property

@@ -134,6 +134,10 @@ class W:
         source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)
 
+    def sizes(self, config: HFConfig) -> dict[str, int]:
+        """What its letters stand for: the sizes of its layer, or of the model."""
+        return config.sizes if self.layer is None else config.sizes_of(self.layer)
+
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
         """The tensors that are read: one, one an expert or head, or none."""
         if self.stacked:
@@ -155,13 +159,13 @@ class W:
     def compute(self, config: HFConfig) -> np.ndarray:
         """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
         array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
-        if array.shape != (expected := self.source_shape(config.sizes_of(self.layer))):
+        if array.shape != (expected := self.source_shape(self.sizes(config))):
             raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")
         return array
 
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
-        sizes = config.sizes_of(self.layer)
+        sizes = self.sizes(config)
         arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))]
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 

@@ -76,7 +76,7 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
         return row if row.is_computed else replace(row, source=row.name.removeprefix(prefix))
 
     def has(row: W) -> bool:
-        return any(name in names for name in islice(row.names(config.sizes_of(row.layer)), len(names)))
+        return any(name in names for name in islice(row.names(row.sizes(config)), len(names)))
 
     rows = [spelled(row) for row in table]
     of_layers = [row for row in rows if "{i}" in row.target]
@@ -85,7 +85,7 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
         raise CheckpointError(f"the config calls for {layers} layers and the checkpoint has {deep}; {_OTHERS}")
     matches = {row.target: row for row in rows_of(rows, layers) if row.is_computed or has(row)}
     for row in matches.values():
-        sizes = config.sizes_of(row.layer)
+        sizes = row.sizes(config)
         expected = row.source_shape(sizes)
         if missing := list(islice((name for name in row.names(sizes) if name not in names), 7)):
             raise CheckpointError(
@@ -116,7 +116,7 @@ def match(
     matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
     if missing := [row.name for target, row in rows.items() if target not in matches]:
         raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
-    used_names = {name for row in matches.values() for name in row.names(config.sizes_of(row.layer))}
+    used_names = {name for row in matches.values() for name in row.names(row.sizes(config))}
     unused_names = set(tensors.names()) - used_names
     for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in unused_names):
         _check_copy(copy, next(name for name in used_names if copy.of.endswith(name)), tensors)
@@ -154,7 +154,7 @@ def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
             "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
             "Model and a row in WEIGHTS, or a pattern in IGNORE"
         )
-    sizes = config.sizes_of(row.layer)
+    sizes = row.sizes(config)
     if row.stacked and int(index) >= sizes[row.stacked]:
         return f"row {row} stacks the {_stacked(row, sizes)} that the config calls for; {_OTHERS}"
     return (

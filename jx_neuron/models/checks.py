@@ -121,7 +121,7 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
     shapes:   the unpadded shape of each parameter, by path.
     complete: whether every parameter needs a row, as for a checkpoint.
     """
-    every = {tuple(sizes.items()): sizes for sizes in map(config.sizes_of, (None, *range(config.layers)))}
+    every = {tuple(sizes.items()): sizes for sizes in (config.sizes, *map(config.sizes_of, range(config.layers)))}
     for row in rows:
         for sizes in every.values():
             row.check(sizes)
@@ -130,7 +130,7 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
     for row in expanded:
         if counts[row.target] > 1:
             raise ConfigError(f"row {row}: {counts[row.target]} rows fill {row.target!r}; keep one of them")
-        sizes = config.sizes_of(row.layer)
+        sizes = row.sizes(config)
         axes = tuple(sizes[letter] for letter in row.letters)
         if row.target in shapes and axes != tuple(shapes[row.target]):
             raise ConfigError(

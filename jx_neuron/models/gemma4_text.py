@@ -50,7 +50,7 @@ class Config(PerLayerConfig, LlamaLikeConfig):
         SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     }
-    INERT = frozenset("moe_intermediate_size num_experts top_k_experts".split())  # of what ONLY refuses
+    INERT = frozenset("moe_intermediate_size num_experts output_router_logits top_k_experts".split())  # of experts
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **LlamaLikeConfig.ONLY,
         "enable_moe_block": (False,),
@@ -74,8 +74,8 @@ class Config(PerLayerConfig, LlamaLikeConfig):
     def sizes(self) -> dict[str, int]:
         return super().sizes | dict(one=1)
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        wide = layer is not None and self.use_double_wide_mlp and not self.own_state[layer]
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        wide = self.use_double_wide_mlp and not self.own_state[layer]
         return super().sizes_of(layer) | dict(f=self.intermediate_size * (1 + wide))
 
 

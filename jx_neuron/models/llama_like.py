@@ -62,7 +62,7 @@ class RopeConfig(HFConfig):
     @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
-        return self._scaling(self.rope_fields, self.original_max_position_embeddings, None)
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings, self.sizes)
 
     @property
     def ropes(self) -> dict[str, RopeScaling | None]:
@@ -72,7 +72,9 @@ class RopeConfig(HFConfig):
             return dict.fromkeys(types, self.rope)
         entries = by_layer_type(self.rope_fields, types)
         return {
-            kind: None if entry is None else self._scaling(_without_truncate(entry), None, self.types.index(kind))
+            kind: None
+            if entry is None
+            else self._scaling(_without_truncate(entry), None, self.sizes_of(self.types.index(kind)))
             for kind, entry in entries.items()
         }
 
@@ -93,10 +95,10 @@ class RopeConfig(HFConfig):
     def _has_rope_by_type(self) -> bool:
         return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
 
-    def _scaling(self, parameters: Mapping[str, Any], original: int | None, layer: int | None) -> RopeScaling:
+    def _scaling(self, parameters: Mapping[str, Any], original: int | None, sizes: Mapping[str, int]) -> RopeScaling:
         return RopeScaling(
             parameters,
-            self.sizes_of(layer)["h"],
+            sizes["h"],
             self.max_position_embeddings,
             self.rope_theta,
             original,
@@ -155,7 +157,7 @@ class MultiHeadConfig(RopeConfig):
         one_of(family, "hidden_act", self.hidden_act, self.ACT)
         if getattr(self, "head_dim", None) is None:
             divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", self.sizes["n"])
-        for sizes in map(self.sizes_of, (None, *range(self.layers))):
+        for sizes in (self.sizes, *map(self.sizes_of, range(self.layers))):
             divisible(family, "num_attention_heads", sizes["n"], "num_key_value_heads", sizes["k"])
         super().__post_init__()
 

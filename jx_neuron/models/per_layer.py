@@ -54,10 +54,10 @@ class PerLayerConfig(LayerTypesConfig):
         entries = {layer.lstrip("0") or "0": entry for layer, entry in self.per_layer_config.items()}
         heads = {kind: entries.get(str(layer), {}) for layer, kind in enumerate(self.types)}
         alike = {str(layer): heads[kind] for layer, kind in enumerate(self.types) if heads[kind]} == entries
-        if not alike or not all(type(entry) is dict and entry.keys() <= HEADS.keys() for entry in heads.values()):
+        if not alike or not all(map(_are_sizes, heads.values())):
             raise ConfigError(
                 f"{self.MODEL_TYPE}: per_layer_config={shown(self.per_layer_config)} is not supported; legal are "
-                f"numbers of layers, each with {' and '.join(HEADS)} as all layers of its type"
+                f"numbers of layers, each with a {' and a '.join(HEADS)} as all layers of its type"
             )
         return heads
 
@@ -77,9 +77,17 @@ class PerLayerConfig(LayerTypesConfig):
         p = self.hidden_size_per_layer_input or 1
         return super().sizes | dict(u=self.vocab_size_per_layer_input, p=p, q=p * self.layers)
 
-    def sizes_of(self, layer: int | None) -> dict[str, int]:
-        own = {} if layer is None else self.heads.get(self.types[layer], {})
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        own = self.heads.get(self.types[layer], {})
         return self.sizes | {HEADS[name]: size for name, size in own.items()}
+
+
+def _are_sizes(entry: Any) -> bool:
+    return (
+        type(entry) is dict
+        and entry.keys() <= HEADS.keys()
+        and all(type(size) is int and 0 < size < 2**31 for size in entry.values())
+    )
 
 
 class LayerInputs(nnx.Module):
