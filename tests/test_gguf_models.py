@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Q
 from gguf import GGUFValueType
 from gguf_models import MODELS
 from test_families import random_model
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
 from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
@@ -133,5 +134,30 @@ def test_refused(model_type: str, key: str, add: Any, words: str, tmp_path: Path
 
 
 def test_every_architecture_is_here() -> None:
-    made = {ARCHITECTURES[name].model_type for name in ARCHITECTURES}
-    assert made - set(MODELS) == {"gptj"}  # which llama.cpp has no converter for
+    assert {architecture.model_type for architecture in ARCHITECTURES.values()} <= set(MODELS)
+
+
+def test_tokenizer_of_gemma_4(tmp_path: Path) -> None:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<|tool>", "▁", "a", "b", "▁a", "ab", "▁ab", "\n", "\n\n"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    converter = Converter(random_model("gemma4_text", MODELS["gemma4_text"][0]), tmp_path / "m.gguf")
+    writer = converter.writer
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list([*pieces, *bytes_])
+    writer.add_token_scores([-1000.0] * (len(pieces) + 256))
+    writer.add_token_types([3, 3, 3, 3, 4] + [1] * (len(pieces) - 5) + [6] * 256)
+    writer.add_token_merges(["▁ a", "a b", "▁a b", "\n \n"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(True)
+    converter.write()
+    ours = open_checkpoint(tmp_path / "m.gguf").tokenizer()
+    architecture, keys, settings = get_gguf_tokenizer(str(tmp_path / "m.gguf"))
+    hf, _ = convert_gguf_tokenizer(architecture, keys)
+    assert not settings["add_bos_token"]
+    for text in ("ab ab", " a  bab\n\n\na", "é<|tool>ab<eos>"):
+        ids = hf.encode(text, add_special_tokens=False).ids
+        assert ours(text)["input_ids"] == ids
+        assert ours.decode(ids) == hf.decode(ids, skip_special_tokens=False)
