@@ -9,6 +9,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import transformers_reading
 from converted import Converter
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFValueType
@@ -27,6 +28,10 @@ from jx_neuron.nn.positions import positions_of
 FORMS = """attn_config global_head_dim head_dim layer_types n_inner no_rope_layers num_global_key_value_heads
 original_max_position_embeddings per_layer_config rope_parameters rope_scaling rope_theta
 partial_rotary_factor sliding_window sliding_window_pattern max_position_embeddings""".split()
+
+
+# which transformers reads too, without biases that its defaults do not have
+HF_READS = "bloom gemma2 gemma3_text gpt2 llama nemotron phi3 qwen2 qwen3 stablelm starcoder2".split()
 
 
 def rotations(config: Any) -> dict[str, np.ndarray]:
@@ -131,6 +136,17 @@ def test_refused(model_type: str, key: str, add: Any, words: str, tmp_path: Path
     converter.write()
     with pytest.raises((CheckpointError, ConfigError), match=re.escape(words)):
         Decoder.from_config(open_checkpoint(tmp_path / "m.gguf").config)
+
+
+@pytest.mark.parametrize("model_type", HF_READS)
+def test_files_are_read_as_transformers_reads_them(model_type: str, tmp_path: Path) -> None:
+    Converter(random_model(model_type, MODELS[model_type][-1]), tmp_path / "m.gguf").write()
+    file = open_checkpoint(tmp_path / "m.gguf")
+    _, theirs = transformers_reading(tmp_path / "m.gguf")
+    assert len(theirs) > 10
+    for name in file.names() & set(theirs):
+        np.testing.assert_array_equal(file.read(name), theirs[name], err_msg=name)
+    assert set(theirs) <= file.names()
 
 
 def test_every_architecture_is_here() -> None:
