@@ -283,6 +283,7 @@ ALLOWED = {
         "torch.from_numpy": TENSORS,
         "torch.inference_mode": TENSORS,
         "transformers.AutoModelForCausalLM.from_pretrained": "trust_remote_code=False",
+        "transformers.AutoModelForImageTextToText.from_pretrained": "trust_remote_code=False",
         "transformers.core_model_loading.revert_weight_conversion": TENSORS,
     },
 }  # fmt: skip
