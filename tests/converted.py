@@ -111,6 +111,8 @@ class Converter:
                 add.add_clamp_kqv(config["attn_config"]["clip_qkv"])
         if self.type == "gemma4_text":
             self.layers_of_types()
+        if self.type == "gptj":
+            add.add_rope_dimension_count(config["rotary_dim"])
         if self.type == "apertus":
             for name in ("alpha_p", "alpha_n", "beta", "eps"):
                 numbers = [self.state.pop(f"model.layers.{i}.mlp.act_fn.{name}").item() for i in range(self.layers)]

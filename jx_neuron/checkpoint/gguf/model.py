@@ -82,7 +82,8 @@ class Model:
     def config(self) -> dict[str, Any]:
         """The fields of HF's config.json."""
         header, architecture = self.header, self.architecture
-        self._check()
+        self._check_sizes()
+        self._check_keys()
         fields = FIELDS | architecture.fields
         values = {hf: self._value(attribute) for attribute, hf in fields.items() if hf}
         config = {
@@ -104,12 +105,11 @@ class Model:
         values = {"kv_heads": header.kv_heads, "key_length": header.head_dim, "rotated": header.rotated}
         value = values.get(attribute, getattr(header.keys, attribute))
         if value is None:
-            key = Keys.model_fields[attribute].alias or attribute
-            raise CheckpointError(f"{header.file.path} lacks {header.architecture}.{key}; {AGAIN}.")
+            raise CheckpointError(f"{header.file.path} lacks {header.architecture}.{_key(attribute)}; {AGAIN}.")
         return value
 
-    def _check(self) -> None:
-        """Raises CheckpointError for a key that the architecture has not, or that does not fit the tensors."""
+    def _check_sizes(self) -> None:
+        """Raises CheckpointError for a key that does not fit the tensors, or other keys."""
         header, architecture = self.header, self.architecture
         keys, fields = header.keys, FIELDS | architecture.fields
         entries, width = header.file.entries, header.keys.embedding_length
@@ -129,26 +129,31 @@ class Model:
             expected.append(("attention.head_count_kv", keys.heads, "the number of heads"))
         if fields["feed_forward_length"] is None:
             expected.append(("feed_forward_length", 4 * width, "four times the width"))
+        for unused, used in (("epsilon", "rms_epsilon"), ("rms_epsilon", "epsilon")):
+            if fields[unused] is None and fields[used] is not None:
+                expected.append((_key(unused), getattr(keys, used), f"that of {_key(used)}"))
         for key, legal, why in expected:
             if (value := header.fields.get(key, legal)) != legal:
                 raise CheckpointError(
                     f"{header.file.path}: {header.architecture}.{key} is {shown(value)}; legal is {why}, {legal}. "
                     f"{INSTEAD}"
                 )
-        known = {info.alias or name for name, info in Keys.model_fields.items()}
-        known |= {*architecture.numbers, *architecture.reads}
+
+    def _check_keys(self) -> None:
+        """Raises CheckpointError for a key that nothing reads, unless it has a value that changes nothing."""
+        header, architecture = self.header, self.architecture
+        read = {*map(_key, Keys.model_fields), *architecture.numbers, *architecture.reads}
         if architecture.rope is None:
-            read = {"rope.dimension_count"} if fields["rotated"] else set()
-            known -= {key for key in known if key.startswith("rope.")} - read
-        legal_values = {**NO_CHANGE, **architecture.legal}
+            rotated = {_key("rotated")} if "rotated" in architecture.fields else set()
+            read -= {key for key in read if key.startswith("rope.")} - rotated
+        legal = {**NO_CHANGE, **architecture.legal}
         for key, value in header.fields.items():
-            if key in architecture.legal or key not in known:
-                legal_here = legal_values.get(key)
-                if legal_here is None or value not in legal_here:
-                    why = f"HF's {architecture.model_type} has nothing like it"
-                    if legal_here is not None:
-                        why = f"legal is {' or '.join(map(repr, legal_here))}"
-                    raise header.refusal(key, value, why)
+            if key in read and key not in architecture.legal:
+                continue
+            if key not in legal:
+                raise header.refusal(key, value, f"HF's {architecture.model_type} has nothing like it")
+            if value not in legal[key]:
+                raise header.refusal(key, value, f"legal is {' or '.join(map(repr, legal[key]))}")
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under HF's names; one without such a name keeps its own."""
@@ -236,6 +241,11 @@ class Model:
             for i, number in enumerate(numbers):
                 array = np.full(shape, number, np.float32)
                 yield name.replace("{i}", str(i)), Tensor(shape, array.dtype, array.copy)
+
+
+def _key(attribute: str) -> str:
+    """The key of an attribute of Keys."""
+    return Keys.model_fields[attribute].alias or attribute
 
 
 def generation_config(metadata: Metadata) -> dict[str, Any] | None:
