@@ -15,7 +15,7 @@ import torch
 import transformers
 from families import OPTIONS
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
@@ -200,7 +200,7 @@ def drawn(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", OPTIONS)
-@settings(max_examples=5, deadline=None, suppress_health_check=HEALTH_CHECKS)
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=HEALTH_CHECKS)
 @given(data=st.data())
 def test_drawn_configs(model_type: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     original = Original(model_type, data.draw(drawn(model_type)), tmp_path_factory.mktemp(model_type))
