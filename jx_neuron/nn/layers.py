@@ -36,7 +36,7 @@ class Layers(nnx.List[Any]):
     def __call__(self, x: Array, state: State, *args: Any) -> tuple[Array, State]:
         """x through every block, called as block(x, its layer's state, *args), and the state written."""
         if self._depth is None:
-            return _one_by_one(list(self), x, state, *args)
+            return through(list(self), x, state, *args)
         period, periods = self._length, self._depth // self._length
 
         def apply_period(number: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
@@ -49,9 +49,9 @@ class Layers(nnx.List[Any]):
         if not state.repeats(period, periods) or _avals(
             jax.eval_shape(apply_period, np.int32(0), (x, state))
         ) != _avals((x, state)):
-            return _one_by_one(list(self), x, state, *args)
+            return through(list(self), x, state, *args)
         x, state = jax.lax.fori_loop(0, periods, apply_period, (x, state))
-        return _one_by_one(self[period * periods :], x, state, *args, first=period * periods)
+        return through(self[period * periods :], x, state, *args, first=period * periods)
 
     @property
     def period(self) -> int:
@@ -90,9 +90,7 @@ class Layers(nnx.List[Any]):
         return (self[i] for i in range(len(self)))
 
 
-def _one_by_one(
-    blocks: Iterable[nnx.Module], x: Array, state: State, *args: Any, first: int = 0
-) -> tuple[Array, State]:
+def through(blocks: Iterable[nnx.Module], x: Array, state: State, *args: Any, first: int = 0) -> tuple[Array, State]:
     """x through each block, of which the first is that of layer `first`, and the state written.
 
     Blocks that differ in their parameters alone are traced once.
