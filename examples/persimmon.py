@@ -37,7 +37,6 @@ class Config(HFConfig):
     rope_parameters: dict[str, Any] | None = None  # where transformers 5 writes the two above
 
     MODEL_TYPE = "persimmon"
-    INERT = frozenset({"attention_dropout", "hidden_dropout"})
 
     def __post_init__(self) -> None:
         one_of("persimmon", "hidden_act", self.hidden_act, ACT)

@@ -95,21 +95,24 @@ def test_packed_kernels_are_outputs_first_and_unpack_as_they_were(dtype, stored)
 
 
 @pytest.mark.parametrize(
-    ("config", "block", "expected"),
+    ("config", "expected"),
     [
-        (GPT2, "h", {"c_attn.kernel": 1, "c_proj.kernel": 1, "c_fc.kernel": 1, "mlp_c_proj.kernel": 1}),
-        (LLAMA, "layers", {"qkv.fused": 3, "o_proj.kernel": 1, "gate_up.fused": 2, "down_proj.kernel": 1}),
+        (GPT2, {"c_attn.kernel": 1, "c_proj.kernel": 1, "mlp.up_proj.kernel": 1, "mlp.down_proj.kernel": 1}),
+        (
+            LLAMA,
+            {"self_attn.qkv.fused": 3, "self_attn.o_proj.kernel": 1, "mlp.gate_up.fused": 2, "mlp.down_proj.kernel": 1},
+        ),
     ],
     ids=["gpt2", "llama"],
 )
-def test_a_cpu_packs_the_kernels_of_linear_layers_and_those_of_one_input_as_one(config, block, expected) -> None:
+def test_a_cpu_packs_the_kernels_of_linear_layers_and_those_of_one_input_as_one(config, expected) -> None:
     decoder = Decoder.from_config(config)
     values = {path: np.ones(leaf.shape) for path, leaf in decoder.abstract_params("float32").items()}
     params = OneCPU(decoder, source(decoder, values, "float32"), sharding.mesh(1), np.dtype("float32")).params(
         ProgramKey("prefill", 1, 64, 64)
     )
     assert {path: len(kernel.shapes) for path, kernel in params.items() if isinstance(kernel, Packed)} == {
-        f"{block}.{i}.{name}": count for i in range(2) for name, count in expected.items()
+        f"layers.{i}.{name}": count for i in range(2) for name, count in expected.items()
     }
 
 

@@ -1,7 +1,10 @@
 """Each family against HF transformers: every option of its config, padding, chunks, tensor parallelism."""
 
 import math
+import statistics
 from collections import Counter
+from importlib import import_module
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from jx_neuron.errors import InputError
 from jx_neuron.integrations import parity as testing
 from jx_neuron.integrations.parity import parity
 from jx_neuron.lowering import lower
-from jx_neuron.models import Decoder
+from jx_neuron.models import _FAMILIES, Decoder
 from jx_neuron.nn.layers import ACT
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
@@ -212,3 +215,12 @@ def test_full_size_agrees_with_hf(name: str) -> None:
         found = parity(hf, lengths=lengths, steps=32)
         print(f"{name}, batch {len(lengths)}: prefill {found.prefill:.1e}, decode {max(found.decode):.1e}")
         assert found.worst <= 1e-4
+
+
+def test_a_decoder_is_one_short_file() -> None:
+    modules = [import_module(entry) for entry in _FAMILIES.values() if isinstance(entry, str)]
+    lines = {str(module.__name__): len(Path(str(module.__file__)).read_text().splitlines()) for module in modules}
+    assert len(lines) >= 40
+    assert statistics.median(lines.values()) <= 90
+    assert {name: count for name, count in lines.items() if count > 140} == {}
+    assert lines["jx_neuron.models.llama"] <= 100

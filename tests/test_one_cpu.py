@@ -103,8 +103,8 @@ def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -
     of = runtime(Decoder.from_config(LLAMA), dtype)
     decode, prefill = ProgramKey("decode", 1, 1, 16), ProgramKey("prefill", 1, 64, 64)
     few, many = of._placed.params(decode), of._placed.params(prefill)
-    stack = few["layers.0.down_proj.kernel"].w_nk
-    parts = [many[f"layers.{i}.down_proj.kernel"].w_nk for i in range(3)]
+    stack = few["layers.0.mlp.down_proj.kernel"].w_nk
+    parts = [many[f"layers.{i}.mlp.down_proj.kernel"].w_nk for i in range(3)]
     size = parts[0].nbytes
     assert stack.nbytes == 3 * size
     assert [part.unsafe_buffer_pointer() for part in parts] == [

@@ -59,9 +59,9 @@ def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
 
 def test_a_gpu_holds_kernels_as_checkpoints_do() -> None:
     params = placed(OneGPU, Decoder.from_config(config("llama")), "float32").params(ProgramKey("decode", 1, 1, 16))
-    assert params["layers.0.gate_up.up_proj.kernel"].array.shape == (90, 48)
-    assert params["layers.1.qkv.k_proj.kernel"].array.shape == (2, 12, 48)
-    assert params["layers.1.o_proj.kernel"].array.shape == (48, 4, 12)
+    assert params["layers.0.mlp.gate_up.up_proj.kernel"].array.shape == (90, 48)
+    assert params["layers.1.self_attn.qkv.k_proj.kernel"].array.shape == (2, 12, 48)
+    assert params["layers.1.self_attn.o_proj.kernel"].array.shape == (48, 4, 12)
     assert params["lm_head.embedding"].shape == (101, 48)
 
 

@@ -70,7 +70,8 @@ def hf(**options: object) -> transformers.GPT2LMHeadModel:
     return model
 
 
-KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
+KERNEL, BIAS = "layers.{i}.c_attn.kernel", "layers.{i}.c_attn.bias"
+UP = "layers.{i}.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
     [
         (
             KERNEL,
-            dict(target="h.{i}.c_atn.kernel"),
-            ("did you mean 'h.{i}.c_attn.kernel'?", "every parameter of Model"),
+            dict(target="layers.{i}.c_atn.kernel"),
+            ("did you mean 'layers.{i}.c_attn.kernel'?", "every parameter of Model"),
         ),
         (KERNEL, dict(layout="d (c n q) -> d c n q"), ("no letter 'q'", "it has c, d, f, h, k, n, s, v")),
         (
@@ -90,8 +91,8 @@ KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
         (KERNEL, dict(layout="d (c n h -> d c n h"), ("no einops pattern", "Imbalanced parentheses")),
         (KERNEL, dict(layout="d (c n h) => d c n h"), ("no einops pattern", "legal are letters from HF's axes")),
         (KERNEL, dict(layout="d (c n h) -> d (c n h)"), ("no parentheses after the arrow",)),
-        ("ln_f.scale", dict(layout="d 1 -> d"), ("no other axes",)),
-        ("ln_f.scale", dict(layout="d ... -> d"), ("no other axes",)),
+        ("norm.scale", dict(layout="d 1 -> d"), ("no other axes",)),
+        ("norm.scale", dict(layout="d ... -> d"), ("no other axes",)),
         (KERNEL, dict(layout="d (c n h) -> c d n h"), ("ends in c d n h, so [3, 32, 4, 8]", "has shape [32, 3, 4, 8]")),
         (
             KERNEL,
@@ -101,8 +102,8 @@ KERNEL, BIAS = "h.{i}.c_attn.kernel", "h.{i}.c_attn.bias"
         (KERNEL, dict(partition=P("tp", None, "tp")), ("for one of them 'tp'",)),
         (KERNEL, dict(partition=P(None, None, None, None, "tp")), ("each of the 4 axes d c n h",)),
         (KERNEL, dict(source="transformer.h.{l}.attn.c_attn.weight"), ("legal are {i}, which stands for the layer",)),
-        ("ln_f.scale", dict(source="transformer.h.{i}.ln_f.weight"), ("the layer {i}", "write it in both")),
-        (BIAS, dict(target=KERNEL, layout="(c n h) -> c n h"), ("2 rows fill 'h.0.c_attn.kernel'", "keep one")),
+        ("norm.scale", dict(source="transformer.h.{i}.ln_f.weight"), ("the layer {i}", "write it in both")),
+        (BIAS, dict(target=KERNEL, layout="(c n h) -> c n h"), ("2 rows fill 'layers.0.c_attn.kernel'", "keep one")),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(target: str, changes: dict, said: tuple[str, ...]) -> None:
@@ -113,7 +114,7 @@ def test_a_row_that_does_not_fit_is_named(target: str, changes: dict, said: tupl
 
 def test_a_parameter_without_a_row_is_named_once_for_all_layers() -> None:
     rows = [row for row in gpt2.WEIGHTS if row.target != BIAS]
-    refused(family(WEIGHTS=rows), "no row of the weight table fills h.{i}.c_attn.bias; every parameter of Model")
+    refused(family(WEIGHTS=rows), "no row of the weight table fills layers.{i}.c_attn.bias; every parameter of Model")
 
 
 class WithoutLogits(nnx.Module):
@@ -263,7 +264,7 @@ def test_a_table_for_a_module_in_hand_is_checked() -> None:
     config = Config()
     with pytest.raises(ConfigError, match="ends in d v, so"):
         NeuronAutoModelForCausalLM.from_module(
-            gpt2.Model(config, nnx.Rngs(0)), config, weights=table("wte.embedding", layout="v d -> d v")
+            gpt2.Model(config, nnx.Rngs(0)), config, weights=table("embed_tokens.embedding", layout="v d -> d v")
         )
 
 
@@ -278,7 +279,7 @@ def test_an_axis_split_in_one_row_alone_is_named_where_it_is_padded() -> None:
 class Biasless(gpt2.Block):
     def __init__(self, cfg, layer, rngs):
         super().__init__(cfg, layer, rngs)
-        self.c_fc = Linear((cfg.n_embd,), (4 * cfg.n_embd,), bias=False, rngs=rngs)
+        self.mlp.up_proj = Linear((cfg.n_embd,), (4 * cfg.n_embd,), bias=False, rngs=rngs)
 
 
 class Half(gpt2.Block):
@@ -294,7 +295,7 @@ class Model(gpt2.Model):
 
     def __init__(self, cfg, rngs):
         super().__init__(cfg, rngs)
-        self.h = Layers(self.block(cfg, i, rngs) for i in range(cfg.n_layer))
+        self.layers = Layers(self.block(cfg, i, rngs) for i in range(cfg.n_layer))
 
 
 class OfBiasless(Model):
@@ -316,19 +317,19 @@ class Shifted(gpt2.Model):
 
 
 def test_a_forgotten_bias_is_named_with_its_row() -> None:
-    with pytest.warns(UserWarning, match="h.{i}.c_fc.bias"):
+    with pytest.warns(UserWarning, match=f"{UP}.bias"):
         register(NAME, family(Model=OfBiasless))
     with pytest.raises(CheckpointError, match=r"W\('transformer.h.0.mlp.c_fc.bias', .*bias=False") as raised:
         parity(hf(), model_type=NAME)
     assert "not of the same model" not in str(raised.value)
-    rows = [row for row in gpt2.WEIGHTS if row.target != "h.{i}.c_fc.bias"]
+    rows = [row for row in gpt2.WEIGHTS if row.target != f"{UP}.bias"]
     register(NAME, family(Model=OfBiasless, WEIGHTS=rows))
     with pytest.raises(CheckpointError, match=r"h.0.mlp.c_fc.bias.*a parameter in Model and a row in WEIGHTS"):
         parity(hf(), model_type=NAME)
 
 
 def test_a_layout_that_is_not_hf_s_is_named() -> None:
-    register(NAME, family(WEIGHTS=table("h.{i}.c_fc.kernel", layout="f d -> d f")))
+    register(NAME, family(WEIGHTS=table(f"{UP}.kernel", layout="f d -> d f")))
     with pytest.raises(CheckpointError, match=r"\[32, 128\] .* \[128, 32\], by the layout 'f d -> d f'.*is wrong"):
         parity(hf(), model_type=NAME)
 

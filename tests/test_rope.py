@@ -18,7 +18,7 @@ from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbeddi
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama import Config
-from jx_neuron.models.llama_like import FULL, SLIDING, layer_types, layer_windows
+from jx_neuron.models.llama_like import FULL, SLIDING, LayerTypesConfig
 from jx_neuron.nn.rope import RopeScaling, inverse_frequencies, query_scale, rope_half, rope_interleaved, rotation
 from jx_neuron.nn.state import Positions, positions_of
 
@@ -122,20 +122,14 @@ def test_types_agree_with_hf_where_half_of_a_head_is_rotated(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Layered(Config):
+class Layered(LayerTypesConfig, Config):
     """A decoder with layers of two types, and rope_parameters for each."""
 
-    layer_types: list[str] | None = None
-    sliding_window: int | None = None
     ROPE_BY_TYPE: ClassVar[bool] = True
 
     @property
-    def types(self) -> list[str]:
-        return layer_types(self, self.layer_types, [FULL, SLIDING])
-
-    @property
-    def windows(self) -> list[int | None]:
-        return layer_windows(self, self.types, self.sliding_window)
+    def usual_types(self) -> list[str]:
+        return [FULL, SLIDING]
 
 
 BY_TYPE = {

@@ -22,7 +22,7 @@ from jx_neuron.checkpoint.weights import W, from_params
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, llama
-from jx_neuron.models.rows import alibi_slopes, attention, gated_mlp, grouped_qkv
+from jx_neuron.models.rows import alibi_slopes, attention, embedding, gated_mlp, grouped_qkv, mlp, rms_norm
 from jx_neuron.planning.outline import Outline
 
 SIZES = dict(
@@ -95,6 +95,16 @@ def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:
     np.testing.assert_array_equal(actual, expected(tensor))
 
 
+def test_a_target_is_hf_s_name_without_the_prefix_of_the_base_model() -> None:
+    assert rms_norm("model.norm").target == "norm.scale"
+    assert rms_norm("transformer.h.{i}.ln_1").target == "layers.{i}.ln_1.scale"
+    assert rms_norm("transformer.ln_f", "norm").target == "norm.scale"
+    assert embedding("lm_head").target == "lm_head.embedding"
+    up, down = mlp("model.decoder.layers.{i}.mlp", up="fc1", down="fc2", bias=False)
+    assert (up.source, up.target) == ("model.decoder.layers.{i}.mlp.fc1.weight", "layers.{i}.mlp.up_proj.kernel")
+    assert (down.source, down.target) == ("model.decoder.layers.{i}.mlp.fc2.weight", "layers.{i}.mlp.down_proj.kernel")
+
+
 @pytest.mark.parametrize("k", [1, 2, 6])
 def test_projections_that_are_fused_group_by_group(k: int) -> None:
     sizes = dict(n=6, k=k, h=2, d=5)
@@ -133,15 +143,14 @@ def test_quotients_that_are_refused(text: str, message: str) -> None:
 
 FUSED = (
     *(row for row in llama.WEIGHTS if "self_attn" not in row.name and "mlp" not in row.name),
-    *attention("model.layers.{i}.self_attn.", "layers.{i}.", fused="qkv_proj", bias=False),
-    *gated_mlp("model.layers.{i}.mlp.", "layers.{i}.", fused="gate_up_proj", bias=False),
+    *attention("model.layers.{i}.self_attn", fused="qkv_proj", bias=False),
+    *gated_mlp("model.layers.{i}.mlp", fused="gate_up_proj", bias=False),
 )
 
 
 @dataclass(frozen=True)
 class Phi3(llama.Config):
     MODEL_TYPE: ClassVar[str] = "phi3"
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "embd_pdrop", "resid_pdrop"})
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])
@@ -375,7 +384,7 @@ def test_llama_s_file_is_short() -> None:
 
 def test_a_row_reads_as_it_was_written() -> None:
     assert (
-        "W('model.layers.{i}.self_attn.qkv_proj.weight', 'layers.{i}.qkv.k_proj.kernel', "
+        "W('model.layers.{i}.self_attn.qkv_proj.weight', 'layers.{i}.self_attn.qkv.k_proj.kernel', "
         "'(n h + [k h] + k h) d -> d k h', P(None, 'tp', None))"
     ) in map(str, FUSED)
     assert str(SLOPES) == "W(alibi_slopes, 'slopes', 'n -> n', P('tp',))"

@@ -23,6 +23,11 @@ INERT = frozenset(
     task_specific_params tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class torch_dtype
     torchscript transformers.js_config transformers_version use_bfloat16 use_cache xla_device
 
+    activation_dropout attention_dropout attn_pdrop classifier_dropout dropout emb_pdrop embd_pdrop embed_dropout
+    embedding_dropout hidden_dropout init_std layerdrop resid_dropout resid_pdrop residual_dropout
+
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+
     assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
     epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id

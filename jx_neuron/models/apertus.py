@@ -14,11 +14,11 @@ from jax import Array
 
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.rows import attention, column_parallel, embedding, rms_norm, row_parallel
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.models.rows import attention, embedding, mlp, rms_norm
+from jx_neuron.nn.layers import ACT, RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ class Config(LlamaLikeConfig):
     rope_theta: float = 12000000.0
     attention_bias: bool = False
 
-    MODEL_TYPE: ClassVar[str] = "apertus"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "apertus"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     ACT: ClassVar[Mapping[str, Callable[[Array], Array] | None]] = {**ACT, "xielu": None}
     ROPE_USUAL: ClassVar[Mapping[str, Any]] = {
         "rope_type": "llama3",
@@ -71,24 +70,17 @@ class XIELU(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.q_norm, self.k_norm = RMSNorm(h, cfg.rms_norm_eps), RMSNorm(h, cfg.rms_norm_eps)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.feedforward_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.up_proj = Linear((d,), (f,), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act_fn = XIELU() if cfg.hidden_act == "xielu" else ACT[cfg.hidden_act]
+        d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
+        q_norm, k_norm = RMSNorm(h, eps), RMSNorm(h, eps)
+        self.attention_layernorm = RMSNorm(d, eps)
+        self.self_attn = Attention(cfg.sizes, bias=cfg.attention_bias, q_norm=q_norm, k_norm=k_norm, rngs=rngs)
+        self.feedforward_layernorm = RMSNorm(d, eps)
+        self.mlp = MLP(cfg.sizes, XIELU() if cfg.hidden_act == "xielu" else cfg.hidden_act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.attention_layernorm(x_btd))
-        q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
-        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        m_btf = self.act_fn(self.up_proj(self.feedforward_layernorm(x_btd)))
-        return x_btd + self.down_proj(m_btf), state
+        a_btd, state = self.self_attn(self.attention_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.feedforward_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
@@ -96,22 +88,22 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
+ACT_FN, OURS = LAYER + "mlp.act_fn.", "layers.{i}.mlp.act_fn."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "attention_layernorm", OURS + "attention_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "self_attn.q_norm", OURS + "q_norm", "h"),
-    rms_norm(HF + "self_attn.k_norm", OURS + "k_norm", "h"),
-    rms_norm(HF + "feedforward_layernorm", OURS + "feedforward_layernorm"),
-    *column_parallel(HF + "mlp.up_proj", OURS + "up_proj", "f", bias=False),
-    *row_parallel(HF + "mlp.down_proj", OURS + "down_proj", "f", bias=False),
-    W(HF + "mlp.act_fn.alpha_p", OURS + "act_fn.alpha_p", "one -> one"),
-    W(HF + "mlp.act_fn.alpha_n", OURS + "act_fn.alpha_n", "one -> one"),
-    W(HF + "mlp.act_fn.beta", OURS + "act_fn.beta", "->"),
-    W(HF + "mlp.act_fn.eps", OURS + "act_fn.eps", "->"),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "attention_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "self_attn.q_norm", width="h"),
+    rms_norm(LAYER + "self_attn.k_norm", width="h"),
+    rms_norm(LAYER + "feedforward_layernorm"),
+    *mlp(LAYER + "mlp", bias=False),
+    W(ACT_FN + "alpha_p", OURS + "alpha_p", "one -> one"),
+    W(ACT_FN + "alpha_n", OURS + "alpha_n", "one -> one"),
+    W(ACT_FN + "beta", OURS + "beta", "->"),
+    W(ACT_FN + "eps", OURS + "eps", "->"),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -13,10 +13,12 @@ from jax import Array
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible
 from jx_neuron.checkpoint.weights import Copy
-from jx_neuron.models.rows import alibi, column_parallel, embedding, grouped_qkv, layer_norm, row_parallel
-from jx_neuron.nn.attention import alibi_bias, attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.models.rows import alibi, attention, embedding, layer_norm, mlp
+from jx_neuron.nn.attention import alibi_bias
+from jx_neuron.nn.layers import LayerNorm
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,16 @@ class Config(HFConfig):
     apply_residual_connection_post_layernorm: bool = False
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "bloom"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
+    MODEL_TYPE = "bloom"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     ALIASES: ClassVar[Mapping[str, str]] = {
         "n_embed": "hidden_size",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     }
     # pretraining_tp and slow_but_exact: the same sums, in as many parts
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        "attention_dropout hidden_dropout pretraining_tp seq_length slow_but_exact unk_token_id".split()
-    )
+    INERT = frozenset("pretraining_tp seq_length slow_but_exact unk_token_id".split())
     USUAL: ClassVar[Mapping[str, Any]] = {
         "attention_softmax_in_fp32": True,
         "bias_dropout_fusion": True,
@@ -63,58 +63,46 @@ class Config(HFConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
-        self.input_layernorm = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=True, rngs=rngs)
-        self.dense = Linear((n, h), (d,), bias=True, rngs=rngs)
-        self.post_attention_layernorm = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.dense_h_to_4h = Linear((d,), (f,), bias=True, rngs=rngs)
-        self.dense_4h_to_h = Linear((f,), (d,), bias=True, rngs=rngs)
-        self.act = ACT["gelu_pytorch_tanh"]
+        d, eps = cfg.hidden_size, cfg.layer_norm_epsilon
+        self.input_layernorm = LayerNorm(d, eps)
+        self.self_attention = Attention(cfg.sizes, bias=True, rngs=rngs)
+        self.post_attention_layernorm = LayerNorm(d, eps)
+        self.mlp = MLP(cfg.sizes, "gelu_pytorch_tanh", bias=True, rngs=rngs)
         self.post_norm_residual = cfg.apply_residual_connection_post_layernorm
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, bias_ns: Array) -> tuple[Array, LayerState]:
         h_btd = self.input_layernorm(x_btd)
-        q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
-        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at, bias_ns=bias_ns)
-        x_btd = (h_btd if self.post_norm_residual else x_btd) + self.dense(a_btnh)
+        a_btd, state = self.self_attention(h_btd, state, at, bias_ns=bias_ns)
+        x_btd = (h_btd if self.post_norm_residual else x_btd) + a_btd
         h_btd = self.post_attention_layernorm(x_btd)
-        m_btd = self.dense_4h_to_h(self.act(self.dense_h_to_4h(h_btd)))
-        return (h_btd if self.post_norm_residual else x_btd) + m_btd, state
+        return (h_btd if self.post_norm_residual else x_btd) + self.mlp(h_btd), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, v = (cfg.sizes[c] for c in "dnv")
-        self.word_embeddings = Embedding(v, d, rngs=rngs)
-        self.word_embeddings_layernorm = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.slopes = nnx.Param(jnp.zeros((n,)))
-        self.h = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
-        self.ln_f = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, d, rngs=rngs)
+        norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs)
+        self.word_embeddings_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
+        self.slopes = nnx.Param(jnp.zeros((cfg.sizes["n"],)))
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd = self.word_embeddings_layernorm(self.word_embeddings(tokens_bt))
-        x_btd, state = self.h(x_btd, state, at, alibi_bias(self.slopes[...], at))
-        return self.ln_f(x_btd), state
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        return self.word_embeddings_layernorm(super().embed(tokens_bt, at))
 
-    def logits(self, x_btd: Array) -> Array:
-        return (self.word_embeddings if self.lm_head is None else self.lm_head).attend(x_btd)
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        return (alibi_bias(self.slopes[...], at),)
 
 
-HF, OURS = "transformer.h.{i}.", "h.{i}."
+LAYER = "transformer.h.{i}."
 WEIGHTS = (
-    embedding("transformer.word_embeddings", "word_embeddings"),
-    *layer_norm("transformer.word_embeddings_layernorm", "word_embeddings_layernorm"),
+    embedding("transformer.word_embeddings", "embed_tokens"),
+    *layer_norm("transformer.word_embeddings_layernorm"),
     alibi("slopes"),
-    *layer_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *grouped_qkv(HF + "self_attention.query_key_value", OURS + "qkv"),
-    *row_parallel(HF + "self_attention.dense", OURS + "dense", "n h"),
-    *layer_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *column_parallel(HF + "mlp.dense_h_to_4h", OURS + "dense_h_to_4h", "f"),
-    *row_parallel(HF + "mlp.dense_4h_to_h", OURS + "dense_4h_to_h", "f"),
-    *layer_norm("transformer.ln_f", "ln_f"),
-    embedding("lm_head", "lm_head"),
+    *layer_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attention", grouped="query_key_value", out="dense"),
+    *layer_norm(LAYER + "post_attention_layernorm"),
+    *mlp(LAYER + "mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
+    *layer_norm("transformer.ln_f", "norm"),
+    embedding("lm_head"),
 )
 
 # the head where it is tied

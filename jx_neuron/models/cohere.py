@@ -4,7 +4,6 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/co
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
@@ -13,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import EXTRA_TENSORS, GroupedQueryConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, layer_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, LayerNorm, Linear, Linears
+from jx_neuron.nn.layers import LayerNorm
 from jx_neuron.nn.rope import Rotation, rope_interleaved
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -36,33 +35,30 @@ class Config(GroupedQueryConfig):
     use_qk_norm: bool = False
     logit_scale: float = 0.0625
 
-    MODEL_TYPE: ClassVar[str] = "cohere"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "cohere"
+    COMPLETE = True
+    LAYERS_ALIKE = True
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = LayerNorm(d, cfg.layer_norm_eps, bias=False)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.q_norm = LayerNorm((n, h), cfg.layer_norm_eps, bias=False) if cfg.use_qk_norm else None
-        self.k_norm = LayerNorm((k, h), cfg.layer_norm_eps, bias=False) if cfg.use_qk_norm else None
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
+        d, n, k, h = (cfg.sizes[c] for c in "dnkh")
+        eps = cfg.layer_norm_eps
+        self.input_layernorm = LayerNorm(d, eps, bias=False)
+        self.self_attn = Attention(
+            cfg.sizes,
+            bias=cfg.attention_bias,
+            q_norm=LayerNorm((n, h), eps, bias=False) if cfg.use_qk_norm else None,
+            k_norm=LayerNorm((k, h), eps, bias=False) if cfg.use_qk_norm else None,
+            rope=rope_interleaved,
+            rngs=rngs,
+        )
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         h_btd = self.input_layernorm(x_btd)
-        q_btnh, k_btkh, v_btkh = self.qkv(h_btd)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
-        a_btnh, state = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btkh, by), v_btkh, state, at)
-        gate_btf, up_btf = self.gate_up(h_btd)
-        return x_btd + self.o_proj(a_btnh) + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(h_btd, state, at, by)
+        return x_btd + a_btd + self.mlp(h_btd), state
 
 
 class Model(LlamaLikeModel):
@@ -75,16 +71,16 @@ class Model(LlamaLikeModel):
         return super().logits(x_btd) * self.logit_scale
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    *layer_norm(HF + "input_layernorm", OURS + "input_layernorm", bias=False),
-    *attention(HF + "self_attn.", OURS),
-    W(HF + "self_attn.q_norm.weight", OURS + "q_norm.scale", "n h -> n h", P("tp", None)),
-    W(HF + "self_attn.k_norm.weight", OURS + "k_norm.scale", "k h -> k h", P("tp", None)),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    *layer_norm("model.norm", "norm", bias=False),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    *layer_norm(LAYER + "input_layernorm", bias=False),
+    *attention(LAYER + "self_attn"),
+    W(LAYER + "self_attn.q_norm.weight", "layers.{i}.self_attn.q_norm.scale", "n h -> n h", P("tp", None)),
+    W(LAYER + "self_attn.k_norm.weight", "layers.{i}.self_attn.k_norm.scale", "k h -> k h", P("tp", None)),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    *layer_norm("model.norm", bias=False),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

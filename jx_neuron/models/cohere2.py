@@ -3,29 +3,23 @@
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/cohere2/modeling_cohere2.py
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import (
-    EXTRA_TENSORS,
-    GroupedQueryConfig,
-    LlamaLikeModel,
-    full_every,
-    layer_types,
-    layer_windows,
-)
+from jx_neuron.models.llama_like import EXTRA_TENSORS, GroupedQueryConfig, LayerTypesConfig, LlamaLikeModel, full_every
 from jx_neuron.models.rows import attention, embedding, gated_mlp, layer_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, LayerNorm, Linear, Linears
+from jx_neuron.nn.layers import LayerNorm
 from jx_neuron.nn.rope import Rotation, rope_interleaved
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(GroupedQueryConfig):
+class Config(LayerTypesConfig, GroupedQueryConfig):
     """HF's Cohere2Config."""
 
     vocab_size: int = 256000
@@ -40,12 +34,12 @@ class Config(GroupedQueryConfig):
     logit_scale: float = 0.0625
     sliding_window: int | None = 4096
     sliding_window_pattern: int | None = None
-    layer_types: list[str] | None = None
 
-    MODEL_TYPE: ClassVar[str] = "cohere2"
-    COMPLETE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "_sliding_window_pattern"})
-    USUAL: ClassVar[dict[str, Any]] = GroupedQueryConfig.USUAL | {
+    MODEL_TYPE = "cohere2"
+    COMPLETE = True
+    INERT = frozenset({"_sliding_window_pattern"})
+    USUAL: ClassVar[Mapping[str, Any]] = {
+        **GroupedQueryConfig.USUAL,
         "layer_switch": 4,
         "order_of_interleaved_layers": "local_attn_first",
         "position_embedding_type": "rope_gptj",
@@ -57,53 +51,42 @@ class Config(GroupedQueryConfig):
     }
 
     @property
-    def types(self) -> list[str]:
-        return layer_types(self, self.layer_types, full_every(self.sliding_window_pattern or 4, self.layers))
-
-    @property
-    def windows(self) -> list[int | None]:
-        return layer_windows(self, self.types, self.sliding_window)
+    def usual_types(self) -> list[str]:
+        return full_every(self.sliding_window_pattern or 4, self.layers)
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: Config, window: int | None, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = LayerNorm(d, cfg.layer_norm_eps, bias=False)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act, self.window = ACT[cfg.hidden_act], window
+    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
+        bias, window = cfg.attention_bias, cfg.windows[layer]
+        self.input_layernorm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps, bias=False)
+        self.self_attn = Attention(cfg.sizes, bias=bias, rope=rope_interleaved, window=window, rngs=rngs)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        self.rotates = window is not None
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         h_btd = self.input_layernorm(x_btd)
-        q_btnh, k_btkh, v_btkh = self.qkv(h_btd)
-        if self.window is not None:
-            q_btnh, k_btkh = rope_interleaved(q_btnh, by), rope_interleaved(k_btkh, by)
-        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, window=self.window)
-        gate_btf, up_btf = self.gate_up(h_btd)
-        return x_btd + self.o_proj(a_btnh) + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(h_btd, state, at, by if self.rotates else None)
+        return x_btd + a_btd + self.mlp(h_btd), state
 
 
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps, bias=False)
-        super().__init__(cfg, (Block(cfg, window, rngs) for window in cfg.windows), rngs, norm=norm)
+        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs, norm=norm)
         self.logit_scale = cfg.logit_scale
 
     def logits(self, x_btd: Array) -> Array:
         return super().logits(x_btd) * self.logit_scale
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    *layer_norm(HF + "input_layernorm", OURS + "input_layernorm", bias=False),
-    *attention(HF + "self_attn.", OURS),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    *layer_norm("model.norm", "norm", bias=False),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    *layer_norm(LAYER + "input_layernorm", bias=False),
+    *attention(LAYER + "self_attn"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    *layer_norm("model.norm", bias=False),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

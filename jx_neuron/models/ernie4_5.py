@@ -4,17 +4,16 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/er
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
+from jx_neuron.nn.layers import RMSNorm
 from jx_neuron.nn.rope import Rotation, rope_interleaved
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -34,31 +33,23 @@ class Config(LlamaLikeConfig):
     tie_word_embeddings: bool = True
     use_bias: bool | None = False
 
-    MODEL_TYPE: ClassVar[str] = "ernie4_5"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset(())
+    MODEL_TYPE = "ernie4_5"
+    COMPLETE = True
+    LAYERS_ALIKE = True
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        bias = bool(cfg.use_bias)
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=bias, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=bias, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=bias, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
+        d, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = Attention(cfg.sizes, bias=bool(cfg.use_bias), rope=rope_interleaved, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=bool(cfg.use_bias), rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        a_btnh, state = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btkh, by), v_btkh, state, at)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
@@ -66,15 +57,15 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp"),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

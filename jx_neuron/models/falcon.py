@@ -15,12 +15,14 @@ from jax import Array
 from jx_neuron.checkpoint.hf_config import divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
+from jx_neuron.models.causal_lm import CausalLM
 from jx_neuron.models.llama_like import RopeConfig
-from jx_neuron.models.rows import alibi, column_parallel, embedding, grouped_qkv, layer_norm, row_parallel
-from jx_neuron.nn.attention import alibi_bias, attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
-from jx_neuron.nn.rope import Rotation, rope_half
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.models.rows import alibi, attention, embedding, layer_norm, mlp
+from jx_neuron.nn.attention import alibi_bias
+from jx_neuron.nn.layers import ACT, LayerNorm
+from jx_neuron.nn.rope import Rotation
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,10 @@ class Config(RopeConfig):
     activation: str = "gelu"
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "falcon"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
+    MODEL_TYPE = "falcon"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     ALIASES: ClassVar[Mapping[str, str]] = {"n_embed": "hidden_size"}
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout", "hidden_dropout"})
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
     USUAL: ClassVar[Mapping[str, Any]] = {"apply_residual_connection_post_layernorm": False}
 
@@ -75,73 +76,53 @@ class Config(RopeConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
+        d, eps = cfg.hidden_size, cfg.layer_norm_epsilon
         self.two_norms = cfg.new_decoder_architecture and cfg.num_ln_in_parallel_attn != 1
-        self.parallel = cfg.parallel_attn
         if self.two_norms:
-            self.ln_attn = LayerNorm(d, cfg.layer_norm_epsilon)
-            self.ln_mlp = LayerNorm(d, cfg.layer_norm_epsilon)
+            self.ln_attn, self.ln_mlp = LayerNorm(d, eps), LayerNorm(d, eps)
         else:
-            self.input_layernorm = LayerNorm(d, cfg.layer_norm_epsilon)
-        if not self.parallel:
-            self.post_attention_layernorm = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h)), bias=cfg.bias, rngs=rngs)
-        self.dense = Linear((n, h), (d,), bias=cfg.bias, rngs=rngs)
-        self.dense_h_to_4h = Linear((d,), (f,), bias=cfg.bias, rngs=rngs)
-        self.dense_4h_to_h = Linear((f,), (d,), bias=cfg.bias, rngs=rngs)
-        self.act = ACT[cfg.activation]
+            self.input_layernorm = LayerNorm(d, eps)
+        self.post_attention_layernorm = None if cfg.parallel_attn else LayerNorm(d, eps)
+        self.self_attention = Attention(cfg.sizes, bias=cfg.bias, rngs=rngs)
+        self.mlp = MLP(cfg.sizes, cfg.activation, bias=cfg.bias, rngs=rngs)
 
     def __call__(
         self, x_btd: Array, state: LayerState, at: Positions, by: Rotation | None, bias_ns: Array | None
     ) -> tuple[Array, LayerState]:
         h_btd = self.ln_attn(x_btd) if self.two_norms else self.input_layernorm(x_btd)
-        q_btnh, k_btkh, v_btkh = self.qkv(h_btd)
-        if by is not None:
-            q_btnh, k_btkh = rope_half(q_btnh, by), rope_half(k_btkh, by)
-        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, bias_ns=bias_ns)
-        y_btd = x_btd + self.dense(a_btnh)
+        a_btd, state = self.self_attention(h_btd, state, at, by, bias_ns=bias_ns)
+        y_btd = x_btd + a_btd
         if self.two_norms:
             h_btd = self.ln_mlp(x_btd)
-        elif not self.parallel:
+        elif self.post_attention_layernorm is not None:
             h_btd = self.post_attention_layernorm(y_btd)
-        return y_btd + self.dense_4h_to_h(self.act(self.dense_h_to_4h(h_btd))), state
+        return y_btd + self.mlp(h_btd), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, v = (cfg.sizes[c] for c in "dnv")
-        self.word_embeddings = Embedding(v, d, rngs=rngs)
-        self.slopes = nnx.Param(jnp.zeros((n,))) if cfg.alibi else None
-        self.h = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
-        self.ln_f = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, d, rngs=rngs)
+        norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs)
+        self.slopes = nnx.Param(jnp.zeros((cfg.sizes["n"],))) if cfg.alibi else None
         self.rope, self.scale = cfg.rope, 1 / math.sqrt(cfg.sizes["h"])
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        positions: tuple[Rotation | None, Array | None]
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
         if self.slopes is None:
-            positions = self.rope(at), None
-        else:  # HF rounds the bias to bfloat16, and multiplies it by the scale of scores
-            positions = None, alibi_bias(self.slopes[...], at, jnp.bfloat16).astype(jnp.float32) * self.scale
-        x_btd, state = self.h(self.word_embeddings(tokens_bt), state, at, *positions)
-        return self.ln_f(x_btd), state
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.word_embeddings if self.lm_head is None else self.lm_head).attend(x_btd)
+            return self.rope(at), None
+        # HF rounds the bias to bfloat16, and multiplies it by the scale of scores
+        return None, alibi_bias(self.slopes[...], at, jnp.bfloat16).astype(jnp.float32) * self.scale
 
 
-HF, OURS = "transformer.h.{i}.", "h.{i}."
+LAYER = "transformer.h.{i}."
 NORMS = ("ln_attn", "ln_mlp", "input_layernorm", "post_attention_layernorm")
 WEIGHTS = (
-    embedding("transformer.word_embeddings", "word_embeddings"),
+    embedding("transformer.word_embeddings", "embed_tokens"),
     alibi("slopes"),
-    *(row for name in NORMS for row in layer_norm(HF + name, OURS + name)),
-    *grouped_qkv(HF + "self_attention.query_key_value", OURS + "qkv"),
-    *row_parallel(HF + "self_attention.dense", OURS + "dense", "n h"),
-    *column_parallel(HF + "mlp.dense_h_to_4h", OURS + "dense_h_to_4h", "f"),
-    *row_parallel(HF + "mlp.dense_4h_to_h", OURS + "dense_4h_to_h", "f"),
-    *layer_norm("transformer.ln_f", "ln_f"),
-    embedding("lm_head", "lm_head"),
+    *(row for name in NORMS for row in layer_norm(LAYER + name)),
+    *attention(LAYER + "self_attention", grouped="query_key_value", out="dense"),
+    *mlp(LAYER + "mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
+    *layer_norm("transformer.ln_f", "norm"),
+    embedding("lm_head"),
 )
 
 INV_FREQ = r"h\.\d+\.self_attention\.(maybe_)?rotary(_emb)?\.inv_freq"  # older checkpoints carry it

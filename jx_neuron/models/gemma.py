@@ -13,10 +13,10 @@ from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,9 @@ class Config(LlamaLikeConfig):
     attention_bias: bool = False
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "gemma"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "gemma"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **LlamaLikeConfig.ONLY,
         "hidden_activation": (None, "gelu_pytorch_tanh"),
@@ -47,23 +46,18 @@ class Config(LlamaLikeConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps, offset=1)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps, offset=1)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
+        d, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps, offset=1)
+        self.self_attn = Attention(cfg.sizes, bias=cfg.attention_bias, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, eps, offset=1)
         # "gelu" in older configs means its approximation
-        self.act = ACT["gelu_pytorch_tanh" if cfg.hidden_act == "gelu" else cfg.hidden_act]
+        act = "gelu_pytorch_tanh" if cfg.hidden_act == "gelu" else cfg.hidden_act
+        self.mlp = GatedMLP(cfg.sizes, act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
@@ -72,20 +66,20 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs, norm=norm)
         self.scale = cfg.hidden_size**0.5
 
-    def embed(self, tokens_bt: Array) -> Array:
-        x_btd = super().embed(tokens_bt)
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        x_btd = super().embed(tokens_bt, at)
         return x_btd * jnp.asarray(self.scale, x_btd.dtype)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -4,29 +4,21 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ge
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import (
-    EXTRA_TENSORS,
-    LlamaLikeConfig,
-    LlamaLikeModel,
-    full_every,
-    layer_types,
-    layer_windows,
-)
+from jx_neuron.models.llama_like import EXTRA_TENSORS, LayerTypesConfig, LlamaLikeConfig, LlamaLikeModel, full_every
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(LlamaLikeConfig):
+class Config(LayerTypesConfig, LlamaLikeConfig):
     """HF's Gemma2Config."""
 
     vocab_size: int = 256000
@@ -42,74 +34,64 @@ class Config(LlamaLikeConfig):
     tie_word_embeddings: bool = True
     query_pre_attn_scalar: int = 256
     sliding_window: int | None = 4096
-    layer_types: list[str] | None = None
     final_logit_softcapping: float | None = 30.0
     attn_logit_softcapping: float | None = 50.0
 
-    MODEL_TYPE: ClassVar[str] = "gemma2"
-    COMPLETE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "gemma2"
+    COMPLETE = True
 
     @property
-    def types(self) -> list[str]:
-        return layer_types(self, self.layer_types, full_every(2, self.layers))
-
-    @property
-    def windows(self) -> list[int | None]:
-        return layer_windows(self, self.types, self.sliding_window)
+    def usual_types(self) -> list[str]:
+        return full_every(2, self.layers)
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: Config, window: int | None, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        norms = (RMSNorm(d, cfg.rms_norm_eps, offset=1) for _ in range(4))
-        self.input_layernorm, self.post_attention_layernorm, *feedforward = norms
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = feedforward
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act, self.scale = ACT[cfg.hidden_act], cfg.query_pre_attn_scalar**-0.5
-        self.window, self.soft_cap = window, cfg.attn_logit_softcapping
+    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
+        d, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps, offset=1)
+        self.self_attn = Attention(
+            cfg.sizes,
+            bias=cfg.attention_bias,
+            scale=cfg.query_pre_attn_scalar**-0.5,
+            window=cfg.windows[layer],
+            soft_cap=cfg.attn_logit_softcapping,
+            rngs=rngs,
+        )
+        self.post_attention_layernorm = RMSNorm(d, eps, offset=1)
+        self.pre_feedforward_layernorm = RMSNorm(d, eps, offset=1)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        self.post_feedforward_layernorm = RMSNorm(d, eps, offset=1)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        q_btnh, k_btkh = rope_half(q_btnh, by), rope_half(k_btkh, by)
-        a_btnh, state = attend(
-            q_btnh, k_btkh, v_btkh, state, at, self.scale, window=self.window, soft_cap=self.soft_cap
-        )
-        x_btd = x_btd + self.post_attention_layernorm(self.o_proj(a_btnh))
-        gate_btf, up_btf = self.gate_up(self.pre_feedforward_layernorm(x_btd))
-        return x_btd + self.post_feedforward_layernorm(self.down_proj(self.act(gate_btf) * up_btf)), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + self.post_attention_layernorm(a_btd)
+        m_btd = self.mlp(self.pre_feedforward_layernorm(x_btd))
+        return x_btd + self.post_feedforward_layernorm(m_btd), state
 
 
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, offset=1)
-        super().__init__(cfg, (Block(cfg, window, rngs) for window in cfg.windows), rngs, norm=norm)
-        self.scale, self.soft_cap = cfg.hidden_size**0.5, cfg.final_logit_softcapping
+        blocks = (Block(cfg, layer, rngs) for layer in range(cfg.layers))
+        super().__init__(cfg, blocks, rngs, norm=norm, soft_cap=cfg.final_logit_softcapping)
+        self.scale = cfg.hidden_size**0.5
 
-    def embed(self, tokens_bt: Array) -> Array:
-        x_btd = super().embed(tokens_bt)
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        x_btd = super().embed(tokens_bt, at)
         return x_btd * jnp.asarray(self.scale, x_btd.dtype)
 
-    def logits(self, x_btd: Array) -> Array:
-        logits_btv = super().logits(x_btd)
-        return logits_btv if self.soft_cap is None else self.soft_cap * jnp.tanh(logits_btv / self.soft_cap)
 
-
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "pre_feedforward_layernorm", OURS + "pre_feedforward_layernorm"),
-    rms_norm(HF + "post_feedforward_layernorm", OURS + "post_feedforward_layernorm"),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    rms_norm(LAYER + "pre_feedforward_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm(LAYER + "post_feedforward_layernorm"),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -4,24 +4,24 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gp
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
-from jx_neuron.models.rows import embedding, layer_norm
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.models.gpt_like import GPTLikeConfig
+from jx_neuron.models.rows import embedding, layer_norm, position_embedding
 from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.nn.layers import Embedding, LayerNorm, Linear
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP
 
 
 @dataclass(frozen=True)
-class Config(HFConfig):
+class Config(GPTLikeConfig):
     """HF's GPT2Config."""
 
     vocab_size: int = 50257
@@ -29,37 +29,18 @@ class Config(HFConfig):
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "gpt2"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    ALIASES: ClassVar[Mapping[str, str]] = {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
+    MODEL_TYPE = "gpt2"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     # reorder_and_upcast_attn: scores and softmax are float32 here in any case
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        """attn_pdrop embd_pdrop resid_pdrop n_ctx n_special predict_special_tokens output_past reorder_and_upcast_attn
-        summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj""".split()
-    )
-
-    def __post_init__(self) -> None:
-        one_of("gpt2", "activation_function", self.activation_function, ACT)
-        divisible("gpt2", "n_embd", self.n_embd, "n_head", self.n_head)
+    INERT = frozenset("n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn".split())
 
     @property
     def sizes(self) -> dict[str, int]:
-        f = self.n_inner if self.n_inner is not None else 4 * self.n_embd
-        h = self.n_embd // self.n_head
-        return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size, s=self.n_positions, c=3)
+        return super().sizes | {"c": 3}
 
     def scale(self, layer: int) -> float:
         """What attention scores are multiplied by."""
@@ -69,14 +50,12 @@ class Config(HFConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
+        d, n, h = (cfg.sizes[c] for c in "dnh")
         self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
         self.c_attn = Linear((d,), (3, n, h), bias=True, rngs=rngs)
         self.c_proj = Linear((n, h), (d,), bias=True, rngs=rngs)
         self.ln_2 = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.c_fc = Linear((d,), (f,), bias=True, rngs=rngs)
-        self.mlp_c_proj = Linear((f,), (d,), bias=True, rngs=rngs)
-        self.act = ACT[cfg.activation_function]
+        self.mlp = MLP(cfg.sizes, cfg.activation_function, bias=True, rngs=rngs)
         self.scale = cfg.scale(layer)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
@@ -84,42 +63,35 @@ class Block(nnx.Module):
         q_btnh, k_btnh, v_btnh = (qkv_btcnh[:, :, i] for i in range(3))
         a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at, self.scale)
         x_btd = x_btd + self.c_proj(a_btnh)
-        return x_btd + self.mlp_c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), state
+        return x_btd + self.mlp(self.ln_2(x_btd)), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+        norm = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
+        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), norm, rngs)
         self.wpe = Embedding(cfg.n_positions, cfg.n_embd, rngs=rngs)
-        self.h = Layers(Block(cfg, i, rngs) for i in range(cfg.n_layer))
-        self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
-        x_btd, state = self.h(x_btd, state, at)
-        return self.ln_f(x_btd), state
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        return super().embed(tokens_bt, at) + self.wpe(at.position_bt)
 
 
-HF, OURS = "transformer.h.{i}.", "h.{i}."
+HF, OURS = "transformer.h.{i}.", "layers.{i}."
 WEIGHTS = (
-    embedding("transformer.wte", "wte"),
-    W("transformer.wpe.weight", "wpe.embedding", "s d -> s d"),
-    *layer_norm(HF + "ln_1", OURS + "ln_1"),
+    embedding("transformer.wte", "embed_tokens"),
+    position_embedding("transformer.wpe"),
+    *layer_norm(HF + "ln_1"),
     W(HF + "attn.c_attn.weight", OURS + "c_attn.kernel", "d (c n h) -> d c n h", P(None, None, "tp", None)),
     W(HF + "attn.c_attn.bias", OURS + "c_attn.bias", "(c n h) -> c n h", P(None, "tp", None)),
     W(HF + "attn.c_proj.weight", OURS + "c_proj.kernel", "(n h) d -> n h d", P("tp", None, None)),
     W(HF + "attn.c_proj.bias", OURS + "c_proj.bias", "d -> d"),
-    *layer_norm(HF + "ln_2", OURS + "ln_2"),
-    W(HF + "mlp.c_fc.weight", OURS + "c_fc.kernel", "d f -> d f", P(None, "tp")),
-    W(HF + "mlp.c_fc.bias", OURS + "c_fc.bias", "f -> f", P("tp")),
-    W(HF + "mlp.c_proj.weight", OURS + "mlp_c_proj.kernel", "f d -> f d", P("tp", None)),
-    W(HF + "mlp.c_proj.bias", OURS + "mlp_c_proj.bias", "d -> d"),
-    *layer_norm("transformer.ln_f", "ln_f"),
-    embedding("lm_head", "lm_head"),
+    *layer_norm(HF + "ln_2"),
+    W(HF + "mlp.c_fc.weight", OURS + "mlp.up_proj.kernel", "d f -> d f", P(None, "tp")),
+    W(HF + "mlp.c_fc.bias", OURS + "mlp.up_proj.bias", "f -> f", P("tp")),
+    W(HF + "mlp.c_proj.weight", OURS + "mlp.down_proj.kernel", "f d -> f d", P("tp", None)),
+    W(HF + "mlp.c_proj.bias", OURS + "mlp.down_proj.bias", "d -> d"),
+    *layer_norm("transformer.ln_f", "norm"),
+    embedding("lm_head"),
 )
 
 # causal masks that older checkpoints carry, and the head where it is tied

@@ -11,12 +11,13 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
-from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.models.rows import attention, embedding, layer_norm, mlp, position_embedding
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 from jx_neuron.util.arguments import shown
 
 
@@ -37,13 +38,9 @@ class Config(HFConfig):
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "gpt_neo"
-    COMPLETE: ClassVar[bool] = True
+    MODEL_TYPE = "gpt_neo"
+    COMPLETE = True
     ALIASES: ClassVar[Mapping[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        """attention_dropout classifier_dropout embed_dropout resid_dropout summary_activation summary_first_dropout
-        summary_proj_to_labels summary_type summary_use_proj""".split()
-    )
 
     def __post_init__(self) -> None:
         one_of("gpt_neo", "activation_function", self.activation_function, ACT)
@@ -78,51 +75,38 @@ class Config(HFConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, kind: str, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
-        self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=False, rngs=rngs)
-        self.out_proj = Linear((n, h), (d,), bias=True, rngs=rngs)
-        self.ln_2 = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.c_fc = Linear((d,), (f,), bias=True, rngs=rngs)
-        self.c_proj = Linear((f,), (d,), bias=True, rngs=rngs)
-        self.act = ACT[cfg.activation_function]
-        self.window = cfg.window_size if kind == "local" else None
+        d, eps, window = cfg.hidden_size, cfg.layer_norm_epsilon, cfg.window_size if kind == "local" else None
+        self.ln_1 = LayerNorm(d, eps)
+        self.attn = Attention(cfg.sizes, bias=False, out_bias=True, scale=1.0, window=window, rngs=rngs)
+        self.ln_2 = LayerNorm(d, eps)
+        self.mlp = MLP(cfg.sizes, cfg.activation_function, bias=True, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
-        q_btnh, k_btnh, v_btnh = self.qkv(self.ln_1(x_btd))
-        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at, scale=1.0, window=self.window)
-        x_btd = x_btd + self.out_proj(a_btnh)
-        return x_btd + self.c_proj(self.act(self.c_fc(self.ln_2(x_btd)))), state
+        a_btd, state = self.attn(self.ln_1(x_btd), state, at)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.ln_2(x_btd)), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.wte = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
+        super().__init__(cfg, (Block(cfg, kind, rngs) for kind in cfg.kinds), norm, rngs)
         self.wpe = Embedding(cfg.max_position_embeddings, cfg.hidden_size, rngs=rngs)
-        self.h = Layers(Block(cfg, kind, rngs) for kind in cfg.kinds)
-        self.ln_f = LayerNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd = self.wte(tokens_bt) + self.wpe(at.position_bt)
-        x_btd, state = self.h(x_btd, state, at)
-        return self.ln_f(x_btd), state
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        return super().embed(tokens_bt, at) + self.wpe(at.position_bt)
 
 
-HF, OURS = "transformer.h.{i}.", "h.{i}."
+LAYER = "transformer.h.{i}."
 WEIGHTS = (
-    embedding("transformer.wte", "wte"),
-    W("transformer.wpe.weight", "wpe.embedding", "s d -> s d"),
-    *layer_norm(HF + "ln_1", OURS + "ln_1"),
-    *attention(HF + "attn.attention.", OURS, out="out_proj", bias=False, out_bias=True),
-    *layer_norm(HF + "ln_2", OURS + "ln_2"),
-    *column_parallel(HF + "mlp.c_fc", OURS + "c_fc", "f"),
-    *row_parallel(HF + "mlp.c_proj", OURS + "c_proj", "f"),
-    *layer_norm("transformer.ln_f", "ln_f"),
-    embedding("lm_head", "lm_head"),
+    embedding("transformer.wte", "embed_tokens"),
+    position_embedding("transformer.wpe"),
+    *layer_norm(LAYER + "ln_1"),
+    *attention(LAYER + "attn.attention", "layers.{i}.attn", out="out_proj", bias=False, out_bias=True),
+    *layer_norm(LAYER + "ln_2"),
+    *mlp(LAYER + "mlp", up="c_fc", down="c_proj"),
+    *layer_norm("transformer.ln_f", "norm"),
+    embedding("lm_head"),
 )
 
 # causal masks that older checkpoints carry, and the head where it is tied

@@ -10,20 +10,20 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
-from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
-from jx_neuron.checkpoint.weights import Copy, W
+from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.models.gpt_like import GPTLikeConfig
+from jx_neuron.models.rows import attention, embedding, head_bias, layer_norm, mlp
+from jx_neuron.nn.layers import LayerNorm
 from jx_neuron.nn.rope import Rotation, inverse_frequencies, rope_interleaved, rotation
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 
 
 @dataclass(frozen=True)
-class Config(HFConfig):
+class Config(GPTLikeConfig):
     """HF's GPTJConfig."""
 
     vocab_size: int = 50400
@@ -32,29 +32,16 @@ class Config(HFConfig):
     n_layer: int = 28
     n_head: int = 16
     rotary_dim: int | None = 64
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = False
 
-    MODEL_TYPE: ClassVar[str] = "gptj"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    ALIASES: ClassVar[Mapping[str, str]] = {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        """attn_pdrop embd_pdrop resid_pdrop n_ctx summary_activation summary_first_dropout
-        summary_proj_to_labels summary_type summary_use_proj""".split()
-    )
+    MODEL_TYPE = "gptj"
+    COMPLETE = True
+    LAYERS_ALIKE = True
+    INERT = frozenset({"n_ctx"})
     USUAL: ClassVar[Mapping[str, Any]] = {"rotary": True, "scale_attn_weights": True}
 
     def __post_init__(self) -> None:
-        one_of("gptj", "activation_function", self.activation_function, ACT)
-        divisible("gptj", "n_embd", self.n_embd, "n_head", self.n_head)
+        super().__post_init__()
         h = self.sizes["h"]
         if self.rotary < 2 or self.rotary % 2 or self.rotary > h:
             raise ConfigError(
@@ -67,60 +54,42 @@ class Config(HFConfig):
         """How many entries of each head are rotated."""
         return self.sizes["h"] if self.rotary_dim is None else self.rotary_dim
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        f = self.n_inner if self.n_inner is not None else 4 * self.n_embd
-        h = self.n_embd // self.n_head
-        return dict(d=self.n_embd, n=self.n_head, k=self.n_head, h=h, f=f, v=self.vocab_size)
-
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
-        self.ln_1 = LayerNorm(d, cfg.layer_norm_epsilon)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=False, rngs=rngs)
-        self.out_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
-        self.fc_in = Linear((d,), (f,), bias=True, rngs=rngs)
-        self.fc_out = Linear((f,), (d,), bias=True, rngs=rngs)
-        self.act = ACT[cfg.activation_function]
+        self.ln_1 = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
+        self.attn = Attention(cfg.sizes, bias=False, rope=rope_interleaved, rngs=rngs)
+        self.mlp = MLP(cfg.sizes, cfg.activation_function, bias=True, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
         h_btd = self.ln_1(x_btd)
-        q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
-        a_btnh, state = attend(rope_interleaved(q_btnh, by), rope_interleaved(k_btnh, by), v_btnh, state, at)
-        m_btf = self.act(self.fc_in(h_btd))
-        return x_btd + self.out_proj(a_btnh) + self.fc_out(m_btf), state
+        a_btd, state = self.attn(h_btd, state, at, by)
+        return x_btd + a_btd + self.mlp(h_btd), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.wte = Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
-        self.h = Layers(Block(cfg, rngs) for _ in range(cfg.n_layer))
-        self.ln_f = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.n_embd, rngs=rngs)
+        norm = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs)
         self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
-        self.rotary = cfg.rotary
+        self.rotary_dim = cfg.rotary
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd = self.wte(tokens_bt)
-        by = rotation(at, inverse_frequencies(self.rotary, 10000.0))
-        x_btd, state = self.h(x_btd, state, at, by)
-        return self.ln_f(x_btd), state
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        return (rotation(at, inverse_frequencies(self.rotary_dim, 10000.0)),)
 
     def logits(self, x_btd: Array) -> Array:
-        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd) + self.lm_head_bias[...]
+        return super().logits(x_btd) + self.lm_head_bias[...]
 
 
-HF, OURS = "transformer.h.{i}.", "h.{i}."
+LAYER = "transformer.h.{i}."
 WEIGHTS = (
-    embedding("transformer.wte", "wte"),
-    *layer_norm(HF + "ln_1", OURS + "ln_1"),
-    *attention(HF + "attn.", OURS, out="out_proj", bias=False),
-    *column_parallel(HF + "mlp.fc_in", OURS + "fc_in", "f"),
-    *row_parallel(HF + "mlp.fc_out", OURS + "fc_out", "f"),
-    *layer_norm("transformer.ln_f", "ln_f"),
-    embedding("lm_head", "lm_head"),
-    W("lm_head.bias", "lm_head_bias", "v -> v", P("tp")),
+    embedding("transformer.wte", "embed_tokens"),
+    *layer_norm(LAYER + "ln_1"),
+    *attention(LAYER + "attn", out="out_proj", bias=False),
+    *mlp(LAYER + "mlp", up="fc_in", down="fc_out"),
+    *layer_norm("transformer.ln_f", "norm"),
+    embedding("lm_head"),
+    head_bias("lm_head", "lm_head_bias"),
 )
 
 # causal masks and position tables that older checkpoints carry, and the head where it is tied

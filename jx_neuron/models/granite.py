@@ -4,17 +4,16 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/gr
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -33,31 +32,25 @@ class Config(LlamaLikeConfig):
     residual_multiplier: float = 1.0
     attention_multiplier: float = 1.0
 
-    MODEL_TYPE: ClassVar[str] = "granite"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "granite"
+    COMPLETE = True
+    LAYERS_ALIKE = True
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=cfg.mlp_bias, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=cfg.mlp_bias, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
-        self.scale, self.residual = cfg.attention_multiplier, cfg.residual_multiplier
+        d, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = Attention(cfg.sizes, bias=cfg.attention_bias, scale=cfg.attention_multiplier, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=cfg.mlp_bias, rngs=rngs)
+        self.residual_multiplier = cfg.residual_multiplier
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at, self.scale)
-        x_btd = x_btd + self.o_proj(a_btnh) * self.residual
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf) * self.residual, state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd * self.residual_multiplier
+        m_btd = self.mlp(self.post_attention_layernorm(x_btd))
+        return x_btd + m_btd * self.residual_multiplier, state
 
 
 class Model(LlamaLikeModel):
@@ -65,22 +58,22 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
         self.embedding_multiplier, self.logits_scaling = cfg.embedding_multiplier, cfg.logits_scaling
 
-    def embed(self, tokens_bt: Array) -> Array:
-        return super().embed(tokens_bt) * self.embedding_multiplier
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        return super().embed(tokens_bt, at) * self.embedding_multiplier
 
     def logits(self, x_btd: Array) -> Array:
         return super().logits(x_btd) / self.logits_scaling
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp"),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

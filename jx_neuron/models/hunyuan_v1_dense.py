@@ -4,17 +4,16 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/hu
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import RopeScaling, Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import RopeScaling, Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import GatedMLP, NormAfterRopeAttention
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Config(LlamaLikeConfig):
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
 
-    MODEL_TYPE: ClassVar[str] = "hunyuan_v1_dense"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset("attention_dropout eod_token_id pretraining_tp".split())
-    ROPE_KEYS: ClassVar[frozenset[str]] = frozenset({"alpha"})
+    MODEL_TYPE = "hunyuan_v1_dense"
+    COMPLETE = True
+    LAYERS_ALIKE = True
+    INERT = frozenset("eod_token_id pretraining_tp".split())
+    ROPE_KEYS = frozenset({"alpha"})
 
     @property
     def rope(self) -> RopeScaling:
@@ -46,25 +45,19 @@ class Config(LlamaLikeConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.query_layernorm, self.key_layernorm = RMSNorm(h, cfg.rms_norm_eps), RMSNorm(h, cfg.rms_norm_eps)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
+        d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
+        q_norm, k_norm = RMSNorm(h, eps), RMSNorm(h, eps)
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = NormAfterRopeAttention(
+            cfg.sizes, bias=cfg.attention_bias, q_norm=q_norm, k_norm=k_norm, rngs=rngs
+        )
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        q_btnh = self.query_layernorm(rope_half(q_btnh, by))
-        k_btkh = self.key_layernorm(rope_half(k_btkh, by))
-        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
@@ -72,17 +65,17 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "self_attn.query_layernorm", OURS + "query_layernorm", "h"),
-    rms_norm(HF + "self_attn.key_layernorm", OURS + "key_layernorm", "h"),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "self_attn.query_layernorm", "layers.{i}.self_attn.q_norm", width="h"),
+    rms_norm(LAYER + "self_attn.key_layernorm", "layers.{i}.self_attn.k_norm", width="h"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -1,18 +1,18 @@
 """What Llama and the decoders that descend from it share, and the config of all that have RoPE."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from flax import nnx
-from jax import Array
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.nn.layers import ACT, Embedding, Layers, RMSNorm
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.nn.layers import ACT, RMSNorm
 from jx_neuron.nn.rope import RopeScaling, by_layer_type
-from jx_neuron.nn.state import Positions, State
+from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
 
 __all__ = [
@@ -20,13 +20,14 @@ __all__ = [
     "FULL",
     "SLIDING",
     "GroupedQueryConfig",
+    "LayerTypesConfig",
     "LlamaLikeConfig",
     "LlamaLikeModel",
+    "MaxWindowLayersConfig",
+    "MultiHeadConfig",
     "RopeConfig",
+    "SlidingWindowConfig",
     "full_every",
-    "layer_types",
-    "layer_windows",
-    "sliding_from",
 ]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -134,12 +135,15 @@ class RopeConfig(HFConfig):
 
 
 @dataclass(frozen=True)
-class GroupedQueryConfig(RopeConfig):
-    """The fields of decoders with grouped-query attention (Ainslie et al., arXiv:2305.13245), whatever their norms.
+class MultiHeadConfig(RopeConfig):
+    """The fields of decoders with RoPE, whatever their attention and norms.
 
-    Sizes have no defaults of their own here: a family's `Config` gives those of its HF class.
+    Sizes have no defaults of their own here: a family's `Config` gives those of its HF class. A family that may have
+    fewer key heads than query heads has a field `num_key_value_heads`, and one whose heads may be of any size a field
+    `head_dim`, with HF's defaults.
 
-    ACT: the activations that it may have.
+    ACT:              the activations that it may have.
+    HEADS_FILL_WIDTH: whether its heads are as wide together as the model.
     """
 
     vocab_size: int
@@ -147,30 +151,40 @@ class GroupedQueryConfig(RopeConfig):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
 
-    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
-    USUAL: ClassVar[dict[str, Any]] = {"rope_interleaved": False}
     ACT: ClassVar[Mapping[str, Any]] = ACT
+    HEADS_FILL_WIDTH: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
         one_of(family, "hidden_act", self.hidden_act, self.ACT)
-        n, k = self.sizes["n"], self.sizes["k"]
-        if self.head_dim is None:
-            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", n)
+        d, n, k, h = (self.sizes[c] for c in "dnkh")
+        if getattr(self, "head_dim", None) is None:
+            divisible(family, "hidden_size", d, "num_attention_heads", n)
+        elif self.HEADS_FILL_WIDTH and n * h != d:
+            raise ConfigError(f"{family}: num_attention_heads={n} of head_dim={h} make up {n * h}, not hidden_size={d}")
         divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
         super().__post_init__()
 
     @property
     def sizes(self) -> dict[str, int]:
         d, n = self.hidden_size, self.num_attention_heads
-        k = n if self.num_key_value_heads is None else self.num_key_value_heads
-        h = d // n if self.head_dim is None else self.head_dim
+        k, h = getattr(self, "num_key_value_heads", None), getattr(self, "head_dim", None)
+        k, h = n if k is None else k, d // n if h is None else h
         return dict(d=d, n=n, k=k, h=h, f=self.intermediate_size, v=self.vocab_size)
+
+
+@dataclass(frozen=True)
+class GroupedQueryConfig(MultiHeadConfig):
+    """The fields of decoders with grouped-query attention (Ainslie et al., arXiv:2305.13245), whatever their norms."""
+
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {"partial_rotary_factor": (1.0, None)}
+    USUAL: ClassVar[Mapping[str, Any]] = {"rope_interleaved": False}
 
 
 @dataclass(frozen=True)
@@ -180,43 +194,95 @@ class LlamaLikeConfig(GroupedQueryConfig):
     rms_norm_eps: float = 1e-6
 
 
-class LlamaLikeModel(nnx.Module):
-    """Token embeddings, blocks, a last norm, and a head that may be tied to the embeddings.
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowConfig(RopeConfig):
+    """All layers attend to the last `sliding_window` positions; to all positions where it is null."""
+
+    sliding_window: int | None = None
+
+    @property
+    def window(self) -> int | None:
+        """That of layers of type SLIDING."""
+        return self.sliding_window
+
+    @property
+    def types(self) -> list[str]:
+        return [FULL if self.window is None else SLIDING] * self.layers
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Raises ConfigError where a layer is SLIDING and there is no window."""
+        if self.window is None and SLIDING in self.types:
+            raise ConfigError(
+                f"{self.MODEL_TYPE}: layer_types has {SLIDING} and sliding_window is null or switched off; give it a "
+                f"number of positions, or make all layers {FULL}"
+            )
+        return [self.window if kind == SLIDING else None for kind in self.types]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTypesConfig(SlidingWindowConfig):
+    """The layers of which `layer_types` says so attend to a window; where it is null, those of `usual_types`."""
+
+    layer_types: list[str] | None = None
+
+    @property
+    def usual_types(self) -> list[str]:
+        """What HF makes of null."""
+        return [FULL] * self.layers
+
+    @property
+    def types(self) -> list[str]:
+        """Raises ConfigError for other types than FULL and SLIDING, and for more or fewer than there are layers."""
+        types = self.usual_types if self.layer_types is None else self.layer_types
+        if wrong := next((kind for kind in types if kind not in (FULL, SLIDING)), None):
+            raise ConfigError(f"{self.MODEL_TYPE}: layer_types may hold {FULL} and {SLIDING}, and not {shown(wrong)}")
+        if len(types) != self.layers:
+            raise ConfigError(f"{self.MODEL_TYPE}: layer_types has {len(types)} entries for {self.layers} layers")
+        return types
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxWindowLayersConfig(LayerTypesConfig):
+    """The layers from `max_window_layers` on attend to a window, if `use_sliding_window`."""
+
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = field(default=28, metadata={"least": 0})
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+    @property
+    def usual_types(self) -> list[str]:
+        first = self.layers if self.window is None else self.max_window_layers
+        return [FULL if layer < first else SLIDING for layer in range(self.layers)]
+
+
+class LlamaLikeModel(CausalLM):
+    """Its blocks take the rotation of heads beside the state.
 
     norm: by default RMSNorm, which a LlamaLikeConfig has. rope: by default the config's, of all layers.
     """
 
     def __init__(
         self,
-        cfg: GroupedQueryConfig,
+        cfg: MultiHeadConfig,
         blocks: Iterable[nnx.Module],
         rngs: nnx.Rngs,
         *,
         norm: nnx.Module | None = None,
         rope: Any = None,
+        soft_cap: float | None = None,
     ):
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.layers = Layers(blocks)
         if norm is None:
             norm = RMSNorm(cfg.hidden_size, cast(LlamaLikeConfig, cfg).rms_norm_eps)
-        self.norm: Any = norm
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        super().__init__(cfg, blocks, norm, rngs, soft_cap=soft_cap)
         self.rope: Any = cfg.rope if rope is None else rope
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd, state = self.layers(self.embed(tokens_bt), state, at, *self.block_args(at))
-        return self.norm(x_btd), state
-
-    def embed(self, tokens_bt: Array) -> Array:
-        """What enters the first block, [b, t, d]."""
-        return self.embed_tokens(tokens_bt)
-
     def block_args(self, at: Positions) -> tuple[Any, ...]:
-        """What every block takes beside the state: the rotation of heads."""
         return (self.rope(at),)
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
 
 
 EXTRA_TENSORS = (
@@ -234,34 +300,3 @@ def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def full_every(period: int, layers: int) -> list[str]:
     """Types of layers of which each `period`-th sees all positions and the others a window (sliding_window_pattern)."""
     return [FULL if (layer + 1) % period == 0 else SLIDING for layer in range(layers)]
-
-
-def sliding_from(first: int, layers: int) -> list[str]:
-    """Types of layers of which those from `first` on see a window (max_window_layers)."""
-    return [FULL if layer < first else SLIDING for layer in range(layers)]
-
-
-def layer_types(config: HFConfig, types: Sequence[str] | None, usual: Iterable[str]) -> list[str]:
-    """HF's `layer_types`, or where it is null the `usual` ones: FULL or SLIDING for each layer.
-
-    Raises ConfigError for others, and for more or fewer than there are layers.
-    """
-    types = list(usual) if types is None else list(types)
-    if wrong := next((kind for kind in types if kind not in (FULL, SLIDING)), None):
-        raise ConfigError(f"{config.MODEL_TYPE}: layer_types may hold {FULL} and {SLIDING}, and not {shown(wrong)}")
-    if len(types) != config.layers:
-        raise ConfigError(f"{config.MODEL_TYPE}: layer_types has {len(types)} entries for {config.layers} layers")
-    return types
-
-
-def layer_windows(config: HFConfig, types: Sequence[str], window: int | None) -> list[int | None]:
-    """How many positions the layers of each type attend to: `window` where they are SLIDING, and None for all.
-
-    Raises ConfigError where a layer is sliding and there is no window.
-    """
-    if window is None and SLIDING in types:
-        raise ConfigError(
-            f"{config.MODEL_TYPE}: layer_types has {SLIDING} and sliding_window is null or switched off; give it a "
-            f"number of positions, or make all layers {FULL}"
-        )
-    return [window if kind == SLIDING else None for kind in types]

@@ -4,21 +4,20 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/mi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
+from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel, SlidingWindowConfig
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(LlamaLikeConfig):
+class Config(SlidingWindowConfig, LlamaLikeConfig):
     """HF's MistralConfig."""
 
     vocab_size: int = 32000
@@ -30,35 +29,23 @@ class Config(LlamaLikeConfig):
     max_position_embeddings: int = 131072
     sliding_window: int | None = 4096
 
-    MODEL_TYPE: ClassVar[str] = "mistral"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
-
-    @property
-    def windows(self) -> list[int | None]:
-        return [self.sliding_window] * self.layers
+    MODEL_TYPE = "mistral"
+    COMPLETE = True
+    LAYERS_ALIKE = True
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=False, rngs=rngs)
-        self.o_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
-        self.window = cfg.sliding_window
+        d, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = Attention(cfg.sizes, bias=False, window=cfg.window, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at, window=self.window)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
@@ -66,15 +53,15 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS, bias=False),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn", bias=False),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -14,10 +14,12 @@ from jax import Array
 from jx_neuron.checkpoint.hf_config import INERT, HFConfig, divisible, in_range
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.rows import alibi, attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.attention import alibi_bias, attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
-from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.models.causal_lm import CausalLM
+from jx_neuron.models.rows import alibi, attention, embedding, layer_norm, mlp
+from jx_neuron.nn.attention import alibi_bias
+from jx_neuron.nn.layers import LayerNorm
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import MLP, Attention
 from jx_neuron.util.arguments import shown
 
 # fields of attn_config that MosaicML's code honours, and the values that HF's has in any case; and those of training
@@ -46,17 +48,15 @@ class Config(HFConfig):
     attn_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "mpt"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
+    MODEL_TYPE = "mpt"
+    COMPLETE = True
+    LAYERS_ALIKE = True
     ALIASES: ClassVar[Mapping[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
         "num_hidden_layers": "n_layers",
     }
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        "emb_pdrop embedding_fraction init_config init_device learned_pos_emb norm_type resid_pdrop verbose".split()
-    )
+    INERT = frozenset("embedding_fraction init_config init_device learned_pos_emb norm_type verbose".split())
     # MosaicML's code honours these, and HF's has these values in any case
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = dict(expansion_ratio=(4,), logit_scale=(None,), no_bias=(True,))
 
@@ -85,55 +85,39 @@ class Config(HFConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
-        self.norm_1 = LayerNorm(d, cfg.layer_norm_epsilon, bias=False)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=False, rngs=rngs)
-        self.out_proj = Linear((n, h), (d,), bias=False, rngs=rngs)
-        self.norm_2 = LayerNorm(d, cfg.layer_norm_epsilon, bias=False)
-        self.up_proj = Linear((d,), (f,), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act = ACT["gelu"]
-        attention = cfg.attn_config or {}
-        self.clip, self.scale = attention.get("clip_qkv"), attention.get("softmax_scale")
+        d, eps, options = cfg.d_model, cfg.layer_norm_epsilon, cfg.attn_config or {}
+        clip, scale = options.get("clip_qkv"), options.get("softmax_scale")
+        self.norm_1 = LayerNorm(d, eps, bias=False)
+        self.attn = Attention(cfg.sizes, bias=False, clip=clip, scale=scale, rngs=rngs)
+        self.norm_2 = LayerNorm(d, eps, bias=False)
+        self.ffn = MLP(cfg.sizes, "gelu", bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, bias_ns: Array) -> tuple[Array, LayerState]:
-        qkv = self.qkv(self.norm_1(x_btd))
-        if self.clip is not None:
-            qkv = [jnp.clip(x, -self.clip, self.clip) for x in qkv]
-        q_btnh, k_btnh, v_btnh = qkv
-        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at, self.scale, bias_ns=bias_ns)
-        x_btd = x_btd + self.out_proj(a_btnh)
-        return x_btd + self.down_proj(self.act(self.up_proj(self.norm_2(x_btd)))), state
+        a_btd, state = self.attn(self.norm_1(x_btd), state, at, bias_ns=bias_ns)
+        x_btd = x_btd + a_btd
+        return x_btd + self.ffn(self.norm_2(x_btd)), state
 
 
-class Model(nnx.Module):
+class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, v = (cfg.sizes[c] for c in "dnv")
-        self.wte = Embedding(v, d, rngs=rngs)
-        self.slopes = nnx.Param(jnp.zeros((n,)))
-        self.blocks = Layers(Block(cfg, rngs) for _ in range(cfg.layers))
-        self.norm_f = LayerNorm(d, cfg.layer_norm_epsilon, bias=False)
-        self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, d, rngs=rngs)
+        norm = LayerNorm(cfg.d_model, cfg.layer_norm_epsilon, bias=False)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs)
+        self.slopes = nnx.Param(jnp.zeros((cfg.sizes["n"],)))
 
-    def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        x_btd, state = self.blocks(self.wte(tokens_bt), state, at, alibi_bias(self.slopes[...], at))
-        return self.norm_f(x_btd), state
-
-    def logits(self, x_btd: Array) -> Array:
-        return (self.wte if self.lm_head is None else self.lm_head).attend(x_btd)
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        return (alibi_bias(self.slopes[...], at),)
 
 
-HF, OURS = "transformer.blocks.{i}.", "blocks.{i}."
+LAYER = "transformer.blocks.{i}."
 WEIGHTS = (
-    embedding("transformer.wte", "wte"),
+    embedding("transformer.wte", "embed_tokens"),
     alibi("slopes"),
-    *layer_norm(HF + "norm_1", OURS + "norm_1", bias=False),
-    *attention(HF + "attn.", OURS, out="out_proj", fused="Wqkv", bias=False),
-    *layer_norm(HF + "norm_2", OURS + "norm_2", bias=False),
-    *column_parallel(HF + "ffn.up_proj", OURS + "up_proj", "f", bias=False),
-    *row_parallel(HF + "ffn.down_proj", OURS + "down_proj", "f", bias=False),
-    *layer_norm("transformer.norm_f", "norm_f", bias=False),
-    embedding("lm_head", "lm_head"),
+    *layer_norm(LAYER + "norm_1", bias=False),
+    *attention(LAYER + "attn", fused="Wqkv", out="out_proj", bias=False),
+    *layer_norm(LAYER + "norm_2", bias=False),
+    *mlp(LAYER + "ffn", bias=False),
+    *layer_norm("transformer.norm_f", "norm", bias=False),
+    embedding("lm_head"),
 )
 
 # the head where it is tied

@@ -5,29 +5,22 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ol
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import (
-    EXTRA_TENSORS,
-    LlamaLikeConfig,
-    LlamaLikeModel,
-    full_every,
-    layer_types,
-    layer_windows,
-)
+from jx_neuron.models.llama_like import EXTRA_TENSORS, LayerTypesConfig, LlamaLikeConfig, LlamaLikeModel, full_every
 from jx_neuron.models.rows import attention, embedding, gated_mlp, heads_rms_norm, key_head_numbers, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, HeadsRMSNorm, Linear, Linears, RMSNorm, head_copies
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import HeadsRMSNorm, RMSNorm, head_copies
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import GatedMLP, HeadsNormAttention
 
 
 @dataclass(frozen=True)
-class Config(LlamaLikeConfig):
+class Config(LayerTypesConfig, LlamaLikeConfig):
     """HF's Olmo3Config."""
 
     vocab_size: int = 50304
@@ -39,20 +32,14 @@ class Config(LlamaLikeConfig):
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     sliding_window: int | None = 4096
-    layer_types: list[str] | None = None
 
-    MODEL_TYPE: ClassVar[str] = "olmo3"
-    COMPLETE: ClassVar[bool] = True
-    ROPE_BY_TYPE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
+    MODEL_TYPE = "olmo3"
+    COMPLETE = True
+    ROPE_BY_TYPE = True
 
     @property
-    def types(self) -> list[str]:
-        return layer_types(self, self.layer_types, full_every(4, self.layers))
-
-    @property
-    def windows(self) -> list[int | None]:
-        return layer_windows(self, self.types, self.sliding_window)
+    def usual_types(self) -> list[str]:
+        return full_every(4, self.layers)
 
     @property
     def rope_fields(self) -> Mapping[str, Any]:
@@ -60,52 +47,51 @@ class Config(LlamaLikeConfig):
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: Config, kind: str, window: int | None, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.q_norm, self.k_norm = HeadsRMSNorm(n, h, cfg.rms_norm_eps), HeadsRMSNorm(k, h, cfg.rms_norm_eps)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.post_feedforward_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.act, self.type, self.window = ACT[cfg.hidden_act], kind, window
+    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
+        d, n, k, h = (cfg.sizes[c] for c in "dnkh")
+        eps = cfg.rms_norm_eps
+        self.type = cfg.types[layer]
+        self.self_attn = HeadsNormAttention(
+            cfg.sizes,
+            bias=cfg.attention_bias,
+            q_norm=HeadsRMSNorm(n, h, eps),
+            k_norm=HeadsRMSNorm(k, h, eps),
+            window=cfg.windows[layer],
+            rngs=rngs,
+        )
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        self.post_feedforward_layernorm = RMSNorm(d, eps)
 
     def __call__(
         self, x_btd: Array, state: LayerState, at: Positions, rotations: dict[str, Rotation], copies_k: Array
     ) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
-        by = rotations[self.type]
-        q_btnh, k_btkh = rope_half(self.q_norm(q_btnh), by), rope_half(self.k_norm(k_btkh, copies_k), by)
-        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, window=self.window)
-        x_btd = x_btd + self.post_attention_layernorm(self.o_proj(a_btnh))
-        gate_btf, up_btf = self.gate_up(x_btd)
-        return x_btd + self.post_feedforward_layernorm(self.down_proj(self.act(gate_btf) * up_btf)), state
+        a_btd, state = self.self_attn(x_btd, state, at, (rotations[self.type], copies_k))
+        x_btd = x_btd + self.post_attention_layernorm(a_btd)
+        return x_btd + self.post_feedforward_layernorm(self.mlp(x_btd)), state
 
 
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        kinds = zip(cfg.types, cfg.windows, strict=True)
-        super().__init__(cfg, (Block(cfg, kind, window, rngs) for kind, window in kinds), rngs, rope=cfg.ropes)
+        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs, rope=cfg.ropes)
         self.number_k = nnx.Param(jnp.zeros((cfg.sizes["k"],)))
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
         return {kind: rope(at) for kind, rope in self.rope.items()}, head_copies(self.number_k[...])
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
+    embedding("model.embed_tokens"),
     key_head_numbers("number_k"),
-    *attention(HF + "self_attn.", OURS),
-    heads_rms_norm(HF + "self_attn.q_norm", OURS + "q_norm", "n"),
-    heads_rms_norm(HF + "self_attn.k_norm", OURS + "k_norm", "k"),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm(HF + "post_feedforward_layernorm", OURS + "post_feedforward_layernorm"),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    *attention(LAYER + "self_attn"),
+    heads_rms_norm(LAYER + "self_attn.q_norm", heads="n"),
+    heads_rms_norm(LAYER + "self_attn.k_norm", heads="k"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm(LAYER + "post_feedforward_layernorm"),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

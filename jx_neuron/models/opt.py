@@ -4,17 +4,16 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/op
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from flax import nnx
 from jax import Array
 
 from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy, W
-from jx_neuron.models.rows import attention, column_parallel, embedding, layer_norm, row_parallel
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear, Linears
+from jx_neuron.models.rows import attention, embedding, layer_norm, mlp, position_embedding
+from jx_neuron.nn.layers import ACT, Embedding, LayerNorm, Layers, Linear
 from jx_neuron.nn.state import LayerState, Positions, State
+from jx_neuron.nn.sublayers import MLP, Attention
 
 OFFSET = 2  # position 0 is entry 2 of the table, for reasons of fairseq's padding index
 EPSILON = 1e-5  # torch's default, which HF leaves as it is
@@ -38,12 +37,9 @@ class Config(HFConfig):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
 
-    MODEL_TYPE: ClassVar[str] = "opt"
-    COMPLETE: ClassVar[bool] = True
-    LAYERS_ALIKE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset(
-        "activation_dropout attention_dropout dropout init_std layerdrop".split()
-    )
+    MODEL_TYPE = "opt"
+    COMPLETE = True
+    LAYERS_ALIKE = True
 
     def __post_init__(self) -> None:
         one_of("opt", "activation_function", self.activation_function, ACT)
@@ -58,26 +54,21 @@ class Config(HFConfig):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, n, h, f = (cfg.sizes[c] for c in "dnhf")
-        bias, affine = cfg.enable_bias, cfg.layer_norm_elementwise_affine
+        d, bias, affine = cfg.hidden_size, cfg.enable_bias, cfg.layer_norm_elementwise_affine
+        self.self_attn = Attention(cfg.sizes, bias=bias, rngs=rngs)
         self.self_attn_layer_norm = LayerNorm(d, EPSILON, affine=affine)
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(n, h), v_proj=(n, h)), bias=bias, rngs=rngs)
-        self.out_proj = Linear((n, h), (d,), bias=bias, rngs=rngs)
+        self.mlp = MLP(cfg.sizes, cfg.activation_function, bias=bias, rngs=rngs)
         self.final_layer_norm = LayerNorm(d, EPSILON, affine=affine)
-        self.fc1 = Linear((d,), (f,), bias=bias, rngs=rngs)
-        self.fc2 = Linear((f,), (d,), bias=bias, rngs=rngs)
-        self.act = ACT[cfg.activation_function]
         self.pre_norm = cfg.do_layer_norm_before
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
         h_btd = self.self_attn_layer_norm(x_btd) if self.pre_norm else x_btd
-        q_btnh, k_btnh, v_btnh = self.qkv(h_btd)
-        a_btnh, state = attend(q_btnh, k_btnh, v_btnh, state, at)
-        x_btd = x_btd + self.out_proj(a_btnh)
+        a_btd, state = self.self_attn(h_btd, state, at)
+        x_btd = x_btd + a_btd
         if not self.pre_norm:
             x_btd = self.self_attn_layer_norm(x_btd)
         h_btd = self.final_layer_norm(x_btd) if self.pre_norm else x_btd
-        x_btd = x_btd + self.fc2(self.act(self.fc1(h_btd)))
+        x_btd = x_btd + self.mlp(h_btd)
         return (x_btd if self.pre_norm else self.final_layer_norm(x_btd)), state
 
 
@@ -106,19 +97,18 @@ class Model(nnx.Module):
         return (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_bte)
 
 
-HF, OURS = "model.decoder.layers.{i}.", "layers.{i}."
+LAYER = "model.decoder.layers.{i}"
 WEIGHTS = (
-    embedding("model.decoder.embed_tokens", "embed_tokens", "e"),
-    W("model.decoder.embed_positions.weight", "embed_positions.embedding", "s d -> s d"),
+    embedding("model.decoder.embed_tokens", "embed_tokens", width="e"),
+    position_embedding("model.decoder.embed_positions", "embed_positions"),
     W("model.decoder.project_in.weight", "project_in.kernel", "d e -> e d"),
     W("model.decoder.project_out.weight", "project_out.kernel", "e d -> d e"),
     *layer_norm("model.decoder.final_layer_norm", "final_layer_norm"),
-    *layer_norm(HF + "self_attn_layer_norm", OURS + "self_attn_layer_norm"),
-    *attention(HF + "self_attn.", OURS, out="out_proj"),
-    *layer_norm(HF + "final_layer_norm", OURS + "final_layer_norm"),
-    *column_parallel(HF + "fc1", OURS + "fc1", "f"),
-    *row_parallel(HF + "fc2", OURS + "fc2", "f"),
-    embedding("lm_head", "lm_head", "e"),
+    *layer_norm(LAYER + ".self_attn_layer_norm"),
+    *attention(LAYER + ".self_attn", out="out_proj"),
+    *layer_norm(LAYER + ".final_layer_norm"),
+    *mlp(LAYER, "layers.{i}.mlp", up="fc1", down="fc2"),
+    embedding("lm_head", width="e"),
 )
 
 # the version that older checkpoints carry, and the head where it is tied

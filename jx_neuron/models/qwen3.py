@@ -3,29 +3,21 @@
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import (
-    EXTRA_TENSORS,
-    LlamaLikeConfig,
-    LlamaLikeModel,
-    layer_types,
-    layer_windows,
-    sliding_from,
-)
+from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel, MaxWindowLayersConfig
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.attention import attend
-from jx_neuron.nn.layers import ACT, Linear, Linears, RMSNorm
-from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(LlamaLikeConfig):
+class Config(MaxWindowLayersConfig, LlamaLikeConfig):
     """HF's Qwen3Config."""
 
     vocab_size: int = 151936
@@ -37,69 +29,44 @@ class Config(LlamaLikeConfig):
     head_dim: int | None = 128
     max_position_embeddings: int = 32768
     attention_bias: bool = False
-    use_sliding_window: bool = False
-    sliding_window: int | None = 4096
-    max_window_layers: int = field(default=28, metadata={"least": 0})
-    layer_types: list[str] | None = None
 
-    MODEL_TYPE: ClassVar[str] = "qwen3"
-    COMPLETE: ClassVar[bool] = True
-    INERT: ClassVar[frozenset[str]] = frozenset({"attention_dropout"})
-
-    @property
-    def window(self) -> int | None:
-        """Of layers that have one."""
-        return self.sliding_window if self.use_sliding_window else None
-
-    @property
-    def types(self) -> list[str]:
-        first = self.layers if self.window is None else self.max_window_layers
-        return layer_types(self, self.layer_types, sliding_from(first, self.layers))
-
-    @property
-    def windows(self) -> list[int | None]:
-        return layer_windows(self, self.types, self.window)
+    MODEL_TYPE = "qwen3"
+    COMPLETE = True
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: Config, window: int | None, rngs: nnx.Rngs):
-        d, n, k, h, f = (cfg.sizes[c] for c in "dnkhf")
-        self.input_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        qkv = dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h))
-        self.qkv = Linears((d,), qkv, bias=cfg.attention_bias, rngs=rngs)
-        self.q_norm, self.k_norm = RMSNorm(h, cfg.rms_norm_eps), RMSNorm(h, cfg.rms_norm_eps)
-        self.o_proj = Linear((n, h), (d,), bias=cfg.attention_bias, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, cfg.rms_norm_eps)
-        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=False, rngs=rngs)
-        self.down_proj = Linear((f,), (d,), bias=False, rngs=rngs)
-        self.act = ACT[cfg.hidden_act]
-        self.window = window
+    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
+        d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
+        q_norm, k_norm = RMSNorm(h, eps), RMSNorm(h, eps)
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = Attention(
+            cfg.sizes, bias=cfg.attention_bias, q_norm=q_norm, k_norm=k_norm, window=cfg.windows[layer], rngs=rngs
+        )
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        q_btnh, k_btkh, v_btkh = self.qkv(self.input_layernorm(x_btd))
-        q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
-        a_btnh, state = attend(rope_half(q_btnh, by), rope_half(k_btkh, by), v_btkh, state, at, window=self.window)
-        x_btd = x_btd + self.o_proj(a_btnh)
-        gate_btf, up_btf = self.gate_up(self.post_attention_layernorm(x_btd))
-        return x_btd + self.down_proj(self.act(gate_btf) * up_btf), state
+        a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, by)
+        x_btd = x_btd + a_btd
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
 
 
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        super().__init__(cfg, (Block(cfg, window, rngs) for window in cfg.windows), rngs)
+        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs)
 
 
-HF, OURS = "model.layers.{i}.", "layers.{i}."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
-    embedding("model.embed_tokens", "embed_tokens"),
-    rms_norm(HF + "input_layernorm", OURS + "input_layernorm"),
-    *attention(HF + "self_attn.", OURS),
-    rms_norm(HF + "self_attn.q_norm", OURS + "q_norm", "h"),
-    rms_norm(HF + "self_attn.k_norm", OURS + "k_norm", "h"),
-    rms_norm(HF + "post_attention_layernorm", OURS + "post_attention_layernorm"),
-    *gated_mlp(HF + "mlp.", OURS, bias=False),
-    rms_norm("model.norm", "norm"),
-    embedding("lm_head", "lm_head"),
+    embedding("model.embed_tokens"),
+    rms_norm(LAYER + "input_layernorm"),
+    *attention(LAYER + "self_attn"),
+    rms_norm(LAYER + "self_attn.q_norm", width="h"),
+    rms_norm(LAYER + "self_attn.k_norm", width="h"),
+    rms_norm(LAYER + "post_attention_layernorm"),
+    *gated_mlp(LAYER + "mlp", bias=False),
+    rms_norm("model.norm"),
+    embedding("lm_head"),
 )
 
 IGNORE = EXTRA_TENSORS

@@ -1,4 +1,8 @@
-"""Rows of weight tables that families share: HF's name of a module, ours, and the letters of its axes.
+"""Rows of weight tables that families share: HF's name of a module, and the letters of its axes.
+
+A row's target is HF's name without the prefix of its base model, with `layers.{i}.` for blocks whatever HF calls their
+list: `model.norm` fills `norm`, and `transformer.h.{i}.ln_1` fills `layers.{i}.ln_1`. Where our module is called
+otherwise, `target` is its path.
 
 https://github.com/NVIDIA/Megatron-LM: a column-parallel projection has its outputs split over the cores, a row-parallel
 one its inputs, so that a pair of them needs one all-reduce (Shoeybi et al., arXiv:1909.08053).
@@ -19,9 +23,12 @@ __all__ = [
     "embedding",
     "gated_mlp",
     "grouped_qkv",
+    "head_bias",
     "heads_rms_norm",
     "key_head_numbers",
     "layer_norm",
+    "mlp",
+    "position_embedding",
     "rms_norm",
     "row_parallel",
 ]
@@ -30,19 +37,29 @@ Q, K, V = "[n h] + k h + k h", "n h + [k h] + k h", "n h + k h + [k h]"  # of a 
 GATE, UP = "[f] + f", "f + [f]"
 
 
-def embedding(source: str, target: str, width: str = "d") -> W:
+def embedding(source: str, target: str | None = None, *, width: str = "d") -> W:
     """A table of the vocabulary, or a head."""
-    return W(f"{source}.weight", f"{target}.embedding", f"v {width} -> v {width}", P(AXIS, None))
+    return W(f"{source}.weight", f"{target or _ours(source)}.embedding", f"v {width} -> v {width}", P(AXIS, None))
 
 
-def rms_norm(source: str, target: str, width: str = "d") -> W:
+def head_bias(source: str, target: str) -> W:
+    """What is added to the logits."""
+    return W(f"{source}.bias", target, "v -> v", P(AXIS))
+
+
+def position_embedding(source: str, target: str | None = None) -> W:
+    """A table of positions."""
+    return W(f"{source}.weight", f"{target or _ours(source)}.embedding", "s d -> s d")
+
+
+def rms_norm(source: str, target: str | None = None, *, width: str = "d") -> W:
     """A scale over the model's width, or each head's, "h"."""
-    return W(f"{source}.weight", f"{target}.scale", f"{width} -> {width}")
+    return W(f"{source}.weight", f"{target or _ours(source)}.scale", f"{width} -> {width}")
 
 
-def heads_rms_norm(source: str, target: str, heads: str) -> W:
+def heads_rms_norm(source: str, target: str | None = None, *, heads: str) -> W:
     """The scale of a norm over all query heads, "n", or key heads, "k", together."""
-    return W(f"{source}.weight", f"{target}.scale", f"({heads} h) -> {heads} h", P(AXIS, None))
+    return W(f"{source}.weight", f"{target or _ours(source)}.scale", f"({heads} h) -> {heads} h", P(AXIS, None))
 
 
 def key_head_numbers(target: str) -> W:
@@ -54,9 +71,11 @@ def _key_head_numbers(config: Any) -> np.ndarray:
     return np.arange(1, config.sizes["k"] + 1, dtype=np.float32)
 
 
-def layer_norm(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
-    """Scale and bias over the model's width."""
-    return (rms_norm(source, target), W(f"{source}.bias", f"{target}.bias", "d -> d"))[: 1 + bias]
+def layer_norm(source: str, target: str | None = None, *, width: str = "d", bias: bool = True) -> tuple[W, ...]:
+    """Scale and bias over the model's width, or each head's, "h"."""
+    target = target or _ours(source)
+    scale = rms_norm(source, target, width=width)
+    return (scale, W(f"{source}.bias", f"{target}.bias", f"{width} -> {width}"))[: 1 + bias]
 
 
 def column_parallel(source: str, target: str, outputs: str, *, bias: bool = True) -> tuple[W, ...]:
@@ -75,24 +94,28 @@ def row_parallel(source: str, target: str, inputs: str, *, bias: bool = True) ->
 
 def attention(
     source: str,
-    target: str,
+    target: str | None = None,
     *,
     out: str = "o_proj",
     fused: str | None = None,
+    grouped: str | None = None,
     bias: bool = True,
     out_bias: bool | None = None,
 ) -> tuple[W, ...]:
-    """The projections of grouped-query attention into `Linears` named qkv and a `Linear` named `out`.
+    """The projections of jx_neuron.nn.sublayers.Attention.
 
-    HF has them as q_proj, k_proj and v_proj, or end to end in one that is called `fused`. `out_bias` is `bias` unless
-    given.
+    HF has q_proj, k_proj and v_proj, or one module: `fused` has them end to end, and `grouped` has of each key/value
+    head its queries, its key and its value. `out` is HF's name of o_proj. `out_bias` is `bias` unless given.
     """
-    outputs = (Q, K, V) if fused else ("n h", "k h", "k h")
-    projections = dict(zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True))
-    return (
-        *_linears(source, f"{target}qkv.", projections, fused, bias),
-        *row_parallel(source + out, target + out, "n h", bias=bias if out_bias is None else out_bias),
-    )
+    target = target or _ours(source)
+    if grouped:
+        qkv = grouped_qkv(f"{source}.{grouped}", f"{target}.qkv", bias=bias)
+    else:
+        outputs = (Q, K, V) if fused else ("n h", "k h", "k h")
+        projections = dict(zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True))
+        qkv = _linears(source, f"{target}.qkv", projections, fused, bias)
+    out_bias = bias if out_bias is None else out_bias
+    return (*qkv, *row_parallel(f"{source}.{out}", f"{target}.o_proj", "n h", bias=out_bias))
 
 
 def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]:
@@ -104,12 +127,24 @@ def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]
     )
 
 
-def gated_mlp(source: str, target: str, *, fused: str | None = None, bias: bool = True) -> tuple[W, ...]:
-    """down_proj(act(gate_proj(x)) · up_proj(x)), with `Linears` named gate_up; `fused` as in `attention`."""
+def gated_mlp(source: str, target: str | None = None, *, fused: str | None = None, bias: bool = True) -> tuple[W, ...]:
+    """The projections of jx_neuron.nn.sublayers.GatedMLP; HF may have gate_proj and up_proj in one, called `fused`."""
+    target = target or _ours(source)
     projections = dict(gate_proj=GATE, up_proj=UP) if fused else dict(gate_proj="f", up_proj="f")
     return (
-        *_linears(source, f"{target}gate_up.", projections, fused, bias),
-        *row_parallel(f"{source}down_proj", f"{target}down_proj", "f", bias=bias),
+        *_linears(source, f"{target}.gate_up", projections, fused, bias),
+        *row_parallel(f"{source}.down_proj", f"{target}.down_proj", "f", bias=bias),
+    )
+
+
+def mlp(
+    source: str, target: str | None = None, *, up: str = "up_proj", down: str = "down_proj", bias: bool = True
+) -> tuple[W, ...]:
+    """The projections of jx_neuron.nn.sublayers.MLP; `up` and `down` are HF's names of up_proj and down_proj."""
+    target = target or _ours(source)
+    return (
+        *column_parallel(f"{source}.{up}", f"{target}.up_proj", "f", bias=bias),
+        *row_parallel(f"{source}.{down}", f"{target}.down_proj", "f", bias=bias),
     )
 
 
@@ -135,12 +170,18 @@ def _column_parallel(source: str, target: str, axis: str, letters: str, bias: bo
     return (kernel, W(f"{source}.bias", f"{target}.bias", f"{axis} -> {letters}", P(AXIS, *rest)))[: 1 + bias]
 
 
-def _linears(source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool) -> list[W]:
-    return [
+def _linears(source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool) -> tuple[W, ...]:
+    return tuple(
         row
         for name, outputs in projections.items()
-        for row in column_parallel(source + (fused or name), target + name, outputs, bias=bias)
-    ]
+        for row in column_parallel(f"{source}.{fused or name}", f"{target}.{name}", outputs, bias=bias)
+    )
+
+
+def _ours(source: str) -> str:
+    """The path of a module that HF calls `source`."""
+    _, of_layer, name = source.partition("{i}.")
+    return f"layers.{{i}}.{name}" if of_layer else source.partition(".")[2] or source
 
 
 def _axis(letters: str) -> str:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = exports(
         "layers": "ACT Embedding LayerNorm Layers Linear Linears RMSNorm through",
         "rope": "RopeScaling Rotation inverse_frequencies rope_half rope_interleaved rotation",
         "sharding": "Padding request_devices",
+        "sublayers": "Attention GatedMLP MLP",
         "state": "Cache KV LayerKV LayerState Positions S Span State",
     },
 )

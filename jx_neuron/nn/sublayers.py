@@ -1,0 +1,119 @@
+"""The two sublayers of most decoders' blocks, with projections named as Llama's.
+
+Array suffixes are those of jx_neuron.nn.layers. `sizes` gives each axis letter its length, as a Config's does.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layers import ACT, Linear, Linears
+from jx_neuron.nn.rope import Rotation, rope_half
+from jx_neuron.nn.state import LayerState, Positions
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (Ainslie et al., arXiv:2305.13245).
+
+    bias:            of the projections to queries, keys and values, and of o_proj, unless `out_bias` differs.
+    clip:            queries, keys and values are clipped to ±clip (MPT's clip_qkv).
+    q_norm, k_norm:  norms of queries and keys before they are rotated (Henry et al., arXiv:2010.04245).
+    rope:            how heads are rotated: rope_half or rope_interleaved.
+    scale, window, soft_cap: those of `attend`.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        *,
+        bias: bool,
+        out_bias: bool | None = None,
+        clip: float | None = None,
+        q_norm: nnx.Module | None = None,
+        k_norm: nnx.Module | None = None,
+        rope: Callable[[Array, Rotation], Array] = rope_half,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        d, n, k, h = (sizes[c] for c in "dnkh")
+        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h)), bias=bias, rngs=rngs)
+        self.o_proj = Linear((n, h), (d,), bias=bias if out_bias is None else out_bias, rngs=rngs)
+        self.q_norm: Any = q_norm
+        self.k_norm: Any = k_norm
+        self.clip, self.rope = clip, rope
+        self.scale, self.window, self.soft_cap = scale, window, soft_cap
+
+    def __call__(
+        self, x_btd: Array, state: LayerState, at: Positions, by: Any = None, *, bias_ns: Array | None = None
+    ) -> tuple[Array, LayerState]:
+        """What is added to the residual, [b, t, d], and the state written to.
+
+        by: the Rotation of queries and keys, or None without RoPE. bias_ns: ALiBi's, as `attend` takes it.
+        """
+        q_btnh, k_btkh, v_btkh = self.heads(x_btd, by)
+        options: dict[str, Any] = dict(window=self.window, soft_cap=self.soft_cap, bias_ns=bias_ns)
+        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, **options)
+        return self.o_proj(a_btnh), state
+
+    def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array, Array]:
+        """Queries [b, t, n, h], keys and values [b, t, k, h], as they are attended to."""
+        q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
+        if self.clip is not None:
+            q_btnh, k_btkh, v_btkh = (jnp.clip(y, -self.clip, self.clip) for y in (q_btnh, k_btkh, v_btkh))
+        if self.q_norm is not None:
+            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
+        if by is not None:
+            q_btnh, k_btkh = self.rope(q_btnh, by), self.rope(k_btkh, by)
+        return q_btnh, k_btkh, v_btkh
+
+
+class NormAfterRopeAttention(Attention):
+    """Queries and keys are normalized after RoPE, not before."""
+
+    def heads(self, x_btd: Array, by: Rotation) -> tuple[Array, Array, Array]:
+        q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
+        return self.q_norm(self.rope(q_btnh, by)), self.k_norm(self.rope(k_btkh, by)), v_btkh
+
+
+class HeadsNormAttention(Attention):
+    """Queries and keys are normalized over all heads together (OLMo 2, arXiv:2501.00656), each by a `HeadsRMSNorm`."""
+
+    def heads(self, x_btd: Array, by: tuple[Rotation, Array]) -> tuple[Array, Array, Array]:
+        """by: the Rotation of queries and keys, and how often each key head is there, of `head_copies`."""
+        rotation, copies_k = by
+        q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
+        q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh, copies_k)
+        return self.rope(q_btnh, rotation), self.rope(k_btkh, rotation), v_btkh
+
+
+class GatedMLP(nnx.Module):
+    """down_proj(act(gate_proj(x)) · up_proj(x)) (Shazeer, arXiv:2002.05202); `act` is of `ACT`, or its name there."""
+
+    def __init__(self, sizes: Mapping[str, int], act: str | Callable[[Array], Array], *, bias: bool, rngs: nnx.Rngs):
+        d, f = sizes["d"], sizes["f"]
+        self.gate_up = Linears((d,), dict(gate_proj=(f,), up_proj=(f,)), bias=bias, rngs=rngs)
+        self.down_proj = Linear((f,), (d,), bias=bias, rngs=rngs)
+        self.act_fn = ACT[act] if isinstance(act, str) else act
+
+    def __call__(self, x_btd: Array) -> Array:
+        gate_btf, up_btf = self.gate_up(x_btd)
+        return self.down_proj(self.act_fn(gate_btf) * up_btf)
+
+
+class MLP(nnx.Module):
+    """down_proj(act(up_proj(x))); `act` is a function or module, or a name in `ACT`."""
+
+    def __init__(self, sizes: Mapping[str, int], act: str | Callable[[Array], Array], *, bias: bool, rngs: nnx.Rngs):
+        d, f = sizes["d"], sizes["f"]
+        self.up_proj = Linear((d,), (f,), bias=bias, rngs=rngs)
+        self.down_proj = Linear((f,), (d,), bias=bias, rngs=rngs)
+        self.act_fn = ACT[act] if isinstance(act, str) else act
+
+    def __call__(self, x_btd: Array) -> Array:
+        return self.down_proj(self.act_fn(self.up_proj(x_btd)))
