@@ -105,7 +105,7 @@ def steps(
 def least(outline: Outline, tp: int, key: ProgramKey) -> tuple[int, int]:
     """The fewest bytes that a core can read, and write, in a decode step."""
     found = outline.parameters(tp)
-    embeddings = [next(p for p in found if p.is_vocabulary_table), *(p for p in found if p.is_position_table)]
+    embeddings = [next(p for p in found if p.is_vocabulary_table), *(p for p in found if p.is_looked_up)]
     looked_up = sum(key.rows * table.shape[-1] for table in embeddings)
     weights = (outline.read_elements(tp) + looked_up) * DTYPE.itemsize
     bucket, slot = (outline.cache_bytes(tp, key.rows, s, DTYPE.itemsize) for s in (key.positions, 1))

@@ -6,6 +6,12 @@ from families_f1 import LLAMA, LLAMA3, YARN
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TYPES = {"layer_types": [FULL, SLIDING, SLIDING], "num_hidden_layers": 3}
+GEMMA4 = LLAMA | {
+    "head_dim": 12,
+    "global_head_dim": 20,
+    "hidden_size_per_layer_input": 10,
+    "vocab_size_per_layer_input": 131,
+}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "cohere": [
@@ -33,6 +39,56 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 9, "sliding_window_pattern": 2},
         LLAMA | {"layer_types": [SLIDING, SLIDING], "sliding_window": 12, "rope_parameters": YARN},
+    ],
+    "gemma4_text": [
+        # of the last three layers one reads a full layer's keys and values, and two a sliding one's
+        GEMMA4
+        | {
+            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "num_hidden_layers": 8,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "sliding_window": 7,
+            "final_logit_softcapping": 20.0,
+        },
+        GEMMA4 | {"num_hidden_layers": 7, "sliding_window": 20, "attention_bias": True},
+        GEMMA4
+        | TYPES
+        | {
+            "sliding_window": 9,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 8,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                FULL: LLAMA3 | {"rope_theta": 500.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+        GEMMA4
+        | {
+            "layer_types": [SLIDING, FULL] * 3,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 5,
+            "hidden_activation": "silu",
+            "rms_norm_eps": 0.1,
+        },
+        GEMMA4
+        | {
+            "layer_types": [SLIDING] * 3,
+            "num_hidden_layers": 3,
+            "head_dim": 20,
+            "sliding_window": 30,
+            "num_key_value_heads": 1,
+            "vocab_size_per_layer_input": 101,
+        },
     ],
     "glm": [
         LLAMA | {"head_dim": 20, "rms_norm_eps": 0.01},

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron.nn.state import KV, Layout, S, State
+from jx_neuron.nn.layout import KV, Kept, Layout, S
+from jx_neuron.nn.state import State
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput
 
@@ -48,12 +49,16 @@ def table(
 
     Positions are the third of `shape`, the axis s of KV; layers of `windows` keep so many of them.
     """
-    positions = shape[2] if len(shape) > 2 else 0
-
-    def shape_of(row: S, size: int) -> tuple[int, ...]:
-        return tuple(size if i == row.position_axis else length for i, length in enumerate(shape))
-
+    sizes = tuple(tuple(shape[1:]) for _ in rows)
     windows = [None] * layers if windows is None else windows
-    state = State.abstract(rows, shape_of, shape[0], positions, windows, jnp.dtype(dtype), layout)
+    kept = [Kept(tuple(rows), sizes, window) for window in windows]
+    return filled(layout, kept, shape[0], shape[2] if len(shape) > 2 else 0, dtype, fill)
+
+
+def filled(
+    layout: Layout, layers: Sequence[Kept], slots: int, positions: int, dtype: str = "float32", fill: float = 0.0
+) -> State:
+    """A state table of `layers` that holds `fill`."""
+    state = State.abstract(layers, slots, positions, jnp.dtype(dtype), layout)
     arrays = jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), state.arrays)
-    return dataclasses.replace(state, arrays=arrays, token_z=jnp.zeros(shape[0], jnp.int32))
+    return dataclasses.replace(state, arrays=arrays, token_z=jnp.zeros(slots, jnp.int32))

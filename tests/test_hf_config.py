@@ -25,6 +25,9 @@ def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
     names = {"partial_rotary_factor": part, "rotary_pct": part, "rope_theta": theta, "rotary_emb_base": theta}
     if isinstance(theta, dict):  # of two layer types
         names |= {"rope_theta": theta["global"], "rope_local_base_freq": theta["local"]}
+    for entry in (hf().to_dict().get("per_layer_config") or {}).values():
+        nulls |= dict.fromkeys(["num_global_key_value_heads", "per_layer_config"])
+        names |= {"global_head_dim": entry["head_dim"]}
     return nulls | names | {"sliding_window_pattern": getattr(hf(), "_sliding_window_pattern", None)}
 
 

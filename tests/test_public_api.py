@@ -27,7 +27,7 @@ PUBLIC = {
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
         NonFiniteError
     """,
-    "jx_neuron.checkpoint.hf_config": "HFConfig INERT ONLY divisible one_of",
+    "jx_neuron.checkpoint.hf_config": "FULL HFConfig INERT ONLY divisible one_of",
     "jx_neuron.lowering": """
         Collective Cost Executable Program ProgramSpec TensorSpec Traced compile_py_func lower lower_many trace
     """,

@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import table
+from steps import filled, table
 
 from jx_neuron.nn.attention import attend
+from jx_neuron.nn.layout import KV, PLAIN, Kept
 from jx_neuron.nn.ops import using
-from jx_neuron.nn.state import PLAIN, positions_of
+from jx_neuron.nn.positions import positions_of
+from jx_neuron.nn.state import joined
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.cpu.ops import CpuOps
 
 S, SLOTS, K, G, H = 24, 3, 2, 2, 4
-WINDOWS = (5, None, 5, 7)
+WINDOWS = (5, None, 5, 7, 5, None, 5)
+OWN = (True,) * 4 + (False,) * 3  # the last layers read what those before them wrote: layers 2 and 1
+WRITER = (0, 1, 2, 3, 2, 1, 2)
 BIAS_NS = jnp.asarray(0.3 * np.random.default_rng(1).normal(size=(K * G, S)), jnp.float32)
 
 
@@ -33,12 +37,13 @@ def grid(state, at, arrays_bts):
     """Each layer's attention output [l, b, t, n, h], and the state."""
     outputs = []
     for layer, (q, k, v) in enumerate(zip(*arrays_bts, strict=True)):
+        new = (k, v) if OWN[layer] else (None, None)
         out, part = attend(
-            q, k, v, state.of_layer(layer), at, window=WINDOWS[layer], bias_ns=BIAS_NS[:, : at.positions]
+            q, *new, state.of_layer(layer), at, window=WINDOWS[layer], bias_ns=BIAS_NS[:, : at.positions]
         )
         state = part.state
         outputs.append(out)
-    return jnp.stack(outputs), state
+    return jnp.stack(outputs), joined(state)
 
 
 @pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
@@ -46,11 +51,19 @@ def grid(state, at, arrays_bts):
 def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(len(WINDOWS), SLOTS, S, heads, H)).astype(np.float32) for heads in (K * G, K, K))
-    right = [[expected(q[i, b], k[i, b], v[i, b], window) for b in range(SLOTS)] for i, window in enumerate(WINDOWS)]
-    state = table(layout, (SLOTS, K, S, H), layers=len(WINDOWS), windows=WINDOWS)
-    axes = [layout.position_axis(row) for row in state.rows]
-    sizes = {array.shape[axis] for group in state.arrays for axis, array in zip(axes, group, strict=True)}
-    assert sizes == {5, 7, S}
+    right = [
+        [expected(q[i, b], k[of, b], v[of, b], window) for b in range(SLOTS)]
+        for i, (window, of) in enumerate(zip(WINDOWS, WRITER, strict=True))
+    ]
+    sizes = ((K, 0, H), (K, 0, H))
+    state = filled(layout, [Kept(KV, sizes, window, own) for window, own in zip(WINDOWS, OWN, strict=True)], SLOTS, S)
+    arrays = [
+        (array, layout.position_axis(row))
+        for group, rows in zip(state.arrays, state.rows, strict=True)
+        for array, row in zip(group, rows, strict=True)
+    ]
+    assert {array.shape[axis] for array, axis in arrays} == {5, 7, S}
+    assert sum(array.size for array, _ in arrays) == 2 * SLOTS * K * H * (5 + S + 5 + 7)
     run = jax.jit(grid, donate_argnums=0)
     done = np.zeros(SLOTS, int)  # tokens of each slot
 

@@ -1,7 +1,7 @@
 """Whether the inputs and outputs of a saved program fit its key and its HLO."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ def check_fit(
     *,
     slots: int,
     positions: int,
+    state: Mapping[str, tuple[int, ...]],
     dtype: np.dtype[Any],
     vocab_size: int,
 ) -> None:
     """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
-    slots, positions, dtype: those of the state table.
+    slots, positions, dtype: those of the state table; `state` gives the shape of one slot of each of its arrays.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
@@ -44,13 +45,16 @@ def check_fit(
     tables, last = by_kind["state"][:-1], by_kind["state"][-1:]
     if _layouts(last) != [("state.token", (slots,), "int32")]:
         raise _misfit(program, f"its state does not end in the last token of {slots} slots")
-    for tensor in tables:
-        if (tensor.shape[:1], tensor.dtype) != ((slots,), dtype.name) or not set(tensor.shape) & {positions}:
-            raise _misfit(
-                program, f"its state has {_listed([tensor])}, not {slots} slots of {positions} positions, {dtype.name}"
-            )
     if _numbers(tables) > _numbers(by_kind["param"]) * slots * positions:
         raise _misfit(program, "its state has more numbers a position than the model has parameters")
+    rows = [(f"state.{name}", (slots, *shape), dtype.name) for name, shape in state.items()]
+    if (actual := _layouts(tables)) != rows:
+        others = [tensor for tensor, layout in zip(tables, actual, strict=True) if layout not in rows]
+        raise _misfit(
+            program,
+            f"its state has {_listed(others or tables)}, not {slots} slots of {positions} positions, {dtype.name}, of "
+            f"{', '.join(state)}",
+        )
     _check_outputs(program, by_kind["state"], key, vocab_size)
     _check_hlo(program, hlo)
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from jx_neuron.config import dtype_of
-from jx_neuron.lowering.signature import RECORD, Degree
+from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.step.buckets import Buckets
 from jx_neuron.step.program_key import ProgramKey
@@ -57,6 +57,7 @@ class Settings:
     prompt_batch: rows of the programs that take prompts, where those that decode have more.
     rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
     window:       how many of a sequence's last positions every layer keeps; None for all.
+    state:        of each array of the state table the shape of one slot on one core, by name.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -74,6 +75,7 @@ class Settings:
     prompt_batch: Positive | None = None
     rotations: tuple[Positive, bool] | None = None
     window: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    state: Annotated[Mapping[str, Several[Count]], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
 
     __pydantic_config__ = RECORD
 

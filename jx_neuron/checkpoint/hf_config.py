@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
-__all__ = ["INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+__all__ = ["FULL", "INERT", "ONLY", "HFConfig", "divisible", "one_of"]
+
+FULL = "full_attention"
 
 # https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py: fields of any
 # model that name it, steer training, describe other heads than the language model's, or are read by generation
@@ -101,6 +103,10 @@ class HFConfig:
             "of WEIGHTS, such as dict(d=self.hidden_size, n=…, k=…, h=…, f=…, v=self.vocab_size)"
         )
 
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        """The sizes in one layer, of the same letters: `sizes`, unless a family's layers differ."""
+        return self.sizes
+
     @property
     def layers(self) -> int:
         """The number of decoder layers.
@@ -123,6 +129,17 @@ class HFConfig:
         positions are computed (RoPE, ALiBi) returns None.
         """
         return next(self._values(_POSITIONS), None)
+
+    @property
+    def types(self) -> Sequence[str]:
+        """The type of each layer, as HF's layer_types has them: rows of STATE may be of one type."""
+        return [FULL] * self.layers
+
+    @property
+    def own_state(self) -> Sequence[bool]:
+        """Whether each layer has a state of its own. One that has none reads that of the last layer before it that has
+        the same type, sizes and window; its block gives `attend` no keys and values."""
+        return [True] * self.layers
 
     @property
     def windows(self) -> Sequence[int | None]:

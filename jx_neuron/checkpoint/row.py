@@ -36,13 +36,15 @@ class W:
     the family's `Config.sizes`: "(n h) d -> d n h". In a sum, brackets take a part of a fused axis:
     "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow is the heads of each of k groups:
     "(k n/k h) d -> d n h".
-    `partition` names the axis of ours that is split, "tp".
+    `partition` names the axis of ours that is split, "tp". `layer` is the one that `at` gave, whose sizes the letters
+    have; None for those of the model.
     """
 
     source: str | Callable[[Any], np.ndarray]
     target: str
     layout: str
     partition: PartitionSpec = REPLICATED
+    layer: int | None = None
 
     def __str__(self) -> str:
         source = repr(self.source) if isinstance(self.source, str) else getattr(self.source, "__name__", "a function")
@@ -134,7 +136,11 @@ class W:
 
     def at(self, layer: int) -> "W":
         source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
-        return replace(self, source=source, target=self.target.replace("{i}", str(layer)))
+        return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)
+
+    def sizes(self, config: HFConfig) -> dict[str, int]:
+        """What its letters stand for: the sizes of its layer, or of the model."""
+        return config.sizes if self.layer is None else config.sizes_of(self.layer)
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
         """The tensors that are read: one, one an expert or head, or none."""
@@ -149,6 +155,7 @@ class W:
 
     def target_shape(self, padding: Padding) -> tuple[int, ...]:
         """The shape of ours, padded where it is split."""
+        padding = padding.of(self.layer)
         return tuple(
             padding.size(c) if split else padding.sizes[c] for c, split in zip(self.letters, self._split, strict=True)
         )
@@ -156,20 +163,21 @@ class W:
     def compute(self, config: HFConfig) -> np.ndarray:
         """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
         array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
-        if array.shape != (expected := self.source_shape(config.sizes)):
+        if array.shape != (expected := self.source_shape(self.sizes(config))):
             raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")
         return array
 
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
-        arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(config.sizes))]
-        return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], config.sizes)
+        sizes = self.sizes(config)
+        arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))]
+        return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
         """Our layout, padded where it is split."""
         for axis, (letter, split) in enumerate(zip(self.letters, self._split, strict=True)):
             if split:
-                array = padding.apply(array, axis, letter)
+                array = padding.of(self.layer).apply(array, axis, letter)
         return array
 
     @property

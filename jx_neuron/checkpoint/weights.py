@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
     Raises CheckpointError where the checkpoint has fewer layers or experts than the config, or tensors of other shapes
     than its `sizes` give. So a config's sizes are checked against the tensors before arrays of those sizes are made.
     """
-    names, sizes, layers = set(tensors.names()), config.sizes, config.layers
+    names, layers = set(tensors.names()), config.layers
     absent = tuple(p for p in _prefixes(table) if not any(name.startswith(p) for name in names))
 
     def spelled(row: W) -> W:
@@ -76,15 +76,16 @@ def present(table: Sequence[W], config: HFConfig, tensors: Tensors) -> dict[str,
         return row if row.is_computed else replace(row, source=row.name.removeprefix(prefix))
 
     def has(row: W) -> bool:
-        return any(name in names for name in islice(row.names(sizes), len(names)))
+        return any(name in names for name in islice(row.names(row.sizes(config)), len(names)))
 
     rows = [spelled(row) for row in table]
     of_layers = [row for row in rows if "{i}" in row.target]
-    deep = next(i for i in count() if not any(has(row.at(i)) for row in of_layers))
+    deep = next((i for i in range(layers) if not any(has(row.at(i)) for row in of_layers)), layers)
     if 0 < deep < layers:
         raise CheckpointError(f"the config calls for {layers} layers and the checkpoint has {deep}; {_OTHERS}")
     matches = {row.target: row for row in rows_of(rows, layers) if row.is_computed or has(row)}
     for row in matches.values():
+        sizes = row.sizes(config)
         expected = row.source_shape(sizes)
         if missing := list(islice((name for name in row.names(sizes) if name not in names), 7)):
             raise CheckpointError(
@@ -115,7 +116,7 @@ def match(
     matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
     if missing := [row.name for target, row in rows.items() if target not in matches]:
         raise CheckpointError(f"the checkpoint lacks {_some(list(dict.fromkeys(missing)))}, which the config calls for")
-    used_names = {name for row in matches.values() for name in row.names(config.sizes)}
+    used_names = {name for row in matches.values() for name in row.names(row.sizes(config))}
     unused_names = set(tensors.names()) - used_names
     for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in unused_names):
         _check_copy(copy, next(name for name in used_names if copy.of.endswith(name)), tensors)
@@ -153,8 +154,9 @@ def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
             "config.json and weights are not of the same model, or the decoder forgets it: it needs a parameter in "
             "Model and a row in WEIGHTS, or a pattern in IGNORE"
         )
-    if row.stacked and int(index) >= config.sizes[row.stacked]:
-        return f"row {row} stacks the {_stacked(row, config.sizes)} that the config calls for; {_OTHERS}"
+    sizes = row.sizes(config)
+    if row.stacked and int(index) >= sizes[row.stacked]:
+        return f"row {row} stacks the {_stacked(row, sizes)} that the config calls for; {_OTHERS}"
     return (
         f"row {row} names it, but Model has no parameter {row.target!r} with this config: config.json leaves it out, "
         "or Model does (a Linear with bias=False has no bias, a tied head no table of its own)"

@@ -144,6 +144,7 @@ def settings_of(
         prompt_batch=_prompt_batch(options["prompt_batch_size"], batch_sizes),
         rotations=config.rotations,
         window=decoder.window,
+        state=decoder.slot(buckets.capacity),
     )
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):

@@ -35,7 +35,7 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
         input_kinds=kinds,
         input_names=[
             *params,
-            *(f"state.{i}.{row.name}" for i in range(decoder.config.layers) for row in decoder.state),
+            *(f"state.{name}" for name in decoder.slot(positions)),
             "state.token",
             *key.inputs(),
         ],

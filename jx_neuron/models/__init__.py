@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 import jax
@@ -21,8 +22,10 @@ from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
+from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
+from jx_neuron.nn.positions import Positions
 from jx_neuron.nn.sharding import AXIS, Padding
-from jx_neuron.nn.state import KV, PLAIN, Layout, Positions, S, State
+from jx_neuron.nn.state import State
 from jx_neuron.util.pages import gc_paused
 
 __all__ = ["Decoder", "DecoderModule", "Family", "family", "model_types", "register"]
@@ -62,6 +65,7 @@ _FAMILIES: dict[str, Family | str] = {
     "gemma": "jx_neuron.models.gemma",
     "gemma2": "jx_neuron.models.gemma2",
     "gemma3_text": "jx_neuron.models.gemma3_text",
+    "gemma4_text": "jx_neuron.models.gemma4_text",
     "glm": "jx_neuron.models.glm",
     "glm4": "jx_neuron.models.glm4",
     "gpt2": "jx_neuron.models.gpt2",
@@ -205,17 +209,10 @@ class Decoder:
         module = _outline(family, config)
         shapes = _shapes(module)
         checks.table(family.WEIGHTS, config, shapes, complete=True)
-        checks.splits(family.WEIGHTS, Padding(config.sizes, tp_degree))
-        return cls(
-            model_type,
-            config,
-            family.WEIGHTS,
-            family.IGNORE,
-            nnx.graphdef(module),
-            shapes,
-            tp_degree,
-            getattr(family, "STATE", KV),
-        )
+        state = getattr(family, "STATE", KV)
+        decoder = cls(model_type, config, family.WEIGHTS, family.IGNORE, nnx.graphdef(module), shapes, tp_degree, state)
+        decoder._check()
+        return decoder
 
     @classmethod
     def from_module(
@@ -225,12 +222,20 @@ class Decoder:
         checks.sizes(config)
         shapes = _shapes(module)
         checks.table(table, config, shapes, complete=False)
-        checks.splits(table, Padding(config.sizes, tp_degree))
-        return cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)
+        decoder = cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)
+        decoder._check()
+        return decoder
+
+    def _check(self) -> None:
+        """Raises ConfigError where the splits of weights or the rows of STATE do not fit."""
+        checks.splits(self.table, self.padding)
+        checks.state(self.state, self.config)
+        checks.shared(self.kept, self.config)
 
     @cached_property
     def padding(self) -> Padding:
-        return Padding(self.config.sizes, self.tp_degree)
+        config = self.config
+        return Padding(config.sizes, self.tp_degree, [config.sizes_of(layer) for layer in range(config.layers)])
 
     @cached_property
     def rows(self) -> list[W]:
@@ -268,18 +273,24 @@ class Decoder:
     def _row(self) -> dict[str, W]:
         return {row.target: row for row in self.rows}
 
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """What each layer keeps of a sequence, padded."""
+        config = self.config
+
+        def layer(number: int, kind: str, window: int | None, own: bool) -> Kept:
+            padding, rows = self.padding.of(number), tuple(row for row in self.state if row.of in (None, kind))
+            return Kept(rows, tuple(row.padded(padding) for row in rows), window, own)
+
+        layers = zip(range(config.layers), config.types, config.windows, config.own_state, strict=True)
+        return tuple(layer(*each) for each in layers)
+
     def abstract_state(
         self, slots: int, positions: int, dtype: Any, mesh: Mesh | None = None, layout: Layout = PLAIN
     ) -> State:
         """A state table as shapes, padded; sharded over `mesh` where given."""
 
-        def shape(row: S, positions: int) -> tuple[int, ...]:
-            sizes = {**self.config.sizes, "s": positions}
-            split = (*row.partition, *[None] * len(row.letters))
-            axes = zip(row.letters, split, strict=False)
-            return (slots, *(self.padding.size(letter) if axis else sizes[letter] for letter, axis in axes))
-
-        state = State.abstract(self.state, shape, slots, positions, self.config.windows, jnp.dtype(dtype), layout)
+        state = State.abstract(self.kept, slots, positions, jnp.dtype(dtype), layout)
         if mesh is None:
             return state
         split = state.partition()
@@ -288,16 +299,21 @@ class Decoder:
     @property
     def window(self) -> int | None:
         """How many of a sequence's last positions every layer keeps: 0 with recurrent layers, None for all."""
-        if any(row.position_axis is None for row in self.state):
+        if any(row.position_axis is None for layer in self.kept for row in layer.rows):
             return 0
-        return min((window for window in self.config.windows if window is not None), default=None)
+        return min((layer.window for layer in self.kept if layer.window is not None), default=None)
+
+    def slot(self, positions: int) -> dict[str, tuple[int, ...]]:
+        """The shape of one slot of each array of a state table on one core, by layer and row of STATE: "0.k"."""
+        state, tp = self.abstract_state(1, positions, "uint8"), self.tp_degree
+        return {
+            f"{layer}.{row.name}": tuple(
+                size // tp if axis == AXIS else size for size, axis in zip_longest(array.shape[1:], row.partition)
+            )
+            for layer, (arrays, rows) in enumerate(zip(state.arrays, state.rows, strict=True))
+            for array, row in zip(arrays, rows, strict=True)
+        }
 
     def state_bytes(self, slots: int, positions: int, itemsize: int) -> int:
         """Bytes of a state table that each core holds, of `itemsize` bytes an entry."""
-        state = self.abstract_state(slots, positions, "uint8")
-        elements = (
-            math.prod(array.shape) // (self.tp_degree if AXIS in row.partition else 1)
-            for layer in state.arrays
-            for array, row in zip(layer, state.rows, strict=True)
-        )
-        return itemsize * sum(elements)
+        return itemsize * slots * sum(map(math.prod, self.slot(positions).values()))

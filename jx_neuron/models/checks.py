@@ -5,6 +5,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import Copy, W, rows_of
 from jx_neuron.errors import ConfigError
+from jx_neuron.nn.layout import Kept, S
 from jx_neuron.nn.sharding import Padding
 from jx_neuron.util.arguments import integer
 
@@ -66,7 +68,8 @@ def parts(model_type: str, family: Any) -> None:
 
 
 def sizes(config: HFConfig) -> None:
-    """Raises ConfigError unless every size of `config` is 1 or more, and every letter of `LETTERS` has one."""
+    """Raises ConfigError unless every size is 1 or more, every letter of `LETTERS` has one, and what `config` says
+    of each layer it says of all."""
     sizes = config.sizes
     if absent := [letter for letter in LETTERS if letter not in sizes]:
         raise ConfigError(
@@ -75,6 +78,41 @@ def sizes(config: HFConfig) -> None:
         )
     for letter, size in sizes.items():
         integer(f"{config.MODEL_TYPE}: Config.sizes[{letter!r}]", size, error=ConfigError)
+    for name in ("types", "windows", "own_state"):
+        if len(values := getattr(config, name)) != config.layers:
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: Config.{name} has {len(values)} entries for {config.layers} layers"
+            )
+    for layer in range(config.layers):
+        own = config.sizes_of(layer)
+        if own.keys() != sizes.keys():
+            raise ConfigError(f"{config.MODEL_TYPE}: Config.sizes_of({layer}) has other letters than Config.sizes")
+        for letter, size in own.items():
+            integer(f"{config.MODEL_TYPE}: Config.sizes_of({layer})[{letter!r}]", size, error=ConfigError)
+
+
+def state(rows: Sequence[S], config: HFConfig) -> None:
+    """Raises ConfigError unless rows of STATE have letters of `Config.sizes`, and names that differ within a layer."""
+    for row in rows:
+        if unknown := sorted({*row.letters} - {"s", *config.sizes}):
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: {row} of STATE has the letter {', '.join(map(repr, unknown))}; legal are s, for "
+                f"positions, and those of Config.sizes, {', '.join(sorted(config.sizes))}"
+            )
+    for kind in dict.fromkeys(config.types):
+        counts = Counter(row.name for row in rows if row.of in (None, kind))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ConfigError(f"{config.MODEL_TYPE}: STATE has several rows {twice[0]!r} for layers of type {kind!r}")
+
+
+def shared(layers: Sequence[Kept], config: HFConfig) -> None:
+    """Raises ConfigError where a layer without a state of its own has none to read."""
+    for i, layer in enumerate(layers):
+        if not layer.own and replace(layer, own=True) not in layers[:i]:
+            raise ConfigError(
+                f"{config.MODEL_TYPE}: layer {i} has no state of its own, by Config.own_state, and no layer before it "
+                "that has one keeps the same rows of STATE, of the same sizes and window"
+            )
 
 
 def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int]], *, complete: bool) -> None:
@@ -83,14 +121,16 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
     shapes:   the unpadded shape of each parameter, by path.
     complete: whether every parameter needs a row, as for a checkpoint.
     """
-    sizes = config.sizes
+    every = {tuple(sizes.items()): sizes for sizes in (config.sizes, *map(config.sizes_of, range(config.layers)))}
     for row in rows:
-        row.check(sizes)
+        for sizes in every.values():
+            row.check(sizes)
     expanded = list(rows_of(rows, config.layers))
     counts = Counter(row.target for row in expanded)
     for row in expanded:
         if counts[row.target] > 1:
             raise ConfigError(f"row {row}: {counts[row.target]} rows fill {row.target!r}; keep one of them")
+        sizes = row.sizes(config)
         axes = tuple(sizes[letter] for letter in row.letters)
         if row.target in shapes and axes != tuple(shapes[row.target]):
             raise ConfigError(
@@ -149,18 +189,19 @@ def splits(rows: Sequence[W], padding: Padding) -> None:
     Arrays of the two rows would have different sizes of one axis. Arrays of the vocabulary are never combined, so that
     axis is exempt.
     """
-    first: dict[str, tuple[int, W]] = {}
-    for row in rows:
-        for letter, size in zip(row.letters, row.target_shape(padding), strict=True):
-            if letter != "v" and first.setdefault(letter, (size, row))[0] != size:
-                (whole, unsplit_row), (padded, split_row) = sorted(
-                    (first[letter], (size, row)), key=lambda entry: entry[0]
-                )
-                raise ConfigError(
-                    f"row {unsplit_row} leaves the axis {letter!r} whole, and row {split_row} splits it: at "
-                    f"tp_degree={padding.tp_degree} it has {whole} entries in the one and {padded} in the other. "
-                    "Split it in both"
-                )
+    for each in padding.distinct:
+        first: dict[str, tuple[int, W]] = {}
+        for row in rows:
+            for letter, size in zip(row.letters, row.target_shape(each), strict=True):
+                if letter != "v" and first.setdefault(letter, (size, row))[0] != size:
+                    (whole, unsplit_row), (padded, split_row) = sorted(
+                        (first[letter], (size, row)), key=lambda entry: entry[0]
+                    )
+                    raise ConfigError(
+                        f"row {unsplit_row} leaves the axis {letter!r} whole, and row {split_row} splits it: at "
+                        f"tp_degree={padding.tp_degree} it has {whole} entries in the one and {padded} in the other. "
+                        "Split it in both"
+                    )
 
 
 def unused(rows: Sequence[W], paths: Iterable[str]) -> list[W]:

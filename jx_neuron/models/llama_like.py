@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from flax import nnx
 
-from jx_neuron.checkpoint.hf_config import HFConfig, divisible, one_of
+from jx_neuron.checkpoint.hf_config import FULL, HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.causal_lm import CausalLM
@@ -30,7 +30,7 @@ __all__ = [
     "full_every",
 ]
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +57,12 @@ class RopeConfig(HFConfig):
     def __post_init__(self) -> None:
         if self.rope_scaling and self.rope_parameters and self.rope_scaling != self.rope_parameters:
             raise ConfigError(f"{self.MODEL_TYPE}: rope_scaling and rope_parameters differ; keep the one that is meant")
-        _ = self.ropes, self.windows
-
-    @property
-    def types(self) -> list[str]:
-        """The type of each layer, as HF's layer_types has them."""
-        return [FULL] * self.layers
+        _ = self.ropes, self.windows, self.own_state
 
     @property
     def rope(self) -> RopeScaling:
         """Gives the rotation of a span, in layers of any type. Raises ConfigError for what RoPE cannot have."""
-        return self._scaling(self.rope_fields, self.original_max_position_embeddings)
+        return self._scaling(self.rope_fields, self.original_max_position_embeddings, self.sizes)
 
     @property
     def ropes(self) -> dict[str, RopeScaling | None]:
@@ -77,7 +72,9 @@ class RopeConfig(HFConfig):
             return dict.fromkeys(types, self.rope)
         entries = by_layer_type(self.rope_fields, types)
         return {
-            kind: None if entry is None else self._scaling(_without_truncate(entry), None)
+            kind: None
+            if entry is None
+            else self._scaling(_without_truncate(entry), None, self.sizes_of(self.types.index(kind)))
             for kind, entry in entries.items()
         }
 
@@ -98,10 +95,10 @@ class RopeConfig(HFConfig):
     def _has_rope_by_type(self) -> bool:
         return self.ROPE_BY_TYPE and any(kind in self.rope_fields for kind in self.types)
 
-    def _scaling(self, parameters: Mapping[str, Any], original: int | None) -> RopeScaling:
+    def _scaling(self, parameters: Mapping[str, Any], original: int | None, sizes: Mapping[str, int]) -> RopeScaling:
         return RopeScaling(
             parameters,
-            self.sizes["h"],
+            sizes["h"],
             self.max_position_embeddings,
             self.rope_theta,
             original,
@@ -160,12 +157,13 @@ class MultiHeadConfig(RopeConfig):
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
         one_of(family, "hidden_act", self.hidden_act, self.ACT)
-        d, n, k, h = (self.sizes[c] for c in "dnkh")
+        d, n, h = (self.sizes[c] for c in "dnh")
         if getattr(self, "head_dim", None) is None:
             divisible(family, "hidden_size", d, "num_attention_heads", n)
         elif self.HEADS_FILL_WIDTH and n * h != d:
             raise ConfigError(f"{family}: num_attention_heads={n} of head_dim={h} make up {n * h}, not hidden_size={d}")
-        divisible(family, "num_attention_heads", n, "num_key_value_heads", k)
+        for sizes in (self.sizes, *map(self.sizes_of, range(self.layers))):
+            divisible(family, "num_attention_heads", sizes["n"], "num_key_value_heads", sizes["k"])
         super().__post_init__()
 
     @property

@@ -58,7 +58,7 @@ class Config(SlidingWindowConfig, LlamaLikeConfig):
 class ScaledAttention(Attention):
     """Queries are scaled by their positions, after RoPE."""
 
-    def heads(self, x_btd: Array, by: tuple[Rotation, Array]) -> tuple[Array, Array, Array]:
+    def heads(self, x_btd: Array, by: tuple[Rotation, Array]) -> tuple[Array, Array | None, Array | None]:
         rotation, scale_bt11 = by
         q_btnh, k_btkh, v_btkh = super().heads(x_btd, rotation)
         return q_btnh * scale_bt11.astype(q_btnh.dtype), k_btkh, v_btkh

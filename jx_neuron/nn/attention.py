@@ -17,8 +17,8 @@ def alibi_bias(slopes_n: Array, at: Positions, dtype: DTypeLike = jnp.float32) -
 
 def attend(
     q_btnh: Array,
-    k_btkh: Array,
-    v_btkh: Array,
+    k_btkh: Array | None,
+    v_btkh: Array | None,
     state: LayerState,
     at: Positions,
     scale: float | None = None,
@@ -33,6 +33,8 @@ def attend(
     softmax(scale · q · kᵀ + bias) · v with `scale` 1/√h unless given; query head n reads key/value head n // (N/K)
     (grouped-query attention, Ainslie et al., arXiv:2305.13245). Scores and softmax are float32.
 
+    Keys and values are None in a layer that writes none, and attends to those of another (`Config.own_state`).
+
     window:   attends to the last so many positions, the token's own among them (HF's sliding_window).
     soft_cap: scores become cap · tanh(scores / cap), before the bias (Gemma 2, arXiv:2408.00118).
     sinks_n:  a logit of each head [n] that takes part in the softmax and has no value (gpt-oss, arXiv:2309.17453).
@@ -41,22 +43,12 @@ def attend(
 
     Returns the attention output [b, t, n, h] and the state written to.
     """
-    b, t, n, h = q_btnh.shape
-    k = k_btkh.shape[2]
-    k_bksh, v_bksh = k_btkh.swapaxes(1, 2), v_btkh.swapaxes(1, 2)
-    position_bs = at.position_bt
-    if t == at.positions:  # whole prompts, of which the state has nothing yet
-        state, position_bs = state.write(at, k=k_btkh, v=v_btkh), jnp.arange(t, dtype=jnp.int32)[None]
-    elif t > 1 and state.is_ring(at):  # the last tokens take the place of what the first may attend to
-        k_bksh, v_bksh = (
-            jnp.concatenate([state.read(name, at), new], axis=2) for name, new in (("k", k_bksh), ("v", v_bksh))
-        )
-        position_bs = jnp.concatenate([state.position_bs(at, written=False), position_bs], axis=1)
-        state = state.write(at, k=k_btkh, v=v_btkh)
+    if k_btkh is None or v_btkh is None:
+        entries, position_bs = state.seen(at, "k", "v")
     else:
-        state = state.write(at, k=k_btkh, v=v_btkh)
-        k_bksh, v_bksh = state.read("k", at), state.read("v", at)
-        position_bs = state.position_bs(at, written=True)
+        (entries, position_bs), state = state.extend(at, k=k_btkh, v=v_btkh)
+    k_bksh, v_bksh = entries["k"], entries["v"]
+    (b, t, n, h), k = q_btnh.shape, k_bksh.shape[1]
     s = k_bksh.shape[2]
     q_btkgh = q_btnh.reshape(b, t, k, n // k, h) * jnp.asarray(
         1 / math.sqrt(h) if scale is None else scale, q_btnh.dtype

@@ -6,7 +6,6 @@ their sizes from their arrays, not from a config, so the same module runs with
 heads, MLP and vocabulary padded for tensor parallelism.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -47,8 +46,7 @@ class Layers(nnx.List[Any]):
                 state = part.state
             return x, state
 
-        windows = state.windows[: period * periods]
-        if windows != windows[:period] * periods or _avals(
+        if not state.repeats(period, periods) or _avals(
             jax.eval_shape(apply_period, np.int32(0), (x, state))
         ) != _avals((x, state)):
             return through(list(self), x, state, *args)
@@ -104,14 +102,11 @@ def through(
             x, part = block(x, state.of_layer(layer), *args)
             state = part.state
         return x, state
-    like = {window: layer for layer, window in reversed(list(enumerate(state.windows)))}
+    like = {state.kind(layer): layer for layer in reversed(range(len(state.layers)))}
     for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
-        # behind the barrier, and as a layer of the same window, for what reads and writes the state to be compiled once
-        part = state.of_layer(layer)
-        index = barrier(np.int32(part.index))
-        x, state = _apply(
-            graph, params, dataclasses.replace(part, index=index, layer=like[state.windows[layer]]), x, *args
-        )
+        # behind the barrier, and as one layer of the kind, for what reads and writes the state to be compiled once
+        index, number = (barrier(np.int32(n)) for n in (state.place(layer)[1], layer))
+        x, state = _apply(graph, params, LayerState(state, index, number, like[state.kind(layer)]), x, *args)
     return x, state
 
 

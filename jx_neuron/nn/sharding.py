@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,6 +65,22 @@ class Padding:
 
     sizes: Mapping[str, int]
     tp_degree: int
+    layers: Sequence[Mapping[str, int]] = ()
+    """The sizes of each layer, where layers have their own."""
+
+    def of(self, layer: int | None) -> "Padding":
+        """That of a layer; None for what is no layer's."""
+        return self if layer is None or not self.layers else self._by_layer[layer]
+
+    @cached_property
+    def _by_layer(self) -> list["Padding"]:
+        distinct = {tuple(sizes.items()): Padding(sizes, self.tp_degree) for sizes in self.layers}
+        return [distinct[tuple(sizes.items())] for sizes in self.layers]
+
+    @property
+    def distinct(self) -> list["Padding"]:
+        """Those of the layers, without repetition."""
+        return [*{id(padding): padding for padding in self._by_layer}.values()] or [self]
 
     @cached_property
     def key_value(self) -> tuple[int, ...]:
@@ -108,17 +124,17 @@ class Padding:
     @property
     def changes(self) -> tuple[str, ...]:
         """What is padded or replicated, one phrase each."""
+        return tuple(dict.fromkeys(change for padding in self.distinct for change in padding._changes()))
+
+    def _changes(self) -> Iterator[str]:
         n, k = self.sizes["n"], self.sizes["k"]
-        heads = [] if self.size("n") == n else [f"{n} {'' if n == k else 'query '}heads as {self.size('n')}"]
+        if self.size("n") != n:
+            yield f"{n} {'' if n == k else 'query '}heads as {self.size('n')}"
         if n != k != self.size("k"):
-            heads.append(f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {self.size('k')}")
-        names = {"f": "an MLP width of", "v": "a vocabulary of"}
-        others = [
-            f"{name} {self.sizes[letter]} as {self.size(letter)}"
-            for letter, name in names.items()
-            if letter in self.sizes and self.size(letter) != self.sizes[letter]
-        ]
-        return (*heads, *others)
+            yield f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {self.size('k')}"
+        for letter, name in {"f": "an MLP width of", "v": "a vocabulary of"}.items():
+            if letter in self.sizes and self.size(letter) != self.sizes[letter]:
+                yield f"{name} {self.sizes[letter]} as {self.size(letter)}"
 
     def describe(self, overhead: float) -> str | None:
         """One line on what is padded or replicated and what it costs: `overhead`, a fraction of the parameters.
@@ -132,17 +148,19 @@ class Padding:
 
     def require_exact(self) -> None:
         """Raises InputError where heads are padded, naming the degrees at which they are not."""
-        if -1 not in (*self.query, *self.key_value):
-            return
-        exact = [
-            str(degree)
-            for degree in range(1, self.sizes["n"] + 1)
-            if -1 not in (*(at := Padding(self.sizes, degree)).query, *at.key_value)
-        ]
-        raise InputError(
-            f"tp_degree={self.tp_degree} does not divide the {self.sizes['n']} query and {self.sizes['k']} key/value "
-            f"heads, and padding them was ruled out; degrees that do are {', '.join(exact)}"
-        )
+        for padding in self.distinct:
+            if padding._is_exact:
+                continue
+            n, k = padding.sizes["n"], padding.sizes["k"]
+            exact = [str(degree) for degree in range(1, n + 1) if Padding(padding.sizes, degree)._is_exact]
+            raise InputError(
+                f"tp_degree={self.tp_degree} does not divide the {n} query and {k} key/value heads, and padding them "
+                f"was ruled out; degrees that do are {', '.join(exact)}"
+            )
+
+    @property
+    def _is_exact(self) -> bool:
+        return -1 not in (*self.query, *self.key_value)
 
     def apply(self, array: np.ndarray, axis: int, letter: str) -> np.ndarray:
         """`array` with `axis` laid out and padded."""

@@ -3,7 +3,7 @@
 Array suffixes are those of jx_neuron.nn.layers. `sizes` gives each axis letter its length, as a Config's does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ class Attention(nnx.Module):
 
     bias:            of the projections to queries, keys and values, and of o_proj, unless `out_bias` differs.
     clip:            queries, keys and values are clipped to ±clip (MPT's clip_qkv).
+    projections:     without v_proj, values are what k_proj gives; without k_proj too, the layer attends to the keys and
+                     values of another (`Config.own_state`).
     q_norm, k_norm:  norms of queries and keys before they are rotated (Henry et al., arXiv:2010.04245).
+    v_norm:          a norm of values.
     rope:            how heads are rotated: rope_half or rope_interleaved.
     scale, window, soft_cap: those of `attend`.
     """
@@ -32,9 +35,11 @@ class Attention(nnx.Module):
         *,
         bias: bool,
         out_bias: bool | None = None,
+        projections: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
         clip: float | None = None,
         q_norm: nnx.Module | None = None,
         k_norm: nnx.Module | None = None,
+        v_norm: nnx.Module | None = None,
         rope: Callable[[Array, Rotation], Array] = rope_half,
         scale: float | None = None,
         window: int | None = None,
@@ -42,10 +47,12 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d, n, k, h = (sizes[c] for c in "dnkh")
-        self.qkv = Linears((d,), dict(q_proj=(n, h), k_proj=(k, h), v_proj=(k, h)), bias=bias, rngs=rngs)
+        outputs = {name: (n if name == "q_proj" else k, h) for name in projections}
+        self.qkv = Linears((d,), outputs, bias=bias, rngs=rngs)
         self.o_proj = Linear((n, h), (d,), bias=bias if out_bias is None else out_bias, rngs=rngs)
         self.q_norm: Any = q_norm
         self.k_norm: Any = k_norm
+        self.v_norm: Any = v_norm
         self.clip, self.rope = clip, rope
         self.scale, self.window, self.soft_cap = scale, window, soft_cap
 
@@ -61,15 +68,20 @@ class Attention(nnx.Module):
         a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, **options)
         return self.o_proj(a_btnh), state
 
-    def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array, Array]:
-        """Queries [b, t, n, h], keys and values [b, t, k, h], as they are attended to."""
-        q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
+    def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array | None, Array | None]:
+        """Queries [b, t, n, h], keys and values [b, t, k, h], as they are attended to; None of another layer."""
+        heads = self.qkv(x_btd)
         if self.clip is not None:
-            q_btnh, k_btkh, v_btkh = (jnp.clip(y, -self.clip, self.clip) for y in (q_btnh, k_btkh, v_btkh))
+            heads = [jnp.clip(y, -self.clip, self.clip) for y in heads]
+        q_btnh, k_btkh, v_btkh = (*heads, heads[-1])[:3] if len(heads) > 1 else (heads[0], None, None)
         if self.q_norm is not None:
-            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
+            q_btnh = self.q_norm(q_btnh)
+        if self.k_norm is not None and k_btkh is not None:
+            k_btkh = self.k_norm(k_btkh)
+        if self.v_norm is not None and v_btkh is not None:
+            v_btkh = self.v_norm(v_btkh)
         if by is not None:
-            q_btnh, k_btkh = self.rope(q_btnh, by), self.rope(k_btkh, by)
+            q_btnh, k_btkh = self.rope(q_btnh, by), None if k_btkh is None else self.rope(k_btkh, by)
         return q_btnh, k_btkh, v_btkh
 
 

@@ -20,6 +20,7 @@ from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.lowering.verify.footprint import peak_bytes
 from jx_neuron.models import Decoder
+from jx_neuron.nn.sharding import Padding
 from jx_neuron.planning.instances import Instance
 from jx_neuron.planning.outline import Outline
 from jx_neuron.step.buckets import Buckets
@@ -80,17 +81,21 @@ def core_memory(
 
 def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize: int) -> int:
     """An upper estimate of a program's intermediate results at their peak."""
-    padding = outline.padding(tp_degree)
-    d, h = outline.config.sizes["d"], outline.config.sizes["h"]
-    n, k, f, v = (padding.size(letter) // tp_degree for letter in "nkfv")
+    d, v = outline.config.sizes["d"], outline.padding(tp_degree).size("v") // tp_degree
     rows, positions = key.rows * key.tokens, key.positions
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
-    projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
-    scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
-    layer_state = 2 * key.rows * k * positions * h * itemsize  # one layer of the state table
-    mlp = rows * 3 * f * itemsize
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
-    return residual + max(projections + scores + layer_state, mlp, logits)
+
+    def layer(padding: Padding) -> int:
+        n, k, f = (padding.size(letter) // tp_degree for letter in "nkf")
+        h = padding.sizes["h"]
+        projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
+        scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
+        state = 2 * key.rows * k * positions * h * itemsize
+        mlp = rows * 3 * f * itemsize
+        return max(projections + scores + state, mlp)
+
+    return residual + max(*map(layer, outline.padding(tp_degree).distinct), logits)
 
 
 def lowered_activation_bytes(decoder: Decoder, key: ProgramKey, positions: int, dtype: np.dtype[Any]) -> int:

@@ -42,8 +42,9 @@ class Parameter:
         return self.row is not None and self.row.is_computed
 
     @property
-    def is_position_table(self) -> bool:
-        return self.row is not None and "s" in self.row.letters
+    def is_looked_up(self) -> bool:
+        """Whether it is a table, by position or token, that is never a head."""
+        return self.row is not None and bool({"s", "u"} & {*self.row.letters})
 
     @property
     def is_vocabulary_table(self) -> bool:
@@ -127,7 +128,7 @@ class Outline:
         """Parameters that a decode step reads on each core: all but the tables from which it looks up single rows."""
         parameters = self.parameters(tp_degree)
         vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
-        looked_up = sum(p.per_core for p in parameters if p.is_position_table) + sum(sorted(vocabulary)[:-1])
+        looked_up = sum(p.per_core for p in parameters if p.is_looked_up) + sum(sorted(vocabulary)[:-1])
         return sum(p.per_core for p in parameters) - looked_up
 
     def overhead(self, tp_degree: int) -> float:

@@ -86,9 +86,10 @@ class Speed:
         """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), and attention."""
         outline, tp = self.outline, self.tp_degree
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
-        n, h = outline.padding(tp).size("n") // tp, outline.config.sizes["h"]
         multiply_adds = (outline.read_elements(tp) - head) * tokens + head
-        return 2.0 * batch * (multiply_adds + 2 * outline.layers * tokens * positions * n * h)
+        layers = [outline.padding(tp).of(layer) for layer in range(outline.config.layers)]
+        heads = sum(layer.size("n") // tp * layer.sizes["h"] for layer in layers) * outline.layers // len(layers)
+        return 2.0 * batch * (multiply_adds + 2 * tokens * positions * heads)
 
     def collectives(self, rows: int) -> float:
         """Seconds of one layer's all-reduces, of `rows` hidden states each."""

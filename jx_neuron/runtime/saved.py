@@ -74,6 +74,7 @@ class SavedModel:
                     key,
                     slots=settings.slots,
                     positions=buckets.capacity,
+                    state=settings.state,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
                 )

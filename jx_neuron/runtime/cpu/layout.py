@@ -1,17 +1,17 @@
 """A state table as one CPU reads and writes it fastest."""
 
-import dataclasses
 import warnings
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jx_neuron.nn.layout import Arrays, Kept, Layout, S
 from jx_neuron.nn.ops import barrier
-from jx_neuron.nn.state import Arrays, LayerState, Layout, Positions, S, Shape, State, kept, within
+from jx_neuron.nn.positions import Positions, within
 from jx_neuron.runtime.cpu.kernel import from_bits, to_bits
 
 POSITIONS_LAST = frozenset({"v"})
@@ -22,26 +22,28 @@ MOST_UNROLLED = 16
 
 
 class CpuLayout(Layout):
-    """For each row of STATE one array of all layers of a window, [l, z, *axes], as `to_bits`."""
+    """For each row of STATE one array of all layers that keep the same, [l, z, *axes], as `to_bits`."""
 
     slot_axis = 1
     stacked = True
 
-    def abstract(
-        self, rows: Sequence[S], shape: Shape, windows: Sequence[int | None], positions: int, dtype: Any
-    ) -> Arrays:
+    def groups(self, layers: Sequence[Kept]) -> list[Kept]:
+        return list(dict.fromkeys(layer for layer in layers if layer.own))
+
+    def place(self, layers: Sequence[Kept], layer: int) -> tuple[int, int]:
+        kept = replace(layers[layer], own=True)
+        # the last of its group that has been
+        return self.groups(layers).index(kept), layers[: layer + 1].count(kept) - 1
+
+    def abstract(self, layers: Sequence[Kept], slots: int, positions: int, dtype: Any) -> Arrays:
         stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
-        def array(row: S, layers: int, window: int | None) -> Any:
-            z, *axes = shape(row, kept(window, positions))
-            return jax.ShapeDtypeStruct((layers, z, *(axes[axis - 1] for axis in self._order(row)[1:])), stored)
+        def array(group: Kept, row: int) -> Any:
+            shape = group.shape(row, slots, positions)
+            count = layers.count(group)
+            return jax.ShapeDtypeStruct((count, *(shape[axis] for axis in self._order(group.rows[row]))), stored)
 
-        groups = Counter(windows).items()
-        return tuple(tuple(array(row, layers, window) for row in rows) for window, layers in groups)
-
-    def place(self, windows: Sequence[int | None], layer: int) -> tuple[int, int]:
-        window = windows[layer]
-        return list(dict.fromkeys(windows)).index(window), windows[:layer].count(window)
+        return tuple(tuple(array(group, row) for row in range(len(group.rows))) for group in self.groups(layers))
 
     def position_axis(self, row: S) -> int | None:
         axis = row.position_axis
@@ -54,41 +56,39 @@ class CpuLayout(Layout):
             order.append(order.pop(row.position_axis))
         return order
 
-    def read(self, layer: LayerState, row: int, at: Positions) -> Array:
-        s = layer.state.rows[row]
-        array = lax.dynamic_index_in_dim(layer.array(row), layer.index, keepdims=False)
+    def read(self, array: Array, index: Array | int, row: S, at: Positions, dtype: Any) -> Array:
+        array = lax.dynamic_index_in_dim(array, index, keepdims=False)
         if at.slot_b is None:
             array = array[: len(at.length_b)]
         else:
             slots = [lax.dynamic_slice_in_dim(array, slot, 1) for slot in at.slot_b]
             array = jnp.concatenate(slots)
-        if (axis := self.position_axis(s)) is not None:
+        if (axis := self.position_axis(row)) is not None:
             array = lax.slice_in_dim(array, 0, at.positions, axis=axis - 1)
-        order = self._order(s)
-        return jnp.transpose(from_bits(array, layer.state.dtype), [order.index(axis) for axis in range(len(order))])
+        order = self._order(row)
+        return jnp.transpose(from_bits(array, dtype), [order.index(axis) for axis in range(len(order))])
 
-    def write(self, layer: LayerState, row: int, new: Array, at: Positions) -> Array:
+    def write(self, array: Array, index: Array | int, row: S, new: Array, at: Positions, dtype: Any) -> Array:
         """In place, where XLA copies what it fuses with other uses, and widens 16-bit tables whole to write."""
-        s, buffer = layer.state.rows[row], layer.array(row)
-        axis, order, start_b, b = s.position_axis, self._order(s), jnp.zeros_like(at.length_b), len(new)
+        axis, order, start_b, b = row.position_axis, self._order(row), jnp.zeros_like(at.length_b), len(new)
         real = (at.length_b > 0).reshape(-1, *[1] * (new.ndim - 1))
         if axis is not None:
-            new, real_bt, start_b = within(new, at, axis, buffer.shape[self.position_axis(s) or 0])
+            new, real_bt, start_b = within(new, at, axis, array.shape[self.position_axis(row) or 0])
             real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
-        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(layer.state.dtype)), real))
+        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(dtype)), real))
         slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
 
         def place(n: Array | int) -> list[Array]:
-            index = [jnp.asarray(layer.index, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
-            if (position_axis := self.position_axis(s)) is not None:
-                index[position_axis] = start_b[n]
-            return index
+            start = [jnp.asarray(index, start_b.dtype), slot_b[n], *[jnp.zeros_like(start_b[n])] * (new.ndim - 1)]
+            if (position_axis := self.position_axis(row)) is not None:
+                start[position_axis] = start_b[n]
+            return start
 
         def entry(n: Array | int) -> Array:
-            return lax.dynamic_slice(buffer, place(n), (1, 1, *new.shape[1:]))[0, 0]
+            return lax.dynamic_slice(array, place(n), (1, 1, *new.shape[1:]))[0, 0]
 
-        def put(n: Array | int, buffer: Array) -> Array:
-            return lax.dynamic_update_slice(buffer, lax.dynamic_slice_in_dim(written, n, 1)[None], place(n))
+        def put(n: Array | int, table: Array) -> Array:
+            return lax.dynamic_update_slice(table, lax.dynamic_slice_in_dim(written, n, 1)[None], place(n))
 
         # all that was there is read before any row is written, or each row would take a copy of the table
         few = b <= MOST_UNROLLED
@@ -96,7 +96,7 @@ class CpuLayout(Layout):
         written = jnp.where(real, new, old)
         # one row of the table's memory a head, or XLA would keep the order of what makes it, and copy it twice
         written = barrier(written.reshape(*new.shape[:2], -1)).reshape(new.shape)
-        table = buffer
+        table = array
         if few:
             for n in range(b):
                 table = put(n, table)
@@ -104,7 +104,7 @@ class CpuLayout(Layout):
             table = lax.fori_loop(0, b, put, table)
         return barrier(table)
 
-    def joined(self, layers: Sequence[LayerState]) -> State:
+    def joined(self, layers: Sequence[Kept], tables: Sequence[Arrays]) -> Arrays:
         """A copy: each layer's part comes of a table of its own."""
         warnings.warn(
             "a decoder that applies its blocks in a loop of its own has a CPU copy the state table at every step; "
@@ -112,16 +112,12 @@ class CpuLayout(Layout):
             UserWarning,
             stacklevel=2,
         )
-        state = layers[0].state
+        places = [self.place(layers, layer) for layer in range(len(layers))]
 
         def stacked(group: int, row: int) -> Array:
-            own = [layer for layer in layers if self.place(state.windows, layer.layer)[0] == group]
-            return jnp.stack([layer.array(row)[layer.index] for layer in own])
+            return jnp.stack([tables[i][group][row][index] for i, (of, index) in enumerate(places) if of == group])
 
-        arrays = tuple(
-            tuple(stacked(group, row) for row in range(len(state.rows))) for group in range(len(state.arrays))
-        )
-        return dataclasses.replace(state, arrays=arrays)
+        return tuple(tuple(stacked(group, row) for row in range(len(rows))) for group, rows in enumerate(tables[0]))
 
 
 CPU = CpuLayout()

@@ -1,0 +1,65 @@
+"""Where the tokens of a step stand."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["position_bt", "extent_b", "length_b", "slot_b"],
+    meta_fields=["positions"],
+)
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens [b, t] of one step stand.
+
+    position_bt: absolute position of each token, int32; those of a row follow each other.
+    extent_b:    length of each row's sequence as far as it is known, int32; beyond the tokens of this step where a
+                 prompt goes through in chunks.
+    length_b:    how many of the t tokens are real, int32; those after are padding. 0 leaves the row's slot as it is.
+    slot_b:      each row's slot, int32, all different; None where row i is slot i.
+    positions:   how many positions of a slot attention sees, s. A step with s = t begins at position 0.
+    """
+
+    position_bt: Array
+    extent_b: Array
+    length_b: Array
+    slot_b: Array | None
+    positions: int
+
+    @property
+    def start_b(self) -> Array:
+        """Position of each row's first token."""
+        return self.position_bt[:, 0]
+
+    @property
+    def real_bt(self) -> Array:
+        """True for real tokens, False for padding."""
+        return jnp.arange(self.position_bt.shape[1], dtype=jnp.int32) < self.length_b[:, None]
+
+
+def positions_of(start_b: Array, length_b: Array, slot_b: Array | None, tokens: int, positions: int) -> Positions:
+    """The positions of `tokens` tokens from `start_b` on. `length_b` counts each sequence's tokens from there, which
+    may exceed `tokens`."""
+    position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    return Positions(position_bt, start_b + length_b, jnp.minimum(length_b, tokens), slot_b, positions)
+
+
+def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array, Array, Array]:
+    """A window of t positions that ends within a slot of `positions`: what is new there, what of it is real, and where
+    it starts, for `new` [b, …, t, …] with t at `axis`.
+
+    A window that would end beyond starts earlier, with the new entries at its end.
+    """
+    b, t = at.position_bt.shape
+    if t in (1, at.positions):
+        return new, at.real_bt, at.start_b
+    start_b = jnp.minimum(at.start_b, positions - t)
+    from_bt = jnp.arange(t, dtype=jnp.int32) - (at.start_b - start_b)[:, None]
+    real_bt = (from_bt >= 0) & (from_bt < at.length_b[:, None])
+    index = from_bt.reshape(b, *[t if i == axis else 1 for i in range(1, new.ndim)])
+    return jnp.take_along_axis(new, index, axis=axis, mode="clip"), real_bt, start_b
