@@ -7,8 +7,8 @@ from families_f1 import LLAMA, LLAMA3, YARN
 FULL, SLIDING = "full_attention", "sliding_attention"
 TYPES = {"layer_types": [FULL, SLIDING, SLIDING], "num_hidden_layers": 3}
 GEMMA4 = LLAMA | {
-    "head_dim": 12,
-    "global_head_dim": 20,
+    "head_dim": 8,
+    "global_head_dim": 12,
     "hidden_size_per_layer_input": 10,
     "vocab_size_per_layer_input": 131,
 }
@@ -41,12 +41,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LLAMA | {"layer_types": [SLIDING, SLIDING], "sliding_window": 12, "rope_parameters": YARN},
     ],
     "gemma4_text": [
-        # of the last three layers one reads a full layer's keys and values, and two a sliding one's
+        # the last layers read the keys and values of the third and of the first
         GEMMA4
         | {
-            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
-            "num_hidden_layers": 8,
-            "num_kv_shared_layers": 3,
+            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL],
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
             "sliding_window": 7,
             "final_logit_softcapping": 20.0,
@@ -57,6 +57,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         | {
             "sliding_window": 9,
             "hidden_size_per_layer_input": 0,
+            "head_dim": 12,
             "global_head_dim": 8,
             "num_attention_heads": 6,
             "num_key_value_heads": 3,
