@@ -66,6 +66,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "phi": [
         PHI | {"partial_rotary_factor": 0.5},
         PHI | {"qk_layernorm": True, "num_key_value_heads": 2, "rope_parameters": YARN, "layer_norm_eps": 0.1},
+        PHI | {"head_dim": 20, "num_key_value_heads": 1},
         PHI | {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_act": "silu", "rope_theta": 500.0},
     ],
     "stablelm": [

@@ -317,3 +317,14 @@ def test_a_config_of_ones_own() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Config.from_hf(raw)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "helium", "stablelm"])
+def test_heads_that_are_not_as_wide_as_the_model_are_refused(model_type: str) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = family(model_type).Config
+    if model_type == "gpt_neox":
+        del sizes["num_key_value_heads"]
+    assert config.from_hf(sizes | {"head_dim": 16}).sizes["h"] == 16
+    with pytest.raises(ConfigError, match=f"{model_type}: num_attention_heads=4 of head_dim=20 make up 80"):
+        config.from_hf(sizes | {"head_dim": 20})

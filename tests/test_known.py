@@ -51,6 +51,7 @@ PUBLISHED: dict[str, int | str] = {
     "google/gemma-3-4b-it": "3.88b",
     "google/gemma-3-12b-it": "11.8b",
     "google/gemma-3-27b-it": "27.0b",
+    "google/gemma-4-31B-it": "30.7b",
     "THUDM/glm-4-9b-hf": "9.40b",
     "THUDM/GLM-4-9B-0414": "9.40b",
     "THUDM/GLM-4-32B-0414": "32.6b",
@@ -169,14 +170,14 @@ LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Of a decoder, those that a checkpoint has; all layers have the same shapes."""
+    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for Gemma 4's."""
 
     def count(**layers: int) -> int:
         parameters = Outline.of(config | layers).parameters(1)
         return sum(p.elements for p in parameters if not p.is_computed)
 
     (name,) = LAYERS & set(config) or [None]
-    if name is None:
+    if name is None or config["model_type"] == "gemma4_text":
         return count()
     one, two = count(**{name: 1}), count(**{name: 2})
     return one + (config[name] - 1) * (two - one)

@@ -30,12 +30,14 @@ class Config(MultiHeadConfig):
     layer_norm_eps: float = 1e-5
     use_parallel_residual: bool = True
     attention_bias: bool = True
+    head_dim: int | None = None  # HF's RoPE reads it, and its attention does not
     partial_rotary_factor: float = field(default=0.25, metadata={"hf": "rotary_pct"})
     rope_theta: float = field(default=10000.0, metadata={"hf": "rotary_emb_base"})
 
     MODEL_TYPE = "gpt_neox"
     COMPLETE = True
     LAYERS_ALIKE = True
+    HEADS_FILL_WIDTH = True
 
 
 class Block(nnx.Module):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from flax import nnx
 from jax import Array
 
-from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.layers import RMSNorm
@@ -37,12 +36,7 @@ class Config(LlamaLikeConfig):
     MODEL_TYPE = "helium"
     COMPLETE = True
     LAYERS_ALIKE = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        d, n, h = (self.sizes[c] for c in "dnh")
-        if n * h != d:
-            raise ConfigError(f"helium: num_attention_heads={n} of head_dim={h} make up {n * h}, not hidden_size={d}")
+    HEADS_FILL_WIDTH = True
 
 
 class Block(nnx.Module):

@@ -139,7 +139,8 @@ class MultiHeadConfig(RopeConfig):
     fewer key heads than query heads has a field `num_key_value_heads`, and one whose heads may be of any size a field
     `head_dim`, with HF's defaults.
 
-    ACT: the activations that it may have.
+    ACT:              the activations that it may have.
+    HEADS_FILL_WIDTH: whether its heads are as wide together as the model.
     """
 
     vocab_size: int
@@ -151,12 +152,16 @@ class MultiHeadConfig(RopeConfig):
     tie_word_embeddings: bool = False
 
     ACT: ClassVar[Mapping[str, Any]] = ACT
+    HEADS_FILL_WIDTH: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         family = self.MODEL_TYPE
         one_of(family, "hidden_act", self.hidden_act, self.ACT)
+        d, n, h = (self.sizes[c] for c in "dnh")
         if getattr(self, "head_dim", None) is None:
-            divisible(family, "hidden_size", self.hidden_size, "num_attention_heads", self.sizes["n"])
+            divisible(family, "hidden_size", d, "num_attention_heads", n)
+        elif self.HEADS_FILL_WIDTH and n * h != d:
+            raise ConfigError(f"{family}: num_attention_heads={n} of head_dim={h} make up {n * h}, not hidden_size={d}")
         for sizes in (self.sizes, *map(self.sizes_of, range(self.layers))):
             divisible(family, "num_attention_heads", sizes["n"], "num_key_value_heads", sizes["k"])
         super().__post_init__()

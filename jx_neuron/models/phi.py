@@ -27,6 +27,7 @@ class Config(MultiHeadConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     hidden_act: str = "gelu_new"
     layer_norm_eps: float = 1e-5
     qk_layernorm: bool = False

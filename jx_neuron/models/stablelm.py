@@ -28,6 +28,7 @@ class Config(MultiHeadConfig):
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 32
+    head_dim: int | None = None  # HF's RoPE reads it, and its attention does not
     max_position_embeddings: int = 4096
     layer_norm_eps: float = 1e-5
     use_qkv_bias: bool = False
@@ -38,6 +39,7 @@ class Config(MultiHeadConfig):
     MODEL_TYPE = "stablelm"
     COMPLETE = True
     LAYERS_ALIKE = True
+    HEADS_FILL_WIDTH = True
 
 
 class Block(nnx.Module):

@@ -38,13 +38,13 @@ class Parameter:
         return self.elements // self.cores
 
     @property
+    def is_computed(self) -> bool:
+        return self.row is not None and self.row.is_computed
+
+    @property
     def is_looked_up(self) -> bool:
         """Whether it is a table, by position or token, that is never a head."""
         return self.row is not None and bool({"s", "u"} & {*self.row.letters})
-
-    @property
-    def is_computed(self) -> bool:
-        return self.row is not None and self.row.is_computed
 
     @property
     def is_vocabulary_table(self) -> bool:
