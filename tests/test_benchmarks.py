@@ -229,7 +229,7 @@ def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path)
     read = open_checkpoint(path)
     for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size"):
         assert read.config[field] == getattr(model.config, field)
-    assert read.config["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert read.config["rope_parameters"]["rope_theta"] == model.config.rope_parameters["rope_theta"]
     state = model.state_dict()
     assert set(read.names()) == set(state)
     for name, tensor in state.items():

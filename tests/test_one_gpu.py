@@ -36,9 +36,17 @@ def answer(of, inputs):
     key, arrays = inputs.key, inputs.arrays.values()
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of.state(key.rows, key.positions))
     traced = jax.jit(of.step(key)).trace(of.params(key), empty, *arrays)
-    dots = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    dots = [eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "dot_general"]
     _, logits, _ = traced.lower().compile()(of.params(key), empty, *arrays)
     return np.asarray(logits), dots
+
+
+def equations(jaxpr):
+    """Those of `jaxpr` and of what it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
