@@ -70,17 +70,16 @@ class Padding:
 
     def of(self, layer: int | None) -> "Padding":
         """That of a layer; None for what is no layer's."""
-        return self if layer is None or not self.layers else self._by_layer[layer]
+        return self if layer is None or not self.layers else self._by_sizes[tuple(self.layers[layer].items())]
 
     @cached_property
-    def _by_layer(self) -> list["Padding"]:
-        distinct = {tuple(sizes.items()): Padding(sizes, self.tp_degree) for sizes in self.layers}
-        return [distinct[tuple(sizes.items())] for sizes in self.layers]
+    def _by_sizes(self) -> dict[tuple[tuple[str, int], ...], "Padding"]:
+        return {tuple(sizes.items()): Padding(sizes, self.tp_degree) for sizes in self.layers}
 
     @property
     def distinct(self) -> list["Padding"]:
         """Those of the layers, without repetition."""
-        return [*{id(padding): padding for padding in self._by_layer}.values()] or [self]
+        return [*self._by_sizes.values()] or [self]
 
     @cached_property
     def key_value(self) -> tuple[int, ...]:
