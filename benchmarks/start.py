@@ -26,15 +26,14 @@ def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 import jx_neuron
-from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
 tell("import")
 from jx_neuron.checkpoint.demo import demo_model
 import jax, jx_neuron.llm, jx_neuron.runtime.xla
 before = memory("VmRSS")
 model = NeuronAutoModelForCausalLM.from_pretrained(sys.argv[1] or demo_model(), amp="f32").to_neuron()
 tell("load")
-ids = model.tokenizer("The capital of France is")["input_ids"]
-next(iter(model.stream([ids], len(ids) + 8)))
+next(model.generate("The capital of France is", SamplingParams(max_tokens=8), stream=True))
 tell("first_token")
 parameters = 4 * sum(map(math.prod, model.runtime.decoder.shapes.values()))
 print(json.dumps(told | {"peak_over_checkpoint": (memory("VmHWM") - before) / parameters}))

@@ -18,10 +18,11 @@ from checkpoints import (
 )
 from gguf import GGMLQuantizationType as Q
 
+from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import load_config, open_checkpoint
 from jx_neuron.checkpoint.gguf.format import PLAIN
-from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS, Vocabulary
 from jx_neuron.errors import CheckpointError
 
 
@@ -362,7 +363,13 @@ def test_gguf_pre_tokenizers(tmp_path, pre):
     transformers = pytest.importorskip("transformers")
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    ours = open_checkpoint(write_gguf(tmp_path / "m.gguf", pre=pre)).tokenizer()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", pre=pre))
+    ours, plain = checkpoint.tokenizer(), checkpoint.tokenizer(plain=True)
+    for text in (*HARD, "</s>the<s>"):
+        for special in (False, True):
+            ids = ours(text, add_special_tokens=special).input_ids
+            assert plain(text, add_special_tokens=special)["input_ids"] == ids
+            assert plain.decode(ids, skip_special_tokens=special) == ours.decode(ids, skip_special_tokens=special)
     for text in HARD:
         assert ours.decode(ours(text, add_special_tokens=False).input_ids) == text
     if pre in GGUF_PRE_TOKENIZER_SPLITS:  # HF splits texts as GPT-2 where it does not know the name
@@ -372,6 +379,17 @@ def test_gguf_pre_tokenizers(tmp_path, pre):
             assert ids == hf(text, add_special_tokens=False).input_ids
             split = [part for part, _ in ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
             assert split == [part for part, _ in hf.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_texts_take_the_plain_tokenizer_until_hfs_is_loaded(tmp_path, monkeypatch):
+    model = NeuronAutoModelForCausalLM.from_pretrained(write_gguf(tmp_path / "m.gguf"), n_positions=128)
+    sampling = SamplingParams(max_tokens=8, stop="zz")
+    with monkeypatch.context() as without:
+        without.delattr(Vocabulary, "hf_tokenizer")
+        (plain,) = model.generate(TEXT, sampling)
+    assert list(plain.prompt_ids) == model.tokenizer(TEXT).input_ids
+    assert plain.text == model.tokenizer.decode(plain.ids, skip_special_tokens=True)
+    assert model.text_tokenizer is model.tokenizer  # which its owner may change
 
 
 def test_gguf_tokenizer_saved(tmp_path):
@@ -495,7 +513,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 sys.modules["torch"] = None
 from jx_neuron.checkpoint.gguf.format import PLAIN
-from jx_neuron.checkpoint.gguf.tokenizer import SPLITS
+from jx_neuron.checkpoint.gguf.tokenizer import SPLITS, Vocabulary
 from jx_neuron.checkpoint.folder import open_checkpoint
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(path)

@@ -58,7 +58,8 @@ class Checkpoint:
     """An open checkpoint: its configuration is read, its tensors are not.
 
     `path` is a folder or a GGUF file. `config` and `generation_config` have HF's fields. `tensors` have HF's names.
-    `tokenizer_files` are those that a tokenizer needs (none for GGUF, for which see save_tokenizer).
+    `tokenizer_files` are those that a tokenizer needs (none for GGUF, for which see save_tokenizer). `load_tokenizer`
+    gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can.
     """
 
     path: Path
@@ -66,7 +67,7 @@ class Checkpoint:
     generation_config: dict[str, Any] | None
     tensors: Mapping[str, Tensor]
     tokenizer_files: tuple[Path, ...]
-    load_tokenizer: Callable[[], Any]
+    load_tokenizer: Callable[[bool], Any]
 
     @property
     def folder(self) -> Path:
@@ -98,14 +99,16 @@ class Checkpoint:
         with boundary(self.path):
             return self._tensor(name).load()
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.
+
+        plain: whether a `jx_neuron.checkpoint.tokenizer.PlainTokenizer` will do, where there can be one.
 
         Raises CheckpointError where there is none, or where it needs a package that is not installed.
         """
         with gc_paused(), boundary(self.path):
-            tokenizer = self.load_tokenizer()
-            tokenizer.decode(tokenizer("It is 2024.\n").input_ids)  # some damage fails only at the first text
+            tokenizer = self.load_tokenizer(plain)
+            tokenizer.decode(tokenizer("It is 2024.\n")["input_ids"])  # some damage fails only at the first text
             return tokenizer
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
@@ -167,7 +170,7 @@ def open_checkpoint(
             generation_config=_read_config(generation) if generation.is_file() else None,
             tensors=_indexed(weights) if weights.name.endswith(INDEX) else READERS[weights.suffix](weights),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
-            load_tokenizer=lambda: _auto_tokenizer(folder),
+            load_tokenizer=lambda _: _auto_tokenizer(folder),
         )
 
 

@@ -25,7 +25,7 @@ class Prompt:
 def from_text(model: Any, text: str, chat: bool) -> Prompt:
     """A text, tokenized; with `chat`, rendered by the chat template first. Raises InputError."""
     try:
-        tokenizer = model.tokenizer
+        tokenizer = model.tokenizer if chat else model.text_tokenizer
     except JxNeuronError as error:
         raise InputError(f"{error}\nA prompt may be given as token ids: --ids 1,2,3") from error
     rendered = _through_template(tokenizer, text) if chat else text
@@ -44,7 +44,7 @@ def from_ids(model: Any, text: str) -> Prompt:
         raise InputError(f"--ids {text!r} is not legal; it takes token ids, such as 1,2,3")
     ids = row_of([int(word) for word in words], model.limits, "--ids").tolist()
     try:
-        printed = model.tokenizer.decode(ids)
+        printed = model.text_tokenizer.decode(ids)
     except JxNeuronError:
         printed = ",".join(words)
     return Prompt(text, printed, ids)

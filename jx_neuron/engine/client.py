@@ -148,14 +148,17 @@ class Client:
 
     def _prompt(self, prompt: Any, number: int) -> list[int]:
         name, capacity = f"prompt {number}", self.limits.capacity
-        ids = self.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        row: list[int] = prompts.row_of(ids, self.limits, name).tolist()
+        row: list[int] = self._row(prompt, name).tolist()
         if len(row) >= capacity:
             raise InputError(
                 f"{name} has {len(row)} tokens and leaves no room for an answer in n_positions="
                 f"{capacity}; shorten it, or make the model with a larger n_positions"
             )
         return row
+
+    def _row(self, prompt: Any, name: str) -> np.ndarray:
+        ids = self.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        return prompts.row_of(ids, self.limits, name)
 
     def _choices(self, prompt: Sequence[int], sampling: SamplingParams) -> Sequence[Choice]:
         """A Choice for each answer to a prompt."""
@@ -171,7 +174,7 @@ class Client:
                 "scores take the logits of every token, and the programs give the last one's; "
                 "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
             )
-        tokens = [prompts.row_of(row, self.limits, f"row {number}") for number, row in enumerate(rows)]
+        tokens = [self._row(row, f"row {number}") for number, row in enumerate(rows)]
         stride = scoring.stride_of(stride, self.limits.capacity)
         self.last.close()
         return scoring.log_likelihoods(self.engine(), tokens, stride)

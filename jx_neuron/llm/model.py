@@ -58,7 +58,7 @@ class NeuronAutoModelForCausalLM:
             self.settings.generation,
             self.neuron_config.on_device_generation,
         )
-        self._client = Client(self.settings, self.neuron_config, defaults, self._engine, lambda: self.tokenizer)
+        self._client = Client(self.settings, self.neuron_config, defaults, self._engine, lambda: self.text_tokenizer)
 
     def _start(self) -> Engine:
         jobs = self.neuron_config.compilation_worker_count
@@ -307,13 +307,12 @@ class NeuronAutoModelForCausalLM:
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
-        rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in prompts.several(texts)]
-        return [scoring.summary(parts) for parts in self.log_likelihoods(rows, stride=stride)]
+        return [scoring.summary(parts) for parts in self.log_likelihoods(prompts.several(texts), stride=stride)]
 
     def log_likelihoods(self, rows: Sequence[Any], *, stride: int | None = None) -> list[scoring.Parts]:
         """What each row's tokens are worth one by one, given those before them: log-probability, and whether likeliest.
 
-        rows: token ids [t] each. The `stride` is that of `score`.
+        rows: texts, or token ids [t], a row each. The `stride` is that of `score`.
 
         Raises InputError where programs were compiled without output_all_logits, and for ids that there are not.
         """
@@ -395,3 +394,13 @@ class NeuronAutoModelForCausalLM:
     def tokenizer(self) -> Any:
         """The tokenizer, an HF one. Raises InputError where the model came without."""
         return self._origin.tokenizer()
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """What makes tokens of texts and texts of tokens: `tokenizer` once it is loaded, for it may be changed; before,
+        one that gives the same and loads faster. Raises InputError where the model came without."""
+        return self.tokenizer if "tokenizer" in vars(self) else self._plain_tokenizer
+
+    @cached_property
+    def _plain_tokenizer(self) -> Any:
+        return self._origin.tokenizer(plain=True)

@@ -75,8 +75,9 @@ class Origin(Protocol):
         """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
         ...
 
-    def tokenizer(self) -> Any:
-        """The tokenizer, an HF one. Raises a JxNeuronError where there is none."""
+    def tokenizer(self, *, plain: bool = False) -> Any:
+        """The tokenizer, an HF one, or where there can be one that is `plain`, that. Raises a JxNeuronError where
+        there is none."""
         ...
 
     def save_tokenizer(self, folder: Path) -> Sequence[Path]:
@@ -97,8 +98,9 @@ class DecoderOrigin(ABC):
         """Where its parameters come from. Raises CheckpointError where there are none."""
 
     @abstractmethod
-    def tokenizer(self) -> Any:
-        """The tokenizer, an HF one. Raises a JxNeuronError where there is none."""
+    def tokenizer(self, *, plain: bool = False) -> Any:
+        """The tokenizer, an HF one, or where there can be one that is `plain`, that. Raises a JxNeuronError where
+        there is none."""
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -208,9 +210,9 @@ class CheckpointOrigin(DecoderOrigin):
         """Where its parameters come from."""
         return self.source
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's tokenizer. Raises CheckpointError where there is none."""
-        return self.checkpoint.tokenizer()
+        return self.checkpoint.tokenizer(plain=plain)
 
     def save_tokenizer(self, folder: Path) -> Sequence[Path]:
         """Writes the tokenizer's files into `folder`."""
@@ -240,7 +242,7 @@ class ModuleOrigin(DecoderOrigin):
         """Where its parameters come from."""
         return self.source
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
         raise InputError("this model was made from a module, without a checkpoint, and has no tokenizer")
 
@@ -261,7 +263,7 @@ class ConfigOrigin(DecoderOrigin):
         """Raises CheckpointError."""
         raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
         raise InputError("this model was made from a config alone, without a checkpoint, and has no tokenizer")
 

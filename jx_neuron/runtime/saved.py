@@ -119,8 +119,8 @@ class SavedModel:
 
         return first_not_finite(self.parameters())
 
-    def tokenizer(self) -> Any:
-        """The tokenizer, of files whose hashes are checked. Raises ArtifactError where there is none."""
+    def tokenizer(self, *, plain: bool = False) -> Any:
+        """HF's tokenizer, of files whose hashes are checked. Raises ArtifactError where there is none."""
         from jx_neuron.checkpoint.tokenizer import load_tokenizer
 
         if not set(TOKENIZER_FILES) & set(self.artifact.manifest.files):

@@ -22,6 +22,7 @@ from jx_neuron.checkpoint.gguf.architectures import (
 from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Tensor
+from jx_neuron.checkpoint.tokenizer import PlainTokenizer
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
 from jx_neuron.util.parsing import AGAIN
@@ -217,12 +218,13 @@ class Model:
         shape = entry.shape[::-1] if edit is transposed else entry.shape
         return Tensor(shape, dtype, lambda: edit(load(path, entry), n, k))
 
-    def tokenizer(self) -> Any:
-        """HF's tokenizer. Raises CheckpointError for a file without one, or with one of an unknown kind."""
-        from jx_neuron.checkpoint.gguf.tokenizer import build_tokenizer
+    def tokenizer(self, plain: bool) -> Any:
+        """HF's tokenizer, or a PlainTokenizer. Raises CheckpointError for a file without one, or of an unknown kind."""
+        from jx_neuron.checkpoint.gguf.tokenizer import Vocabulary
 
         file, length = self.header.file, self.header.keys.context_length
-        return build_tokenizer(file.metadata, file.path, length, in_order=self.architecture.in_order)
+        vocabulary = Vocabulary.of(file.metadata, file.path, length, in_order=self.architecture.in_order)
+        return PlainTokenizer(vocabulary.backend) if plain else vocabulary.hf_tokenizer()
 
     def _listed(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of which the metadata has one number for each layer."""

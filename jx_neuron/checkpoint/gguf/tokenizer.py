@@ -4,9 +4,10 @@ Pre-tokenizers and defaults: https://github.com/ggml-org/llama.cpp/blob/master/s
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -105,45 +106,66 @@ class _Templates(BaseModel):
     names: Annotated[list[str], FailFast()] = Field([], alias="tokenizer.chat_templates")
 
 
-def build_tokenizer(metadata: Metadata, path: Path, context_length: int, *, in_order: bool = False) -> Any:
-    """A `transformers.PreTrainedTokenizerFast` with special tokens and chat templates.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer of a GGUF file.
 
-    context_length: the longest sequence that the model was trained on.
-    in_order:       whether pieces of a SentencePiece vocabulary are in the order in which they merge, whatever their
-                    scores, as Gemma's are.
-
-    Raises CheckpointError, which names `path`, for a file without a tokenizer or with one of an unknown kind.
+    backend:   makes tokens of texts, and texts of tokens.
+    special:   HF's names of special tokens, and the tokens.
+    templates: the chat template, or several by name.
+    length:    the longest sequence that the model was trained on.
     """
-    from transformers import PreTrainedTokenizerFast
 
-    prefix = "tokenizer.ggml."
-    fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    keys, templates = typed(_Keys, fields, str(path), prefix=prefix), typed(_Templates, metadata, str(path))
-    sentencepiece = partial(_sentencepiece, in_order=in_order)
-    builders: Mapping[str, Callable[[_Keys, Path], Tokenizer]] = {
-        "gpt2": _byte_level,
-        "llama": sentencepiece,
-        "gemma4": sentencepiece,
-    }
-    if keys.model is None or keys.model not in builders or not keys.tokens:
-        raise CheckpointError(
-            f"{path}: tokenizer.ggml.model is {keys.model!r}, of {len(keys.tokens)} tokens; legal are "
-            f"{', '.join(builders)}. {INSTEAD}"
+    backend: Tokenizer
+    special: Mapping[str, str]
+    templates: str | dict[str, str] | None
+    length: int
+
+    @classmethod
+    def of(cls, metadata: Metadata, path: Path, length: int, *, in_order: bool = False) -> Self:
+        """The one that a file's metadata describe.
+
+        in_order: whether pieces of a SentencePiece vocabulary are in the order in which they merge, whatever their
+                  scores, as Gemma's are.
+
+        Raises CheckpointError, which names `path`, for a file without a tokenizer or with one of an unknown kind.
+        """
+        prefix = "tokenizer.ggml."
+        fields = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+        keys, templates = typed(_Keys, fields, str(path), prefix=prefix), typed(_Templates, metadata, str(path))
+        sentencepiece = partial(_sentencepiece, in_order=in_order)
+        builders: Mapping[str, Callable[[_Keys, Path], Tokenizer]] = {
+            "gpt2": _byte_level,
+            "llama": sentencepiece,
+            "gemma4": sentencepiece,
+        }
+        if keys.model is None or keys.model not in builders or not keys.tokens:
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.model is {keys.model!r}, of {len(keys.tokens)} tokens; legal are "
+                f"{', '.join(builders)}. {INSTEAD}"
+            )
+        tokenizer = builders[keys.model](keys, path)
+        ids = {name: getattr(keys, f"{key}_token_id") for name, key in SPECIAL.items()}
+        special = {name: keys.tokens[i] for name, i in ids.items() if i not in (None, NO_TOKEN)}
+        for token_type, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+            known = (token for token in keys.of_type(token_type) if tokenizer.token_to_id(token) is not None)
+            add([AddedToken(token, normalized=False, special=token_type == CONTROL) for token in known])
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([token for token in dict.fromkeys(special.values()) if token not in added])
+        _frame(tokenizer, keys, special)
+        return cls(tokenizer, special, _chat_template(templates), length)
+
+    def hf_tokenizer(self) -> Any:
+        """A `transformers.PreTrainedTokenizerFast` with special tokens and chat templates."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend,
+            chat_template=self.templates,
+            model_max_length=self.length,
+            clean_up_tokenization_spaces=False,
+            **self.special,
         )
-    tokenizer = builders[keys.model](keys, path)
-    ids = {name: getattr(keys, f"{key}_token_id") for name, key in SPECIAL.items()}
-    special = {name: keys.tokens[i] for name, i in ids.items() if i not in (None, NO_TOKEN)}
-    for token_type, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
-        known = (token for token in keys.of_type(token_type) if tokenizer.token_to_id(token) is not None)
-        add([AddedToken(token, normalized=False, special=token_type == CONTROL) for token in known])
-    _frame(tokenizer, keys, special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=_chat_template(templates),
-        model_max_length=context_length,
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
 
 
 def _chat_template(templates: _Templates) -> str | dict[str, str] | None:

@@ -92,7 +92,13 @@ class CpuLayout(Layout):
 
         # all that was there is read before any row is written, or each row would take a copy of the table
         few = b <= MOST_UNROLLED
-        old = jnp.stack([entry(n) for n in range(b)]) if few else lax.map(entry, jnp.arange(b, dtype=jnp.int32))
+
+        def entries() -> Array:
+            return jnp.stack([entry(n) for n in range(b)]) if few else lax.map(entry, jnp.arange(b, dtype=jnp.int32))
+
+        # entries of one position lie apart, and to read them takes as long as to write them
+        one = at.position_bt.shape[1] == 1
+        old = lax.cond(jnp.all(real), lambda: jnp.zeros_like(new), entries) if one else entries()
         written = jnp.where(real, new, old)
         # one row of the table's memory a head, or XLA would keep the order of what makes it, and copy it twice
         written = barrier(written.reshape(*new.shape[:2], -1)).reshape(new.shape)
