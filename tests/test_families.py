@@ -23,7 +23,7 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.integrations.hf_generate import CACHE
 from jx_neuron.models import _FAMILIES, family
 
-LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 18, 64
+LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 32, 80
 TOLERANCE = 1e-5  # of the largest logit
 TARGETS = ("inf2", "trn1", "trn2")
 
@@ -214,6 +214,10 @@ def drawn(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
 @settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=HEALTH_CHECKS)
 @given(data=st.data())
 def test_drawn_configs(model_type: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    original = Original(model_type, data.draw(drawn(model_type)), tmp_path_factory.mktemp(model_type))
+    config = data.draw(drawn(model_type))
+    try:
+        original = Original(model_type, config, tmp_path_factory.mktemp(model_type))
+    except (IndexError, RuntimeError):  # HF itself cannot run it
+        reject()
     original.tolerance = max(original.tolerance, 4 * original.rounding())
     original.check_logits(original.load())

@@ -3,101 +3,21 @@
 What each differs in is as https://github.com/ggml-org/llama.cpp/tree/master/conversion writes it.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
+from jx_neuron.checkpoint.gguf import fields
+from jx_neuron.checkpoint.gguf.architecture import (
+    PAIRS,
+    Architecture,
+    Fields,
+    Names,
+    by_key_head,
+    decoder,
+    llama_like,
+    transposed,
+)
+from jx_neuron.checkpoint.gguf.keys import Header
 
-from jx_neuron.checkpoint.gguf.keys import DIVISORS, INSTEAD, Header
-from jx_neuron.checkpoint.tensor_files import Array
-from jx_neuron.errors import CheckpointError
-
-__all__ = ["ARCHITECTURES", "ROWS", "Architecture", "Edit", "Names", "transposed", "without_one"]
-
-Names = dict[str, str | tuple[str, ...]]
-Fields = dict[str, str | None]
-Edit = Callable[[Array, int, int], Array]
-"""Of values in the file's layout, and the numbers of query and of key heads: the values in HF's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How an architecture becomes HF's model.
-
-    model_type: HF's.
-    names:      HF's names of tensors, without .weight and .bias. A tuple takes apart a tensor of query, key and value
-                rows, and {r} one of a row for each head.
-    fields:     HF's names of fields, by attribute of Keys, where they are not the usual; None where it has no such one.
-    numbers:    HF's names of further fields, by key.
-    flags:      HF's names of fields that are true where the first layer has one of these tensors.
-    more:       further fields.
-    rope:       HF's rope_parameters; None where positions are no rotation.
-    partial:    whether a part of a head may be rotated.
-    edits:      how tensors are laid out as in HF, by name.
-    one_added:  whether weights of norms are stored plus one.
-    in_order:   whether a SentencePiece vocabulary is in the order in which its pieces merge, whatever their scores.
-    lists:      HF's names and shapes of tensors of which a key has one number for each layer.
-    several:    keys that may have a number for each layer.
-    reads:      further keys, which `more` and `rope` read.
-    legal:      values of further keys, which need no field.
-    """
-
-    model_type: str
-    names: Names | Callable[[Header], Names]
-    fields: Fields = field(default_factory=dict)
-    numbers: Mapping[str, str] = field(default_factory=dict)
-    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    more: Callable[[Header], dict[str, Any]] = lambda header: {}
-    rope: Callable[[Header], dict[str, Any]] | None = Header.rope
-    partial: bool = False
-    edits: Mapping[str, Edit] = field(default_factory=dict)
-    one_added: bool = False
-    in_order: bool = False
-    lists: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    several: Collection[str] = ()
-    reads: Collection[str] = ()
-    legal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-def halves(rows: Array, n: int, k: int) -> Array:
-    """[n (2 h/2), …] of [n (h/2 2), …]: rows in halves again, which are in pairs for interleaved rotation."""
-    return rows.reshape(n, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def by_key_head(rows: Array, n: int, k: int) -> Array:
-    """Query, key and value rows end to end, as (k (n/k + 2) h): of each key head its queries, its key and its value."""
-    h, rest = len(rows) // (n + 2 * k), rows.shape[1:]
-    q, key, value = np.split(rows, [n * h, (n + k) * h])
-    parts = [part.reshape(k, -1, h, *rest) for part in (q, key, value)]
-    return np.concatenate(parts, axis=1).reshape(rows.shape)
-
-
-def without_one(rows: Array, n: int, k: int) -> Array:
-    """The weights of a norm that multiplies by 1 + weight."""
-    return rows.astype(np.float32) - np.float32(1)
-
-
-def transposed(rows: Array, n: int, k: int) -> Array:
-    """[out, in] as [in, out]."""
-    return np.ascontiguousarray(rows.T)
-
-
-def decoder(modules: str, layer: str, block: Mapping[str, str | tuple[str, ...]]) -> Names:
-    """Names of embeddings, last norm and head, and after the prefix `layer` of each layer's tensors."""
-
-    def within(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        prefix = f"{layer}.{{i}}."
-        return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
-
-    top: Names = dict(zip(("token_embd", "output_norm", "output"), modules.split(), strict=True))
-    return top | {f"blk.{{i}}.{name}": within(hf) for name, hf in block.items()}
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-GEMMA4_SEVERAL = ("feed_forward_length", "attention.head_count_kv")
-MOST_DIVISOR = 1e30  # of a frequency that is to be none
-TEMPERATURE = "attention.temperature_scale"
 WINDOWS = {"attention.sliding_window", "attention.sliding_window_pattern"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = dict(zip(("attn_q", "attn_k", "attn_v"), QKV, strict=True)) | {"attn_output": "self_attn.o_proj"}
@@ -108,10 +28,6 @@ HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_nor
 PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 SANDWICH = POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
-
-
-def llama_like(**block: str | tuple[str, ...]) -> Names:
-    return decoder("model.embed_tokens model.norm lm_head", "model.layers", block)
 
 
 GPT2_NAMES = decoder(
@@ -127,12 +43,6 @@ GPT2_NAMES = decoder(
     ),
 ) | {"position_embd": "transformer.wpe"}
 DENSE = llama_like(**PRE_NORMS, **ATTENTION, **GATED)
-ROWS: Mapping[str, Callable[[int, int], int]] = {  # of tensors that are taken apart or rearranged, in heads
-    "attn_q": lambda n, k: n,
-    "attn_k": lambda n, k: k,
-    "attn_qkv": lambda n, k: n + 2 * k,
-}
-PAIRS: Mapping[str, Edit] = {"attn_q": halves, "attn_k": lambda rows, n, k: halves(rows, k, k)}
 MEGATRON = {
     "attn_qkv": "self_attention.query_key_value",
     "attn_output": "self_attention.dense",
@@ -153,85 +63,6 @@ GPT2: Fields = {
     "heads": "n_head",
     "feed_forward_length": "n_inner",
 }
-
-
-def query_scalar(header: Header, layers: int) -> dict[str, Any]:
-    """Gemma's query_pre_attn_scalar: the head size, but in those of 27 billion weights, which have so many layers.
-
-    https://github.com/ggml-org/llama.cpp/tree/master/src/models: f_attention_scale
-    """
-    large = header.keys.block_count == layers
-    return {"query_pre_attn_scalar": header.keys.embedding_length // header.keys.heads if large else header.head_dim}
-
-
-def full_alone(header: Header, theta: float) -> dict[str, Any]:
-    """rope_parameters by type of layer: those with a window have another theta, by default `theta`, and no scaling."""
-    sliding = {"rope_type": "default", "rope_theta": header.windows.rope_theta or theta}
-    return {FULL: header.rope(), SLIDING: sliding}
-
-
-def proportional(header: Header) -> dict[str, Any]:
-    """Of full layers RoPE of the first frequencies of a head, whose other divisors are great, and of the others' whole.
-
-    https://github.com/ggml-org/llama.cpp/blob/master/conversion/gemma.py (Gemma4Model.generate_extra_tensors)
-    """
-    divisors = header.factors(DIVISORS)
-    part = int(np.count_nonzero(divisors == 1)) / len(divisors)
-    if not ((divisors == 1) | (divisors >= MOST_DIVISOR)).all():
-        raise CheckpointError(f"{header.file.path}: {DIVISORS} has other divisors than 1 and {MOST_DIVISOR}. {INSTEAD}")
-    theta, swa = header.windows.rope_theta or 10000.0, header.fields
-    if swa.get("rope.dimension_count_swa") != swa.get("attention.key_length_swa"):
-        raise header.refusal("rope.dimension_count_swa", swa.get("rope.dimension_count_swa"), "legal is the head size")
-    full = {"rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": header.keys.rope_theta}
-    return {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": theta}}
-
-
-def gemma4(header: Header) -> dict[str, Any]:
-    types = windowed(6)(header)["layer_types"]
-    full = types.index(FULL) if FULL in types else 0
-    inner, heads = (header.by_layer(key) for key in GEMMA4_SEVERAL)
-    table = header.file.entries.get("per_layer_token_embd.weight")
-    return {
-        **windowed(6)(header),
-        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in header.file.entries,
-        "intermediate_size": inner[0],
-        "use_double_wide_mlp": inner[-1] == 2 * inner[0],
-        "num_key_value_heads": heads[types.index(SLIDING) if SLIDING in types else 0],
-        "num_global_key_value_heads": heads[full],
-        "vocab_size_per_layer_input": table.shape[0] if table else header.file.entries["token_embd.weight"].shape[0],
-    }
-
-
-def tempered(header: Header) -> dict[str, Any]:
-    scale = header.fields.get(TEMPERATURE)
-    return header.rope() | ({} if scale is None else {"llama_4_scaling_beta": scale})
-
-
-def mistral3(header: Header) -> dict[str, Any]:
-    """Mistral Small 3 has the same architecture as Ministral 3, whose queries grow with their position."""
-    return {} if TEMPERATURE in header.fields else {"model_type": "mistral", "sliding_window": None}
-
-
-def phi3(header: Header) -> dict[str, Any]:
-    original = header.keys.original_length or header.keys.context_length
-    return {"original_max_position_embeddings": original, "sliding_window": header.windows.size or None}
-
-
-def windowed(period: int) -> Callable[[Header], dict[str, Any]]:
-    """Of layers all but each `period`-th of which have a window."""
-
-    def fields(header: Header) -> dict[str, Any]:
-        window, layers = header.windows.size or None, header.keys.block_count
-        return {"sliding_window": window, "layer_types": header.sliding(period) if window else [FULL] * layers}
-
-    return fields
-
-
-def falcon(header: Header) -> dict[str, Any]:
-    k, norms = header.kv_heads, 2 if header.has("attn_norm_2.weight") else 1
-    if k == 1 and norms == 1:
-        return {"multi_query": True, "new_decoder_architecture": False}
-    return {"new_decoder_architecture": True, "num_kv_heads": k, "num_ln_in_parallel_attn": norms}
 
 
 def falcon_names(header: Header) -> Names:
@@ -280,7 +111,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         numbers={"logit_scale": "logit_scale"},
         flags=ATTENTION_BIAS,
         reads=WINDOWS,
-        more=windowed(4),
+        more=fields.windowed(4),
     ),
     "command-r": Architecture(
         model_type="cohere",
@@ -294,7 +125,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="exaone4",
         names=llama_like(**POST_NORMS, **ATTENTION, **HEAD_NORMS, **GATED),
         reads=WINDOWS,
-        more=windowed(4),
+        more=fields.windowed(4),
     ),
     "falcon": Architecture(
         model_type="falcon",
@@ -302,7 +133,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fields=EPSILON | {"kv_heads": "num_kv_heads", "key_length": None, "feed_forward_length": "ffn_hidden_size"},
         flags={"bias": ("attn_qkv.bias",)},
         edits={"attn_qkv": by_key_head},
-        more=falcon,
+        more=fields.falcon,
         legal={"tensor_data_layout": ("jploski",)},
     ),
     "gemma": Architecture(model_type="gemma", names=DENSE, flags=ATTENTION_BIAS, one_added=True, in_order=True),
@@ -314,7 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         one_added=True,
         in_order=True,
         reads=WINDOWS,
-        more=lambda header: windowed(2)(header) | query_scalar(header, layers=46),
+        more=lambda header: fields.windowed(2)(header) | fields.query_scalar(header, layers=46),
     ),
     "gemma3": Architecture(
         model_type="gemma3_text",
@@ -323,9 +154,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         flags=ATTENTION_BIAS,
         one_added=True,
         in_order=True,
-        rope=lambda header: full_alone(header, 10000.0),
+        rope=lambda header: fields.full_alone(header, 10000.0),
         reads=WINDOWS | {"rope.freq_base_swa"},
-        more=lambda header: windowed(6)(header) | query_scalar(header, layers=62),
+        more=lambda header: fields.windowed(6)(header) | fields.query_scalar(header, layers=62),
     ),
     "gemma4": Architecture(
         model_type="gemma4_text",
@@ -352,11 +183,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "final_logit_softcapping": "final_logit_softcapping",
         },
         flags=ATTENTION_BIAS,
-        rope=proportional,
-        several=GEMMA4_SEVERAL,
+        rope=fields.proportional,
+        several=fields.GEMMA4_SEVERAL,
         reads=WINDOWS
         | {"rope.freq_base_swa", "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"},
-        more=gemma4,
+        more=fields.gemma4,
     ),
     "glm4": Architecture(
         model_type="glm4",
@@ -434,7 +265,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "llama": Architecture(model_type="llama", names=DENSE, flags=BIASES, edits=PAIRS),
     "mistral3": Architecture(
-        model_type="ministral3", names=DENSE, edits=PAIRS, rope=tempered, more=mistral3, reads={TEMPERATURE}
+        model_type="ministral3",
+        names=DENSE,
+        edits=PAIRS,
+        rope=fields.tempered,
+        more=fields.mistral3,
+        reads={fields.TEMPERATURE},
     ),
     "mpt": Architecture(
         model_type="mpt",
@@ -484,9 +320,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="olmo2",
         names=llama_like(**POST_NORMS, **ATTENTION, **HEAD_NORMS, **GATED),
         flags=ATTENTION_BIAS,
-        rope=lambda header: full_alone(header, header.keys.rope_theta) if header.windows.size else header.rope(),
+        rope=lambda header: fields.full_alone(header, header.keys.rope_theta) if header.windows.size else header.rope(),
         reads=WINDOWS | {"rope.freq_base_swa"},
-        more=lambda header: {"model_type": "olmo3", **windowed(4)(header)} if header.windows.size else {},
+        more=lambda header: {"model_type": "olmo3", **fields.windowed(4)(header)} if header.windows.size else {},
     ),
     "phi2": Architecture(
         model_type="phi",
@@ -503,7 +339,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         model_type="phi3",
         names=llama_like(attn_qkv="self_attn.qkv_proj", attn_output="self_attn.o_proj", **PRE_NORMS, **FUSED_GATE),
         partial=True,
-        more=phi3,
+        more=fields.phi3,
         reads={"attention.sliding_window"},
     ),
     "qwen2": Architecture(model_type="qwen2", names=DENSE),

@@ -10,15 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jx_neuron.checkpoint.gguf.architectures import (
-    ARCHITECTURES,
-    ROWS,
-    Architecture,
-    Edit,
-    Names,
-    transposed,
-    without_one,
-)
+from jx_neuron.checkpoint.gguf.architecture import ROWS, Architecture, Edit, Names, transposed, without_one
+from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
 from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Tensor
