@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jx_neuron.engine.scheduler import Scheduler, Sequence
+from jx_neuron.engine.scheduler import Scheduler
+from jx_neuron.engine.sequence import Sequence
 from jx_neuron.errors import InputError
 from jx_neuron.step.buckets import Buckets
 

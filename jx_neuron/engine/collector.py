@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jx_neuron.engine.scheduler import Row
+from jx_neuron.engine.sequence import Row
 
 if TYPE_CHECKING:
     from jx_neuron.engine.engine import Engine

@@ -13,7 +13,8 @@ from jx_neuron.artifact.settings import Settings
 from jx_neuron.engine.collector import Collector
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.rotations import Rotations
-from jx_neuron.engine.scheduler import Scheduler, Sequence, Turn
+from jx_neuron.engine.scheduler import Scheduler
+from jx_neuron.engine.sequence import Sequence, Turn
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
 from jx_neuron.runtime.base import Runtime

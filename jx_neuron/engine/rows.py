@@ -8,7 +8,7 @@ import numpy as np
 from jx_neuron.engine import prompts
 from jx_neuron.engine.collector import Collector
 from jx_neuron.engine.engine import Engine
-from jx_neuron.engine.scheduler import Sequence
+from jx_neuron.engine.sequence import Sequence
 from jx_neuron.errors import InputError
 
 

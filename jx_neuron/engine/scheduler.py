@@ -1,127 +1,22 @@
 """Which sequences go through the next step, and in which slots: pure Python over plain data, without JAX.
 
-A sequence is tokens of which a slot of the state table holds the first `computed`. The scheduler gives waiting
-sequences slots, makes a turn of steps at a time, and takes the tokens that were drawn. A turn may be planned before the
-tokens of the one before it are known: a decode step takes "the token that this slot drew last".
+The scheduler gives waiting sequences slots, makes a turn of steps at a time, and takes the tokens that were drawn. A
+turn may be planned before the tokens of the one before it are known: a decode step takes "the token that this slot drew
+last".
 """
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 
 from jx_neuron.engine.rotations import Rotations
+from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
-
-
-class Drawing(Protocol):
-    """How a program draws a sequence's tokens; the numbers are those of `jx_neuron.nn.sampling.Sampling`."""
-
-    @property
-    def candidates(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    def uniform(self, index: int) -> float:
-        """The uniform number of the answer's token `index`."""
-        ...
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Tokens that go through a model, and where they are.
-
-    tokens:       known ones: given, or drawn and read.
-    prompt:       how many were given at first.
-    limit:        most tokens that it may come to by drawing; no more than `prompt` for one that draws none.
-    drawing:      how programs draw; None where they do not: the host chooses, or nobody does.
-    every_logits: the logits of every token are wanted, not only of the last.
-    source:       a sequence that begins with the same tokens, to copy them from.
-    extents:      of each given token, the length of the sequence that it was computed in, which RoPE may depend on.
-    computed:     how many tokens the slot holds, or will once the steps under way have run.
-    written:      how many it held at most; more than `computed` where tokens were forgotten since.
-    pending:      how many tokens were drawn and are not known yet.
-    sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
-    """
-
-    tokens: list[int]
-    limit: int = 0
-    drawing: Drawing | None = None
-    every_logits: bool = False
-    source: "Sequence | None" = None
-    extents: list[int] = field(default_factory=list)
-    prompt: int = 0
-    sink: Any = None
-    slot: int | None = None
-    computed: int = 0
-    written: int = 0
-    pending: int = 0
-    used: int = 0
-
-    def __post_init__(self) -> None:
-        self.prompt = self.prompt or len(self.tokens)
-        self.extents = self.extents or [self.prompt] * self.prompt
-
-    @property
-    def length(self) -> int:
-        """Tokens, with those that are not known yet."""
-        return len(self.tokens) + self.pending
-
-    @property
-    def remaining(self) -> int:
-        """Tokens that are yet to be computed; none where it draws and has as many as it may."""
-        full = self.drawing is not None and self.length >= self.limit
-        return 0 if full else self.length - self.computed
-
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Puts given tokens at the end."""
-        self.tokens.extend(tokens)
-        self.extents += [len(self.tokens)] * (len(self.tokens) - len(self.extents))
-
-    def fork(self) -> "Sequence":
-        """Another that begins with the same tokens, which are copied where they can be."""
-        return Sequence(list(self.tokens), extents=list(self.extents), prompt=self.prompt, source=self, sink=self.sink)
-
-    def crop(self, length: int) -> None:
-        """Forgets the tokens from `length` on."""
-        del self.tokens[length:], self.extents[length:]
-        self.computed, self.prompt = min(self.computed, length), min(self.prompt, length)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a step: `count` tokens of a sequence from `start` on; `last` where these reach its end."""
-
-    index: int
-    sequence: Sequence
-    start: int
-    count: int
-    last: bool
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One step and its rows."""
-
-    step: StepInput
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What runs next: copies (source slot, target slot) in order, then steps in order."""
-
-    copies: tuple[tuple[int, int], ...]
-    turns: tuple[Turn, ...]
 
 
 @dataclass

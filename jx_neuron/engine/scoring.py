@@ -10,7 +10,7 @@ import numpy as np
 from jx_neuron.engine.collector import Collector
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.processors import log_softmax
-from jx_neuron.engine.scheduler import Sequence
+from jx_neuron.engine.sequence import Sequence
 from jx_neuron.util.arguments import integer
 
 

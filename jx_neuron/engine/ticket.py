@@ -10,7 +10,7 @@ import numpy as np
 from jx_neuron.engine.draw import largest
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.processors import log_softmax
-from jx_neuron.engine.scheduler import Row, Sequence
+from jx_neuron.engine.sequence import Row, Sequence
 from jx_neuron.engine.stopping import StopStrings
 from jx_neuron.nn.sampling import NOT_FINITE
 
