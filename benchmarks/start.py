@@ -3,7 +3,7 @@
     python benchmarks/start.py
     python benchmarks/start.py ./checkpoint --rounds 7
 
-Without MODEL it is the demo model. Files and programs are cached by a first process, which is told apart as `first`;
+Without MODEL it is the demo model. Files and programs are cached by a first process, which counts as `first`;
 the rest are medians. `peak_over_checkpoint` is the most memory that a process took until its first token, above what it
 had before loading, over the bytes of the parameters.
 """
@@ -19,24 +19,24 @@ import numpy as np
 CHILD = """
 import json, math, sys, time
 began = time.perf_counter()
-told = {}
-def tell(what):
-    told[what] = time.perf_counter() - began
+seconds = {}
+def mark(what):
+    seconds[what] = time.perf_counter() - began
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 import jx_neuron
 from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
-tell("import")
+mark("import")
 from jx_neuron.checkpoint.demo import demo_model
 import jax, jx_neuron.llm, jx_neuron.runtime.xla
 before = memory("VmRSS")
 model = NeuronAutoModelForCausalLM.from_pretrained(sys.argv[1] or demo_model(), amp="f32").to_neuron()
-tell("load")
+mark("load")
 next(model.generate("The capital of France is", SamplingParams(max_tokens=8), stream=True))
-tell("first_token")
+mark("first_token")
 parameters = 4 * sum(map(math.prod, model.runtime.decoder.shapes.values()))
-print(json.dumps(told | {"peak_over_checkpoint": (memory("VmHWM") - before) / parameters}))
+print(json.dumps(seconds | {"peak_over_checkpoint": (memory("VmHWM") - before) / parameters}))
 """
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     first, *warm = (run(options.model) for _ in range(options.rounds + 1))
-    median = {name: float(np.median([told[name] for told in warm])) for name in first}
+    median = {name: float(np.median([seconds[name] for seconds in warm])) for name in first}
     print(json.dumps({"model": options.model or "demo", "first": first, "warm": median}, indent=1))
 
 
