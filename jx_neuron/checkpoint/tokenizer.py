@@ -24,7 +24,7 @@ AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
 class PlainTokenizer:
     """What prompts and answers take of HF's tokenizer: of transformers, only the `tokenizers` library that it calls.
 
-    HF's own takes half a second to import, and twice the memory.
+    HF's own takes half a second to import (docs/notes/start.md).
     """
 
     backend: "Tokenizer"
