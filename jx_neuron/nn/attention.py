@@ -61,8 +61,10 @@ def attend(
     if bias_ns is not None:
         bias_bns = bias_ns[:, position_bs].swapaxes(0, 1) if state.is_ring(at) else bias_ns[None]
         bias_bkg1s = bias_bns.astype(jnp.float32).reshape(-1, k, n // k, 1, s)
-    parts = []
-    for first, last, seen in ops().query_blocks(t, s):
+    blocks, parts = ops().query_blocks(t, s), []
+    if len(blocks) > 1:
+        k_bksh, v_bksh = ops().once((k_bksh, v_bksh))
+    for first, last, seen in blocks:
         w_bkgts = ops().attention_scores(q_btkgh[:, first:last], k_bksh[:, :, :seen])
         if soft_cap is not None:
             w_bkgts = soft_cap * jnp.tanh(w_bkgts / soft_cap)
