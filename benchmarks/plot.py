@@ -17,6 +17,8 @@ ENGINES = {
     "openvino": ("OpenVINO", "#71808f"),
     "onnxruntime_genai": ("onnxruntime-genai", "#4f6375"),
     "llama_cpp": ("llama.cpp", "#2f4152"),
+    "hf_bf16": ("HF transformers, bfloat16", "#cfe0cf"),
+    "openvino_bf16": ("OpenVINO, bfloat16", "#8fb58f"),
     "jx_neuron_f32": ("jx_neuron", "#d9730d"),
     "jx_neuron_bf16": ("jx_neuron, bfloat16", "#f2b880"),
 }

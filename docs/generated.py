@@ -148,10 +148,11 @@ def command_line() -> str:
 
 
 def peers() -> str:
-    """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16."""
+    """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16; beside peers in
+    bfloat16, in bfloat16 alone."""
 
     def ratios(engines: Engines, phase: str, peer: str) -> str:
-        ours = [engines[f"jx_neuron_{amp}"] for amp in ("f32", "bf16")]
+        ours = [engines[f"jx_neuron_{amp}"] for amp in ("f32", "bf16")[peer.endswith("bf16") :]]
         return " / ".join(f"{engine[key]:.2f}" for engine in ours if (key := f"{phase}_over_{peer}") in engine)
 
     return _by_engine(ratios)
