@@ -148,8 +148,10 @@ def command_line() -> str:
 
 
 def peers() -> str:
-    """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16; beside peers in
-    bfloat16, in bfloat16 alone."""
+    """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16.
+
+    Beside peers in bfloat16, in bfloat16 alone.
+    """
 
     def ratios(engines: Engines, phase: str, peer: str) -> str:
         ours = [engines[f"jx_neuron_{amp}"] for amp in ("f32", "bf16")[peer.endswith("bf16") :]]

@@ -18,7 +18,7 @@ from jax._src.lib import xla_client
 from jx_neuron.compiler import cache as compile_cache
 from jx_neuron.compiler import neuronx_cc
 from jx_neuron.compiler.errors import explain
-from jx_neuron.compiler.neuronx_cc import CompilerOptions
+from jx_neuron.compiler.options import CompilerOptions, flags
 from jx_neuron.errors import CompilerError, JxNeuronError
 
 TRN1 = CompilerOptions(target="trn1")
@@ -142,15 +142,15 @@ def test_the_programs_used_here_are_real() -> None:
 )  # fmt: skip
 def test_flags(options: CompilerOptions, user: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_CC_FLAGS", user)
-    assert neuronx_cc.flags(options) == expected
+    assert flags(options) == expected
 
 
 def test_the_runtime_says_how_large_a_logical_core_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
-    assert "--logical-nc-config=1" in neuronx_cc.flags(CompilerOptions(target="trn2"))
-    assert neuronx_cc.flags(TRN1) == DEFAULTS
+    assert "--logical-nc-config=1" in flags(CompilerOptions(target="trn2"))
+    assert flags(TRN1) == DEFAULTS
     with pytest.raises(CompilerError, match="NEURON_LOGICAL_NC_CONFIG is 1"):
-        neuronx_cc.flags(CompilerOptions(target="trn2", logical_nc_config=2))
+        flags(CompilerOptions(target="trn2", logical_nc_config=2))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jx_neuron import artifact
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import CONFIG
 from jx_neuron.compiler import neuronx_cc
-from jx_neuron.compiler.neuronx_cc import CompilerOptions
+from jx_neuron.compiler.options import CompilerOptions, target, user_target
 from jx_neuron.errors import ArtifactError, ConfigError, LoweringError
 from jx_neuron.lowering.signature import ProgramSpec
 from jx_neuron.lowering.verify.checking import Violation, verify
@@ -46,8 +46,8 @@ def target_for(requested: str | None) -> str:
 
     Raises CompilerError where the first two differ, and LoweringError for an unknown family.
     """
-    machine = None if neuronx_cc.user_target() else neuron.target()
-    return target_of(neuronx_cc.target(CompilerOptions(target=requested or machine))).name
+    machine = None if user_target() else neuron.target()
+    return target_of(target(CompilerOptions(target=requested or machine))).name
 
 
 @dataclass
