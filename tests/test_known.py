@@ -165,19 +165,23 @@ PUBLISHED: dict[str, int | str] = {
     "bigcode/starcoder2-3b": 3030371328,
     "bigcode/starcoder2-7b": 7173923840,
     "bigcode/starcoder2-15b": 15957889024,
+    "LiquidAI/LFM2-350M": 354483968,
+    "LiquidAI/LFM2-700M": 742489344,
+    "LiquidAI/LFM2-1.2B": 1170340608,
 }
+DIFFER = {"gemma4_text", "lfm2"}
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for Gemma 4's."""
+    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for those of `DIFFER`."""
 
     def count(**layers: int) -> int:
         parameters = Outline.of(config | layers).parameters(1)
         return sum(p.elements for p in parameters if not p.is_computed)
 
     (name,) = LAYERS & set(config) or [None]
-    if name is None or config["model_type"] == "gemma4_text":
+    if name is None or config["model_type"] in DIFFER:
         return count()
     one, two = count(**{name: 1}), count(**{name: 2})
     return one + (config[name] - 1) * (two - one)

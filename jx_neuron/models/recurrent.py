@@ -1,0 +1,146 @@
+"""What families with recurrent layers share: the types of their layers, and rows of weights and of STATE.
+
+Letters are those of jx_neuron.nn.recurrent: m heads in g groups, i and j the sizes of a head's state, w taps of a
+convolution, and r = w - 1 inputs that it keeps; o groups, where an axis of them is whole; and c channels of a
+convolution alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any, ClassVar
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.checkpoint.hf_config import FULL
+from jx_neuron.checkpoint.weights import W
+from jx_neuron.errors import ConfigError
+from jx_neuron.models.llama_like import RopeConfig
+from jx_neuron.models.rows import column_parallel, ours, row_parallel
+from jx_neuron.nn.layout import KV, S
+from jx_neuron.nn.sharding import AXIS
+from jx_neuron.util.arguments import shown
+
+__all__ = [
+    "ATTENTION",
+    "FULL",
+    "LINEAR",
+    "HybridConfig",
+    "convolution",
+    "fused",
+    "mamba2",
+    "mamba2_state",
+    "require_any_time_step",
+]
+
+LINEAR = "linear_attention"
+# https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py
+LEGACY: Mapping[str, str] = {"mamba": LINEAR, "attention": FULL}
+ATTENTION = tuple(replace(row, of=FULL) for row in KV)
+"""Keys and values, of layers with attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(RopeConfig):
+    """Layers are of type FULL, or of the type RECURRENT; where `layer_types` is null, those of `usual_types`."""
+
+    layer_types: list[str] | None = None
+
+    RECURRENT: ClassVar[str] = LINEAR
+
+    @property
+    def usual_types(self) -> list[str]:
+        """What HF makes of null."""
+        return [self.RECURRENT] * self.layers
+
+    @property
+    def types(self) -> list[str]:
+        """Raises ConfigError for other types, and for more or fewer than there are layers."""
+        types = self.usual_types if self.layer_types is None else [LEGACY.get(str(t), t) for t in self.layer_types]
+        if wrong := next((kind for kind in types if kind not in (FULL, self.RECURRENT)), None):
+            raise ConfigError(
+                f"{self.MODEL_TYPE}: layer_types may hold {FULL} and {self.RECURRENT}, and not {shown(wrong)}"
+            )
+        if len(types) != self.layers:
+            raise ConfigError(f"{self.MODEL_TYPE}: layer_types has {len(types)} entries for {self.layers} layers")
+        return types
+
+
+def fused(*parts: str) -> list[str]:
+    """Of each part of a fused axis how a layout takes it.
+
+    >>> fused("m i", "g j")
+    ['[m i] + g j', 'm i + [g j]']
+    """
+    return [" + ".join(f"[{part}]" if n == i else part for n, part in enumerate(parts)) for i in range(len(parts))]
+
+
+def convolution(source: str, targets: Mapping[str, str]) -> Iterator[W]:
+    """A torch Conv1d over channels one by one: of each `CausalConv` its part of them, as "[m i] + g j" takes one."""
+    for target, part in targets.items():
+        letters = part.partition("[")[2].partition("]")[0] or part
+        rest = [None] * (len(letters.split()) - 1)
+        yield W(f"{source}.weight", f"{target}.kernel", f"({part}) 1 w -> w {letters}", P(None, AXIS, *rest))
+        yield W(f"{source}.bias", f"{target}.bias", f"({part}) -> {letters}", P(AXIS, *rest))
+
+
+def short_conv(source: str, target: str | None = None) -> tuple[W, ...]:
+    """The parameters of a jx_neuron.nn.recurrent.ShortConv."""
+    target = target or ours(source)
+    return (
+        *(
+            row
+            for name, part in zip("BCx", fused("c", "c", "c"), strict=True)
+            for row in column_parallel(f"{source}.in_proj", f"{target}.in_proj.{name}", part)
+        ),
+        *convolution(f"{source}.conv", {f"{target}.conv": "c"}),
+        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "c"),
+    )
+
+
+def short_conv_state(of: str) -> S:
+    """What a jx_neuron.nn.recurrent.ShortConv keeps."""
+    return S("x", "r c", P(None, AXIS), of)
+
+
+def mamba2(source: str, target: str | None = None) -> tuple[W, ...]:
+    """The parameters of a jx_neuron.nn.mamba2.Mamba2."""
+    target = target or ours(source)
+    projections = zip(("z", "x", "B", "C", "dt"), fused("m i", "m i", "g j", "g j", "m"), strict=True)
+    convolutions = zip(("conv_x", "conv_B", "conv_C"), fused("m i", "g j", "g j"), strict=True)
+    return (
+        *(
+            row
+            for name, part in projections
+            for row in column_parallel(f"{source}.in_proj", f"{target}.in_proj.{name}", part)
+        ),
+        *convolution(f"{source}.conv1d", {f"{target}.{name}": part for name, part in convolutions}),
+        *(W(f"{source}.{name}", f"{target}.{name}", "m -> m", P(AXIS)) for name in ("A_log", "D", "dt_bias")),
+        W(f"{source}.norm.weight", f"{target}.norm.scale", "(m i) -> m i", P(AXIS, None)),
+        W(_groups, f"{target}.norm.of_group", "g o -> g o", P(AXIS, None)),
+        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "m i"),
+    )
+
+
+def _groups(config: Any) -> np.ndarray:
+    return np.eye(config.sizes["g"], dtype=np.float32)
+
+
+def mamba2_state(of: str | None = None) -> tuple[S, ...]:
+    """What a jx_neuron.nn.mamba2.Mamba2 keeps."""
+    return (
+        S("x", "r m i", P(None, AXIS), of),
+        S("B", "r g j", P(None, AXIS), of),
+        S("C", "r g j", P(None, AXIS), of),
+        S("ssm", "m i j", P(AXIS), of, "float32"),
+    )
+
+
+INFINITY = {"__float__": "Infinity"}  # as transformers 5 writes it
+
+
+def require_any_time_step(family: str, limit: Sequence[Any] | None) -> None:
+    """Raises ConfigError where time steps are limited: HF limits those of a prompt, and not those of an answer."""
+    if limit is not None and list(limit) not in ([0, inf], [0, INFINITY]):
+        raise ConfigError(f"{family}: time_step_limit={shown(limit)} is not supported, only [0.0, Infinity]")
