@@ -29,7 +29,8 @@ def all_reduces(model_type: str, config: dict[str, Any], layers: int, tp: int) -
     if model_type == "mamba2":
         return layers * (1 + norms)
     if model_type == "falcon_h1":
-        return layers * (2 + (norms and config["mamba_rms_norm"]))
+        adds_scaled = {config["ssm_out_multiplier"], config["attention_out_multiplier"]} != {1.0}
+        return layers * (2 + adds_scaled + (norms and config["mamba_rms_norm"]))
     if model_type == "granitemoehybrid":
         return 2 * layers + norms * config["layer_types"].count("linear_attention")
     return layers * (2 - is_parallel(model_type, config) + 2 * (model_type in NORMS_OVER_HEADS))

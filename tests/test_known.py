@@ -168,6 +168,12 @@ PUBLISHED: dict[str, int | str] = {
     "LiquidAI/LFM2-350M": 354483968,
     "LiquidAI/LFM2-700M": 742489344,
     "LiquidAI/LFM2-1.2B": 1170340608,
+    "AntonV/mamba2-130m-hf": "0.13b",
+    "AntonV/mamba2-370m-hf": "0.37b",
+    "AntonV/mamba2-780m-hf": "780m",
+    "AntonV/mamba2-1.3b-hf": "1.3b",
+    "AntonV/mamba2-2.7b-hf": "2.7b",
+    "mistralai/Mamba-Codestral-7B-v0.1": 7285403648,
 }
 DIFFER = {"gemma4_text", "lfm2"}
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}

@@ -78,6 +78,7 @@ _FAMILIES: dict[str, Family | str] = {
     "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
     "lfm2": "jx_neuron.models.lfm2",
     "llama": "jx_neuron.models.llama",
+    "mamba2": "jx_neuron.models.mamba2",
     "ministral3": "jx_neuron.models.ministral3",
     "mistral": "jx_neuron.models.mistral",
     "mpt": "jx_neuron.models.mpt",

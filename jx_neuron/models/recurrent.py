@@ -6,17 +6,17 @@ convolution alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jx_neuron.checkpoint.hf_config import FULL
+from jx_neuron.checkpoint.hf_config import FULL, divisible
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.llama_like import RopeConfig
+from jx_neuron.models.llama_like import LlamaLikeConfig, RopeConfig
 from jx_neuron.models.rows import column_parallel, ours, row_parallel
 from jx_neuron.nn.layout import KV, S
 from jx_neuron.nn.sharding import AXIS
@@ -27,6 +27,7 @@ __all__ = [
     "FULL",
     "LINEAR",
     "HybridConfig",
+    "MambaConfig",
     "convolution",
     "fused",
     "mamba2",
@@ -65,6 +66,43 @@ class HybridConfig(RopeConfig):
         if len(types) != self.layers:
             raise ConfigError(f"{self.MODEL_TYPE}: layer_types has {len(types)} entries for {self.layers} layers")
         return types
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(LlamaLikeConfig):
+    """The fields of decoders that have Mamba-2 beside attention."""
+
+    mamba_n_heads: int = 128
+    mamba_d_head: int | str = "auto"
+    mamba_n_groups: int = 1
+    mamba_d_state: int = 256
+    mamba_d_conv: int = field(default=4, metadata={"least": 2})
+    mamba_expand: int = 2
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    time_step_limit: list[Any] | tuple[Any, ...] | None = (0.0, inf)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_any_time_step(self.MODEL_TYPE, self.time_step_limit)
+
+    @property
+    def mamba_width(self) -> int:
+        """That of all heads."""
+        return self.mamba_expand * self.hidden_size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Raises ConfigError where heads or groups do not divide."""
+        family, m, g, w = self.MODEL_TYPE, self.mamba_n_heads, self.mamba_n_groups, self.mamba_d_conv
+        divisible(family, "Mamba's width", self.mamba_width, "mamba_n_heads", m)
+        divisible(family, "mamba_n_heads", m, "mamba_n_groups", g)
+        if self.mamba_d_head not in ("auto", i := self.mamba_width // m):
+            raise ConfigError(
+                f"{family}: mamba_d_head={shown(self.mamba_d_head)} is not supported; it may be auto, or "
+                f"{i}, which mamba_n_heads={m} come to"
+            )
+        return super().sizes | dict(m=m, g=g, o=g, i=i, j=self.mamba_d_state, w=w, r=w - 1)
 
 
 def fused(*parts: str) -> list[str]:
@@ -134,6 +172,34 @@ def mamba2_state(of: str | None = None) -> tuple[S, ...]:
         S("B", "r g j", P(None, AXIS), of),
         S("C", "r g j", P(None, AXIS), of),
         S("ssm", "m i j", P(AXIS), of, "float32"),
+    )
+
+
+def gated_delta_net(source: str, target: str | None = None) -> tuple[W, ...]:
+    """The parameters of a jx_neuron.nn.gated_delta_net.GatedDeltaNet, whose projections are as Qwen3.5 has them."""
+    target, parts = target or ours(source), fused("g j", "g j", "m i")
+    alone = zip("zba", ("m i", "m", "m"), strict=True)
+    projections = [("qkv", name, part) for name, part in zip("qkv", parts, strict=True)]
+    projections += [(name, name, part) for name, part in alone]
+    return (
+        *(
+            row
+            for theirs, name, part in projections
+            for row in column_parallel(f"{source}.in_proj_{theirs}", f"{target}.in_proj.{name}", part, bias=False)
+        ),
+        *convolution(f"{source}.conv1d", {f"{target}.conv_{c}": part for c, part in zip("qkv", parts, strict=True)}),
+        *(W(f"{source}.{name}", f"{target}.{name}", "m -> m", P(AXIS)) for name in ("A_log", "dt_bias")),
+        W(f"{source}.norm.weight", f"{target}.norm.scale", "i -> i"),
+        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "m i", bias=False),
+    )
+
+
+def gated_delta_net_state(of: str) -> tuple[S, ...]:
+    """What a jx_neuron.nn.gated_delta_net.GatedDeltaNet keeps."""
+    return (
+        *(S(name, "r g j", P(None, AXIS), of) for name in ("q", "k")),
+        S("v", "r m i", P(None, AXIS), of),
+        S("s", "m i j", P(AXIS), of, "float32"),
     )
 
 
