@@ -15,8 +15,37 @@ MAMBA2 = SPECIAL | {
     "state_size": 20,
     "chunk_size": 8,
 }
+FALCON_H1 = LLAMA | {
+    "mamba_d_ssm": 60,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 20,
+    "mamba_chunk_size": 8,
+    "mamba_rms_norm": True,
+}
+SCALES = {
+    "mlp_multipliers": [0.7, 1.3],
+    "ssm_multipliers": [0.8, 1.2, 0.9, 1.1, 0.7],
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.6,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.4,
+    "key_multiplier": 0.5,
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.4,
+}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "falcon_h1": [
+        FALCON_H1 | SCALES,
+        FALCON_H1
+        | {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True}
+        | {"mamba_n_groups": 2, "mamba_norm_before_gate": False, "attention_out_multiplier": 0.5},
+        FALCON_H1 | SCALES | {"mamba_rms_norm": False, "mamba_conv_bias": False, "tie_word_embeddings": True},
+        FALCON_H1
+        | {"mamba_d_ssm": None, "mamba_n_heads": 8, "mamba_n_groups": 4, "hidden_act": "relu", "mamba_d_conv": 2}
+        | {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20, "rope_parameters": YARN},
+    ],
     "lfm2": [
         LFM2 | {"conv_bias": True},
         LFM2 | {"conv_L_cache": 5, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},

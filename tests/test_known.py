@@ -174,6 +174,7 @@ PUBLISHED: dict[str, int | str] = {
     "AntonV/mamba2-1.3b-hf": "1.3b",
     "AntonV/mamba2-2.7b-hf": "2.7b",
     "mistralai/Mamba-Codestral-7B-v0.1": 7285403648,
+    "tiiuae/Falcon-H1-0.5B-Base": 521411104,
 }
 DIFFER = {"gemma4_text", "lfm2"}
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}

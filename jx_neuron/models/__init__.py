@@ -62,6 +62,7 @@ _FAMILIES: dict[str, Family | str] = {
     "ernie4_5": "jx_neuron.models.ernie4_5",
     "exaone4": "jx_neuron.models.exaone4",
     "falcon": "jx_neuron.models.falcon",
+    "falcon_h1": "jx_neuron.models.falcon_h1",
     "gemma": "jx_neuron.models.gemma",
     "gemma2": "jx_neuron.models.gemma2",
     "gemma3_text": "jx_neuron.models.gemma3_text",
