@@ -34,6 +34,16 @@ SCALES = {
     "embedding_multiplier": 3.0,
     "lm_head_multiplier": 0.4,
 }
+QWEN3_5 = LLAMA | {
+    "head_dim": 20,
+    "num_hidden_layers": 3,
+    "full_attention_interval": 2,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.4},
+}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "falcon_h1": [
@@ -58,5 +68,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         MAMBA2 | {"use_bias": True, "conv_kernel": 3, "tie_word_embeddings": True, "layer_norm_epsilon": 0.1},
         MAMBA2 | {"n_groups": 8, "num_heads": 8, "head_dim": 12, "use_conv_bias": False, "hidden_act": "relu"},
         MAMBA2 | {"n_groups": 3, "expand": 3, "num_heads": 9, "num_hidden_layers": 3, "residual_in_fp32": False},
+    ],
+    "qwen3_5_text": [
+        QWEN3_5,
+        QWEN3_5
+        | {"attention_bias": True, "linear_num_key_heads": 1, "linear_num_value_heads": 3, "num_hidden_layers": 2},
+        QWEN3_5 | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "hidden_act": "relu"},
+        QWEN3_5
+        | {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1}
+        | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1},
     ],
 }

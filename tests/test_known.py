@@ -175,8 +175,11 @@ PUBLISHED: dict[str, int | str] = {
     "AntonV/mamba2-2.7b-hf": "2.7b",
     "mistralai/Mamba-Codestral-7B-v0.1": 7285403648,
     "tiiuae/Falcon-H1-0.5B-Base": 521411104,
+    "Qwen/Qwen3.5-0.8B": "0.8b",
+    "Qwen/Qwen3.5-9B": "9b",
+    "Qwen/Qwen3.5-27B": "27b",
 }
-DIFFER = {"gemma4_text", "lfm2"}
+DIFFER = {"gemma4_text", "lfm2", "qwen3_5_text"}
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 

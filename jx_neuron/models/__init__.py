@@ -93,6 +93,7 @@ _FAMILIES: dict[str, Family | str] = {
     "phi3": "jx_neuron.models.phi3",
     "qwen2": "jx_neuron.models.qwen2",
     "qwen3": "jx_neuron.models.qwen3",
+    "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
     "seed_oss": "jx_neuron.models.seed_oss",
     "smollm3": "jx_neuron.models.smollm3",
     "stablelm": "jx_neuron.models.stablelm",
@@ -105,6 +106,7 @@ _TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
 }
 
 
