@@ -34,6 +34,18 @@ SCALES = {
     "embedding_multiplier": 3.0,
     "lm_head_multiplier": 0.4,
 }
+GRANITE = LLAMA | {
+    "num_local_experts": 0,
+    "shared_intermediate_size": 90,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 20,
+    "mamba_chunk_size": 8,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
 QWEN3_5 = LLAMA | {
     "head_dim": 20,
     "num_hidden_layers": 3,
@@ -55,6 +67,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         FALCON_H1
         | {"mamba_d_ssm": None, "mamba_n_heads": 8, "mamba_n_groups": 4, "hidden_act": "relu", "mamba_d_conv": 2}
         | {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20, "rope_parameters": YARN},
+    ],
+    "granitemoehybrid": [
+        GRANITE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+        GRANITE
+        | {"mamba_n_groups": 1, "mamba_proj_bias": True, "attention_bias": True, "position_embedding_type": "rope"},
+        GRANITE
+        | {"mamba_n_heads": 8, "mamba_n_groups": 8, "mamba_d_conv": 2, "mamba_conv_bias": False, "hidden_act": "relu"}
+        | {"num_attention_heads": 6, "num_key_value_heads": None, "tie_word_embeddings": True},
     ],
     "lfm2": [
         LFM2 | {"conv_bias": True},

@@ -75,6 +75,7 @@ _FAMILIES: dict[str, Family | str] = {
     "gpt_neox": "jx_neuron.models.gpt_neox",
     "gptj": "jx_neuron.models.gptj",
     "granite": "jx_neuron.models.granite",
+    "granitemoehybrid": "jx_neuron.models.granitemoehybrid",
     "helium": "jx_neuron.models.helium",
     "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
     "lfm2": "jx_neuron.models.lfm2",
