@@ -9,12 +9,11 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.errors import ConfigError
-from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeModel
-from jx_neuron.models.recurrent import MambaConfig, mamba2, mamba2_state
+from jx_neuron.models.llama_like import EXTRA_TENSORS, ScaledModel
+from jx_neuron.models.recurrent import MambaConfig, mamba2, mamba2_layer, mamba2_state
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.layers import ACT, RMSNorm
 from jx_neuron.nn.layout import KV
-from jx_neuron.nn.mamba2 import GroupsRMSNorm, Mamba2
 from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.nn.sublayers import Attention, GatedMLP
@@ -51,6 +50,7 @@ class Config(MambaConfig):
     MODEL_TYPE = "falcon_h1"
     COMPLETE = True
     LAYERS_ALIKE = True
+    ALIASES = {"layer_types": "layers_block_type"}  # noqa: RUF012
     # how many tokens HF computes at a time, of how many it gives logits, and what files of the Hub have beside it
     INERT = frozenset(
         "attn_layer_indices layer_types layers_block_type mamba_chunk_size mamba_use_mlp mlp_expansion_factor "
@@ -84,13 +84,10 @@ class Block(nnx.Module):
         d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
         gate_scale, self.down_scale = cfg.mlp_multipliers or (1.0, 1.0)
         self.input_layernorm = RMSNorm(d, eps)
-        self.mamba = Mamba2(
-            cfg.sizes,
-            bias=cfg.mamba_proj_bias,
+        self.mamba = mamba2_layer(
+            cfg,
+            has_norm=cfg.mamba_rms_norm,
             out_bias=cfg.projectors_bias,
-            conv_bias=cfg.mamba_conv_bias,
-            act=ACT[cfg.hidden_act],
-            norm=GroupsRMSNorm(cfg.sizes, eps) if cfg.mamba_rms_norm else None,
             gate_first=not cfg.mamba_norm_before_gate,
             scales=cfg.ssm_multipliers,
             rngs=rngs,
@@ -109,16 +106,10 @@ class Block(nnx.Module):
         return x_btd + self.feed_forward(self.pre_ff_layernorm(x_btd)) * self.down_scale, state
 
 
-class Model(LlamaLikeModel):
+class Model(ScaledModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
-        self.embedding_multiplier, self.lm_head_multiplier = cfg.embedding_multiplier, cfg.lm_head_multiplier
-
-    def embed(self, tokens_bt: Array, at: Positions) -> Array:
-        return super().embed(tokens_bt, at) * self.embedding_multiplier
-
-    def logits(self, x_btd: Array) -> Array:
-        return super().logits(x_btd) * self.lm_head_multiplier
+        scales = dict(embedding_scale=cfg.embedding_multiplier, logits_scale=cfg.lm_head_multiplier)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs, **scales)
 
 
 LAYER = "model.layers.{i}."

@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flax import nnx
-from jax import Array
 
 from jx_neuron.checkpoint.hf_config import one_of
-from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeModel
-from jx_neuron.models.recurrent import ATTENTION, FULL, LINEAR, HybridConfig, MambaConfig, mamba2, mamba2_state
+from jx_neuron.models.llama_like import EXTRA_TENSORS, ScaledModel
+from jx_neuron.models.recurrent import (
+    ATTENTION,
+    FULL,
+    LINEAR,
+    HybridBlock,
+    HybridConfig,
+    MambaConfig,
+    mamba2,
+    mamba2_layer,
+    mamba2_state,
+)
 from jx_neuron.models.rows import GATE, UP, attention, column_parallel, embedding, rms_norm, row_parallel
-from jx_neuron.nn.layers import ACT, RMSNorm
-from jx_neuron.nn.mamba2 import GroupsRMSNorm, Mamba2
-from jx_neuron.nn.rope import Rotation
-from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.state import Positions
 from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
@@ -59,63 +66,38 @@ class Config(HybridConfig, MambaConfig):
         return super().sizes | dict(f=self.shared_intermediate_size)
 
 
-class Block(nnx.Module):
+class Block(HybridBlock):
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
-        d, eps, attends = cfg.hidden_size, cfg.rms_norm_eps, cfg.types[layer] == FULL
-        self.input_layernorm = RMSNorm(d, eps)
-        bias, scale, act = cfg.attention_bias, cfg.attention_multiplier, ACT[cfg.hidden_act]
-        self.self_attn: Any = Attention(cfg.sizes, bias=bias, scale=scale, rngs=rngs) if attends else None
-        self.mamba: Any = (
-            None
-            if attends
-            else Mamba2(
-                cfg.sizes,
-                bias=cfg.mamba_proj_bias,
-                conv_bias=cfg.mamba_conv_bias,
-                act=act,
-                norm=GroupsRMSNorm(cfg.sizes, eps),
-                rngs=rngs,
-            )
-        )
-        self.post_attention_layernorm = RMSNorm(d, eps)
-        self.shared_mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
-        self.residual_multiplier = cfg.residual_multiplier
-
-    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation | None) -> tuple[Array, LayerState]:
-        y_btd = self.input_layernorm(x_btd)
-        y_btd, state = self.mamba(y_btd, state, at) if self.mamba else self.self_attn(y_btd, state, at, by)
-        x_btd = x_btd + y_btd * self.residual_multiplier
-        y_btd = self.shared_mlp(self.post_attention_layernorm(x_btd))
-        return x_btd + y_btd * self.residual_multiplier, state
+        d, eps, scale = cfg.hidden_size, cfg.rms_norm_eps, cfg.attention_multiplier
+        if cfg.types[layer] == FULL:
+            mixer: nnx.Module = Attention(cfg.sizes, bias=cfg.attention_bias, scale=scale, rngs=rngs)
+        else:
+            mixer = mamba2_layer(cfg, rngs=rngs)
+        mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        super().__init__(RMSNorm(d, eps), mixer, RMSNorm(d, eps), mlp, cfg.residual_multiplier)
 
 
-class Model(LlamaLikeModel):
+class Model(ScaledModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs)
+        scales = dict(embedding_scale=cfg.embedding_multiplier, logits_scale=1 / cfg.logits_scaling)
+        super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs, **scales)
         self.rotates = cfg.position_embedding_type == "rope"
-        self.embedding_multiplier, self.logits_scaling = cfg.embedding_multiplier, cfg.logits_scaling
-
-    def embed(self, tokens_bt: Array, at: Positions) -> Array:
-        return super().embed(tokens_bt, at) * self.embedding_multiplier
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
         return super().block_args(at) if self.rotates else (None,)
-
-    def logits(self, x_btd: Array) -> Array:
-        return super().logits(x_btd) / self.logits_scaling
 
 
 L, O = "model.layers.{i}.", "layers.{i}."  # noqa: E741
 STATE = (*ATTENTION, *mamba2_state(LINEAR))
 WEIGHTS = (
     embedding("model.embed_tokens"),
-    rms_norm(L + "input_layernorm"),
-    *attention(L + "self_attn"),
-    *mamba2(L + "mamba"),
-    rms_norm(L + "post_attention_layernorm"),
-    *column_parallel(L + "shared_mlp.input_linear", O + "shared_mlp.gate_up.gate_proj", GATE, bias=False),
-    *column_parallel(L + "shared_mlp.input_linear", O + "shared_mlp.gate_up.up_proj", UP, bias=False),
-    *row_parallel(L + "shared_mlp.output_linear", O + "shared_mlp.down_proj", "f", bias=False),
+    rms_norm(L + "input_layernorm", O + "norm"),
+    *attention(L + "self_attn", O + "mixer"),
+    *mamba2(L + "mamba", O + "mixer"),
+    rms_norm(L + "post_attention_layernorm", O + "mlp_norm"),
+    *column_parallel(L + "shared_mlp.input_linear", O + "mlp.gate_up.gate_proj", GATE, bias=False),
+    *column_parallel(L + "shared_mlp.input_linear", O + "mlp.gate_up.up_proj", UP, bias=False),
+    *row_parallel(L + "shared_mlp.output_linear", O + "mlp.down_proj", "f", bias=False),
     rms_norm("model.norm"),
     embedding("lm_head"),
 )

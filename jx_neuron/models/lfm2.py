@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
-from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.recurrent import ATTENTION, FULL, HybridConfig, short_conv, short_conv_state
+from jx_neuron.models.recurrent import ATTENTION, FULL, HybridBlock, HybridConfig, short_conv, short_conv_state
 from jx_neuron.models.rows import attention, column_parallel, embedding, rms_norm, row_parallel
-from jx_neuron.nn.layers import RMSNorm
+from jx_neuron.nn.layers import ACT, RMSNorm
 from jx_neuron.nn.recurrent import ShortConv
-from jx_neuron.nn.rope import Rotation
-from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 CONV = "conv"
@@ -45,6 +42,7 @@ class Config(HybridConfig, LlamaLikeConfig):
     MODEL_TYPE = "lfm2"
     COMPLETE = True
     RECURRENT = CONV
+    ACT = {"silu": ACT["silu"]}  # noqa: RUF012
     ALIASES = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}  # noqa: RUF012
     # as in files of the Hub: other names of sizes, and what steers initialization
     INERT = frozenset(
@@ -67,21 +65,16 @@ class Config(HybridConfig, LlamaLikeConfig):
         return super().sizes | dict(f=f, c=self.hidden_size, w=w, r=w - 1)
 
 
-class Block(nnx.Module):
+class Block(HybridBlock):
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
-        d, h, eps, attends = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps, cfg.types[layer] == FULL
-        norms: dict[str, Any] = dict(q_norm=RMSNorm(h, eps), k_norm=RMSNorm(h, eps))
-        self.operator_norm = RMSNorm(d, eps)
-        self.self_attn: Any = Attention(cfg.sizes, bias=False, **norms, rngs=rngs) if attends else None
-        self.conv: Any = None if attends else ShortConv(cfg.sizes, bias=cfg.conv_bias, rngs=rngs)
-        self.ffn_norm = RMSNorm(d, eps)
-        self.feed_forward = GatedMLP(cfg.sizes, "silu", bias=False, rngs=rngs)
-
-    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        y_btd = self.operator_norm(x_btd)
-        y_btd, state = self.conv(y_btd, state, at) if self.conv else self.self_attn(y_btd, state, at, by)
-        x_btd = x_btd + y_btd
-        return x_btd + self.feed_forward(self.ffn_norm(x_btd)), state
+        d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
+        if cfg.types[layer] == FULL:
+            norms: dict[str, Any] = dict(q_norm=RMSNorm(h, eps), k_norm=RMSNorm(h, eps))
+            mixer: nnx.Module = Attention(cfg.sizes, bias=False, **norms, rngs=rngs)
+        else:
+            mixer = ShortConv(cfg.sizes, bias=cfg.conv_bias, rngs=rngs)
+        mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        super().__init__(RMSNorm(d, eps), mixer, RMSNorm(d, eps), mlp)
 
 
 class Model(LlamaLikeModel):
@@ -93,14 +86,14 @@ L, O = "model.layers.{i}.", "layers.{i}."  # noqa: E741
 STATE = (*ATTENTION, short_conv_state(CONV))
 WEIGHTS = (
     embedding("model.embed_tokens"),
-    rms_norm(L + "operator_norm"),
-    *attention(L + "self_attn", out="out_proj", bias=False),
-    *(rms_norm(f"{L}self_attn.{x}_layernorm", f"{O}self_attn.{x}_norm", width="h") for x in "qk"),
-    *short_conv(L + "conv"),
-    rms_norm(L + "ffn_norm"),
-    *column_parallel(L + "feed_forward.w1", O + "feed_forward.gate_up.gate_proj", "f", bias=False),
-    *column_parallel(L + "feed_forward.w3", O + "feed_forward.gate_up.up_proj", "f", bias=False),
-    *row_parallel(L + "feed_forward.w2", O + "feed_forward.down_proj", "f", bias=False),
+    rms_norm(L + "operator_norm", O + "norm"),
+    *attention(L + "self_attn", O + "mixer", out="out_proj", bias=False),
+    *(rms_norm(f"{L}self_attn.{x}_layernorm", f"{O}mixer.{x}_norm", width="h") for x in "qk"),
+    *short_conv(L + "conv", O + "mixer"),
+    rms_norm(L + "ffn_norm", O + "mlp_norm"),
+    *column_parallel(L + "feed_forward.w1", O + "mlp.gate_up.gate_proj", "f", bias=False),
+    *column_parallel(L + "feed_forward.w3", O + "mlp.gate_up.up_proj", "f", bias=False),
+    *row_parallel(L + "feed_forward.w2", O + "mlp.down_proj", "f", bias=False),
     rms_norm("model.embedding_norm", "norm"),
     embedding("lm_head"),
 )

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flax import nnx
-from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from jx_neuron.checkpoint.hf_config import divisible
-from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel, full_every
-from jx_neuron.models.recurrent import ATTENTION, FULL, LINEAR, HybridConfig, gated_delta_net, gated_delta_net_state
-from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
+from jx_neuron.models.recurrent import (
+    ATTENTION,
+    FULL,
+    LINEAR,
+    HybridBlock,
+    HybridConfig,
+    gated_delta_net,
+    gated_delta_net_state,
+)
+from jx_neuron.models.rows import embedding, gated_attention, gated_mlp, rms_norm
 from jx_neuron.nn.gated_delta_net import GatedDeltaNet
 from jx_neuron.nn.layers import ACT, RMSNorm
-from jx_neuron.nn.rope import Rotation
-from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.nn.sublayers import GatedAttention, GatedMLP
 
 
@@ -70,26 +73,16 @@ class Config(HybridConfig, LlamaLikeConfig):
         return super().sizes | dict(m=m, g=g, i=self.linear_value_head_dim, j=self.linear_key_head_dim, w=w, r=w - 1)
 
 
-class Block(nnx.Module):
+class Block(HybridBlock):
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
-        d, h, eps, attends = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps, cfg.types[layer] == FULL
-        norms: dict[str, Any] = dict(q_norm=RMSNorm(h, eps, offset=1), k_norm=RMSNorm(h, eps, offset=1))
-        self.input_layernorm = RMSNorm(d, eps, offset=1)
-        self.self_attn: Any = (
-            GatedAttention(cfg.sizes, bias=cfg.attention_bias, **norms, rngs=rngs) if attends else None
-        )
-        self.linear_attn: Any = (
-            None if attends else GatedDeltaNet(cfg.sizes, act=ACT[cfg.hidden_act], eps=eps, rngs=rngs)
-        )
-        self.post_attention_layernorm = RMSNorm(d, eps, offset=1)
-        self.mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
-
-    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        y_btd = self.input_layernorm(x_btd)
-        mixed = self.linear_attn(y_btd, state, at) if self.linear_attn else self.self_attn(y_btd, state, at, by)
-        y_btd, state = mixed
-        x_btd = x_btd + y_btd
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), state
+        d, h, eps = cfg.hidden_size, cfg.sizes["h"], cfg.rms_norm_eps
+        if cfg.types[layer] == FULL:
+            norms: dict[str, Any] = dict(q_norm=RMSNorm(h, eps, offset=1), k_norm=RMSNorm(h, eps, offset=1))
+            mixer: nnx.Module = GatedAttention(cfg.sizes, bias=cfg.attention_bias, **norms, rngs=rngs)
+        else:
+            mixer = GatedDeltaNet(cfg.sizes, act=ACT[cfg.hidden_act], eps=eps, rngs=rngs)
+        mlp = GatedMLP(cfg.sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        super().__init__(RMSNorm(d, eps, offset=1), mixer, RMSNorm(d, eps, offset=1), mlp)
 
 
 class Model(LlamaLikeModel):
@@ -99,24 +92,14 @@ class Model(LlamaLikeModel):
 
 
 L, O = "model.layers.{i}.", "layers.{i}."  # noqa: E741
-Q, GATE = "n ([h] + h)", "n (h + [h])"  # of each head of q_proj
 STATE = (*ATTENTION, *gated_delta_net_state(LINEAR))
 WEIGHTS = (
     embedding("model.embed_tokens"),
-    rms_norm(L + "input_layernorm"),
-    *(row for row in attention(L + "self_attn") if ".q_proj." not in row.target),
-    *(
-        W(f"{L}self_attn.q_proj.{name}", f"{O}self_attn.{target}.{ours}", layout, split)
-        for target, part in (("qkv.q_proj", Q), ("gate_proj", GATE))
-        for name, ours, layout, split in (
-            ("weight", "kernel", f"({part}) d -> d n h", P(None, "tp", None)),
-            ("bias", "bias", f"({part}) -> n h", P("tp", None)),
-        )
-    ),
-    rms_norm(L + "self_attn.q_norm", width="h"),
-    rms_norm(L + "self_attn.k_norm", width="h"),
-    *gated_delta_net(L + "linear_attn"),
-    rms_norm(L + "post_attention_layernorm"),
+    rms_norm(L + "input_layernorm", O + "norm"),
+    *gated_attention(L + "self_attn", O + "mixer"),
+    *(rms_norm(f"{L}self_attn.{x}_norm", f"{O}mixer.{x}_norm", width="h") for x in "qk"),
+    *gated_delta_net(L + "linear_attn", O + "mixer"),
+    rms_norm(L + "post_attention_layernorm", O + "mlp_norm"),
     *gated_mlp(L + "mlp", bias=False),
     rms_norm("model.norm"),
     embedding("lm_head"),

@@ -1,4 +1,4 @@
-"""What families with recurrent layers share: the types of their layers, and rows of weights and of STATE.
+"""What families with recurrent layers share: the types of their layers, a block, and rows of weights and of STATE.
 
 Letters are those of jx_neuron.nn.recurrent: m heads in g groups, i and j the sizes of a head's state, w taps of a
 convolution, and r = w - 1 inputs that it keeps; o groups, where an axis of them is whole; and c channels of a
@@ -11,6 +11,8 @@ from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
+from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.checkpoint.hf_config import FULL, divisible
@@ -18,21 +20,31 @@ from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import LlamaLikeConfig, RopeConfig
 from jx_neuron.models.rows import column_parallel, ours, row_parallel
+from jx_neuron.nn.layers import ACT
 from jx_neuron.nn.layout import KV, S
+from jx_neuron.nn.mamba2 import GroupsRMSNorm, Mamba2
 from jx_neuron.nn.sharding import AXIS
+from jx_neuron.nn.state import LayerState, Positions
+from jx_neuron.nn.sublayers import Attention
 from jx_neuron.util.arguments import shown
 
 __all__ = [
     "ATTENTION",
     "FULL",
     "LINEAR",
+    "HybridBlock",
     "HybridConfig",
     "MambaConfig",
     "convolution",
     "fused",
+    "gated_delta_net",
+    "gated_delta_net_state",
     "mamba2",
+    "mamba2_layer",
     "mamba2_state",
     "require_any_time_step",
+    "short_conv",
+    "short_conv_state",
 ]
 
 LINEAR = "linear_attention"
@@ -103,6 +115,39 @@ class MambaConfig(LlamaLikeConfig):
                 f"{i}, which mamba_n_heads={m} come to"
             )
         return super().sizes | dict(m=m, g=g, o=g, i=i, j=self.mamba_d_state, w=w, r=w - 1)
+
+
+class HybridBlock(nnx.Module):
+    """x + mixer(norm(x)), and then x + mlp(norm(x)); the mixer is attention in some layers, a recurrence in the others.
+
+    scale: of what is added.
+    """
+
+    def __init__(self, norm: nnx.Module, mixer: nnx.Module, mlp_norm: nnx.Module, mlp: nnx.Module, scale: float = 1.0):
+        self.norm: Any = norm
+        self.mixer: Any = mixer
+        self.mlp_norm: Any = mlp_norm
+        self.mlp: Any = mlp
+        self.scale = scale
+
+    def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Any) -> tuple[Array, LayerState]:
+        rotation = (by,) if isinstance(self.mixer, Attention) else ()
+        y_btd, state = self.mixer(self.norm(x_btd), state, at, *rotation)
+        x_btd = x_btd + y_btd * self.scale
+        return x_btd + self.mlp(self.mlp_norm(x_btd)) * self.scale, state
+
+
+def mamba2_layer(cfg: MambaConfig, *, has_norm: bool = True, rngs: nnx.Rngs, **options: Any) -> Mamba2:
+    """The layer of a config's fields; `options` are those of Mamba2 that it has none for."""
+    return Mamba2(
+        cfg.sizes,
+        bias=cfg.mamba_proj_bias,
+        conv_bias=cfg.mamba_conv_bias,
+        act=ACT[cfg.hidden_act],
+        norm=GroupsRMSNorm(cfg.sizes, cfg.rms_norm_eps) if has_norm else None,
+        rngs=rngs,
+        **options,
+    )
 
 
 def fused(*parts: str) -> list[str]:

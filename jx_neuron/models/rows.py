@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "column_parallel",
     "embedding",
+    "gated_attention",
     "gated_mlp",
     "grouped_qkv",
     "head_bias",
@@ -125,6 +126,16 @@ def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]
         *_column_parallel(source, f"{target}.q_proj", "(k ([n/k h] + h + h))", "n h", bias),
         *_column_parallel(source, f"{target}.k_proj", "(k (n/k h + [h] + h))", "k h", bias),
         *_column_parallel(source, f"{target}.v_proj", "(k (n/k h + h + [h]))", "k h", bias),
+    )
+
+
+def gated_attention(source: str, target: str | None = None, *, bias: bool = True) -> tuple[W, ...]:
+    """The projections of jx_neuron.nn.sublayers.GatedAttention; HF's q_proj has of each head its query and its gate."""
+    target = target or ours(source)
+    return (
+        *_column_parallel(f"{source}.q_proj", f"{target}.qkv.q_proj", "(n ([h] + h))", "n h", bias),
+        *_column_parallel(f"{source}.q_proj", f"{target}.gate_proj", "(n (h + [h]))", "n h", bias),
+        *(row for row in attention(source, target, bias=bias) if ".q_proj." not in row.target),
     )
 
 
