@@ -174,7 +174,7 @@ PUBLISHED: dict[str, int | str] = {
     "AntonV/mamba2-1.3b-hf": "1.3b",
     "AntonV/mamba2-2.7b-hf": "2.7b",
     "mistralai/Mamba-Codestral-7B-v0.1": 7285403648,
-    "tiiuae/Falcon-H1-0.5B-Base": 521411104,
+    "tiiuae/Falcon-H1-0.5B-Instruct": 521411104,
     "ibm-granite/granite-4.0-h-micro": "3b",
     "Qwen/Qwen3.5-0.8B": "0.8b",
     "Qwen/Qwen3.5-9B": "9b",
