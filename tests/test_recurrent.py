@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import OPTIONS
+from families import OPTIONS, all_reduces
 from jax import numpy as jnp
 from steps import step_input
 from test_families import random_model
@@ -90,6 +90,12 @@ def test_a_sequence_may_be_cut_at_every_token(delta: bool) -> None:
         np.testing.assert_allclose(s, state, rtol=0, atol=1e-5 * np.abs(state).max())
 
 
+def families(usual: str) -> Any:
+    """All of them, of which the others than `usual` are run as `slow`."""
+    cases = [pytest.param(name, marks=[] if name == usual else pytest.mark.slow) for name in RECURRENT]
+    return pytest.mark.parametrize("family", cases)
+
+
 def original(family: str) -> Any:
     """HF's model, whose states decay slowly."""
     hf = random_model(family, OPTIONS[family][0])
@@ -124,7 +130,19 @@ def test_sequences_of_different_ages_give_their_own_logits(family: str, tp: int)
         check(np.asarray(output.logits)[place], tiny.logits(hf, np.asarray([tokens]))[0, -1])
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == "lfm2" else pytest.mark.slow) for f in RECURRENT])
+@families("mamba2")
+def test_a_prompt_may_be_cut_at_every_token(family: str) -> None:
+    """In one slot, which each prompt finds as the one before left it."""
+    hf, key = original(family), ProgramKey("prefill", 1, 16, 64)
+    of, tokens = runtime_of(hf, 1), SEQUENCES[0]
+    expected = tiny.logits(hf, np.asarray([tokens]))[0, -1]
+    for cut in range(1, len(tokens)):
+        of.run(step_input(key, [tokens[:cut]], [0], [2]))
+        output = of.run(step_input(key, [tokens[cut:]], [cut], [2]))
+        check(np.asarray(output.logits)[0], expected)
+
+
+@families("lfm2")
 @pytest.mark.parametrize("backend", ["xla", pytest.param("host", marks=pytest.mark.slow)])
 def test_slots_prefixes_and_answers_share_no_state(family: str, backend: str, tmp_path: Path) -> None:
     hf = original(family)
@@ -155,6 +173,14 @@ def test_bytes_of_the_state_are_those_of_the_program(family: str) -> None:
     assert {t.dtype for t in tables} == ({"bfloat16"} if family == "lfm2" else {"bfloat16", "float32"})
     for target in ("inf2", "trn1", "trn2"):  # a loop over chunks among what is checked
         assert program.verify(target) == []
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_plan_counts_the_all_reduces_of_sublayers(family: str) -> None:
+    raw = AutoConfig.for_model(family, **OPTIONS[family][0]).to_dict()
+    outline = Outline.of(raw)
+    count = outline.all_reduces * outline.decoder.config.layers
+    assert round(count, 6) == all_reduces(family, raw, outline.decoder.config.layers, tp=1)  # where no norm needs one
 
 
 @pytest.mark.slow
