@@ -22,6 +22,20 @@ def is_parallel(model_type: str, config: dict[str, Any]) -> bool:
     return model_type in PARALLEL or bool(config.get("use_parallel_residual"))
 
 
+def all_reduces(model_type: str, config: dict[str, Any], layers: int, tp: int) -> int:
+    """All-reduces of the layers in a step: of attention or a recurrence, of an MLP, and of norms over many heads."""
+    groups = config.get("n_groups", config.get("mamba_n_groups", tp))
+    norms = groups % tp > 0  # of heads of groups that lie on several cores
+    if model_type == "mamba2":
+        return layers * (1 + norms)
+    if model_type == "falcon_h1":
+        adds_scaled = {config["ssm_out_multiplier"], config["attention_out_multiplier"]} != {1.0}
+        return layers * (2 + adds_scaled + (norms and config["mamba_rms_norm"]))
+    if model_type == "granitemoehybrid":
+        return 2 * layers + norms * config["layer_types"].count("linear_attention")
+    return layers * (2 - is_parallel(model_type, config) + 2 * (model_type in NORMS_OVER_HEADS))
+
+
 def numbered(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """The ids of cases: model_type-number."""
     names = [name for name, _ in cases]

@@ -344,6 +344,11 @@ def test_an_older_format_says_to_save_again_and_can_be_replaced(version: int, sa
     assert artifact.read(saved).manifest.settings == SETTINGS
 
 
+def test_an_artifact_from_before_state_had_dtypes_is_read(saved: Path) -> None:
+    reseal(saved, lambda manifest: manifest["settings"].pop("state_dtypes"))
+    assert artifact.read(saved).manifest.settings == SETTINGS
+
+
 def test_a_second_axis_of_the_mesh_needs_no_other_format(saved: Path) -> None:
     def widen(manifest: dict[str, Any]) -> None:
         for entry in manifest["programs"]:

@@ -165,19 +165,34 @@ PUBLISHED: dict[str, int | str] = {
     "bigcode/starcoder2-3b": 3030371328,
     "bigcode/starcoder2-7b": 7173923840,
     "bigcode/starcoder2-15b": 15957889024,
+    "LiquidAI/LFM2-350M": 354483968,
+    "LiquidAI/LFM2-700M": 742489344,
+    "LiquidAI/LFM2-1.2B": 1170340608,
+    "AntonV/mamba2-130m-hf": "0.13b",
+    "AntonV/mamba2-370m-hf": "0.37b",
+    "AntonV/mamba2-780m-hf": "780m",
+    "AntonV/mamba2-1.3b-hf": "1.3b",
+    "AntonV/mamba2-2.7b-hf": "2.7b",
+    "mistralai/Mamba-Codestral-7B-v0.1": 7285403648,
+    "tiiuae/Falcon-H1-0.5B-Instruct": 521411104,
+    "ibm-granite/granite-4.0-h-micro": "3b",
+    "Qwen/Qwen3.5-0.8B": "0.8b",
+    "Qwen/Qwen3.5-9B": "9b",
+    "Qwen/Qwen3.5-27B": "27b",
 }
+DIFFER = {"gemma4_text", "granitemoehybrid", "lfm2", "qwen3_5_text"}
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for Gemma 4's."""
+    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for those of `DIFFER`."""
 
     def count(**layers: int) -> int:
         parameters = Outline.of(config | layers).parameters(1)
         return sum(p.elements for p in parameters if not p.is_computed)
 
     (name,) = LAYERS & set(config) or [None]
-    if name is None or config["model_type"] == "gemma4_text":
+    if name is None or config["model_type"] in DIFFER:
         return count()
     one, two = count(**{name: 1}), count(**{name: 2})
     return one + (config[name] - 1) * (two - one)

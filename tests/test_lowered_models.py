@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from families import FIRST_RELEASE, NORMS_OVER_HEADS, OPTIONS, is_parallel, numbered
+from families import FIRST_RELEASE, NORMS_OVER_HEADS, OPTIONS, all_reduces, is_parallel, numbered
 from jax import numpy as jnp
 from transformers import AutoConfig
 
@@ -63,10 +63,10 @@ def test_collectives_of_every_family(name: str, options: dict[str, Any]) -> None
     candidates, and one of the numbers of key heads for such a norm."""
     raw = AutoConfig.for_model(name, **deepcopy(options)).to_dict()
     decoder, over_heads = Decoder.from_config(raw, TP), name in NORMS_OVER_HEADS
-    tables, per_layer = 1 + bool(raw.get("hidden_size_per_layer_input")), 2 - is_parallel(name, raw) + 2 * over_heads
+    sums = 1 + bool(raw.get("hidden_size_per_layer_input")) + all_reduces(name, raw, decoder.config.layers, TP)
     keys = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32, 16)]
     for program in lower_model(decoder, keys, SLOTS, POSITIONS, jnp.bfloat16):
-        expected = Counter({"all-reduce": tables + per_layer * decoder.config.layers, "all-gather": 2 + over_heads})
+        expected = Counter({"all-reduce": sums, "all-gather": 2 + over_heads})
         assert collectives(program) == expected, program.name
         assert {c.replica_groups for c in program.collectives()} == {(tuple(range(TP)),)}
         for target in ("inf2", "trn1", "trn2"):

@@ -91,7 +91,7 @@ UP = "layers.{i}.mlp.up_proj"
         (KERNEL, dict(layout="d (c n h -> d c n h"), ("no einops pattern", "Imbalanced parentheses")),
         (KERNEL, dict(layout="d (c n h) => d c n h"), ("no einops pattern", "legal are letters from HF's axes")),
         (KERNEL, dict(layout="d (c n h) -> d (c n h)"), ("no parentheses after the arrow",)),
-        ("norm.scale", dict(layout="d 1 -> d"), ("no other axes",)),
+        ("norm.scale", dict(layout="d () -> d"), ("no other axes",)),
         ("norm.scale", dict(layout="d ... -> d"), ("no other axes",)),
         (KERNEL, dict(layout="d (c n h) -> c d n h"), ("ends in c d n h, so [3, 32, 4, 8]", "has shape [32, 3, 4, 8]")),
         (

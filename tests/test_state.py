@@ -132,8 +132,8 @@ def at(start, length, slots, tokens: int, positions: int):
 
 
 def every(slots: int, positions: int):
-    """To read all of a table."""
-    return at([0] * slots, [1] * slots, range(slots), 1, positions)
+    """To read all of a table, as sequences that go on do."""
+    return at([1] * slots, [1] * slots, range(slots), 1, positions)
 
 
 @LAYOUTS
@@ -151,11 +151,24 @@ def test_a_window_that_would_end_beyond_the_slot_writes_the_right_positions(layo
 
 
 @LAYOUTS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_of_state_may_have_a_dtype_of_its_own(layout, dtype: str) -> None:
+    state = table(layout, (2, 3), rows=(S("h", "d"), S("sum", "d", dtype="float32")), dtype=dtype, windows=[None])
+    fine = jnp.asarray([[1 + 2**-20] * 3] * 2)
+    written = state.of_layer(0).write(every(2, 8), h=fine, sum=fine)
+    assert (written.read("h", every(2, 8)).dtype, written.read("sum", every(2, 8)).dtype) == (dtype, "float32")
+    np.testing.assert_array_equal(written.read("sum", every(2, 8)), fine)
+    np.testing.assert_array_equal(written.read("h", every(2, 8)), fine.astype(dtype))
+
+
+@LAYOUTS
 def test_a_row_of_state_without_positions_has_one_entry_a_slot(layout) -> None:
     state = table(layout, (4, 3), rows=(S("h", "d"),), fill=7.0)
-    rows_at = at([5, 0], [2, 0], [3, 1], 4, 8)
+    rows_at = at([4, 3], [2, 0], [3, 1], 4, 8)
     np.testing.assert_array_equal(state.of_layer(1).read("h", rows_at), np.full((2, 3), 7.0))
     written = state.of_layer(1).write(rows_at, h=jnp.arange(6.0).reshape(2, 3)).state
+    beginning = at([0, 3], [2, 2], [3, 1], 4, 8)  # where a sequence begins, what its slot held does not count
+    np.testing.assert_array_equal(state.of_layer(1).read("h", beginning), [[0.0] * 3, [7.0] * 3])
     expected = np.full((4, 3), 7.0)
     expected[3] = [0, 1, 2]  # slot 1's row has no tokens
     np.testing.assert_array_equal(written.of_layer(1).read("h", every(4, 8)), expected)
@@ -186,8 +199,7 @@ class Layer(nnx.Module):
         self.scale = nnx.Param(jnp.ones((d,)))
 
     def __call__(self, x_btd, state, at):
-        h_bd = jnp.where(at.start_b[:, None] == 0, 0, state.read("h", at))
-        outputs = []
+        h_bd, outputs = state.read("h", at), []
         for t in range(x_btd.shape[1]):
             h_bd = jnp.where(at.real_bt[:, t, None], h_bd / 2 + self.scale[...] * x_btd[:, t], h_bd)
             outputs.append(h_bd)

@@ -84,6 +84,7 @@ def checkpoint(decoder: Decoder, without: str = "\0") -> dict[str, np.ndarray]:
         ("(n (h + [p])) d -> n d p", lambda x: x.reshape(3, 6, 5)[:, 2:].transpose(0, 2, 1)),
         ("d (n (1 + [1])) -> d n", lambda x: x.reshape(5, 6)[:, 1::2]),
         ("d (n ([1] + 1 + h)) -> d n", lambda x: x.reshape(5, 12)[:, ::4]),
+        ("(n h + [k h]) 1 d -> d k h", lambda x: x.reshape(10, 5)[6:].T.reshape(5, 2, 2)),
     ],
 )
 def test_a_part_of_a_fused_axis_is_its_slice(text: str, expected) -> None:

@@ -26,12 +26,14 @@ def check_fit(
     slots: int,
     positions: int,
     state: Mapping[str, tuple[int, ...]],
+    state_dtypes: Mapping[str, str],
     dtype: np.dtype[Any],
     vocab_size: int,
 ) -> None:
     """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
-    slots, positions, dtype: those of the state table; `state` gives the shape of one slot of each of its arrays.
+    slots, positions, dtype: those of the state table; `state` gives the shape of one slot of each of its arrays, and
+                             `state_dtypes` the dtypes of those that have one of their own.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
@@ -47,7 +49,7 @@ def check_fit(
         raise _misfit(program, f"its state does not end in the last token of {slots} slots")
     if _numbers(tables) > _numbers(by_kind["param"]) * slots * positions:
         raise _misfit(program, "its state has more numbers a position than the model has parameters")
-    rows = [(f"state.{name}", (slots, *shape), dtype.name) for name, shape in state.items()]
+    rows = [(f"state.{name}", (slots, *shape), state_dtypes.get(name, dtype.name)) for name, shape in state.items()]
     if (actual := _layouts(tables)) != rows:
         others = [tensor for tensor, layout in zip(tables, actual, strict=True) if layout not in rows]
         raise _misfit(

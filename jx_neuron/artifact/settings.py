@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -58,6 +58,7 @@ class Settings:
     rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
     window:       how many of a sequence's last positions every layer keeps; None for all.
     state:        of each array of the state table the shape of one slot on one core, by name.
+    state_dtypes: the dtypes of those arrays that have one of their own, whatever `amp` is.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -76,6 +77,9 @@ class Settings:
     rotations: tuple[Positive, bool] | None = None
     window: Annotated[int, Field(ge=0, le=MOST)] | None = None
     state: Annotated[Mapping[str, Several[Count]], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
+    state_dtypes: Annotated[Mapping[str, Literal["float32"]], Field(max_length=MOST_ENTRIES)] = field(
+        default_factory=dict
+    )
 
     __pydantic_config__ = RECORD
 

@@ -23,7 +23,8 @@ class Layout:
 
     "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
     second one. n/k is n divided by k: "(k n/k h) d -> d n h" has the n heads in k groups, and
-    "(k ([n/k h] + h + h)) d -> d n h" takes those of each group from what lies beside them.
+    "(k ([n/k h] + h + h)) d -> d n h" takes those of each group from what lies beside them. An axis of 1 is left out:
+    "c 1 w -> w c".
 
     before: the tensor's axes, with `PARTS` for the sum.
     after:  the parameter's axes.
@@ -53,7 +54,7 @@ class Layout:
         for part in self.parts:
             ParsedExpression(part)
         ParsedExpression(self.before)
-        axes_of_one = "1" in self.axes or not all(after.composition) or "()" in self.before.replace(" ", "")
+        axes_of_one = not all(after.composition) or "()" in self.before.replace(" ", "")
         if _NAME.search(self.after):
             raise ValueError("a quotient stands before the arrow alone")
         if letters != after.identifiers or after.has_ellipsis or axes_of_one or "(" in self.after:
@@ -84,7 +85,7 @@ class Layout:
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that the tensor must have."""
         sizes = self._with_quotients(sizes)
-        sizes = {**sizes, PARTS: sum(self._lengths(sizes))}
+        sizes = {**sizes, PARTS: sum(self._lengths(sizes)), "1": 1}
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.before)
         return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
 
@@ -93,7 +94,7 @@ class Layout:
         sizes = self._with_quotients(sizes)
         if self.parts:
             lengths, axes = self._lengths(sizes), self.axes
-            whole = {axis: sizes[axis] for axis in axes if axis != PARTS}
+            whole = {axis: sizes[axis] for axis in axes if axis not in (PARTS, "1")}
             tensor = einops.rearrange(tensor, f"{self.before} -> {' '.join(axes)}", **whole)
             start = sum(lengths[: self.part])
             part = slice(start, start + lengths[self.part])

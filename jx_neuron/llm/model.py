@@ -322,7 +322,8 @@ class NeuronAutoModelForCausalLM:
         """Computes tokens [t] or [1, t] once and keeps them: prompts that all start with them go on from there.
 
         What such prompts give is what they would give without. On backend "xla" they have a slot of their own; on the
-        others, whose tables have one for each row of a batch, they are computed again after prompts that take all.
+        others, whose tables have one for each row of a batch, they are computed again after prompts that take all, and
+        with recurrent layers after each prompt that takes their slot: its state cannot go back to them.
         None forgets them.
         """
         self._client.keep_prefix(input_ids)

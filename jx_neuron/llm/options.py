@@ -145,6 +145,7 @@ def settings_of(
         rotations=config.rotations,
         window=decoder.window,
         state=decoder.slot(buckets.capacity),
+        state_dtypes=decoder.state_dtypes,
     )
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):

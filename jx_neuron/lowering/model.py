@@ -35,7 +35,7 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
         input_kinds=kinds,
         input_names=[
             *params,
-            *(f"state.{name}" for name in decoder.slot(positions)),
+            *(f"state.{name}" for name in decoder.state_rows),
             "state.token",
             *key.inputs(),
         ],

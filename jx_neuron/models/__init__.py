@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
 from itertools import zip_longest
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ _FAMILIES: dict[str, Family | str] = {
     "ernie4_5": "jx_neuron.models.ernie4_5",
     "exaone4": "jx_neuron.models.exaone4",
     "falcon": "jx_neuron.models.falcon",
+    "falcon_h1": "jx_neuron.models.falcon_h1",
     "gemma": "jx_neuron.models.gemma",
     "gemma2": "jx_neuron.models.gemma2",
     "gemma3_text": "jx_neuron.models.gemma3_text",
@@ -74,9 +75,12 @@ _FAMILIES: dict[str, Family | str] = {
     "gpt_neox": "jx_neuron.models.gpt_neox",
     "gptj": "jx_neuron.models.gptj",
     "granite": "jx_neuron.models.granite",
+    "granitemoehybrid": "jx_neuron.models.granitemoehybrid",
     "helium": "jx_neuron.models.helium",
     "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
+    "lfm2": "jx_neuron.models.lfm2",
     "llama": "jx_neuron.models.llama",
+    "mamba2": "jx_neuron.models.mamba2",
     "ministral3": "jx_neuron.models.ministral3",
     "mistral": "jx_neuron.models.mistral",
     "mpt": "jx_neuron.models.mpt",
@@ -90,6 +94,7 @@ _FAMILIES: dict[str, Family | str] = {
     "phi3": "jx_neuron.models.phi3",
     "qwen2": "jx_neuron.models.qwen2",
     "qwen3": "jx_neuron.models.qwen3",
+    "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
     "seed_oss": "jx_neuron.models.seed_oss",
     "smollm3": "jx_neuron.models.smollm3",
     "stablelm": "jx_neuron.models.stablelm",
@@ -102,6 +107,7 @@ _TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
 }
 
 
@@ -236,11 +242,11 @@ class Decoder:
 
     @classmethod
     def _made(cls, model_type: str, family: Family, config: HFConfig, tp_degree: int) -> "Decoder":
-        checks.sizes(config)
+        state = getattr(family, "STATE", KV)
+        checks.sizes(config, state)
         module = _outline(family, config)
         shapes = _shapes(module)
         checks.table(family.WEIGHTS, config, shapes, complete=True)
-        state = getattr(family, "STATE", KV)
         decoder = cls(model_type, config, family.WEIGHTS, family.IGNORE, nnx.graphdef(module), shapes, tp_degree, state)
         decoder._check()
         return decoder
@@ -250,7 +256,7 @@ class Decoder:
         cls, module: nnx.Module, config: HFConfig, table: Sequence[W] = (), tp_degree: int = 1
     ) -> "Decoder":
         """The decoder of a module in hand; `table` is needed above a tensor-parallel degree of 1."""
-        checks.sizes(config)
+        checks.sizes(config, KV)
         shapes = _shapes(module)
         checks.table(table, config, shapes, complete=False)
         decoder = cls(config.MODEL_TYPE, config, table, (), nnx.graphdef(module), shapes, tp_degree)
@@ -338,13 +344,24 @@ class Decoder:
         """The shape of one slot of each array of a state table on one core, by layer and row of STATE: "0.k"."""
         state, tp = self.abstract_state(1, positions, "uint8"), self.tp_degree
         return {
-            f"{layer}.{row.name}": tuple(
+            name: tuple(
                 size // tp if axis == AXIS else size for size, axis in zip_longest(array.shape[1:], row.partition)
             )
-            for layer, (arrays, rows) in enumerate(zip(state.arrays, state.rows, strict=True))
-            for array, row in zip(arrays, rows, strict=True)
+            for (name, row), array in zip(self.state_rows.items(), jax.tree.leaves(state.arrays), strict=True)
         }
 
+    @property
+    def state_rows(self) -> dict[str, S]:
+        """The row of STATE of each array of a state table, by its name in `slot`."""
+        groups = PLAIN.groups(self.kept)
+        return {f"{layer}.{row.name}": row for layer, group in enumerate(groups) for row in group.rows}
+
+    @property
+    def state_dtypes(self) -> dict[str, Literal["float32"]]:
+        """The dtypes of arrays that have one of their own, whatever the model's, by name in `slot`."""
+        return {name: row.dtype for name, row in self.state_rows.items() if row.dtype is not None}
+
     def state_bytes(self, slots: int, positions: int, itemsize: int) -> int:
-        """Bytes of a state table that each core holds, of `itemsize` bytes an entry."""
-        return itemsize * slots * sum(map(math.prod, self.slot(positions).values()))
+        """Bytes of a state table that each core holds, of `itemsize` bytes an entry that has no dtype of its own."""
+        sizes = {name: np.dtype(dtype).itemsize for name, dtype in self.state_dtypes.items()}
+        return slots * sum(sizes.get(name, itemsize) * math.prod(shape) for name, shape in self.slot(positions).items())

@@ -20,7 +20,7 @@ from jx_neuron.util.arguments import integer
 
 PARTS = ("Config", "Model", "WEIGHTS", "IGNORE")
 METHODS = {"__call__": 3, "logits": 1}  # methods of Model and their numbers of arguments: DecoderModule
-LETTERS = "dnkhv"  # axes that STATE, padding and plans need
+LETTERS, OF_ATTENTION = "dv", "dnkhv"  # axes that padding and plans need, and those of a model with keys and values
 
 
 def parts(model_type: str, family: Any) -> None:
@@ -67,14 +67,15 @@ def parts(model_type: str, family: Any) -> None:
             raise ConfigError(f"{decoder}: {pattern!r} in IGNORE is no regular expression ({error})") from error
 
 
-def sizes(config: HFConfig) -> None:
-    """Raises ConfigError unless every size is 1 or more, every letter of `LETTERS` has one, and what `config` says
-    of each layer it says of all."""
-    sizes = config.sizes
-    if absent := [letter for letter in LETTERS if letter not in sizes]:
+def sizes(config: HFConfig, state: Sequence[S]) -> None:
+    """Raises ConfigError unless every size is 1 or more, every letter that a model of these rows of STATE needs has
+    one, and what `config` says of each layer it says of all."""
+    sizes, attends = config.sizes, any("k" in row.letters for row in state)
+    if absent := [letter for letter in (OF_ATTENTION if attends else LETTERS) if letter not in sizes]:
+        needed = "n (query heads), k (key/value heads), h (head size) " if attends else ""
         raise ConfigError(
-            f"{config.MODEL_TYPE}: Config.sizes lacks {', '.join(absent)}; it needs d (model width), n (query heads), "
-            "k (key/value heads), h (head size) and v (vocabulary)"
+            f"{config.MODEL_TYPE}: Config.sizes lacks {', '.join(absent)}; it needs d (model width), {needed}"
+            "and v (vocabulary)"
         )
     for letter, size in sizes.items():
         integer(f"{config.MODEL_TYPE}: Config.sizes[{letter!r}]", size, error=ConfigError)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
+from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, ScaledModel
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.layers import RMSNorm
 from jx_neuron.nn.rope import Rotation
@@ -53,16 +53,10 @@ class Block(nnx.Module):
         return x_btd + m_btd * self.residual_multiplier, state
 
 
-class Model(LlamaLikeModel):
+class Model(ScaledModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
-        self.embedding_multiplier, self.logits_scaling = cfg.embedding_multiplier, cfg.logits_scaling
-
-    def embed(self, tokens_bt: Array, at: Positions) -> Array:
-        return super().embed(tokens_bt, at) * self.embedding_multiplier
-
-    def logits(self, x_btd: Array) -> Array:
-        return super().logits(x_btd) / self.logits_scaling
+        scales = dict(embedding_scale=cfg.embedding_multiplier, logits_scale=1 / cfg.logits_scaling)
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs, **scales)
 
 
 LAYER = "model.layers.{i}."

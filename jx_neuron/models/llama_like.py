@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from flax import nnx
+from jax import Array
 
 from jx_neuron.checkpoint.hf_config import FULL, HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
@@ -26,6 +27,7 @@ __all__ = [
     "MaxWindowLayersConfig",
     "MultiHeadConfig",
     "RopeConfig",
+    "ScaledModel",
     "SlidingWindowConfig",
     "full_every",
 ]
@@ -281,6 +283,28 @@ class LlamaLikeModel(CausalLM):
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
         return (self.rope(at),)
+
+
+class ScaledModel(LlamaLikeModel):
+    """Embeddings and logits are multiplied by scales (Yang et al., arXiv:2203.03466)."""
+
+    def __init__(
+        self,
+        cfg: MultiHeadConfig,
+        blocks: Iterable[nnx.Module],
+        rngs: nnx.Rngs,
+        *,
+        embedding_scale: float,
+        logits_scale: float,
+    ):
+        super().__init__(cfg, blocks, rngs)
+        self.embedding_scale, self.logits_scale = embedding_scale, logits_scale
+
+    def embed(self, tokens_bt: Array, at: Positions) -> Array:
+        return super().embed(tokens_bt, at) * self.embedding_scale
+
+    def logits(self, x_btd: Array) -> Array:
+        return super().logits(x_btd) * self.logits_scale
 
 
 EXTRA_TENSORS = (

@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "column_parallel",
     "embedding",
+    "gated_attention",
     "gated_mlp",
     "grouped_qkv",
     "head_bias",
@@ -28,6 +29,7 @@ __all__ = [
     "key_head_numbers",
     "layer_norm",
     "mlp",
+    "ours",
     "position_embedding",
     "rms_norm",
     "row_parallel",
@@ -39,7 +41,7 @@ GATE, UP = "[f] + f", "f + [f]"
 
 def embedding(source: str, target: str | None = None, *, width: str = "d") -> W:
     """A table of the vocabulary, or a head."""
-    return W(f"{source}.weight", f"{target or _ours(source)}.embedding", f"v {width} -> v {width}", P(AXIS, None))
+    return W(f"{source}.weight", f"{target or ours(source)}.embedding", f"v {width} -> v {width}", P(AXIS, None))
 
 
 def head_bias(source: str, target: str) -> W:
@@ -49,17 +51,17 @@ def head_bias(source: str, target: str) -> W:
 
 def position_embedding(source: str, target: str | None = None) -> W:
     """A table of positions."""
-    return W(f"{source}.weight", f"{target or _ours(source)}.embedding", "s d -> s d")
+    return W(f"{source}.weight", f"{target or ours(source)}.embedding", "s d -> s d")
 
 
 def rms_norm(source: str, target: str | None = None, *, width: str = "d") -> W:
     """A scale over the model's width, or each head's, "h"."""
-    return W(f"{source}.weight", f"{target or _ours(source)}.scale", f"{width} -> {width}")
+    return W(f"{source}.weight", f"{target or ours(source)}.scale", f"{width} -> {width}")
 
 
 def heads_rms_norm(source: str, target: str | None = None, *, heads: str) -> W:
     """The scale of a norm over all query heads, "n", or key heads, "k", together."""
-    return W(f"{source}.weight", f"{target or _ours(source)}.scale", f"({heads} h) -> {heads} h", P(AXIS, None))
+    return W(f"{source}.weight", f"{target or ours(source)}.scale", f"({heads} h) -> {heads} h", P(AXIS, None))
 
 
 def key_head_numbers(target: str) -> W:
@@ -73,7 +75,7 @@ def _key_head_numbers(config: Any) -> np.ndarray:
 
 def layer_norm(source: str, target: str | None = None, *, width: str = "d", bias: bool = True) -> tuple[W, ...]:
     """Scale and bias over the model's width, or each head's, "h"."""
-    target = target or _ours(source)
+    target = target or ours(source)
     scale = rms_norm(source, target, width=width)
     return (scale, W(f"{source}.bias", f"{target}.bias", f"{width} -> {width}"))[: 1 + bias]
 
@@ -107,7 +109,7 @@ def attention(
     HF has q_proj, k_proj and v_proj, or one module: `fused` has them end to end, and `grouped` has of each key/value
     head its queries, its key and its value. `out` is HF's name of o_proj. `out_bias` is `bias` unless given.
     """
-    target = target or _ours(source)
+    target = target or ours(source)
     if grouped:
         qkv = grouped_qkv(f"{source}.{grouped}", f"{target}.qkv", bias=bias)
     else:
@@ -127,9 +129,19 @@ def grouped_qkv(source: str, target: str, *, bias: bool = True) -> tuple[W, ...]
     )
 
 
+def gated_attention(source: str, target: str | None = None, *, bias: bool = True) -> tuple[W, ...]:
+    """The projections of jx_neuron.nn.sublayers.GatedAttention; HF's q_proj has of each head its query and its gate."""
+    target = target or ours(source)
+    return (
+        *_column_parallel(f"{source}.q_proj", f"{target}.qkv.q_proj", "(n ([h] + h))", "n h", bias),
+        *_column_parallel(f"{source}.q_proj", f"{target}.gate_proj", "(n (h + [h]))", "n h", bias),
+        *(row for row in attention(source, target, bias=bias) if ".q_proj." not in row.target),
+    )
+
+
 def gated_mlp(source: str, target: str | None = None, *, fused: str | None = None, bias: bool = True) -> tuple[W, ...]:
     """The projections of jx_neuron.nn.sublayers.GatedMLP; HF may have gate_proj and up_proj in one, called `fused`."""
-    target = target or _ours(source)
+    target = target or ours(source)
     projections = dict(gate_proj=GATE, up_proj=UP) if fused else dict(gate_proj="f", up_proj="f")
     return (
         *_linears(source, f"{target}.gate_up", projections, fused, bias),
@@ -141,7 +153,7 @@ def mlp(
     source: str, target: str | None = None, *, up: str = "up_proj", down: str = "down_proj", bias: bool = True
 ) -> tuple[W, ...]:
     """The projections of jx_neuron.nn.sublayers.MLP; `up` and `down` are HF's names of up_proj and down_proj."""
-    target = target or _ours(source)
+    target = target or ours(source)
     return (
         *column_parallel(f"{source}.{up}", f"{target}.up_proj", "f", bias=bias),
         *row_parallel(f"{source}.{down}", f"{target}.down_proj", "f", bias=bias),
@@ -178,7 +190,7 @@ def _linears(source: str, target: str, projections: dict[str, str], fused: str |
     )
 
 
-def _ours(source: str) -> str:
+def ours(source: str) -> str:
     """The path of a module that HF calls `source`."""
     _, of_layer, name = source.partition("{i}.")
     return f"layers.{{i}}.{name}" if of_layer else source.partition(".")[2] or source

@@ -119,7 +119,7 @@ def _avals(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
     return scale * jax.random.normal(key, shape)
 
 
@@ -128,7 +128,7 @@ class LinearParams(nnx.Module):
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
-        self.kernel = nnx.Param(_normal(rngs.params(), (*inputs, *outputs), scale))
+        self.kernel = nnx.Param(normal(rngs.params(), (*inputs, *outputs), scale))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
         self.axes = len(inputs)
 
@@ -177,7 +177,7 @@ class Embedding(nnx.Module):
     """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
 
     def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs.params(), (entries, d), 0.02))
+        self.embedding = nnx.Param(normal(rngs.params(), (entries, d), 0.02))
 
     def __call__(self, index_bt: Array) -> Array:
         return self.embedding[...].at[index_bt].get(mode="clip")

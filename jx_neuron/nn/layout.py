@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
@@ -23,12 +24,19 @@ class S:
 
     "k s h" keeps an entry of k heads and h numbers for each of s positions. `of` is the type of the layers that have
     the row, as `Config.types` gives it; None for all layers. Rows of different types may have the same name.
+    `dtype` is that of its numbers, "float32" where sums of many steps would lose what 16 bits hold; None for the state
+    table's.
     """
 
     name: str
     axes: str
     partition: P = field(default_factory=P)
     of: str | None = None
+    dtype: Literal["float32"] | None = None
+
+    def stored(self, dtype: Any) -> np.dtype[Any]:
+        """The dtype of its numbers in a state table of `dtype`."""
+        return jnp.dtype(self.dtype or dtype)
 
     @property
     def letters(self) -> list[str]:
@@ -109,7 +117,10 @@ class Layout:
     def abstract(self, layers: Sequence[Kept], slots: int, positions: int, dtype: Any) -> Arrays:
         """The arrays as shapes, for sequences of `positions`."""
         return tuple(
-            tuple(jax.ShapeDtypeStruct(group.shape(row, slots, positions), dtype) for row in range(len(group.rows)))
+            tuple(
+                jax.ShapeDtypeStruct(group.shape(number, slots, positions), row.stored(dtype))
+                for number, row in enumerate(group.rows)
+            )
             for group in self.groups(layers)
         )
 

@@ -50,14 +50,63 @@ def padded(size: int, tp_degree: int) -> int:
     return math.ceil(size / tp_degree) * tp_degree
 
 
+GROUPS = {"n": "k", "m": "g"}
+"""Axes of heads, and of the groups that they are in: query heads of a key/value head, and heads of recurrent layers."""
+
+NAMES = {"n": ("query ", "key/value heads"), "m": ("recurrent ", "groups of them")}
+"""What heads and groups are called, by the letter of heads."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where each of n heads in k groups comes from, at one tensor-parallel degree.
+
+    Slot i of heads holds HF's head `heads[i]` and reads slot i // (len(heads) / len(groups)) of groups, which holds
+    HF's group `groups[...]`; -1 is one of zeros. Both are padded where they do not divide, and groups are replicated
+    where there are fewer than cores.
+    """
+
+    n: int
+    k: int
+    tp_degree: int
+
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        k, tp = self.k, self.tp_degree
+        if self.are_replicated:
+            return tuple(group for group in range(k) for _ in range(tp // k + (group < tp % k)))
+        return tuple(range(k)) + (-1,) * (padded(k, tp) - k)
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        size = self.n // self.k
+        per_slot = math.ceil(size / (self.tp_degree // self.k)) if self.are_replicated else size
+        placed = Counter[int]()
+        slots: list[int] = []
+        for group in self.groups:
+            first = group * size + placed[group]
+            heads = [] if group < 0 else list(range(first, min(first + per_slot, (group + 1) * size)))
+            placed[group] += len(heads)
+            slots += heads + [-1] * (per_slot - len(heads))
+        return tuple(slots)
+
+    @property
+    def are_replicated(self) -> bool:
+        """Whether several slots hold one group, with a part of its heads each."""
+        return self.k < self.tp_degree and self.n > self.k
+
+    @property
+    def are_exact(self) -> bool:
+        """Whether none is of zeros."""
+        return -1 not in (*self.heads, *self.groups)
+
+
 @dataclass(frozen=True)
 class Padding:
     """Where each entry of each padded axis comes from, for one model at one tensor-parallel degree.
 
-    Query head slot i holds HF head `query[i]` and reads key/value slot i // (len(query) / len(key_value)), which
-    holds HF head `key_value[...]`; -1 is a head of zeros. Heads are padded where they do not divide, key/value heads
-    are replicated where there are fewer than cores; every other partitioned axis ends in zeros. What is padded meets
-    a zero row of the next projection, so it never changes a result.
+    Heads and their groups are laid out by `Heads`; every other partitioned axis ends in zeros. What is padded meets a
+    zero row of the next projection, so it never changes a result.
 
     >>> Padding({"n": 6, "k": 2, "h": 16, "f": 90, "v": 100}, tp_degree=4).changes
     ('6 query heads as 8', '2 key/value heads replicated to 4', 'an MLP width of 90 as 92')
@@ -81,44 +130,34 @@ class Padding:
         """Those of the layers, without repetition."""
         return [*self._by_sizes.values()] or [self]
 
-    @cached_property
+    @property
     def key_value(self) -> tuple[int, ...]:
-        k, tp = self.sizes["k"], self.tp_degree
-        if self._replicated:
-            return tuple(head for head in range(k) for _ in range(tp // k + (head < tp % k)))
-        return tuple(range(k)) + (-1,) * (padded(k, tp) - k)
+        return self._heads["n"].groups
+
+    @property
+    def query(self) -> tuple[int, ...]:
+        return self._heads["n"].heads
 
     @cached_property
-    def query(self) -> tuple[int, ...]:
-        group, per_slot = self._group, self._per_slot
-        placed = Counter[int]()
-        slots: list[int] = []
-        for head in self.key_value:
-            first = head * group + placed[head]
-            heads = [] if head < 0 else list(range(first, min(first + per_slot, (head + 1) * group)))
-            placed[head] += len(heads)
-            slots += heads + [-1] * (per_slot - len(heads))
-        return tuple(slots)
+    def _heads(self) -> "dict[str, Heads]":
+        """The heads that the model has, by the letter of their axis."""
+        return {
+            head: Heads(self.sizes[head], self.sizes[group], self.tp_degree)
+            for head, group in GROUPS.items()
+            if {head, group} <= self.sizes.keys()
+        }
 
-    @property
-    def _group(self) -> int:
-        return self.sizes["n"] // self.sizes["k"]
-
-    @property
-    def _per_slot(self) -> int:
-        """Query heads of each key/value head slot."""
-        group = self._group
-        return math.ceil(group / (self.tp_degree // self.sizes["k"])) if self._replicated else group
-
-    @property
-    def _replicated(self) -> bool:
-        return self.sizes["k"] < self.tp_degree and self._group > 1
+    def _slots(self, letter: str) -> tuple[int, ...] | None:
+        """Which head or group of HF's each slot of an axis holds, -1 for zeros; None for other axes."""
+        for head, group in GROUPS.items():
+            if letter in (head, group) and head in self._heads:
+                return self._heads[head].heads if letter == head else self._heads[head].groups
+        return None
 
     def size(self, letter: str) -> int:
         """The padded size of an axis; that of a letter which is never partitioned is unchanged."""
-        if letter == "n":
-            return self.size("k") * self._per_slot
-        return padded(self.sizes[letter], self.tp_degree)
+        slots = self._slots(letter)
+        return padded(self.sizes[letter], self.tp_degree) if slots is None else len(slots)
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -126,11 +165,12 @@ class Padding:
         return tuple(dict.fromkeys(change for padding in self.distinct for change in padding._changes()))
 
     def _changes(self) -> Iterator[str]:
-        n, k = self.sizes["n"], self.sizes["k"]
-        if self.size("n") != n:
-            yield f"{n} {'' if n == k else 'query '}heads as {self.size('n')}"
-        if n != k != self.size("k"):
-            yield f"{k} key/value heads {'replicated to' if self._replicated else 'as'} {self.size('k')}"
+        for letter, heads in self._heads.items():
+            n, k, (kind, groups) = heads.n, heads.k, NAMES[letter]
+            if len(heads.heads) != n:
+                yield f"{n} {kind if letter != 'n' or n != k else ''}heads as {len(heads.heads)}"
+            if n != k != len(heads.groups):
+                yield f"{k} {groups} {'replicated to' if heads.are_replicated else 'as'} {len(heads.groups)}"
         for letter, name in {"f": "an MLP width of", "v": "a vocabulary of"}.items():
             if letter in self.sizes and self.size(letter) != self.sizes[letter]:
                 yield f"{name} {self.sizes[letter]} as {self.size(letter)}"
@@ -148,23 +188,20 @@ class Padding:
     def require_exact(self) -> None:
         """Raises InputError where heads are padded, naming the degrees at which they are not."""
         for padding in self.distinct:
-            if padding._is_exact:
-                continue
-            n, k = padding.sizes["n"], padding.sizes["k"]
-            exact = [str(degree) for degree in range(1, n + 1) if Padding(padding.sizes, degree)._is_exact]
-            raise InputError(
-                f"tp_degree={self.tp_degree} does not divide the {n} query and {k} key/value heads, and padding them "
-                f"was ruled out; degrees that do are {', '.join(exact)}"
-            )
-
-    @property
-    def _is_exact(self) -> bool:
-        return -1 not in (*self.query, *self.key_value)
+            for letter, heads in padding._heads.items():
+                if heads.are_exact:
+                    continue
+                n, k, (kind, groups) = heads.n, heads.k, NAMES[letter]
+                exact = [str(degree) for degree in range(1, n + 1) if Heads(n, k, degree).are_exact]
+                raise InputError(
+                    f"tp_degree={self.tp_degree} does not divide the {n} {kind}and {k} {groups}, and padding them "
+                    f"was ruled out; degrees that do are {', '.join(exact)}"
+                )
 
     def apply(self, array: np.ndarray, axis: int, letter: str) -> np.ndarray:
         """`array` with `axis` laid out and padded."""
-        if letter in "nk":
-            source = np.asarray(self.query if letter == "n" else self.key_value)
+        if (slots := self._slots(letter)) is not None:
+            source = np.asarray(slots)
             if np.array_equal(source, np.arange(array.shape[axis])):
                 return array
             taken = np.take(array, np.maximum(source, 0), axis=axis)

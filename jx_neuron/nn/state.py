@@ -41,7 +41,7 @@ class State:
     arrays:    as `layout` has them, in groups.
     token_z:   the token that each slot drew last, int32 [z].
     layers:    what each layer keeps.
-    dtype:     of what STATE describes.
+    dtype:     of rows of STATE that have none of their own.
     positions: how many a sequence may have.
     passed:    within a step, by group: what layers without arrays of their own read, where the group's last layer had
                more to attend to than its ring holds now.
@@ -203,10 +203,15 @@ class LayerState:
         return self._kept.rows
 
     def read(self, name: str, at: Positions) -> Array:
-        """[b, *axes] of the step's slots. A row that counts positions gives those of `position_bs`."""
+        """[b, *axes] of the step's slots. A row that counts positions gives those of `position_bs`; any other zeros
+        where a sequence begins, whatever its slot held before."""
+        row = self._row(name)
+        if self.rows[row].position_axis is None:
+            entry = self._read(row, at)
+            return jnp.where(at.start_b.reshape(-1, *[1] * (entry.ndim - 1)) == 0, jnp.zeros_like(entry), entry)
         if (size := self._ring(at)) is not None:
             at = dataclasses.replace(at, positions=size)
-        return self._read(self._row(name), at)
+        return self._read(row, at)
 
     def write(self, at: Positions, **new: Array) -> "LayerState":
         """The state with new entries, by name of the row.
@@ -277,11 +282,13 @@ class LayerState:
 
     def _read(self, row: int, at: Positions) -> Array:
         array = self.state.arrays[self._group][row]
-        return self.state.layout.read(array, self.index, self.rows[row], at, self.state.dtype)
+        stored = self.rows[row].stored(self.state.dtype)
+        return self.state.layout.read(array, self.index, self.rows[row], at, stored)
 
     def _written(self, row: int, new: Array, at: Positions) -> "LayerState":
         arrays, group = self.state.arrays, self._group
-        array = self.state.layout.write(arrays[group][row], self.index, self.rows[row], new, at, self.state.dtype)
+        stored = self.rows[row].stored(self.state.dtype)
+        array = self.state.layout.write(arrays[group][row], self.index, self.rows[row], new, at, stored)
         changed = (*arrays[group][:row], array, *arrays[group][row + 1 :])
         state = dataclasses.replace(self.state, arrays=(*arrays[:group], changed, *arrays[group + 1 :]))
         return dataclasses.replace(self, state=state)

@@ -6,6 +6,7 @@ Array suffixes are those of jx_neuron.nn.layers. `sizes` gives each axis letter 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -63,10 +64,16 @@ class Attention(nnx.Module):
 
         by: the Rotation of queries and keys, or None without RoPE. bias_ns: ALiBi's, as `attend` takes it.
         """
+        a_btnh, state = self.attended(x_btd, state, at, by, bias_ns)
+        return self.o_proj(a_btnh), state
+
+    def attended(
+        self, x_btd: Array, state: LayerState, at: Positions, by: Any, bias_ns: Array | None = None
+    ) -> tuple[Array, LayerState]:
+        """What o_proj takes, [b, t, n, h], and the state written to."""
         q_btnh, k_btkh, v_btkh = self.heads(x_btd, by)
         options: dict[str, Any] = dict(window=self.window, soft_cap=self.soft_cap, bias_ns=bias_ns)
-        a_btnh, state = attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, **options)
-        return self.o_proj(a_btnh), state
+        return attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, **options)
 
     def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array | None, Array | None]:
         """Queries [b, t, n, h], keys and values [b, t, k, h], as they are attended to; None of another layer."""
@@ -83,6 +90,21 @@ class Attention(nnx.Module):
         if by is not None:
             q_btnh, k_btkh = self.rope(q_btnh, by), None if k_btkh is None else self.rope(k_btkh, by)
         return q_btnh, k_btkh, v_btkh
+
+
+class GatedAttention(Attention):
+    """What each head attends to is multiplied by sigmoid(gate_proj(x)) (Qiu et al., arXiv:2505.06708)."""
+
+    def __init__(self, sizes: Mapping[str, int], *, bias: bool, rngs: nnx.Rngs, **options: Any):
+        super().__init__(sizes, bias=bias, rngs=rngs, **options)
+        d, n, h = (sizes[c] for c in "dnh")
+        self.gate_proj = Linear((d,), (n, h), bias=bias, rngs=rngs)
+
+    def __call__(
+        self, x_btd: Array, state: LayerState, at: Positions, by: Any = None, *, bias_ns: Array | None = None
+    ) -> tuple[Array, LayerState]:
+        a_btnh, state = self.attended(x_btd, state, at, by, bias_ns)
+        return self.o_proj(a_btnh * jax.nn.sigmoid(self.gate_proj(x_btd))), state
 
 
 class NormAfterRopeAttention(Attention):

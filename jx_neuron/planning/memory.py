@@ -20,6 +20,7 @@ from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.lowering.verify.footprint import peak_bytes
 from jx_neuron.models import Decoder
+from jx_neuron.nn.recurrent import CHUNK
 from jx_neuron.nn.sharding import Padding
 from jx_neuron.planning.instances import Instance
 from jx_neuron.planning.outline import Outline
@@ -87,13 +88,15 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
 
     def layer(padding: Padding) -> int:
-        n, k, f = (padding.size(letter) // tp_degree for letter in "nkf")
-        h = padding.sizes["h"]
+        n, k, f, m, g = (padding.size(c) // tp_degree if c in padding.sizes else 0 for c in "nkfmg")
+        h, i, j = (padding.sizes.get(c, 0) for c in "hij")
         projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
         scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
         state = 2 * key.rows * k * positions * h * itemsize
         mlp = rows * 3 * f * itemsize
-        return max(projections + scores + state, mlp)
+        chunk = min(key.tokens, CHUNK)  # of a recurrence, in float32: its inputs and results, decays, and states
+        recurrence = 4 * (rows * 4 * (m * i + g * j) + key.rows * m * (3 * chunk**2 + 3 * i * j))
+        return max(projections + scores + state, recurrence, mlp)
 
     return residual + max(*map(layer, outline.padding(tp_degree).distinct), logits)
 

@@ -9,6 +9,7 @@ docs/planning.md compares predictions with published times.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -83,13 +84,19 @@ class Speed:
         return total + self.to_first_token(batch, size, buckets.capacity if total else size)
 
     def flops(self, batch: int, tokens: int, positions: int) -> float:
-        """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), and attention."""
+        """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), attention, and
+        recurrences, which multiply each number of their state twice a token."""
         outline, tp = self.outline, self.tp_degree
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
         multiply_adds = (outline.read_elements(tp) - head) * tokens + head
-        layers = [outline.padding(tp).of(layer) for layer in range(outline.config.layers)]
-        heads = sum(layer.size("n") // tp * layer.sizes["h"] for layer in layers) * outline.layers // len(layers)
-        return 2.0 * batch * (multiply_adds + 2 * tokens * positions * heads)
+        decoder = outline.at_degree(tp)
+        attending = [n for n, kept in enumerate(decoder.kept) if any("s" in row.letters for row in kept.rows)]
+        layers = [decoder.padding.of(layer) for layer in attending]
+        heads = sum(layer.size("n") // tp * layer.sizes["h"] for layer in layers)
+        rows, shapes = decoder.state_rows, decoder.slot(1)
+        recurrent = sum(math.prod(shapes[name]) for name, row in rows.items() if "s" not in row.letters)
+        state = (positions * heads + recurrent) * outline.layers // decoder.config.layers
+        return 2.0 * batch * (multiply_adds + 2 * tokens * state)
 
     def collectives(self, rows: int) -> float:
         """Seconds of one layer's all-reduces, of `rows` hidden states each."""

@@ -86,7 +86,8 @@ class NeuronRuntime:
         self._rewrite(lambda rank: rank.index_fill(0, slots, 0))
 
     def reset(self, slots: int, positions: int) -> None:
-        """Does nothing: the table keeps its memory, and attention masks positions that are not written yet."""
+        """Does nothing: the table keeps its memory: attention masks positions that are not written yet, and what has
+        none begins at zeros."""
 
     def _rewrite(self, change: Callable[[Any], Any]) -> None:
         for tensor in self._bundle.of_kind("state"):

@@ -75,6 +75,7 @@ class SavedModel:
                     slots=settings.slots,
                     positions=buckets.capacity,
                     state=settings.state,
+                    state_dtypes=settings.state_dtypes,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
                 )

@@ -36,11 +36,10 @@ class CpuLayout(Layout):
         return self.groups(layers).index(kept), layers[: layer + 1].count(kept) - 1
 
     def abstract(self, layers: Sequence[Kept], slots: int, positions: int, dtype: Any) -> Arrays:
-        stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
-
         def array(group: Kept, row: int) -> Any:
             shape = group.shape(row, slots, positions)
-            count = layers.count(group)
+            count, own = layers.count(group), group.rows[row].stored(dtype)
+            stored = jnp.uint16 if own.itemsize == 2 else own
             return jax.ShapeDtypeStruct((count, *(shape[axis] for axis in self._order(group.rows[row]))), stored)
 
         return tuple(tuple(array(group, row) for row in range(len(group.rows))) for group in self.groups(layers))
