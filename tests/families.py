@@ -11,7 +11,7 @@ for path in sorted(Path(__file__).parent.glob("families_*.py")):
         OPTIONS.setdefault(name, []).extend(options)
 
 # families that normalize queries and keys of all heads together, and those that add attention and MLP together
-NORMS_OVER_HEADS = {"olmo2", "olmo3"}
+NORMS_OVER_HEADS = {"minimax_m2", "olmo2", "olmo3", "olmoe"}
 PARALLEL = {"codegen", "cohere", "cohere2", "gptj", "phi"}
 
 

@@ -81,6 +81,8 @@ PUBLISHED: dict[str, int | str] = {
     "ibm-granite/granite-4.1-3b": "3b",
     "ibm-granite/granite-4.1-8b": "8b",
     "ibm-granite/granite-4.1-30b": "29b",
+    "ibm-granite/granite-3.0-1b-a400m-base": "1.33b",
+    "ibm-granite/granite-3.0-3b-a800m-base": "3.37b",
     "kyutai/helium-1-preview-2b": "2b",
     "tencent/Hunyuan-0.5B-Instruct": "0.5b",
     "tencent/Hunyuan-1.8B-Instruct": "1.8b",
@@ -117,6 +119,9 @@ PUBLISHED: dict[str, int | str] = {
     "mistralai/Codestral-22B-v0.1": "22.2b",
     "mistralai/Mistral-Small-24B-Base-2501": 23572403200,
     "mistralai/Mistral-Large-Instruct-2407": "123b",
+    "mistralai/Mixtral-8x7B-v0.1": 46702792704,
+    "mistralai/Mixtral-8x22B-v0.1": "141b",
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": "141b",
     "mosaicml/mpt-7b": "6.7b",
     "mosaicml/mpt-30b": "29.95b",
     "nanochat-students/nanochat-d20": "561m",
@@ -131,6 +136,7 @@ PUBLISHED: dict[str, int | str] = {
     "allenai/OLMo-2-0325-32B": "32.2b",
     "allenai/Olmo-3-1025-7B": "7.3b",
     "allenai/Olmo-3-1125-32B": "32.2b",
+    "allenai/OLMoE-1B-7B-0924": "6.92b",
     "facebook/opt-125m": 125239296,
     "facebook/opt-1.3b": "1.3b",
     "facebook/opt-2.7b": "2.7b",
@@ -157,6 +163,8 @@ PUBLISHED: dict[str, int | str] = {
     "Qwen/Qwen3-8B": 8190735360,
     "Qwen/Qwen3-14B": 14768307200,
     "Qwen/Qwen3-32B": 32762123264,
+    "Qwen/Qwen3-30B-A3B": "30.5b",
+    "Qwen/Qwen3-235B-A22B": "235b",
     "ByteDance-Seed/Seed-OSS-36B-Base": 36151104512,
     "HuggingFaceTB/SmolLM3-3B": 3075098624,
     "stabilityai/stablelm-2-1_6b": 1644515328,
@@ -166,18 +174,19 @@ PUBLISHED: dict[str, int | str] = {
     "bigcode/starcoder2-7b": 7173923840,
     "bigcode/starcoder2-15b": 15957889024,
 }
+DIFFER = {"ernie4_5_moe", "gemma4_text", "glm4_moe"}  # families whose layers are not alike
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for Gemma 4's."""
+    """Of a decoder, those that a checkpoint has; all layers have the same shapes, but for those of `DIFFER`."""
 
     def count(**layers: int) -> int:
         parameters = Outline.of(config | layers).parameters(1)
         return sum(p.elements for p in parameters if not p.is_computed)
 
     (name,) = LAYERS & set(config) or [None]
-    if name is None or config["model_type"] == "gemma4_text":
+    if name is None or config["model_type"] in DIFFER:
         return count()
     one, two = count(**{name: 1}), count(**{name: 2})
     return one + (config[name] - 1) * (two - one)

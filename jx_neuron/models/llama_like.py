@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+import jax.numpy as jnp
 from flax import nnx
 
 from jx_neuron.checkpoint.hf_config import FULL, HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.causal_lm import CausalLM
-from jx_neuron.nn.layers import ACT, RMSNorm
+from jx_neuron.nn.layers import ACT, RMSNorm, head_copies
 from jx_neuron.nn.rope import RopeScaling, by_layer_type
 from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
@@ -20,6 +21,7 @@ __all__ = [
     "FULL",
     "SLIDING",
     "GroupedQueryConfig",
+    "HeadsNormModel",
     "LayerTypesConfig",
     "LlamaLikeConfig",
     "LlamaLikeModel",
@@ -281,6 +283,17 @@ class LlamaLikeModel(CausalLM):
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
         return (self.rope(at),)
+
+
+class HeadsNormModel(LlamaLikeModel):
+    """That of blocks with a jx_neuron.nn.sublayers.HeadsNormAttention; the row `key_head_numbers` fills `number_k`."""
+
+    def __init__(self, cfg: MultiHeadConfig, blocks: Iterable[nnx.Module], rngs: nnx.Rngs):
+        super().__init__(cfg, blocks, rngs)
+        self.number_k = nnx.Param(jnp.zeros((cfg.sizes["k"],)))
+
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        return ((self.rope(at), head_copies(self.number_k[...])),)
 
 
 EXTRA_TENSORS = (
