@@ -275,10 +275,11 @@ class LlamaLikeModel(CausalLM):
         norm: nnx.Module | None = None,
         rope: Any = None,
         soft_cap: float | None = None,
+        head_bias: bool = False,
     ):
         if norm is None:
             norm = RMSNorm(cfg.hidden_size, cast(LlamaLikeConfig, cfg).rms_norm_eps)
-        super().__init__(cfg, blocks, norm, rngs, soft_cap=soft_cap)
+        super().__init__(cfg, blocks, norm, rngs, soft_cap=soft_cap, head_bias=head_bias)
         self.rope: Any = cfg.rope if rope is None else rope
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
