@@ -223,6 +223,24 @@ def test_every_checkpoint_has_the_size_of_one_that_is_published() -> None:
     assert [name for name in KNOWN if sizes(name) not in published] == []
 
 
+# parameters of which a token has, by a card or paper, in billions
+ACTIVE = {
+    "openai/gpt-oss-20b": 3.6,
+    "openai/gpt-oss-120b": 5.1,
+    "mistralai/Mixtral-8x7B-v0.1": 12.9,
+    "allenai/OLMoE-1B-7B-0924": 1.3,
+    "Qwen/Qwen3-30B-A3B": 3.3,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_as_many_as_published(name: str) -> None:
+    outline = Outline.of(KNOWN[name])
+    embedding = min(p.elements for p in outline.parameters(1) if p.is_vocabulary_table)
+    counts = outline.active_parameter_count, outline.active_parameter_count - embedding  # OpenAI counts no embedding
+    assert any(math.isclose(count, 1e9 * ACTIVE[name], abs_tol=0.1e9) for count in counts)
+
+
 def test_names_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert config_of("openai-community/gpt2-xl") == config_of("GPT2-XL") == KNOWN["gpt2-xl"]

@@ -4,7 +4,8 @@
     time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
     a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
 
-Bytes are those that each core reads: its parameters, without lookup tables, and its part of the KV cache as compiled.
+Bytes are those that each core reads: its parameters, without lookup tables and without experts that no token has, and
+its part of the KV cache as compiled.
 docs/planning.md compares predictions with published times.
 """
 
@@ -56,7 +57,7 @@ class Speed:
     def per_token(self, batch: int, positions: int) -> float:
         """Seconds of a decode step over a KV cache of `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.read_elements(tp) * self.weight_itemsize + outline.cache_bytes(
+        bytes_read = outline.read_elements(tp, batch) * self.weight_itemsize + outline.cache_bytes(
             tp, batch, positions, self.itemsize
         )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
@@ -86,7 +87,7 @@ class Speed:
         """FLOPs of one core: matmuls with the parameters (the head for each row's last token alone), and attention."""
         outline, tp = self.outline, self.tp_degree
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
-        multiply_adds = (outline.read_elements(tp) - head) * tokens + head
+        multiply_adds = (outline.multiplied_elements(tp, batch * tokens) - head) * tokens + head
         layers = [outline.padding(tp).of(layer) for layer in range(outline.config.layers)]
         heads = sum(layer.size("n") // tp * layer.sizes["h"] for layer in layers) * outline.layers // len(layers)
         return 2.0 * batch * (multiply_adds + 2 * tokens * positions * heads)
