@@ -59,11 +59,12 @@ EVERY = [(name, options) for name, several in OPTIONS.items() for options in sev
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=numbered(EVERY))
 def test_collectives_of_every_family(name: str, options: dict[str, Any]) -> None:
     """An all-reduce for each sum over split axes: of each table of embeddings, of attention and MLP, together where the
-    residual adds both, and of squares of queries and keys where a norm is over all heads. Two gathers are of
-    candidates, and one of the numbers of key heads for such a norm."""
+    residual adds both, of experts where a norm is between them and the MLP, and of squares of queries and keys where a
+    norm is over all heads. Two gathers are of candidates, and one of the numbers of key heads for such a norm."""
     raw = AutoConfig.for_model(name, **deepcopy(options)).to_dict()
     decoder, over_heads = Decoder.from_config(raw, TP), name in NORMS_OVER_HEADS
     tables, per_layer = 1 + bool(raw.get("hidden_size_per_layer_input")), 2 - is_parallel(name, raw) + 2 * over_heads
+    per_layer += bool(raw.get("enable_moe_block"))
     keys = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32, 16)]
     for program in lower_model(decoder, keys, SLOTS, POSITIONS, jnp.bfloat16):
         expected = Counter({"all-reduce": tables + per_layer * decoder.config.layers, "all-gather": 2 + over_heads})
