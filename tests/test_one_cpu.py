@@ -18,6 +18,7 @@ from jx_neuron.nn.layers import Layers
 from jx_neuron.nn.state import PLAIN, positions_of
 from jx_neuron.runtime import xla_options as compiled
 from jx_neuron.runtime.cpu import layout
+from jx_neuron.runtime.cpu.formulation import by_instruction_sets
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.xla import XlaRuntime
 from jx_neuron.step.program_key import ProgramKey
@@ -32,6 +33,9 @@ LLAMA = dict(
     num_key_value_heads=4,
     vocab_size=1000,
 )
+
+
+TAKES_BFLOAT16 = by_instruction_sets("bfloat16", compiled.instruction_sets()).dot == "ynnpack"
 
 
 def runtime(decoder: Decoder, dtype: str = "float32") -> XlaRuntime:
@@ -99,8 +103,16 @@ def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
     assert lengths[0] == lengths[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "dot"),
+    [
+        ("float32", "eigen"),
+        ("bfloat16", "eigen"),
+        pytest.param("bfloat16", "ynnpack", marks=pytest.mark.skipif(not TAKES_BFLOAT16, reason="this CPU widens it")),
+    ],
+)
+def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype, dot, monkeypatch) -> None:
+    monkeypatch.setenv("JX_NEURON_CPU_FORMULATION", json.dumps({dtype: {"wide": [], "passes": 8, "dot": dot}}))
     of = runtime(Decoder.from_config(LLAMA), dtype)
     decode, prefill = ProgramKey("decode", 1, 1, 16), ProgramKey("prefill", 1, 64, 64)
     few, many = of._placed.params(decode), of._placed.params(prefill)
@@ -111,7 +123,7 @@ def test_a_prompt_s_program_takes_the_same_memory_and_copies_no_weights(dtype) -
     assert [part.unsafe_buffer_pointer() for part in parts] == [
         stack.unsafe_buffer_pointer() + i * size for i in range(3)
     ]
-    if dtype == "float32":
+    if (dtype, dot) != ("bfloat16", "eigen"):
         (lines,) = computations(of, prefill, 1, 64).values()
         assert not [line for size, line in made(lines) if size >= 1024 * 768]
 

@@ -41,6 +41,9 @@ def answer(of, inputs):
     return np.asarray(logits), dots
 
 
+USUAL = {("gpt2", "float32"), ("llama", "bfloat16")}
+
+
 def equations(jaxpr):
     """Those of `jaxpr` and of what it calls."""
     for equation in jaxpr.eqns:
@@ -49,8 +52,14 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=[] if (family, dtype) in USUAL else pytest.mark.slow)
+        for family in tiny.CONFIGS
+        for dtype in ("float32", "bfloat16")
+    ],
+)
 def test_what_a_gpu_computes_is_what_several_devices_do(family, dtype) -> None:
     decoder, rng = Decoder.from_config(config(family)), np.random.default_rng(1)
     gpu, several = (placed(kind, decoder, dtype) for kind in (OneGPU, Sharded))

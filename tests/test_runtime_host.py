@@ -35,7 +35,7 @@ print(json.dumps(sorted(sys.modules)))
 @pytest.mark.parametrize(
     ("name", "degrees"),
     [
-        *DEGREES.items(),
+        *(pytest.param(*of, marks=[] if of[0] == "llama" else pytest.mark.slow, id=of[0]) for of in DEGREES.items()),
         *(pytest.param(name, (1, 2, 4, 8), marks=pytest.mark.slow, id=f"{name}-all") for name in tiny.CONFIGS),
     ],
 )

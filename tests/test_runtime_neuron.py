@@ -56,7 +56,14 @@ def opened(folder: Path, backend: str = "neuron", **options: object) -> NeuronAu
     return NeuronAutoModelForCausalLM.from_pretrained(folder, backend=backend, **shape)
 
 
-@pytest.mark.parametrize(("name", "amp", "tp"), [("gpt2", "f32", 8), ("gptj", "bf16", 1), ("llama", "f16", 2)])
+@pytest.mark.parametrize(
+    ("name", "amp", "tp"),
+    [
+        pytest.param("gpt2", "f32", 8, marks=pytest.mark.slow),
+        pytest.param("gptj", "bf16", 1, marks=pytest.mark.slow),
+        ("llama", "f16", 2),
+    ],
+)
 def test_a_checkpoint_compiled_and_sampled_gives_the_tokens_of_xla(
     name: str, amp: str, tp: int, neuron: Neuron, log: Path, tmp_path: Path
 ) -> None:

@@ -56,9 +56,10 @@ class CpuOps(Ops):
         b, t, k, g, h = q_btkgh.shape
         if g * t <= FEW:
             w_bkrs = _matmul_few(widen(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh)
+        elif self.formulation.dot == "ynnpack":  # which takes 16 bits with what is contracted last, and widens others
+            w_bkrs = _dot(q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh, 3, 3)
         else:  # tokens last, as products leave them
-            q_bkhr = self._operand(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t)
-            w_bkrs = _dot(q_bkhr, self._operand(k_bksh), 2, 3)
+            w_bkrs = _dot(widen(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t), widen(k_bksh), 2, 3)
         return w_bkrs.reshape(b, k, g, t, -1)
 
     def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:

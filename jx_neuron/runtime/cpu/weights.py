@@ -58,7 +58,8 @@ class OneCPU(Sharded):
                     stacks[stack] = pages.empty((sizes[stack], *array.shape), array.dtype)
             part = stacks[stack][index, ...]
             part[...] = array
-            return part
+            # XLA would copy the bits to take them as what they are
+            return part.view(self._dtype) if name in packed and self.formulation.dot == "ynnpack" else part
 
         def stored(arrays: Params) -> Params:
             return {
