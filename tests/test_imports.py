@@ -23,7 +23,15 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-SHARED = {"causal_lm", "gpt_like", "llama_like", "per_layer", "rows"}  # what a model may import of jx_neuron.models
+SHARED = {
+    "causal_lm",
+    "experts_beside",
+    "gpt_like",
+    "llama_like",
+    "mixture",
+    "per_layer",
+    "rows",
+}  # what a model may import of jx_neuron.models
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 

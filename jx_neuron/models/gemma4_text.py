@@ -12,12 +12,10 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.checkpoint.weights import W
-from jx_neuron.errors import ConfigError
+from jx_neuron.models.experts_beside import ExpertsBeside, ExpertsBesideConfig, experts_beside
 from jx_neuron.models.llama_like import EXTRA_TENSORS, FULL, SLIDING, LlamaLikeConfig, LlamaLikeModel, full_every
-from jx_neuron.models.mixture import TRAINING, router, stacked_experts
 from jx_neuron.models.per_layer import LayerInput, LayerInputs, PerLayerConfig, layer_inputs
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
-from jx_neuron.nn.experts import Experts, Router, take
 from jx_neuron.nn.layers import RMSNorm
 from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions, State
@@ -25,7 +23,7 @@ from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(PerLayerConfig, LlamaLikeConfig):
+class Config(ExpertsBesideConfig, PerLayerConfig, LlamaLikeConfig):
     """HF's Gemma4TextConfig."""
 
     vocab_size: int = 262144
@@ -45,10 +43,6 @@ class Config(PerLayerConfig, LlamaLikeConfig):
     sliding_window: int | None = 512
     use_double_wide_mlp: bool = False
     final_logit_softcapping: float | None = None
-    enable_moe_block: bool = False
-    num_experts: int | None = None
-    top_k_experts: int | None = None
-    moe_intermediate_size: int | None = None
 
     MODEL_TYPE = "gemma4_text"
     COMPLETE = True
@@ -57,24 +51,10 @@ class Config(PerLayerConfig, LlamaLikeConfig):
         SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     }
-    INERT = TRAINING
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **LlamaLikeConfig.ONLY,
         "use_bidirectional_attention": (None, "vision"),
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        experts, chosen = self.num_experts, self.top_k_experts
-        if self.enable_moe_block and not (experts and chosen and self.moe_intermediate_size and chosen <= experts):
-            raise ConfigError(
-                f"gemma4_text: num_experts={experts}, top_k_experts={chosen} and moe_intermediate_size="
-                f"{self.moe_intermediate_size} should be numbers with enable_moe_block, the second at most the first"
-            )
-
-    @property
-    def chosen(self) -> int | None:
-        return self.top_k_experts if self.enable_moe_block else None
 
     @property
     def usual_types(self) -> list[str]:
@@ -89,42 +69,9 @@ class Config(PerLayerConfig, LlamaLikeConfig):
         k = self.num_global_key_value_heads if self.attention_k_eq_v else None
         return {FULL: dict(head_dim=self.global_head_dim, num_key_value_heads=k or self.sizes["k"])}
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return super().sizes | dict(one=1, e=self.num_experts or 1, m=self.moe_intermediate_size or 1)
-
     def sizes_of(self, layer: int) -> dict[str, int]:
         wide = self.use_double_wide_mlp and not self.own_state[layer]
         return super().sizes_of(layer) | dict(f=self.intermediate_size * (1 + wide))
-
-
-class ScaledRouter(Router):
-    """Reads a norm of what enters it, over √d, and multiplies the weights of each expert by a scale of its own."""
-
-    def __init__(self, sizes: Mapping[str, int], chosen: int, eps: float, rngs: nnx.Rngs):
-        super().__init__(sizes, chosen, normalize=True, rngs=rngs)
-        self.norm, self.factor = RMSNorm(sizes["d"], eps), sizes["d"] ** -0.5
-        self.expert_scale = nnx.Param(jnp.ones((sizes["e"],)))
-
-    def __call__(self, x_btd: Array) -> tuple[Array, Array]:
-        weight_btc, index_btc = super().__call__(self.norm(x_btd) * self.factor)
-        return weight_btc * take(self.expert_scale[...], index_btc), index_btc
-
-
-class MLPWithExperts(GatedMLP):
-    """A MLP, and experts beside it that read what enters the norm before it; each is normalized."""
-
-    def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
-        sizes, eps, d = cfg.sizes_of(layer), cfg.rms_norm_eps, cfg.hidden_size
-        super().__init__(sizes, cfg.hidden_act, bias=False, rngs=rngs)
-        self.router = ScaledRouter(sizes, cfg.top_k_experts or 1, eps, rngs)
-        self.experts = Experts(sizes, cfg.hidden_act, rngs=rngs)
-        self.own_norm, self.experts_input_norm, self.experts_norm = (RMSNorm(d, eps) for _ in range(3))
-
-    def with_experts(self, x_btd: Array, normed_btd: Array) -> Array:
-        """Their sum, where normed_btd is the norm of x_btd."""
-        e_btd = self.experts(self.experts_input_norm(x_btd), *self.router(x_btd))
-        return self.own_norm(self(normed_btd)) + self.experts_norm(e_btd)
 
 
 class Block(nnx.Module):
@@ -139,11 +86,8 @@ class Block(nnx.Module):
             sizes, bias=cfg.attention_bias, projections=names, **norms, scale=1.0, window=cfg.windows[layer], rngs=rngs
         )
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(d, eps), RMSNorm(d, eps)
-        self.mlp = (
-            MLPWithExperts(cfg, layer, rngs)
-            if cfg.enable_moe_block
-            else GatedMLP(sizes, cfg.hidden_act, bias=False, rngs=rngs)
-        )
+        self.mlp = GatedMLP(sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        self.beside = ExpertsBeside(sizes, cfg.chosen, cfg.hidden_act, eps, rngs) if cfg.chosen else None
         self.input = LayerInput(sizes, cfg.hidden_act, eps, rngs) if cfg.hidden_size_per_layer_input else None
         self.layer_scalar = nnx.Param(jnp.ones((1,)))
 
@@ -152,8 +96,8 @@ class Block(nnx.Module):
     ) -> tuple[Array, LayerState]:
         a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, rotations[self.type])
         x_btd = x_btd + self.post_attention_layernorm(a_btd)
-        m_btd = self.pre_feedforward_layernorm(x_btd)
-        m_btd = self.mlp.with_experts(x_btd, m_btd) if isinstance(self.mlp, MLPWithExperts) else self.mlp(m_btd)
+        m_btd = self.mlp(self.pre_feedforward_layernorm(x_btd))
+        m_btd = m_btd if self.beside is None else self.beside(x_btd, m_btd)
         x_btd = x_btd + self.post_feedforward_layernorm(m_btd)
         if self.input is not None and inputs_btlp is not None:
             x_btd = x_btd + self.input(x_btd, inputs_btlp[:, :, state.number])
@@ -176,7 +120,7 @@ class Model(LlamaLikeModel):
         return self.norm(x_btd), state
 
 
-LAYER, MLP = "model.layers.{i}.", "layers.{i}.mlp."
+LAYER = "model.layers.{i}."
 NORMS = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm".split()
 WEIGHTS = (
     embedding("model.embed_tokens"),
@@ -184,13 +128,7 @@ WEIGHTS = (
     *attention(LAYER + "self_attn"),
     *(rms_norm(f"{LAYER}self_attn.{name}", width="h") for name in ("q_norm", "k_norm")),
     *gated_mlp(LAYER + "mlp", bias=False),
-    router(LAYER + "router.proj", MLP + "router"),
-    W(LAYER + "router.scale", MLP + "router.norm.scale", "d -> d"),
-    W(LAYER + "router.per_expert_scale", MLP + "router.expert_scale", "e -> e"),
-    *stacked_experts(LAYER + "experts.gate_up_proj", LAYER + "experts.down_proj", MLP + "experts"),
-    rms_norm(LAYER + "post_feedforward_layernorm_1", MLP + "own_norm"),
-    rms_norm(LAYER + "pre_feedforward_layernorm_2", MLP + "experts_input_norm"),
-    rms_norm(LAYER + "post_feedforward_layernorm_2", MLP + "experts_norm"),
+    *experts_beside(LAYER),
     *layer_inputs("model.", LAYER),
     W(LAYER + "layer_scalar", "layers.{i}.layer_scalar", "one -> one"),
     rms_norm("model.norm"),

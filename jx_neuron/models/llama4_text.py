@@ -4,27 +4,30 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ll
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import W
-from jx_neuron.errors import ConfigError
-from jx_neuron.models.llama_like import EXTRA_TENSORS, FULL, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.mixture import IN, OUT, TRAINING, ExpertsConfig, router
+from jx_neuron.models.llama_like import (
+    EXTRA_TENSORS,
+    FULL,
+    LayerTypesConfig,
+    LlamaLikeConfig,
+    LlamaLikeModel,
+    NoRopeLayersConfig,
+)
+from jx_neuron.models.mixture import TRAINING, ExpertsConfig, router, stacked_experts
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router
 from jx_neuron.nn.layers import RMSNorm
 from jx_neuron.nn.rope import Rotation, query_scale, rope_interleaved
 from jx_neuron.nn.state import LayerState, Positions
-from jx_neuron.nn.sublayers import Attention, GatedMLP
-
-CHUNKED = "chunked_attention"
+from jx_neuron.nn.sublayers import GatedMLP, NormAfterRopeAttention
 
 
 @dataclass(frozen=True)
-class Config(ExpertsConfig, LlamaLikeConfig):
+class Config(ExpertsConfig, NoRopeLayersConfig, LayerTypesConfig, LlamaLikeConfig):
     """HF's Llama4TextConfig."""
 
     vocab_size: int = 202048
@@ -44,43 +47,20 @@ class Config(ExpertsConfig, LlamaLikeConfig):
     num_experts_per_tok: int = 1
     moe_layers: list[int] | None = None
     interleave_moe_layer_step: int = 1
-    no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: int = 4
-    attention_chunk_size: int | None = 8192
-    layer_types: list[str] | None = None
+    sliding_window: int | None = field(default=8192, metadata={"hf": "attention_chunk_size"})
     attn_temperature_tuning: bool = True
     floor_scale: int = 8192
     attn_scale: float = field(default=0.1, metadata={"least": 0})
 
     MODEL_TYPE = "llama4_text"
     COMPLETE = True
+    WINDOWED: ClassVar[tuple[str, str]] = ("chunked_attention", "attention_chunk_size")
     EXPERTS = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
     INERT = TRAINING | {"cache_implementation", "for_llm_compressor"}
 
     @property
-    def rotated(self) -> list[bool]:
-        """Whether each layer has positions. Raises ConfigError for fewer entries than layers."""
-        usual = [(layer + 1) % self.no_rope_layer_interval != 0 for layer in range(self.layers)]
-        rotated = [bool(layer) for layer in self.no_rope_layers or usual]
-        if len(rotated) < self.layers:
-            raise ConfigError(f"llama4_text: no_rope_layers has {len(rotated)} entries for {self.layers} layers")
-        return rotated[: self.layers]
-
-    @property
-    def types(self) -> list[str]:
-        """Raises ConfigError for other types than FULL and CHUNKED, and for more or fewer than there are layers."""
-        chunked = self.attention_chunk_size is not None
-        types = self.layer_types or [CHUNKED if chunked and rotated else FULL for rotated in self.rotated]
-        if len(types) != self.layers or not {*types} <= {FULL, CHUNKED} or (CHUNKED in types and not chunked):
-            raise ConfigError(
-                f"llama4_text: layer_types should have {FULL} or {CHUNKED} for each of {self.layers} layers, and the "
-                "latter needs attention_chunk_size"
-            )
-        return types
-
-    @property
-    def windows(self) -> list[int | None]:
-        return [self.attention_chunk_size if kind == CHUNKED else None for kind in self.types]
+    def usual_types(self) -> list[str]:
+        return [FULL if self.window is None or not rotates else self.WINDOWED[0] for rotates in self.rotates]
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, and no dense MLP."""
@@ -91,25 +71,22 @@ class Config(ExpertsConfig, LlamaLikeConfig):
         return self.sizes | dict(f=self.intermediate_size if self.has_experts(layer) else self.intermediate_size_mlp)
 
 
-class TunedAttention(Attention):
-    """Queries and keys are normalized after RoPE; without it, queries are scaled by their positions."""
+class TunedAttention(NormAfterRopeAttention):
+    """Without RoPE, queries are not normalized but scaled by their positions."""
 
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
         chunk = cfg.windows[layer]
-        super().__init__(cfg.sizes, bias=cfg.attention_bias, window=chunk, chunk=chunk, rngs=rngs)
-        self.rotated, self.tuned = cfg.rotated[layer], cfg.attn_temperature_tuning
-        self.norm = RMSNorm(cfg.sizes["h"], cfg.rms_norm_eps, affine=False) if cfg.use_qk_norm else None
+        norm = RMSNorm(cfg.sizes["h"], cfg.rms_norm_eps, affine=False) if cfg.use_qk_norm else None
+        options: dict[str, Any] = dict(q_norm=norm, k_norm=norm, rope=rope_interleaved, window=chunk, chunk=chunk)
+        super().__init__(cfg.sizes, bias=cfg.attention_bias, **options, rngs=rngs)
+        self.rotates, self.tuned = cfg.rotates[layer], cfg.attn_temperature_tuning
 
     def heads(self, x_btd: Array, by: tuple[Rotation, Array]) -> tuple[Array, Array, Array]:
         rotation, scale_bt11 = by
+        if self.rotates:
+            return super().heads(x_btd, rotation)
         q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
-        if self.rotated:
-            q_btnh, k_btkh = rope_interleaved(q_btnh, rotation), rope_interleaved(k_btkh, rotation)
-            if self.norm is not None:
-                q_btnh, k_btkh = self.norm(q_btnh), self.norm(k_btkh)
-        elif self.tuned:
-            q_btnh = q_btnh * scale_bt11.astype(q_btnh.dtype)
-        return q_btnh, k_btkh, v_btkh
+        return q_btnh * scale_bt11.astype(q_btnh.dtype) if self.tuned else q_btnh, k_btkh, v_btkh
 
 
 class Block(nnx.Module):
@@ -149,9 +126,7 @@ WEIGHTS = (
     rms_norm("model.layers.{i}.post_attention_layernorm"),
     *gated_mlp(LAYER, bias=False),
     router(LAYER + ".router", MLP + "gate"),
-    W(LAYER + ".experts.gate_up_proj", MLP + "experts.gate_proj.kernel", "e d ([m] + m) -> e d m", IN),
-    W(LAYER + ".experts.gate_up_proj", MLP + "experts.up_proj.kernel", "e d (m + [m]) -> e d m", IN),
-    W(LAYER + ".experts.down_proj", MLP + "experts.down_proj.kernel", "e m d -> e m d", OUT),
+    *stacked_experts(LAYER + ".experts.gate_up_proj", LAYER + ".experts.down_proj", MLP + "experts", transposed=True),
     *gated_mlp(LAYER + ".shared_expert", bias=False),
     rms_norm("model.norm"),
     embedding("lm_head"),

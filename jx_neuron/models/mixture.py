@@ -74,10 +74,16 @@ def experts(
     )
 
 
-def stacked_experts(gate_up: str, down: str, target: str) -> tuple[W, ...]:
-    """The same of two tensors of all experts, as transformers 5 has them in memory, with these names."""
+def stacked_experts(gate_up: str, down: str, target: str, *, transposed: bool = False) -> tuple[W, ...]:
+    """The same of two tensors of all experts, as transformers 5 has them in memory, with these names.
+
+    transposed: their last axes are of outputs, not of inputs.
+    """
+    gate, up, out = "e ([m] + m) d", "e (m + [m]) d", "e d m"
+    if transposed:
+        gate, up, out = "e d ([m] + m)", "e d (m + [m])", "e m d"
     return (
-        W(gate_up, f"{target}.gate_proj.kernel", "e ([m] + m) d -> e d m", IN),
-        W(gate_up, f"{target}.up_proj.kernel", "e (m + [m]) d -> e d m", IN),
-        W(down, f"{target}.down_proj.kernel", "e d m -> e m d", OUT),
+        W(gate_up, f"{target}.gate_proj.kernel", f"{gate} -> e d m", IN),
+        W(gate_up, f"{target}.up_proj.kernel", f"{up} -> e d m", IN),
+        W(down, f"{target}.down_proj.kernel", f"{out} -> e m d", OUT),
     )

@@ -108,8 +108,7 @@ class Block(nnx.Module):
 
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        norm = LayerNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        blocks = (Block(cfg, rngs) for _ in range(cfg.layers))
+        norm, blocks = LayerNorm(cfg.hidden_size, cfg.rms_norm_eps), (Block(cfg, rngs) for _ in range(cfg.layers))
         super().__init__(cfg, blocks, rngs, norm=norm, head_bias=cfg.lm_head_bias)
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:

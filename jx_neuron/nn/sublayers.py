@@ -96,9 +96,12 @@ class Attention(nnx.Module):
 class NormAfterRopeAttention(Attention):
     """Queries and keys are normalized after RoPE, not before."""
 
-    def heads(self, x_btd: Array, by: Rotation) -> tuple[Array, Array, Array]:
+    def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array, Array]:
         q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
-        return self.q_norm(self.rope(q_btnh, by)), self.k_norm(self.rope(k_btkh, by)), v_btkh
+        q_btnh, k_btkh = self.rope(q_btnh, by), self.rope(k_btkh, by)
+        if self.q_norm is not None:
+            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
+        return q_btnh, k_btkh, v_btkh
 
 
 class HeadsNormAttention(Attention):
