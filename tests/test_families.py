@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # of the largest logit
 TARGETS = ("inf2", "trn1", "trn2")
 
 # one of each kind of weight row, norm, rotation, window and residual; the others are run as `slow`
-USUAL = "bloom falcon gemma3_text gpt_neox olmo2 phi3 stablelm".split()
+USUAL = "bloom falcon gemma3_text gpt_neox olmo2 phi3 qwen3_moe stablelm".split()
 FIRST = [
     pytest.param(name, options[0], id=name, marks=[] if name in USUAL else pytest.mark.slow)
     for name, options in OPTIONS.items()

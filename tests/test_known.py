@@ -87,7 +87,6 @@ PUBLISHED: dict[str, int | str] = {
     "ibm-granite/granite-4.1-8b": "8b",
     "ibm-granite/granite-4.1-30b": "29b",
     "ibm-granite/granite-3.0-1b-a400m-base": "1.3b",
-    "ibm-granite/granite-3.0-3b-a800m-base": "3.3b",
     "kyutai/helium-1-preview-2b": "2b",
     "tencent/Hunyuan-0.5B-Instruct": "0.5b",
     "tencent/Hunyuan-1.8B-Instruct": "1.8b",
@@ -107,7 +106,6 @@ PUBLISHED: dict[str, int | str] = {
     "meta-llama/Llama-3.1-8B": 8030261248,
     "meta-llama/Llama-3.1-70B": 70553706496,
     "meta-llama/Llama-3.1-405B": 405853388800,
-    "meta-llama/Llama-4-Scout-17B-16E": "108b",  # without the image encoder, with which it is 109b
     "HuggingFaceTB/SmolLM2-135M": 134515008,
     "HuggingFaceTB/SmolLM2-360M": 361821120,
     "HuggingFaceTB/SmolLM2-1.7B": 1711376384,
@@ -165,7 +163,6 @@ PUBLISHED: dict[str, int | str] = {
     "Qwen/Qwen2.5-32B": 32763876352,
     "Qwen/Qwen2.5-72B": 72706203648,
     "Qwen/Qwen1.5-MoE-A2.7B": "14.3b",
-    "Qwen/Qwen2-57B-A14B": "57.4b",
     "Qwen/Qwen3-0.6B": 596049920,
     "Qwen/Qwen3-1.7B": 1720574976,
     "Qwen/Qwen3-4B": 4022468096,
@@ -257,4 +254,5 @@ def test_a_path_comes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_family_is_known_by_the_name_of_a_checkpoint() -> None:
     ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}
-    assert {config["model_type"] for config in KNOWN.values()} == ours - {"phimoe"}  # whose long lists are not at hand
+    no_file_at_hand = {"llama4_text", "phimoe"}
+    assert {config["model_type"] for config in KNOWN.values()} == ours - no_file_at_hand

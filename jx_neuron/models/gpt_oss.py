@@ -56,7 +56,7 @@ class Config(ExpertsConfig, LayerTypesConfig, LlamaLikeConfig):
     MODEL_TYPE = "gpt_oss"
     COMPLETE = True
     EXPERTS = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
-    INERT = TRAINING | {"hidden_act"}
+    INERT = TRAINING
     ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     ROPE_USUAL: ClassVar[Mapping[str, Any]] = {
         "rope_type": "yarn",
