@@ -85,7 +85,7 @@ class SparseMixer(nnx.Module):
         best_bt2, index_bt2 = jax.lax.top_k(logits_bte, 2)
         first_bte = is_chosen(index_bt2, logits_bte)[:, :, 0]
         weights = []
-        for number, left_bte in enumerate((logits_bte, jnp.where(first_bte, -jnp.inf, logits_bte))):
+        for number, left_bte in enumerate((logits_bte, jnp.where(first_bte, jnp.finfo(jnp.float32).min, logits_bte))):
             best_bt1 = best_bt2[..., number, None]
             far_bte = (best_bt1 - logits_bte) / jnp.maximum(jnp.abs(logits_bte), best_bt1) > self.distance
             weights.append(1 / jnp.sum(jnp.where(far_bte, 0, jnp.exp(left_bte - best_bt1)), axis=-1))

@@ -73,7 +73,7 @@ class Router(nnx.Module):
         return weight_btc * self.scale, index_btc
 
     def _within_groups(self, score_bte: Array) -> Array:
-        """The scores, and -inf for experts of groups that are not chosen (DeepSeek-AI, arXiv:2412.19437)."""
+        """The scores, and the least float for experts of groups that are not chosen (DeepSeek-AI, arXiv:2412.19437)."""
         count, kept = self.groups
         if count == 1:
             return score_bte
@@ -81,7 +81,7 @@ class Router(nnx.Module):
         best_btg2, _ = jax.lax.top_k(score_btgi, 2)
         _, index_btk = jax.lax.top_k(jnp.sum(best_btg2, axis=-1), kept)
         kept_btg = jnp.any(is_chosen(index_btk, best_btg2[..., 0]), axis=-2)
-        return jnp.where(kept_btg[..., None], score_btgi, -jnp.inf).reshape(score_bte.shape)
+        return jnp.where(kept_btg[..., None], score_btgi, jnp.finfo(score_btgi.dtype).min).reshape(score_bte.shape)
 
 
 def is_chosen(index_btc: Array, score_bte: Array) -> Array:
