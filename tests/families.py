@@ -11,7 +11,7 @@ for path in sorted(Path(__file__).parent.glob("families_*.py")):
         OPTIONS.setdefault(name, []).extend(options)
 
 # families that normalize queries and keys of all heads together, and those that add attention and MLP together
-NORMS_OVER_HEADS = {"olmo2", "olmo3"}
+NORMS_OVER_HEADS = {"minimax_m2", "olmo2", "olmo3", "olmoe"}
 PARALLEL = {"codegen", "cohere", "cohere2", "gptj", "phi"}
 
 
@@ -33,7 +33,8 @@ def all_reduces(model_type: str, config: dict[str, Any], layers: int, tp: int) -
         return layers * (2 + adds_scaled + (norms and config["mamba_rms_norm"]))
     if model_type == "granitemoehybrid":
         return 2 * layers + norms * config["layer_types"].count("linear_attention")
-    return layers * (2 - is_parallel(model_type, config) + 2 * (model_type in NORMS_OVER_HEADS))
+    beside = bool(config.get("enable_moe_block"))  # experts, with a norm between them and the MLP
+    return layers * (2 - is_parallel(model_type, config) + 2 * (model_type in NORMS_OVER_HEADS) + beside)
 
 
 def numbered(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -57,6 +57,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         | {
             "sliding_window": 9,
             "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 22,
+        },
+        GEMMA4
+        | TYPES
+        | {
+            "sliding_window": 9,
+            "hidden_size_per_layer_input": 0,
             "head_dim": 12,
             "global_head_dim": 8,
             "num_attention_heads": 6,

@@ -262,6 +262,7 @@ def test_all_that_hf_looks_for_is_known(name: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(transformers.PretrainedConfig, "__getattribute__", recording)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    hf.set_experts_implementation("eager")
     ids = torch.from_numpy(IDS)
     hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert {"is_causal", "quantization_config"} <= asked  # the recorder records

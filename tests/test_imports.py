@@ -25,8 +25,10 @@ LEVELS = [
 ]
 SHARED = {
     "causal_lm",
+    "experts_beside",
     "gpt_like",
     "llama_like",
+    "mixture",
     "per_layer",
     "recurrent",
     "rows",

@@ -329,7 +329,7 @@ def test_sizes_by_layer_of_a_config() -> None:
         ({"per_layer_config": {"6": {"num_key_value_heads": 3}}}, "num_attention_heads=8 is not divisible by .*=3"),
         ({"num_kv_shared_layers": 1}, "num_kv_shared_layers=1 leaves no full_attention layer with keys and values"),
         ({"num_kv_shared_layers": 8}, "num_kv_shared_layers=8 leaves no full_attention layer"),
-        ({"enable_moe_block": True}, "enable_moe_block=True is not supported, only False"),
+        ({"enable_moe_block": True}, "num_experts=None, top_k_experts=None and moe_intermediate_size=None should be"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' is not supported"),
         ({"global_head_dim": 63}, "the head size 63 is odd"),
     ],

@@ -59,8 +59,8 @@ EVERY = [(name, options) for name, several in OPTIONS.items() for options in sev
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=numbered(EVERY))
 def test_collectives_of_every_family(name: str, options: dict[str, Any]) -> None:
     """An all-reduce for each sum over split axes: of each table of embeddings, of attention and MLP, together where the
-    residual adds both, and of squares of queries and keys where a norm is over all heads. Two gathers are of
-    candidates, and one of the numbers of key heads for such a norm."""
+    residual adds both, of experts where a norm is between them and the MLP, and of squares of queries and keys where a
+    norm is over all heads. Two gathers are of candidates, and one of the numbers of key heads for such a norm."""
     raw = AutoConfig.for_model(name, **deepcopy(options)).to_dict()
     decoder, over_heads = Decoder.from_config(raw, TP), name in NORMS_OVER_HEADS
     sums = 1 + bool(raw.get("hidden_size_per_layer_input")) + all_reduces(name, raw, decoder.config.layers, TP)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jx_neuron.checkpoint import mxfp4
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
@@ -164,11 +165,12 @@ def open_checkpoint(
             return _open_gguf(weights)
         folder = weights.parent
         generation = folder / GENERATION_CONFIG
+        tensors = _indexed(weights) if weights.name.endswith(INDEX) else READERS[weights.suffix](weights)
         return Checkpoint(
             path=folder,
             config=_read_config(folder / CONFIG),
             generation_config=_read_config(generation) if generation.is_file() else None,
-            tensors=_indexed(weights) if weights.name.endswith(INDEX) else READERS[weights.suffix](weights),
+            tensors=mxfp4.widened(tensors) if mxfp4.is_quantized(read_json_file(folder / CONFIG)) else tensors,
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
             load_tokenizer=lambda _: _auto_tokenizer(folder),
         )
@@ -253,6 +255,8 @@ def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int]
 def _read_config(path: Path) -> dict[str, Any]:
     check_file(path)
     fields = read_json_file(path)
+    if mxfp4.is_quantized(fields):  # its tensors are widened
+        del fields["quantization_config"]
     return {**fields, **token_ids(fields, str(path))}
 
 

@@ -131,6 +131,11 @@ class HFConfig:
         return next(self._values(_POSITIONS), None)
 
     @property
+    def chosen(self) -> int | None:
+        """How many of the experts, of which `sizes` gives the number as e, a token has; None without experts."""
+        return None
+
+    @property
     def types(self) -> Sequence[str]:
         """The type of each layer, as HF's layer_types has them: rows of STATE may be of one type."""
         return [FULL] * self.layers

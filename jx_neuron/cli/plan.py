@@ -116,9 +116,8 @@ def _print(plan: "Plan", name: str) -> None:
         return grid
 
     room = plan.memory_per_core
-    size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"
     out.print(
-        f"[bold]{name}[/] ({plan.model_type}, {size} parameters, {plan.amp}) [bold]{'just ' * plan.tight}fits "
+        f"[bold]{name}[/] ({plan.model_type}, {plan.size}, {plan.amp}) [bold]{'just ' * plan.tight}fits "
         f"{plan.instance} at tp {plan.tp_degree}[/]: {gib(plan.memory.total)} of {gib(room)} a core, "
         f"{_number(1e3 * plan.seconds_per_token)} ms a token.\n"
     )

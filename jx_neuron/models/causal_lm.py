@@ -23,7 +23,8 @@ class _Config(Protocol):
 class CausalLM(nnx.Module):
     """Token embeddings, blocks, a last norm, and a head that may be tied to the embeddings.
 
-    soft_cap: logits become cap · tanh(logits / cap), as Gemma 2's (arXiv:2408.00118).
+    soft_cap:  logits become cap · tanh(logits / cap), as Gemma 2's (arXiv:2408.00118).
+    head_bias: logits have a bias, `lm_head_bias`.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs,
         *,
         soft_cap: float | None = None,
+        head_bias: bool = False,
     ):
         d, v = cfg.sizes["d"], cfg.sizes["v"]
         self.embed_tokens = Embedding(v, d, rngs=rngs)
         self.layers = Layers(blocks)
         self.norm: Any = norm
         self.lm_head = None if cfg.tie_word_embeddings else Embedding(v, d, rngs=rngs)
+        self.lm_head_bias = nnx.Param(jnp.zeros((v,))) if head_bias else None
         self.soft_cap = soft_cap
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
@@ -57,4 +60,6 @@ class CausalLM(nnx.Module):
     def logits(self, x_btd: Array) -> Array:
         """Logits [b, t, v] of hidden states."""
         logits_btv = (self.embed_tokens if self.lm_head is None else self.lm_head).attend(x_btd)
+        if self.lm_head_bias is not None:
+            logits_btv += self.lm_head_bias[...]
         return logits_btv if self.soft_cap is None else self.soft_cap * jnp.tanh(logits_btv / self.soft_cap)

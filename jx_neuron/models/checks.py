@@ -128,9 +128,8 @@ def table(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[int
             row.check(sizes)
     expanded = list(rows_of(rows, config.layers))
     counts = Counter(row.target for row in expanded)
+    _alternatives(expanded)
     for row in expanded:
-        if counts[row.target] > 1:
-            raise ConfigError(f"row {row}: {counts[row.target]} rows fill {row.target!r}; keep one of them")
         sizes = row.sizes(config)
         axes = tuple(sizes[letter] for letter in row.letters)
         if row.target in shapes and axes != tuple(shapes[row.target]):
@@ -161,6 +160,22 @@ def _alike(rows: Sequence[W], config: HFConfig, shapes: Mapping[str, Sequence[in
             raise ConfigError(
                 f"{config.MODEL_TYPE}: Config says LAYERS_ALIKE, and {row.target!r} is not alike in all layers; "
                 "set LAYERS_ALIKE = False"
+            )
+
+
+def _alternatives(rows: Sequence[W]) -> None:
+    """Raises ConfigError unless rows that fill one parameter read other tensors, and give the same axes."""
+    first: dict[str, W] = {}
+    for row in rows:
+        other = first.setdefault(row.target, row)
+        if other is row:
+            continue
+        names = {other.name, row.name}
+        alike = (other.letters, other.partition, other.is_computed) == (row.letters, row.partition, row.is_computed)
+        if row.is_computed or len(names) < 2 or not alike:
+            raise ConfigError(
+                f"row {row}: 2 rows fill {row.target!r}; keep one of them, or have each read tensors that only some "
+                "checkpoints have, into the same axes and partition"
             )
 
 

@@ -1,4 +1,4 @@
-"""Gemma 4, its dense text model (Google DeepMind, 2026): inputs of each layer's own, wide heads, and shared keys.
+"""Gemma 4, its text model (Google DeepMind, 2026): inputs of each layer's own, wide heads, shared keys, and experts.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma4/modeling_gemma4.py
 """
@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.checkpoint.weights import W
+from jx_neuron.models.experts_beside import ExpertsBeside, ExpertsBesideConfig, experts_beside
 from jx_neuron.models.llama_like import EXTRA_TENSORS, FULL, SLIDING, LlamaLikeConfig, LlamaLikeModel, full_every
 from jx_neuron.models.per_layer import LayerInput, LayerInputs, PerLayerConfig, layer_inputs
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
@@ -22,7 +23,7 @@ from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(PerLayerConfig, LlamaLikeConfig):
+class Config(ExpertsBesideConfig, PerLayerConfig, LlamaLikeConfig):
     """HF's Gemma4TextConfig."""
 
     vocab_size: int = 262144
@@ -50,10 +51,8 @@ class Config(PerLayerConfig, LlamaLikeConfig):
         SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     }
-    INERT = frozenset("moe_intermediate_size num_experts output_router_logits top_k_experts".split())  # of experts
     ONLY: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **LlamaLikeConfig.ONLY,
-        "enable_moe_block": (False,),
         "use_bidirectional_attention": (None, "vision"),
     }
 
@@ -69,10 +68,6 @@ class Config(PerLayerConfig, LlamaLikeConfig):
     def usual_heads(self) -> Mapping[str, Mapping[str, int]]:
         k = self.num_global_key_value_heads if self.attention_k_eq_v else None
         return {FULL: dict(head_dim=self.global_head_dim, num_key_value_heads=k or self.sizes["k"])}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return super().sizes | dict(one=1)
 
     def sizes_of(self, layer: int) -> dict[str, int]:
         wide = self.use_double_wide_mlp and not self.own_state[layer]
@@ -92,6 +87,7 @@ class Block(nnx.Module):
         )
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(d, eps), RMSNorm(d, eps)
         self.mlp = GatedMLP(sizes, cfg.hidden_act, bias=False, rngs=rngs)
+        self.beside = ExpertsBeside(sizes, cfg.chosen, cfg.hidden_act, eps, rngs) if cfg.chosen else None
         self.input = LayerInput(sizes, cfg.hidden_act, eps, rngs) if cfg.hidden_size_per_layer_input else None
         self.layer_scalar = nnx.Param(jnp.ones((1,)))
 
@@ -100,7 +96,9 @@ class Block(nnx.Module):
     ) -> tuple[Array, LayerState]:
         a_btd, state = self.self_attn(self.input_layernorm(x_btd), state, at, rotations[self.type])
         x_btd = x_btd + self.post_attention_layernorm(a_btd)
-        x_btd = x_btd + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_btd)))
+        m_btd = self.mlp(self.pre_feedforward_layernorm(x_btd))
+        m_btd = m_btd if self.beside is None else self.beside(x_btd, m_btd)
+        x_btd = x_btd + self.post_feedforward_layernorm(m_btd)
         if self.input is not None and inputs_btlp is not None:
             x_btd = x_btd + self.input(x_btd, inputs_btlp[:, :, state.number])
         return x_btd * self.layer_scalar[...], state
@@ -130,6 +128,7 @@ WEIGHTS = (
     *attention(LAYER + "self_attn"),
     *(rms_norm(f"{LAYER}self_attn.{name}", width="h") for name in ("q_norm", "k_norm")),
     *gated_mlp(LAYER + "mlp", bias=False),
+    *experts_beside(LAYER),
     *layer_inputs("model.", LAYER),
     W(LAYER + "layer_scalar", "layers.{i}.layer_scalar", "one -> one"),
     rms_norm("model.norm"),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -70,15 +69,11 @@ class Block(nnx.Module):
 class Model(CausalLM):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         norm = LayerNorm(cfg.n_embd, cfg.layer_norm_epsilon)
-        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs)
-        self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), norm, rngs, head_bias=True)
         self.rotary_dim = cfg.rotary
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
         return (rotation(at, inverse_frequencies(self.rotary_dim, 10000.0)),)
-
-    def logits(self, x_btd: Array) -> Array:
-        return super().logits(x_btd) + self.lm_head_bias[...]
 
 
 LAYER = "transformer.h.{i}."

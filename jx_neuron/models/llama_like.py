@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -11,7 +12,7 @@ from jx_neuron.checkpoint.hf_config import FULL, HFConfig, divisible, one_of
 from jx_neuron.checkpoint.weights import Copy
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.causal_lm import CausalLM
-from jx_neuron.nn.layers import ACT, RMSNorm
+from jx_neuron.nn.layers import ACT, RMSNorm, head_copies
 from jx_neuron.nn.rope import RopeScaling, by_layer_type
 from jx_neuron.nn.state import Positions
 from jx_neuron.util.arguments import shown
@@ -21,11 +22,13 @@ __all__ = [
     "FULL",
     "SLIDING",
     "GroupedQueryConfig",
+    "HeadsNormModel",
     "LayerTypesConfig",
     "LlamaLikeConfig",
     "LlamaLikeModel",
     "MaxWindowLayersConfig",
     "MultiHeadConfig",
+    "NoRopeLayersConfig",
     "RopeConfig",
     "ScaledModel",
     "SlidingWindowConfig",
@@ -196,28 +199,34 @@ class LlamaLikeConfig(GroupedQueryConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig(RopeConfig):
-    """All layers attend to the last `sliding_window` positions; to all positions where it is null."""
+    """All layers attend to the last `sliding_window` positions; to all positions where it is null.
+
+    WINDOWED: HF's type of layers with a window, and its name of the field.
+    """
 
     sliding_window: int | None = None
 
+    WINDOWED: ClassVar[tuple[str, str]] = (SLIDING, "sliding_window")
+
     @property
     def window(self) -> int | None:
-        """That of layers of type SLIDING."""
+        """That of layers of type WINDOWED."""
         return self.sliding_window
 
     @property
     def types(self) -> list[str]:
-        return [FULL if self.window is None else SLIDING] * self.layers
+        return [FULL if self.window is None else self.WINDOWED[0]] * self.layers
 
     @property
     def windows(self) -> list[int | None]:
-        """Raises ConfigError where a layer is SLIDING and there is no window."""
-        if self.window is None and SLIDING in self.types:
+        """Raises ConfigError where a layer is WINDOWED and there is no window."""
+        windowed, name = self.WINDOWED
+        if self.window is None and windowed in self.types:
             raise ConfigError(
-                f"{self.MODEL_TYPE}: layer_types has {SLIDING} and sliding_window is null or switched off; give it a "
-                f"number of positions, or make all layers {FULL}"
+                f"{self.MODEL_TYPE}: layer_types has {windowed} and {name} is null or switched off; give it a number "
+                f"of positions, or make all layers {FULL}"
             )
-        return [self.window if kind == SLIDING else None for kind in self.types]
+        return [self.window if kind == windowed else None for kind in self.types]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +242,10 @@ class LayerTypesConfig(SlidingWindowConfig):
 
     @property
     def types(self) -> list[str]:
-        """Raises ConfigError for other types than FULL and SLIDING, and for more or fewer than there are layers."""
-        types = self.usual_types if self.layer_types is None else self.layer_types
-        if wrong := next((kind for kind in types if kind not in (FULL, SLIDING)), None):
-            raise ConfigError(f"{self.MODEL_TYPE}: layer_types may hold {FULL} and {SLIDING}, and not {shown(wrong)}")
+        """Raises ConfigError for other types than FULL and WINDOWED, and for more or fewer than there are layers."""
+        types, windowed = self.usual_types if self.layer_types is None else self.layer_types, self.WINDOWED[0]
+        if wrong := next((kind for kind in types if kind not in (FULL, windowed)), None):
+            raise ConfigError(f"{self.MODEL_TYPE}: layer_types may hold {FULL} and {windowed}, and not {shown(wrong)}")
         if len(types) != self.layers:
             raise ConfigError(f"{self.MODEL_TYPE}: layer_types has {len(types)} entries for {self.layers} layers")
         return types
@@ -260,6 +269,31 @@ class MaxWindowLayersConfig(LayerTypesConfig):
         return [FULL if layer < first else SLIDING for layer in range(self.layers)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoRopeLayersConfig(RopeConfig):
+    """Some layers have no RoPE (Yang et al., arXiv:2501.18795): those with a 0 in `no_rope_layers`, or where that is
+    null or empty, every `no_rope_layer_interval`-th."""
+
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int = 4
+
+    def __post_init__(self) -> None:
+        entries = self.no_rope_layers
+        if entries and (len(entries) < self.layers or not all(entry in (0, 1) for entry in entries)):
+            raise ConfigError(
+                f"{self.MODEL_TYPE}: no_rope_layers={shown(entries)} should have an entry for each of {self.layers} "
+                "layers, 1 for RoPE and 0 for none"
+            )
+        super().__post_init__()
+
+    @property
+    def rotates(self) -> list[bool]:
+        """Whether each layer has RoPE."""
+        if self.no_rope_layers:
+            return [bool(entry) for entry in self.no_rope_layers[: self.layers]]
+        return [(layer + 1) % self.no_rope_layer_interval != 0 for layer in range(self.layers)]
+
+
 class LlamaLikeModel(CausalLM):
     """Its blocks take the rotation of heads beside the state.
 
@@ -275,10 +309,11 @@ class LlamaLikeModel(CausalLM):
         norm: nnx.Module | None = None,
         rope: Any = None,
         soft_cap: float | None = None,
+        head_bias: bool = False,
     ):
         if norm is None:
             norm = RMSNorm(cfg.hidden_size, cast(LlamaLikeConfig, cfg).rms_norm_eps)
-        super().__init__(cfg, blocks, norm, rngs, soft_cap=soft_cap)
+        super().__init__(cfg, blocks, norm, rngs, soft_cap=soft_cap, head_bias=head_bias)
         self.rope: Any = cfg.rope if rope is None else rope
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
@@ -305,6 +340,17 @@ class ScaledModel(LlamaLikeModel):
 
     def logits(self, x_btd: Array) -> Array:
         return super().logits(x_btd) * self.logits_scale
+
+
+class HeadsNormModel(LlamaLikeModel):
+    """That of blocks with a jx_neuron.nn.sublayers.HeadsNormAttention; the row `key_head_numbers` fills `number_k`."""
+
+    def __init__(self, cfg: MultiHeadConfig, blocks: Iterable[nnx.Module], rngs: nnx.Rngs):
+        super().__init__(cfg, blocks, rngs)
+        self.number_k = nnx.Param(jnp.zeros((cfg.sizes["k"],)))
+
+    def block_args(self, at: Positions) -> tuple[Any, ...]:
+        return ((self.rope(at), head_copies(self.number_k[...])),)
 
 
 EXTRA_TENSORS = (

@@ -4,15 +4,13 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ol
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
+from jx_neuron.models.llama_like import EXTRA_TENSORS, HeadsNormModel, LlamaLikeConfig
 from jx_neuron.models.rows import attention, embedding, gated_mlp, heads_rms_norm, key_head_numbers, rms_norm
-from jx_neuron.nn.layers import HeadsRMSNorm, RMSNorm, head_copies
+from jx_neuron.nn.layers import HeadsRMSNorm, RMSNorm
 from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.nn.sublayers import GatedMLP, HeadsNormAttention
@@ -53,13 +51,9 @@ class Block(nnx.Module):
         return x_btd + self.post_feedforward_layernorm(self.mlp(x_btd)), state
 
 
-class Model(LlamaLikeModel):
+class Model(HeadsNormModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs)
-        self.number_k = nnx.Param(jnp.zeros((cfg.sizes["k"],)))
-
-    def block_args(self, at: Positions) -> tuple[Any, ...]:
-        return ((self.rope(at), head_copies(self.number_k[...])),)
 
 
 LAYER = "model.layers.{i}."

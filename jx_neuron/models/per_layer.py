@@ -75,7 +75,7 @@ class PerLayerConfig(LayerTypesConfig):
     @property
     def sizes(self) -> dict[str, int]:
         p = self.hidden_size_per_layer_input or 1
-        return super().sizes | dict(u=self.vocab_size_per_layer_input, p=p, q=p * self.layers)
+        return super().sizes | dict(u=self.vocab_size_per_layer_input, p=p, q=p * self.layers, one=1)
 
     def sizes_of(self, layer: int) -> dict[str, int]:
         own = self.heads.get(self.types[layer], {})

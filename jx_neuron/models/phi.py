@@ -5,7 +5,6 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ph
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -55,11 +54,7 @@ class Block(nnx.Module):
 class Model(LlamaLikeModel):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         norm = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
-        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs, norm=norm)
-        self.lm_head_bias = nnx.Param(jnp.zeros((cfg.vocab_size,)))
-
-    def logits(self, x_btd: Array) -> Array:
-        return super().logits(x_btd) + self.lm_head_bias[...]
+        super().__init__(cfg, (Block(cfg, rngs) for _ in range(cfg.layers)), rngs, norm=norm, head_bias=True)
 
 
 LAYER = "model.layers.{i}."

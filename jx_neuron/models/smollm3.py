@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from flax import nnx
 from jax import Array
 
-from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import (
     EXTRA_TENSORS,
     FULL,
@@ -16,17 +15,17 @@ from jx_neuron.models.llama_like import (
     LayerTypesConfig,
     LlamaLikeConfig,
     LlamaLikeModel,
+    NoRopeLayersConfig,
 )
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.layers import RMSNorm
 from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
 from jx_neuron.nn.sublayers import Attention, GatedMLP
-from jx_neuron.util.arguments import shown
 
 
 @dataclass(frozen=True)
-class Config(LayerTypesConfig, LlamaLikeConfig):
+class Config(NoRopeLayersConfig, LayerTypesConfig, LlamaLikeConfig):
     """HF's SmolLM3Config."""
 
     vocab_size: int = 128256
@@ -38,8 +37,6 @@ class Config(LayerTypesConfig, LlamaLikeConfig):
     max_position_embeddings: int = 32768
     rope_theta: float = 2000000.0
     use_sliding_window: bool = False
-    no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: int = 4
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
@@ -47,22 +44,6 @@ class Config(LayerTypesConfig, LlamaLikeConfig):
     MODEL_TYPE = "smollm3"
     COMPLETE = True
     INERT = frozenset({"max_window_layers", "pretraining_tp"})
-
-    def __post_init__(self) -> None:
-        entries = self.no_rope_layers
-        if entries is not None and (len(entries) < self.layers or not all(entry in (0, 1) for entry in entries)):
-            raise ConfigError(
-                f"smollm3: no_rope_layers={shown(entries)} should have an entry for each of {self.layers} layers, "
-                "1 for RoPE and 0 for none"
-            )
-        super().__post_init__()
-
-    @property
-    def rotates(self) -> list[bool]:
-        """Whether each layer has RoPE."""
-        if self.no_rope_layers is not None:
-            return [bool(entry) for entry in self.no_rope_layers[: self.layers]]
-        return [(layer + 1) % self.no_rope_layer_interval != 0 for layer in range(self.layers)]
 
     @property
     def usual_types(self) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jx_neuron.nn.ops import ops
@@ -24,6 +24,7 @@ def attend(
     scale: float | None = None,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     soft_cap: float | None = None,
     sinks_n: Array | None = None,
     bias_ns: Array | None = None,
@@ -36,6 +37,7 @@ def attend(
     Keys and values are None in a layer that writes none, and attends to those of another (`Config.own_state`).
 
     window:   attends to the last so many positions, the token's own among them (HF's sliding_window).
+    chunk:    attends to the positions of the token's own chunk of so many (HF's attention_chunk_size).
     soft_cap: scores become cap · tanh(scores / cap), before the bias (Gemma 2, arXiv:2408.00118).
     sinks_n:  a logit of each head [n] that takes part in the softmax and has no value (gpt-oss, arXiv:2309.17453).
     bias_ns:  added to the scores of each head and position, [n, s] for all s of `at.positions` (ALiBi,
@@ -56,6 +58,9 @@ def attend(
     mask_bts = position_bs[:, None] <= at.position_bt[:, :, None]
     if window is not None:
         mask_bts &= position_bs[:, None] > at.position_bt[:, :, None] - window
+    if chunk is not None:
+        first_bt = at.position_bt - lax.rem(at.position_bt, jnp.int32(chunk))
+        mask_bts &= position_bs[:, None] >= first_bt[:, :, None]
     if state.is_ring(at):
         mask_bts &= position_bs[:, None] >= 0
     if bias_ns is not None:

@@ -1,5 +1,6 @@
 """How a weight matrix is stored: as an array [*inputs, *outputs], or in a form whose type says how it is multiplied."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ class Kernel(Protocol):
     def __getitem__(self, index: Any) -> Array:
         """Entries of the matrix as an array [*inputs, *outputs]."""
         ...
+
+
+class Indexed(ABC):
+    """A kernel of which a loop over layers takes no part, for it would be a copy, but says which layer's it is."""
+
+    @abstractmethod
+    def of_period(self, number: Array | int) -> "Indexed":
+        """The part of `number` along the first axis, along which `Layers` stacks parameters."""
 
 
 def matmul(x: Array, kernel: Array | Kernel, axes: int) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jx_neuron.nn.kernel import Kernel, matmul
+from jx_neuron.nn.kernel import Indexed, Kernel, matmul
 from jx_neuron.nn.ops import barrier, ops
 from jx_neuron.nn.state import LayerState, State
 
@@ -72,8 +72,13 @@ class Layers(nnx.List[Any]):
     def _block(self, index: int, number: Array | int) -> Any:
         """The block at `index` of a period."""
         graph, params = nnx.split(self._get_elem(index))
-        of_period = partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
-        return nnx.merge(graph, jax.tree.map(of_period, params))
+
+        def of_period(stack: Any) -> Any:
+            if isinstance(stack, Indexed):
+                return stack.of_period(number)
+            return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
+
+        return nnx.merge(graph, jax.tree.map(of_period, params, is_leaf=lambda leaf: isinstance(leaf, Indexed)))
 
     def __len__(self) -> int:
         return self._length if self._depth is None else self._depth
@@ -119,7 +124,8 @@ def _avals(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+def random_normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
+    """Normal numbers of a standard deviation."""
     return scale * jax.random.normal(key, shape)
 
 
@@ -128,7 +134,7 @@ class LinearParams(nnx.Module):
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
-        self.kernel = nnx.Param(normal(rngs.params(), (*inputs, *outputs), scale))
+        self.kernel = nnx.Param(random_normal(rngs.params(), (*inputs, *outputs), scale))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
         self.axes = len(inputs)
 
@@ -177,7 +183,7 @@ class Embedding(nnx.Module):
     """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
 
     def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(normal(rngs.params(), (entries, d), 0.02))
+        self.embedding = nnx.Param(random_normal(rngs.params(), (entries, d), 0.02))
 
     def __call__(self, index_bt: Array) -> Array:
         return self.embedding[...].at[index_bt].get(mode="clip")

@@ -7,7 +7,7 @@ is traced; the layers call `ops()`. Array suffixes are those of jx_neuron.nn.lay
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,14 @@ class Ops:
         """softmax(w) · v of each query head with its group's values: [b, t, k, g, h]; w is float32."""
         p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
         return jnp.einsum("bksh,bkgts->btkgh", v_bksh, p_bkgts)
+
+    def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
+        """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.
+
+        The parameters of those chosen are gathered where they are fewer than all.
+        """
+        few = index_btc.size < layer.count
+        return (layer.of_chosen if few else layer.dense)(x_btd, weight_btc, index_btc)
 
 
 PLAIN = Ops()

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jx_neuron.nn.layers import Linear, Linears, normal
+from jx_neuron.nn.layers import Linear, Linears, random_normal
 from jx_neuron.nn.state import LayerState, Positions
 
 CHUNK = 64
@@ -38,7 +38,7 @@ class CausalConv(nnx.Module):
         act: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(normal(rngs.params(), (taps, *channels), taps**-0.5))
+        self.kernel = nnx.Param(random_normal(rngs.params(), (taps, *channels), taps**-0.5))
         self.bias = nnx.Param(jnp.zeros(tuple(channels))) if bias else None
         self.act = act
 

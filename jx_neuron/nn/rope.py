@@ -71,12 +71,13 @@ def rope_interleaved(x_btnh: Array, by: Rotation) -> Array:
     return jnp.concatenate([y, x_btnh[..., r:]], axis=-1)
 
 
-def query_scale(at: Positions, beta: float, original: int) -> Array:
-    """1 + beta · ln(1 + floor(position / original)), float32 [b, t, 1, 1]: grows queries as Llama 4 and Ministral 3 do.
+def query_scale(at: Positions, beta: float, original: int, *, first: int = 0) -> Array:
+    """1 + beta · ln(1 + floor(position / original)), float32 [b, t, 1, 1], for positions from `first` on: grows queries
+    as Llama 4 and Ministral 3 do.
 
     https://github.com/huggingface/transformers/blob/main/src/transformers/models/ministral3/modeling_ministral3.py
     """
-    stretch_bt = (at.position_bt // original).astype(jnp.float32)
+    stretch_bt = ((at.position_bt + first) // original).astype(jnp.float32)
     return ops().once(1 + beta * jnp.log(1 + stretch_bt))[:, :, None, None]
 
 

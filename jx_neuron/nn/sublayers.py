@@ -27,7 +27,8 @@ class Attention(nnx.Module):
     q_norm, k_norm:  norms of queries and keys before they are rotated (Henry et al., arXiv:2010.04245).
     v_norm:          a norm of values.
     rope:            how heads are rotated: rope_half or rope_interleaved.
-    scale, window, soft_cap: those of `attend`.
+    sinks:           each head has a logit that takes part in the softmax and has no value, as `attend` takes it.
+    scale, window, chunk, soft_cap: those of `attend`.
     """
 
     def __init__(
@@ -44,18 +45,21 @@ class Attention(nnx.Module):
         rope: Callable[[Array, Rotation], Array] = rope_half,
         scale: float | None = None,
         window: int | None = None,
+        chunk: int | None = None,
         soft_cap: float | None = None,
+        sinks: bool = False,
         rngs: nnx.Rngs,
     ):
         d, n, k, h = (sizes[c] for c in "dnkh")
         outputs = {name: (n if name == "q_proj" else k, h) for name in projections}
         self.qkv = Linears((d,), outputs, bias=bias, rngs=rngs)
         self.o_proj = Linear((n, h), (d,), bias=bias if out_bias is None else out_bias, rngs=rngs)
+        self.sinks = nnx.Param(jnp.zeros((n,))) if sinks else None
         self.q_norm: Any = q_norm
         self.k_norm: Any = k_norm
         self.v_norm: Any = v_norm
         self.clip, self.rope = clip, rope
-        self.scale, self.window, self.soft_cap = scale, window, soft_cap
+        self.scale, self.window, self.chunk, self.soft_cap = scale, window, chunk, soft_cap
 
     def __call__(
         self, x_btd: Array, state: LayerState, at: Positions, by: Any = None, *, bias_ns: Array | None = None
@@ -72,14 +76,14 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerState]:
         """What o_proj takes, [b, t, n, h], and the state written to."""
         q_btnh, k_btkh, v_btkh = self.heads(x_btd, by)
-        options: dict[str, Any] = dict(window=self.window, soft_cap=self.soft_cap, bias_ns=bias_ns)
+        sinks_n = None if self.sinks is None else self.sinks[...]
+        options: dict[str, Any] = dict(window=self.window, chunk=self.chunk, soft_cap=self.soft_cap)
+        options |= dict(sinks_n=sinks_n, bias_ns=bias_ns)
         return attend(q_btnh, k_btkh, v_btkh, state, at, self.scale, **options)
 
     def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array | None, Array | None]:
         """Queries [b, t, n, h], keys and values [b, t, k, h], as they are attended to; None of another layer."""
-        heads = self.qkv(x_btd)
-        if self.clip is not None:
-            heads = [jnp.clip(y, -self.clip, self.clip) for y in heads]
+        heads = self.clipped(self.qkv(x_btd))
         q_btnh, k_btkh, v_btkh = (*heads, heads[-1])[:3] if len(heads) > 1 else (heads[0], None, None)
         if self.q_norm is not None:
             q_btnh = self.q_norm(q_btnh)
@@ -90,6 +94,10 @@ class Attention(nnx.Module):
         if by is not None:
             q_btnh, k_btkh = self.rope(q_btnh, by), None if k_btkh is None else self.rope(k_btkh, by)
         return q_btnh, k_btkh, v_btkh
+
+    def clipped(self, heads: Sequence[Array]) -> Sequence[Array]:
+        """Within ±clip, where there is one."""
+        return heads if self.clip is None else [jnp.clip(y, -self.clip, self.clip) for y in heads]
 
 
 class GatedAttention(Attention):
@@ -110,19 +118,23 @@ class GatedAttention(Attention):
 class NormAfterRopeAttention(Attention):
     """Queries and keys are normalized after RoPE, not before."""
 
-    def heads(self, x_btd: Array, by: Rotation) -> tuple[Array, Array, Array]:
+    def heads(self, x_btd: Array, by: Any) -> tuple[Array, Array, Array]:
         q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
-        return self.q_norm(self.rope(q_btnh, by)), self.k_norm(self.rope(k_btkh, by)), v_btkh
+        q_btnh, k_btkh = self.rope(q_btnh, by), self.rope(k_btkh, by)
+        if self.q_norm is not None:
+            q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh)
+        return q_btnh, k_btkh, v_btkh
 
 
 class HeadsNormAttention(Attention):
-    """Queries and keys are normalized over all heads together (OLMo 2, arXiv:2501.00656), each by a `HeadsRMSNorm`."""
+    """Queries and keys are normalized over all heads together (OLMo 2, arXiv:2501.00656), each by a `HeadsRMSNorm`,
+    before they are clipped."""
 
     def heads(self, x_btd: Array, by: tuple[Rotation, Array]) -> tuple[Array, Array, Array]:
         """by: the Rotation of queries and keys, and how often each key head is there, of `head_copies`."""
         rotation, copies_k = by
         q_btnh, k_btkh, v_btkh = self.qkv(x_btd)
-        q_btnh, k_btkh = self.q_norm(q_btnh), self.k_norm(k_btkh, copies_k)
+        q_btnh, k_btkh, v_btkh = self.clipped([self.q_norm(q_btnh), self.k_norm(k_btkh, copies_k), v_btkh])
         return self.rope(q_btnh, rotation), self.rope(k_btkh, rotation), v_btkh
 
 
@@ -136,8 +148,12 @@ class GatedMLP(nnx.Module):
         self.act_fn = ACT[act] if isinstance(act, str) else act
 
     def __call__(self, x_btd: Array) -> Array:
+        return self.down_proj(self.hidden(x_btd))
+
+    def hidden(self, x_btd: Array) -> Array:
+        """What enters down_proj, [b, t, f]."""
         gate_btf, up_btf = self.gate_up(x_btd)
-        return self.down_proj(self.act_fn(gate_btf) * up_btf)
+        return self.act_fn(gate_btf) * up_btf
 
 
 class MLP(nnx.Module):

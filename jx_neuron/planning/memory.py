@@ -84,6 +84,7 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     """An upper estimate of a program's intermediate results at their peak."""
     d, v = outline.config.sizes["d"], outline.padding(tp_degree).size("v") // tp_degree
     rows, positions = key.rows * key.tokens, key.positions
+    chosen = outline.config.chosen
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
 
@@ -94,6 +95,11 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
         scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
         state = 2 * key.rows * k * positions * h * itemsize
         mlp = rows * 3 * f * itemsize
+        if chosen is not None:  # features of all experts, or the parameters of those chosen
+            e, few = padding.sizes["e"], rows * chosen
+            mlp += 3 * m * itemsize * (few * (d + 1) if few < e else rows * e)
+        if "g" not in padding.sizes:
+            return max(projections + scores + state, mlp)
         chunk = min(key.tokens, CHUNK)  # of a recurrence, in float32: its inputs and results, decays, and states
         recurrence = 4 * (rows * 4 * (m * i + g * j) + key.rows * m * (3 * chunk**2 + 3 * i * j))
         return max(projections + scores + state, recurrence, mlp)

@@ -47,6 +47,11 @@ class Parameter:
         return self.row is not None and bool({"s", "u"} & {*self.row.letters})
 
     @property
+    def is_of_experts(self) -> bool:
+        """Whether each expert has a part of it."""
+        return self.row is not None and len(self.row.letters) > 1 and self.row.letters[0] == "e"
+
+    @property
     def is_vocabulary_table(self) -> bool:
         return self.row is not None and len(self.row.letters) > 1 and self.row.letters[0] == "v"
 
@@ -125,12 +130,32 @@ class Outline:
         decoder = self.at_degree(tp_degree)
         return decoder.state_bytes(batch, positions, itemsize) * self.layers // decoder.config.layers
 
-    def read_elements(self, tp_degree: int) -> int:
-        """Parameters that a decode step reads on each core: all but the tables from which it looks up single rows."""
+    @property
+    def active_parameter_count(self) -> int:
+        """Parameters of the model, of the experts those of as many as a token has."""
+        return sum(self._of_chosen(p, p.elements, 1) for p in self.parameters(1))
+
+    def read_elements(self, tp_degree: int, rows: int = 1) -> int:
+        """Parameters that a decode step of `rows` reads on each core: all but the tables from which it looks up single
+        rows, and of the experts those of as many as are chosen."""
         parameters = self.parameters(tp_degree)
         vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
         looked_up = sum(p.per_core for p in parameters if p.is_looked_up) + sum(sorted(vocabulary)[:-1])
-        return sum(p.per_core for p in parameters) - looked_up
+        return sum(self._of_chosen(p, p.per_core, rows) for p in parameters) - looked_up
+
+    def multiplied_elements(self, tp_degree: int, rows: int) -> int:
+        """Of these, those by which each of `rows` is multiplied: every expert's where `rows` have more than there are,
+        as jx_neuron.nn.ops.Ops computes them."""
+        e, chosen = self.config.sizes.get("e", 1), self.config.chosen
+        return self.read_elements(tp_degree, 1 if chosen is None or rows * chosen < e else e)
+
+    def _of_chosen(self, parameter: Parameter, elements: int, rows: int) -> int:
+        """Of the elements of a parameter, those that `rows` have."""
+        chosen = self.config.chosen
+        if chosen is None or not parameter.is_of_experts:
+            return elements
+        e = self.config.sizes["e"]
+        return elements * min(rows * chosen, e) // e
 
     def overhead(self, tp_degree: int) -> float:
         """Elements that padding and replicated key/value heads add, as a fraction of the parameters."""

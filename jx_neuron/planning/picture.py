@@ -37,8 +37,7 @@ def draw(plan: Plan, model: str, path: Path) -> None:
     except ImportError:
         raise InputError("a picture needs matplotlib, which is not installed: pip install matplotlib") from None
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
-    size = f"{plan.parameters / 1e9:.3g} B" if plan.parameters >= 1e9 else f"{plan.parameters / 1e6:.3g} M"
-    figure.suptitle(f"{model} ({size} parameters, {plan.amp}) on {plan.instance}", fontsize=13)
+    figure.suptitle(f"{model} ({plan.size}, {plan.amp}) on {plan.instance}", fontsize=13)
     memory_axes, latency_axes = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _memory(memory_axes, plan)
     _latency(latency_axes, plan, LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

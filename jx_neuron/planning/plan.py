@@ -44,6 +44,7 @@ class Plan:
 
     model_type: str
     parameters: int
+    active_parameters: int
     instance: str
     tp_degree: int
     batch_size: int
@@ -64,6 +65,12 @@ class Plan:
     largest_batch: int
     largest_n_positions: int
     notes: tuple[str, ...]
+
+    @property
+    def size(self) -> str:
+        """The parameters, and of experts those that a token has, such as "30.5 B parameters, 3.34 B active"."""
+        active = f", {_billions(self.active_parameters)} active" if self.active_parameters < self.parameters else ""
+        return f"{_billions(self.parameters)} parameters{active}"
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as a dictionary, for JSON."""
@@ -117,6 +124,7 @@ def plan(
     return Plan(
         model_type=request.outline.decoder.model_type,
         parameters=request.outline.parameter_count,
+        active_parameters=request.outline.active_parameter_count,
         instance=chosen.name,
         tp_degree=degree,
         batch_size=request.batch_size,
@@ -170,6 +178,10 @@ def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -
     """
     outline = Outline.of(model)
     return outline.padding(tp_degree).describe(outline.overhead(tp_degree))
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def _request(

@@ -4,7 +4,8 @@
     time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
     a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
 
-Bytes are those that each core reads: its parameters, without lookup tables, and its part of the KV cache as compiled.
+Bytes are those that each core reads: its parameters, without lookup tables and without experts that no token has, and
+its part of the KV cache as compiled.
 docs/planning.md compares predictions with published times.
 """
 
@@ -57,7 +58,7 @@ class Speed:
     def per_token(self, batch: int, positions: int) -> float:
         """Seconds of a decode step over a KV cache of `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.read_elements(tp) * self.weight_itemsize + outline.cache_bytes(
+        bytes_read = outline.read_elements(tp, batch) * self.weight_itemsize + outline.cache_bytes(
             tp, batch, positions, self.itemsize
         )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
@@ -88,7 +89,7 @@ class Speed:
         recurrences, which multiply each number of their state twice a token."""
         outline, tp = self.outline, self.tp_degree
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
-        multiply_adds = (outline.read_elements(tp) - head) * tokens + head
+        multiply_adds = (outline.multiplied_elements(tp, batch * tokens) - head) * tokens + head
         decoder = outline.at_degree(tp)
         attending = [n for n, kept in enumerate(decoder.kept) if any("s" in row.letters for row in kept.rows)]
         layers = [decoder.padding.of(layer) for layer in attending]

@@ -7,7 +7,7 @@ suffixes: m rows, k contracted, n columns.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jx_neuron.nn.kernel import inputs_first, outputs_first
+from jx_neuron.nn.kernel import Indexed, inputs_first, outputs_first
 from jx_neuron.nn.ops import barrier
 from jx_neuron.util.pages import allocate
 
@@ -100,6 +100,36 @@ class Packed:
     def _ends(self) -> list[int]:
         """Where the outputs of each matrix but the last end."""
         return list(accumulate(math.prod(shape[self.axes :]) for shape in self.shapes))[:-1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w_enk", "layer"], meta_fields=["dtype", "formulation"])
+@dataclass(frozen=True)
+class PackedExperts(Indexed):
+    """A matrix of each expert, as `to_bits` of `dtype`: [e, n, k], or [l, e, n, k] of the layers of a stack.
+
+    layer: that of the stack whose experts these are; None without a stack.
+    """
+
+    w_enk: Array
+    dtype: Any
+    formulation: Formulation
+    layer: Array | int | None = None
+
+    def of_period(self, number: Array | int) -> "PackedExperts":
+        return replace(self, layer=number)
+
+    def matmul_one(self, x_rk: Array, expert: Array) -> Array:
+        """x · W of one expert, [r, n], whose matrix alone is read."""
+        place = (expert,) if self.layer is None else (jnp.asarray(self.layer, expert.dtype), expert)
+        start = (*place, *[jnp.zeros_like(expert)] * 2)
+        w_nk = jax.lax.dynamic_slice(self.w_enk, start, (1,) * len(place) + self.w_enk.shape[-2:])
+        return matmul_packed(x_rk, w_nk.reshape(self.w_enk.shape[-2:]), self.dtype, self.formulation)
+
+
+def pack_experts(kernels: Sequence[np.ndarray]) -> np.ndarray:
+    """`PackedExperts.w_enk` of one matrix [e, k, n]."""
+    (kernel_ekn,) = kernels
+    return np.ascontiguousarray(to_bits(kernel_ekn.transpose(0, 2, 1)))
 
 
 def pack(kernels: Sequence[np.ndarray], axes: int) -> np.ndarray:

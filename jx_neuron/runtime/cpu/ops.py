@@ -1,7 +1,8 @@
 """The equations of jx_neuron.nn.ops as one CPU computes them fastest (docs/notes/cpu-decode.md and cpu-prefill.md)."""
 
 import math
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, 
 
 BLOCK = 128
 """Queries that go through attention at a time, where later positions can be left out."""
+
+MOST_ROWS = 128
+"""Rows that go through an expert at a time."""
 
 LANES = 32
 """A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
@@ -64,6 +68,31 @@ class CpuOps(Ops):
             return self._weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
         p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
         return self._weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
+
+    def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
+        """A block of rows at a time that share an expert: those chosen are read, and no others.
+
+        Each token has a row for each of its experts, and rows are sorted by these. A block that runs into the rows of
+        the next expert is wrong there, until the blocks after it are written.
+        """
+        b, t, d = x_btd.shape
+        c, rows = index_btc.shape[-1], index_btc.size
+        size = min(b * t, max(FEW // 2, 1 << (rows // layer.count).bit_length()), MOST_ROWS)
+        expert_r, order_r = jax.lax.sort_key_val(index_btc.reshape(-1), jnp.arange(rows, dtype=jnp.int32))
+        x_rd = jnp.pad(barrier(x_btd.reshape(-1, d)[order_r // c]), ((0, size), (0, 0)))
+        weight_r = jnp.pad(weight_btc.reshape(-1)[order_r], (0, size))
+
+        def block(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            first, y_rd = carry
+            expert = jax.lax.dynamic_index_in_dim(expert_r, first, keepdims=False)
+            of_block = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+            y_sd = layer.one(of_block(x_rd), of_block(weight_r), expert)
+            end = jnp.sum(expert_r <= expert, dtype=first.dtype)
+            return jnp.minimum(first + size, end), jax.lax.dynamic_update_slice_in_dim(y_rd, y_sd, first, 0)
+
+        start = jnp.zeros((), jnp.int32), jnp.zeros_like(x_rd)
+        _, y_rd = jax.lax.while_loop(lambda carry: carry[0] < rows, block, start)
+        return y_rd[jnp.argsort(order_r)].reshape(b, t, c, d).sum(-2)
 
     def _weighted(self, p_bkgts: Array, v_bksh: Array) -> Array:
         b, k, g, t, s = p_bkgts.shape

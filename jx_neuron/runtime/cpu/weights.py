@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.weights import Params, Source, flatten
 from jx_neuron.models import Decoder
+from jx_neuron.nn.experts import ExpertLinear
 from jx_neuron.nn.layers import Layers, Linear, LinearParams, Linears
 from jx_neuron.nn.state import State
 from jx_neuron.runtime.cpu.formulation import choose
-from jx_neuron.runtime.cpu.kernel import Formulation, Packed, pack
+from jx_neuron.runtime.cpu.kernel import Formulation, Packed, PackedExperts, pack, pack_experts
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.cpu.ops import CpuOps
 from jx_neuron.runtime.sharded import Sharded
@@ -62,11 +63,11 @@ class OneCPU(Sharded):
 
         def stored(arrays: Params) -> Params:
             return {
-                name: replace(packed[name][1], w_nk=array) if name in packed else array
+                name: jax.tree.map(lambda _, array=array: array, packed[name].kernel) if name in packed else array
                 for name, array in arrays.items()
             }
 
-        packing = {name: (paths, partial(pack, axes=kernel.axes)) for name, (paths, kernel) in packed.items()}
+        packing = {name: (parts.paths, parts.pack) for name, parts in packed.items()}
         arrays = source.place(self._mesh, packing, put)
         whole = {name: array for name, array in arrays.items() if name not in places}
         self._stacks = stored(whole | jax.device_put(stacks, self._everywhere))
@@ -90,13 +91,22 @@ class OneCPU(Sharded):
         return self.formulation.in_passes(key.rows * key.tokens)
 
 
-def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[tuple[str, tuple[list[str], Packed]]]:
-    """Has the kernels of `module`, which holds shapes, be `Packed`: for each its path, and those of what it holds."""
+class _Packed(NamedTuple):
+    """A kernel that holds a shape, the paths of the parameters in it, and how their arrays become its own."""
+
+    kernel: Packed | PackedExperts
+    paths: list[str]
+    pack: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[tuple[str, _Packed]]:
+    """Has the kernels of `module`, which holds shapes, be `Packed` or `PackedExperts`: for each its path, and its
+    parts."""
+    stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
     def packed(layers: list[LinearParams]) -> Packed:
         shapes, axes = tuple(tuple(layer.kernel.get_value().shape) for layer in layers), layers[0].axes
         n, k = sum(math.prod(shape[axes:]) for shape in shapes), math.prod(shapes[0][:axes])
-        stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
         abstract: Any = jax.ShapeDtypeStruct((n, k), stored)
         return Packed(abstract, shapes, axes, dtype, formulation)
 
@@ -105,11 +115,17 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
         if isinstance(node, Linears):
             kernel = packed(node.layers)
             node.fuse(kernel)
-            yield f"{prefix}.fused", ([f"{prefix}.{name}.kernel" for name in node.names], kernel)
+            paths = [f"{prefix}.{name}.kernel" for name in node.names]
+            yield f"{prefix}.fused", _Packed(kernel, paths, partial(pack, axes=kernel.axes))
         elif isinstance(node, Linear):
             kernel = packed([node])
             node.kernel = nnx.Param(kernel)
-            yield f"{prefix}.kernel", ([f"{prefix}.kernel"], kernel)
+            yield f"{prefix}.kernel", _Packed(kernel, [f"{prefix}.kernel"], partial(pack, axes=kernel.axes))
+        elif isinstance(node, ExpertLinear):
+            e, k, n = node.kernel.get_value().shape
+            abstract: Any = jax.ShapeDtypeStruct((e, n, k), stored)
+            node.kernel = nnx.Param(PackedExperts(abstract, dtype, formulation))
+            yield f"{prefix}.kernel", _Packed(node.kernel.get_value(), [f"{prefix}.kernel"], pack_experts)
 
 
 def _stack(module: nnx.Module, names: list[str]) -> Iterator[tuple[str, tuple[str, int]]]:

@@ -1,0 +1,89 @@
+"""What decoders with experts share: the fields that give their sizes, and the rows of their weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jax.sharding import PartitionSpec as P
+
+from jx_neuron.checkpoint.weights import W
+from jx_neuron.errors import ConfigError
+from jx_neuron.models.llama_like import RopeConfig
+from jx_neuron.nn.sharding import AXIS
+
+__all__ = ["IN", "OUT", "TRAINING", "ExpertsConfig", "SparseStepConfig", "experts", "router", "stacked_experts"]
+
+TRAINING = frozenset("output_router_logits router_aux_loss_coef router_jitter_noise".split())
+"""Fields that balance experts in training."""
+
+IN, OUT = P(None, None, AXIS), P(None, AXIS, None)
+"""How kernels [e, d, m] into experts and [e, m, d] out of them are split: by the width of each expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(RopeConfig):
+    """EXPERTS: HF's fields of the number of experts, of how many are chosen for a token, and of the width of each."""
+
+    EXPERTS: ClassVar[tuple[str, str, str]] = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chosen > self.sizes["e"]:
+            experts, chosen, _ = self.EXPERTS
+            raise ConfigError(
+                f"{self.MODEL_TYPE}: {chosen}={self.chosen} is more than {experts}={self.sizes['e']}; lower it"
+            )
+
+    @property
+    def chosen(self) -> int:
+        """How many experts a token has."""
+        return int(getattr(self, self.EXPERTS[1]))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        experts, _, width = self.EXPERTS
+        return super().sizes | dict(e=getattr(self, experts), m=getattr(self, width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseStepConfig(ExpertsConfig):
+    """Every `decoder_sparse_step`-th layer has experts, unless `mlp_only_layers` names it."""
+
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    norm_topk_prob: bool = False
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and no dense MLP."""
+        return layer not in (self.mlp_only_layers or ()) and (layer + 1) % self.decoder_sparse_step == 0
+
+
+def router(source: str, target: str) -> W:
+    """The logits of a jx_neuron.nn.experts.Router."""
+    return W(f"{source}.weight", f"{target}.logits.kernel", "e d -> d e")
+
+
+def experts(
+    source: str, target: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[W, ...]:
+    """The projections of jx_neuron.nn.experts.Experts, of which HF has tensors of each expert, with these names."""
+    of = f"{source}.{{e}}"
+    return (
+        W(f"{of}.{gate}.weight", f"{target}.gate_proj.kernel", "m d -> e d m", IN),
+        W(f"{of}.{up}.weight", f"{target}.up_proj.kernel", "m d -> e d m", IN),
+        W(f"{of}.{down}.weight", f"{target}.down_proj.kernel", "d m -> e m d", OUT),
+    )
+
+
+def stacked_experts(gate_up: str, down: str, target: str, *, transposed: bool = False) -> tuple[W, ...]:
+    """The same of two tensors of all experts, as transformers 5 has them in memory, with these names.
+
+    transposed: their last axes are of outputs, not of inputs.
+    """
+    gate, up, out = "e ([m] + m) d", "e (m + [m]) d", "e d m"
+    if transposed:
+        gate, up, out = "e d ([m] + m)", "e d (m + [m])", "e m d"
+    return (
+        W(gate_up, f"{target}.gate_proj.kernel", f"{gate} -> e d m", IN),
+        W(gate_up, f"{target}.up_proj.kernel", f"{up} -> e d m", IN),
+        W(down, f"{target}.down_proj.kernel", f"{out} -> e m d", OUT),
+    )

@@ -1,0 +1,203 @@
+"""Mixtures of experts: a router chooses a few of many gated MLPs for each token (Shazeer et al., arXiv:1701.06538).
+
+Array suffixes are those of jx_neuron.nn.layers, e experts, c the experts chosen for a token, m the width of an expert,
+r rows that share an expert. Each core holds a part of the width of every expert: all have the same work whichever are
+chosen, and one all-reduce sums what they give.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jx_neuron.nn.layers import ACT, Linear, random_normal
+from jx_neuron.nn.ops import ops
+from jx_neuron.nn.sublayers import GatedMLP
+
+SCORES: Mapping[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+
+
+class Router(nnx.Module):
+    """Chooses the `chosen` experts of the highest scores, and weighs them by these.
+
+    score:     of an expert, from its logit: the softmax over all, or the sigmoid.
+    after:     the logits are chosen first, and scored among themselves.
+    corrected: a bias is added to the scores for choosing only (DeepSeek-AI, arXiv:2412.19437).
+    groups:    how many groups the experts are in, and how many of these, by the sum of their best two, they are chosen
+               from.
+    normalize: weights are divided by their sum, to which `eps` is added, and which is at least `least`.
+    scale:     weights are multiplied by it.
+    bias:      of the logits.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        chosen: int,
+        *,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        after: bool = False,
+        corrected: bool = False,
+        groups: tuple[int, int] = (1, 1),
+        normalize: bool = False,
+        eps: float = 0.0,
+        least: float = 0.0,
+        scale: float = 1.0,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        d, e = sizes["d"], sizes["e"]
+        self.logits = Linear((d,), (e,), bias=bias, rngs=rngs)
+        self.correction = nnx.Param(jnp.zeros((e,))) if corrected else None
+        self.chosen, self.score, self.after, self.groups = chosen, score, after, groups
+        self.normalize, self.eps, self.least, self.scale = normalize, eps, least, scale
+
+    def __call__(self, x_btd: Array) -> tuple[Array, Array]:
+        """Weights [b, t, c], float32, and numbers [b, t, c] of the experts of each token."""
+        score = SCORES[self.score]
+        logits_bte = self.logits(x_btd.astype(jnp.float32))
+        score_bte = logits_bte if self.after else score(logits_bte)
+        ranked_bte = score_bte if self.correction is None else score_bte + self.correction[...]
+        weight_btc, index_btc = jax.lax.top_k(self._within_groups(ranked_bte), self.chosen)
+        if self.correction is not None:
+            weight_btc = jnp.sum(jnp.where(is_chosen(index_btc, score_bte), score_bte[..., None, :], 0), axis=-1)
+        if self.after:
+            weight_btc = score(weight_btc)
+        if self.normalize:
+            sum_bt1 = jnp.sum(weight_btc, axis=-1, keepdims=True)
+            weight_btc = weight_btc / jnp.maximum(sum_bt1 + self.eps, self.least)
+        return weight_btc * self.scale, index_btc
+
+    def _within_groups(self, score_bte: Array) -> Array:
+        """The scores, and the least float for experts of groups that are not chosen (DeepSeek-AI, arXiv:2412.19437)."""
+        count, kept = self.groups
+        if count == 1:
+            return score_bte
+        score_btgi = score_bte.reshape(*score_bte.shape[:2], count, -1)
+        best_btg2, _ = jax.lax.top_k(score_btgi, 2)
+        _, index_btk = jax.lax.top_k(jnp.sum(best_btg2, axis=-1), kept)
+        kept_btg = jnp.any(is_chosen(index_btk, best_btg2[..., 0]), axis=-2)
+        return jnp.where(kept_btg[..., None], score_btgi, jnp.finfo(score_btgi.dtype).min).reshape(score_bte.shape)
+
+
+def is_chosen(index_btc: Array, score_bte: Array) -> Array:
+    """Whether each entry of `score_bte` is that of each index: [b, t, c, e]."""
+    return index_btc[..., None] == jnp.arange(score_bte.shape[-1], dtype=index_btc.dtype)
+
+
+class ExpertLinear(nnx.Module):
+    """kernel [e, inputs, outputs], or as a backend stores it, and bias [e, outputs], of one layer of all experts."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(random_normal(rngs.params(), (experts, inputs, outputs), 1.0 / math.sqrt(inputs)))
+        self.bias = nnx.Param(jnp.zeros((experts, outputs))) if bias else None
+
+    def dense(self, x_btd: Array) -> Array:
+        """What the layer of every expert gives: [b, t, e, outputs]."""
+        y_btem = jnp.einsum("btd,edm->btem", x_btd, self.kernel[...])
+        return y_btem if self.bias is None else y_btem + self.bias[...]
+
+    def chosen(self, x_btd: Array, index_btc: Array) -> Array:
+        """What the layer of each token's experts gives: [b, t, c, outputs]."""
+        y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, take(self.kernel[...], index_btc))
+        return y_btcm if self.bias is None else y_btcm + take(self.bias[...], index_btc)
+
+    def one(self, x_rd: Array, expert: Array) -> Array:
+        """What the layer of one expert gives, [r, outputs]; of kernels that a backend stores."""
+        kernel: Any = self.kernel.get_value()
+        y_rm: Array = kernel.matmul_one(x_rd, expert)
+        if self.bias is None:
+            return y_rm
+        return y_rm + jax.lax.dynamic_index_in_dim(self.bias[...], expert, keepdims=False)
+
+
+def take(array: Array, index_btc: Array) -> Array:
+    """The entries of `array` along its first axis that are numbered: [b, t, c, …]."""
+    return array.at[index_btc].get(mode="promise_in_bounds")
+
+
+class Experts(nnx.Module):
+    """Gated MLPs of one form. A token's is the sum of what its experts give, each times its weight.
+
+    weigh_input: weights multiply what enters an expert, not what it gives (Llama 4).
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        act: str,
+        *,
+        bias: bool = False,
+        weigh_input: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        d, e, m = (sizes[c] for c in "dem")
+        self.gate_proj = ExpertLinear(e, d, m, bias=bias, rngs=rngs)
+        self.up_proj = ExpertLinear(e, d, m, bias=bias, rngs=rngs)
+        self.down_proj = ExpertLinear(e, m, d, bias=bias, rngs=rngs)
+        self.act_fn, self.count, self.weigh_input = ACT[act], e, weigh_input
+
+    def __call__(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
+        """The sum [b, t, d] over each token's experts, of weights and numbers that a `Router` gives."""
+        return ops().experts(self, x_btd, weight_btc.astype(x_btd.dtype), index_btc)
+
+    def gated(self, gate: Array, up: Array) -> Array:
+        """The hidden features."""
+        return self.act_fn(gate) * up
+
+    def dense(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
+        """By every expert: side by side they are one wide gated MLP, whose features a token's weights multiply."""
+        gate_btem, up_btem = self.gate_proj.dense(x_btd), self.up_proj.dense(x_btd)
+        chosen_btce = is_chosen(index_btc, gate_btem[..., 0])
+        weight_bte = jnp.sum(jnp.where(chosen_btce, weight_btc[..., None], 0), axis=-2)
+        hidden_btem = self._weighted(gate_btem, up_btem, weight_bte[..., None])
+        y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.kernel[...])
+        bias = self.down_proj.bias
+        return y_btd if bias is None else y_btd + jnp.einsum("bte,ed->btd", weight_bte, bias[...])
+
+    def of_chosen(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
+        """By the experts chosen, whose parameters are gathered."""
+        gate_btcm, up_btcm = self.gate_proj.chosen(x_btd, index_btc), self.up_proj.chosen(x_btd, index_btc)
+        hidden_btcm = self._weighted(gate_btcm, up_btcm, weight_btc[..., None])
+        down_btcmd = take(self.down_proj.kernel[...], index_btc)
+        y_btd = jnp.einsum("btcm,btcmd->btd", hidden_btcm, down_btcmd)
+        bias = self.down_proj.bias
+        return y_btd if bias is None else y_btd + jnp.einsum("btc,btcd->btd", weight_btc, take(bias[...], index_btc))
+
+    def one(self, x_rd: Array, weight_r: Array, expert: Array) -> Array:
+        """What one expert gives for rows of tokens, times their weights: [r, d]."""
+        gate_rm, up_rm = self.gate_proj.one(x_rd, expert), self.up_proj.one(x_rd, expert)
+        if not self.weigh_input:
+            return self.down_proj.one(self.gated(gate_rm, up_rm), expert) * weight_r[:, None]
+        return self.down_proj.one(self._weighted(gate_rm, up_rm, weight_r[:, None]), expert)
+
+    def _weighted(self, gate: Array, up: Array, weight: Array) -> Array:
+        return self.gated(gate * weight, up * weight) if self.weigh_input else self.gated(gate, up) * weight
+
+
+class MoE(nnx.Module):
+    """What a token's experts give, and a shared expert of all tokens beside them."""
+
+    def __init__(self, gate: nnx.Module, experts: Experts, shared_expert: nnx.Module | None = None):
+        self.gate: Any = gate
+        self.experts = experts
+        self.shared_expert: Any = shared_expert
+
+    def __call__(self, x_btd: Array) -> Array:
+        y_btd = self.experts(x_btd, *self.gate(x_btd))
+        return y_btd if self.shared_expert is None else y_btd + self.shared_expert(x_btd)
+
+
+class SharedExpert(GatedMLP):
+    """A GatedMLP times sigmoid(gate(x)): its features are multiplied, so that one all-reduce sums all experts."""
+
+    def __init__(self, sizes: Mapping[str, int], act: str, *, rngs: nnx.Rngs):
+        super().__init__(sizes, act, bias=False, rngs=rngs)
+        self.gate = Linear((sizes["d"],), (1,), bias=False, rngs=rngs)
+
+    def hidden(self, x_btd: Array) -> Array:
+        return super().hidden(x_btd) * jax.nn.sigmoid(self.gate(x_btd))

@@ -1,0 +1,162 @@
+"""Experts: the router's choices, both ways of computing them, what a decode step reads, and forms of checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from families_moe import OPTIONS
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from test_families import random_model
+from test_one_cpu import computations, made, runtime
+
+from jx_neuron.checkpoint import mxfp4, open_checkpoint
+from jx_neuron.errors import CheckpointError, ConfigError
+from jx_neuron.lowering.model import lower_model
+from jx_neuron.models import Decoder, family
+from jx_neuron.nn.experts import Experts, Router
+from jx_neuron.nn.ops import using
+from jx_neuron.runtime.cpu.kernel import FEW, Formulation, PackedExperts, pack_experts
+from jx_neuron.runtime.cpu.ops import CpuOps
+from jx_neuron.step.program_key import ProgramKey
+
+SIZES = dict(d=24, e=16, m=10)
+FORMULATION = Formulation((), FEW, "eigen")
+
+
+def experts(**options: Any) -> Experts:
+    layer = Experts(SIZES, "silu", rngs=nnx.Rngs(0), **options)
+    for part in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        if part.bias is not None:
+            part.bias.set_value(jax.random.normal(jax.random.key(1), part.bias.shape))
+    return layer
+
+
+def choice(tokens: int, chosen: int, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, and weights and numbers of different experts for each."""
+    rng = np.random.default_rng(seed)
+    x_btd = rng.standard_normal((2, tokens, SIZES["d"]), np.float32)
+    index_btc = np.stack([rng.permutation(SIZES["e"])[:chosen] for _ in range(2 * tokens)]).reshape(2, tokens, chosen)
+    weight_btc = rng.random((2, tokens, chosen), np.float32)
+    return jnp.asarray(x_btd), jnp.asarray(weight_btc), jnp.asarray(index_btc, jnp.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"weigh_input": True}])
+@pytest.mark.parametrize(("tokens", "chosen"), [(1, 1), (1, 3), (3, 2), (40, 16)])
+def test_every_way_gives_the_same(tokens: int, chosen: int, options: dict[str, Any]) -> None:
+    layer, (x_btd, weight_btc, index_btc) = experts(**options), choice(tokens, chosen)
+    dense = layer.dense(x_btd, weight_btc, index_btc)
+    np.testing.assert_allclose(layer.of_chosen(x_btd, weight_btc, index_btc), dense, rtol=2e-5, atol=2e-5)
+    for part in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        stored = jnp.asarray(pack_experts([np.asarray(part.kernel[...])]))
+        part.kernel = nnx.Param(PackedExperts(stored, jnp.float32, FORMULATION))
+    with using(CpuOps(FORMULATION)):
+        np.testing.assert_allclose(layer(x_btd, weight_btc, index_btc), dense, rtol=2e-5, atol=2e-5)
+
+
+def test_equal_scores_choose_the_first_experts() -> None:
+    router = Router(SIZES, 3, normalize=True, rngs=nnx.Rngs(0))
+    weight_btc, index_btc = router(jnp.zeros((1, 2, SIZES["d"])))
+    np.testing.assert_array_equal(index_btc, [[[0, 1, 2]] * 2])
+    np.testing.assert_allclose(weight_btc, 1 / 3, rtol=1e-6)
+
+
+def test_experts_are_of_the_groups_with_the_best_two() -> None:
+    router = Router(SIZES, 2, score="sigmoid", corrected=True, groups=(4, 1), rngs=nnx.Rngs(0))
+    assert router.correction is not None
+    # the best expert is in a group that has no second
+    router.correction.set_value(jnp.zeros(16).at[1].set(3.0).at[9].set(2.0).at[10].set(2.5))
+    weight_btc, index_btc = router(jnp.zeros((1, 1, SIZES["d"])))
+    np.testing.assert_array_equal(index_btc, [[[10, 9]]])
+    np.testing.assert_allclose(weight_btc, 0.5)  # the correction chooses, and weighs nothing
+
+
+def many_experts(layers: int, experts: int) -> dict[str, Any]:
+    sizes = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=layers, num_experts=experts)
+    options = OPTIONS["qwen3_moe"][0] | sizes | dict(vocab_size=64, num_experts_per_tok=4)
+    return transformers.AutoConfig.for_model("qwen3_moe", **options).to_dict()
+
+
+def test_a_lowered_decode_step_reads_the_experts_chosen() -> None:
+    raw = many_experts(2, 64)
+    decoder = Decoder.from_config(raw, 4)
+    (program,) = lower_model(decoder, [ProgramKey("decode", 1, 1, 32)], 1, 32, jnp.bfloat16)
+    specs = [spec for spec in program.inputs if spec.kind == "param"]
+    of_experts = sum(2 * math.prod(spec.shape) for spec in specs if ".experts." in spec.name)
+    others = sum(2 * math.prod(spec.shape) for spec in specs if ".experts." not in spec.name)
+    state = sum(2 * math.prod(spec.shape) for spec in program.inputs if spec.kind == "state")
+    assert program.cost().bytes_read <= 1.2 * of_experts * 4 / 64 + 1.05 * (others + state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_decode_step_on_a_cpu_reads_single_experts_in_place(batch: int, dtype: str) -> None:
+    key = ProgramKey("decode", batch, 1, 32)
+    parts = computations(runtime(Decoder.from_config(many_experts(3, 64)), dtype), key, batch, 32)
+    assert sum(" while(" in line for body in parts.values() for line in body) == 2  # over layers, and over experts
+    large = [line for body in parts.values() for size, line in made(body) if size >= 128 * 128]
+    assert large == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "minimax_m2"])
+def test_both_forms_of_checkpoints_are_read(name: str, tmp_path: Path) -> None:
+    """That of the Hub, which transformers writes, and that which it has in memory."""
+    model = random_model(name, OPTIONS[name][0])
+    model.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    hub, memory = (open_checkpoint(tmp_path / form) for form in ("hub", "memory"))
+    assert hub.names() != memory.names()
+    decoder = Decoder.from_config(hub.config)
+    one, other = (decoder.source(form, np.float32) for form in (hub, memory))
+    for path in decoder.shapes:
+        np.testing.assert_array_equal(one.read(path), other.read(path))
+
+
+def test_more_chosen_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_experts_per_tok=9 is more than num_local_experts=8; lower it"):
+        family("mixtral").Config.from_hf({"num_experts_per_tok": 9})
+
+
+def blocks(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    scales = rng.integers(0, 255, shape).astype(np.uint8)  # 255 is no number
+    return rng.integers(0, 256, (*shape, 16)).astype(np.uint8), scales
+
+
+def test_mxfp4_is_widened_to_what_hf_makes_of_it() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    packed, scales = blocks(np.random.default_rng(0), 3, 10, 128)
+    ours = mxfp4.widen(packed, scales)
+    theirs = convert_moe_packed_tensors(torch.tensor(packed), torch.tensor(scales), dtype=torch.bfloat16)
+    np.testing.assert_array_equal(ours.view(np.uint16), theirs.view(torch.uint16).numpy())
+
+
+def test_an_mxfp4_checkpoint_is_read(tmp_path: Path) -> None:
+    name, options = "gpt_oss", OPTIONS["gpt_oss"][0] | {"hidden_size": 64, "intermediate_size": 32}
+    model = random_model(name, options)
+    model.save_pretrained(tmp_path)
+    tensors, rng = load_file(tmp_path / "model.safetensors"), np.random.default_rng(1)
+    for tensor in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        e, columns, rows = tensors.pop(tensor).shape
+        packed, _ = blocks(rng, e, rows, columns // 32)
+        tensors |= {f"{tensor}_blocks": packed, f"{tensor}_scales": np.full(packed.shape[:-1], 124, np.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = tmp_path / "config.json"
+    text = config.read_text().replace("{", '{"quantization_config": {"quant_method": "mxfp4"},', 1)
+    config.write_text(text)
+    checkpoint = open_checkpoint(tmp_path)
+    source = Decoder.from_config(checkpoint.config).source(checkpoint, np.float32)
+    layer = "model.layers.0.mlp.experts.gate_up_proj"
+    whole = mxfp4.widen(tensors[f"{layer}_blocks"], tensors[f"{layer}_scales"]).astype(np.float32)
+    np.testing.assert_array_equal(source.read("layers.0.mlp.experts.gate_proj.kernel"), whole[..., 0::2])
+    np.testing.assert_array_equal(source.read("layers.0.mlp.experts.up_proj.kernel"), whole[..., 1::2])
+    del tensors[f"{layer}_scales"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="gate_up_proj_blocks and lacks"):
+        open_checkpoint(tmp_path)
