@@ -236,6 +236,7 @@ HARMLESS = {
     "_rope_type_labels": "names entries of rope_parameters, which are refused",
     "mtp_layer_types": "of a head that predicts several tokens",
     "mlp_layer_types": "of mixtures of experts, to check its words",
+    "number_of_conv_states": "of the cache, and of families that are not here",
     "num_heads": "for a check of sizes where there is an embed_dim",
     "output_cross_attentions": "another output",
     "vision_aspect_ratio": "of models that see",
@@ -265,7 +266,7 @@ def test_all_that_hf_looks_for_is_known(name: str, tmp_path: Path, monkeypatch: 
     hf.set_experts_implementation("eager")
     ids = torch.from_numpy(IDS)
     hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert {"is_causal", "quantization_config"} <= asked  # the recorder records
+    assert "quantization_config" in asked  # the recorder records
 
     config = family(name).Config
     fields = {f.metadata.get("hf", f.name) for f in dataclasses.fields(config)}
