@@ -41,11 +41,10 @@ class Config(GPTLikeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        h = self.sizes["h"]
-        if self.rotary < 2 or self.rotary % 2 or self.rotary > h:
+        if self.rotary < 2 or self.rotary % 2 or self.rotary > self.sizes["h"]:
             raise ConfigError(
                 f"gptj: rotary_dim={self.rotary_dim} is not supported; it may be an even number from 2 to the head "
-                f"size {h}, or null for the whole head where that is even"
+                f"size {self.sizes['h']}, or null for the whole head where that is even"
             )
 
     @property

@@ -5,7 +5,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/models/ol
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import nnx
 from jax import Array
@@ -50,12 +50,9 @@ class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         d, n, k, h = (cfg.sizes[c] for c in "dnkh")
         eps, bias = cfg.rms_norm_eps, cfg.attention_bias
-        q_norm, k_norm = HeadsRMSNorm(n, h, eps), HeadsRMSNorm(k, h, eps)
-        self.input_layernorm = RMSNorm(d, eps)
-        self.self_attn = HeadsNormAttention(
-            cfg.sizes, bias=bias, clip=cfg.clip_qkv, q_norm=q_norm, k_norm=k_norm, rngs=rngs
-        )
-        self.post_attention_layernorm = RMSNorm(d, eps)
+        norms: dict[str, Any] = dict(q_norm=HeadsRMSNorm(n, h, eps), k_norm=HeadsRMSNorm(k, h, eps))
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(d, eps), RMSNorm(d, eps)
+        self.self_attn = HeadsNormAttention(cfg.sizes, bias=bias, clip=cfg.clip_qkv, **norms, rngs=rngs)
         gate = Router(cfg.sizes, cfg.chosen, normalize=cfg.norm_topk_prob, rngs=rngs)
         self.mlp = MoE(gate, Experts(cfg.sizes, cfg.hidden_act, rngs=rngs))
 
