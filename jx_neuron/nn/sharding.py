@@ -79,8 +79,7 @@ class Heads:
 
     @cached_property
     def heads(self) -> tuple[int, ...]:
-        size = self.n // self.k
-        per_slot = math.ceil(size / (self.tp_degree // self.k)) if self.are_replicated else size
+        size, per_slot = self.n // self.k, self._per_slot
         placed = Counter[int]()
         slots: list[int] = []
         for group in self.groups:
@@ -89,6 +88,18 @@ class Heads:
             placed[group] += len(heads)
             slots += heads + [-1] * (per_slot - len(heads))
         return tuple(slots)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many slots there are for heads and for groups."""
+        groups = self.tp_degree if self.are_replicated else padded(self.k, self.tp_degree)
+        return groups * self._per_slot, groups
+
+    @property
+    def _per_slot(self) -> int:
+        """Heads of each slot of a group."""
+        size = self.n // self.k
+        return math.ceil(size / (self.tp_degree // self.k)) if self.are_replicated else size
 
     @property
     def are_replicated(self) -> bool:
@@ -149,15 +160,18 @@ class Padding:
 
     def _slots(self, letter: str) -> tuple[int, ...] | None:
         """Which head or group of HF's each slot of an axis holds, -1 for zeros; None for other axes."""
-        for head, group in GROUPS.items():
-            if letter in (head, group) and head in self._heads:
-                return self._heads[head].heads if letter == head else self._heads[head].groups
-        return None
+        heads = self._heads_of(letter)
+        return None if heads is None else heads.heads if letter in GROUPS else heads.groups
+
+    def _heads_of(self, letter: str) -> "Heads | None":
+        """The heads that an axis of heads or groups is of."""
+        return next((heads for head, heads in self._heads.items() if letter in (head, GROUPS[head])), None)
 
     def size(self, letter: str) -> int:
         """The padded size of an axis; that of a letter which is never partitioned is unchanged."""
-        slots = self._slots(letter)
-        return padded(self.sizes[letter], self.tp_degree) if slots is None else len(slots)
+        if (heads := self._heads_of(letter)) is not None:
+            return heads.counts[0 if letter in GROUPS else 1]
+        return padded(self.sizes[letter], self.tp_degree)
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -166,11 +180,11 @@ class Padding:
 
     def _changes(self) -> Iterator[str]:
         for letter, heads in self._heads.items():
-            n, k, (kind, groups) = heads.n, heads.k, NAMES[letter]
-            if len(heads.heads) != n:
-                yield f"{n} {kind if letter != 'n' or n != k else ''}heads as {len(heads.heads)}"
-            if n != k != len(heads.groups):
-                yield f"{k} {groups} {'replicated to' if heads.are_replicated else 'as'} {len(heads.groups)}"
+            n, k, (kind, groups), (n_slots, k_slots) = heads.n, heads.k, NAMES[letter], heads.counts
+            if n_slots != n:
+                yield f"{n} {kind if letter != 'n' or n != k else ''}heads as {n_slots}"
+            if n != k != k_slots:
+                yield f"{k} {groups} {'replicated to' if heads.are_replicated else 'as'} {k_slots}"
         for letter, name in {"f": "an MLP width of", "v": "a vocabulary of"}.items():
             if letter in self.sizes and self.size(letter) != self.sizes[letter]:
                 yield f"{name} {self.sizes[letter]} as {self.size(letter)}"
