@@ -99,6 +99,11 @@ class Settings:
         return self.batch_sizes[-1]
 
     @property
+    def most_prompts(self) -> int:
+        """The most prompts of a call."""
+        return self.prompt_batch or self.slots
+
+    @property
     def token_ids(self) -> dict[str, Any] | None:
         """The end and padding tokens that are known; None where neither is."""
         return {name: ids for name, ids in self.generation.items() if ids is not None} or None

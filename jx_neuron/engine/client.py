@@ -44,8 +44,7 @@ class Client:
     @property
     def limits(self) -> prompts.Limits:
         """The limits of a call."""
-        most_prompts = self.settings.prompt_batch or self.settings.slots
-        return prompts.Limits(most_prompts, self.settings.vocab_size, self.settings.buckets.capacity)
+        return prompts.Limits(self.settings.most_prompts, self.settings.vocab_size, self.settings.buckets.capacity)
 
     @property
     def copies(self) -> int:

@@ -18,6 +18,7 @@ from jx_neuron.engine.sequence import Sequence, Turn
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
 from jx_neuron.runtime.base import Runtime
+from jx_neuron.step.buckets import powers_of_two
 from jx_neuron.step.step_input import StepOutput
 
 
@@ -50,13 +51,14 @@ class Engine:
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
-        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through in chunks of
-        any context bucket, and rows sample from any number of candidates."""
+        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through a power of two
+        at a time and in chunks of any context bucket, and rows sample from any number of candidates."""
         on_demand, buckets = runtime.programs is None, settings.buckets
+        prompt_rows = [settings.prompt_batch] if settings.prompt_batch else None
         scheduler = Scheduler(
             buckets,
             settings.batch_sizes,
-            [settings.prompt_batch] if settings.prompt_batch else None,
+            powers_of_two(settings.most_prompts) if on_demand else prompt_rows,
             None if on_demand else buckets.context[-1:],
             candidates=None if on_demand else settings.candidates,
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),

@@ -114,6 +114,15 @@ def fit(buckets: Iterable[int], length: int) -> int:
     return bucket
 
 
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """The powers of two below `most`, and `most`.
+
+    >>> powers_of_two(6)
+    (1, 2, 4, 6)
+    """
+    return (*(1 << i for i in range((most - 1).bit_length())), most)
+
+
 def bucket_sizes(name: str, value: Any, most: int) -> tuple[int, ...]:
     """One size or several, ascending. Raises InputError unless they are `MOST_BUCKETS` integers or fewer, up to `most`.
 
