@@ -100,6 +100,16 @@ def test_lowered_as_a_table() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xla", "host"])
+def test_two_streams_in_turn_take_about_the_time_of_a_batch(backend: str) -> None:
+    done = run("streams.py", "--backend", backend)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["backend"], found["positions"], len(found["ratios"])) == (backend, 256, 7)
+    assert found["in_turn_over_batch"] < 1.4  # 2 where each takes steps of its own; the rest is noise
+
+
+@pytest.mark.slow
 def test_rounding_on_the_demo_model() -> None:
     done = run("rounding.py", "--positions", 128, "--prompts", 4)
     assert done.returncode == 0, done.stderr

@@ -52,6 +52,7 @@ class NeuronAutoModelForCausalLM:
         self._origin = origin
         self._deployment = Once(lambda: origin.deployment)
         self._engine = Once(self._start)
+        self._plain_tokenizer = Once(lambda: origin.tokenizer(plain=True))
         defaults = SamplingDefaults(
             self.settings.vocab_size,
             None if backend == "xla" else self.settings.candidates,
@@ -193,9 +194,8 @@ class NeuronAutoModelForCausalLM:
     def __repr__(self) -> str:
         path, settings = self._origin.path, self.settings
         fields: dict[str, Any] = {"path": str(path)} if path else {}
-        fields |= {"model_type": settings.model_type, "batch_size": self.batch_size}
-        fields |= {"n_positions": self.buckets.capacity, "tp_degree": settings.tp_degree}
-        fields |= {"amp": settings.amp, "backend": self.backend}
+        fields |= dict(model_type=settings.model_type, batch_size=self.batch_size, n_positions=self.buckets.capacity)
+        fields |= dict(tp_degree=settings.tp_degree, amp=settings.amp, backend=self.backend)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -400,8 +400,4 @@ class NeuronAutoModelForCausalLM:
     def text_tokenizer(self) -> Any:
         """What makes tokens of texts and texts of tokens: `tokenizer` once it is loaded, for it may be changed; before,
         one that gives the same and loads faster. Raises InputError where the model came without."""
-        return self.tokenizer if "tokenizer" in vars(self) else self._plain_tokenizer
-
-    @cached_property
-    def _plain_tokenizer(self) -> Any:
-        return self._origin.tokenizer(plain=True)
+        return self.tokenizer if "tokenizer" in vars(self) else self._plain_tokenizer()
