@@ -20,6 +20,9 @@ MOST_ROWS = 128
 LANES = 32
 """A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
 
+STREAMS = {True: 4, False: 2}
+"""Parts of the values that are read side by side, where queries are FEW / 2 at most, and where they are more."""
+
 T = TypeVar("T")
 
 
@@ -98,7 +101,8 @@ class CpuOps(Ops):
         b, k, g, t, s = p_bkgts.shape
         p_bkrs = p_bkgts.reshape(b, k, g * t, s)
         if g * t <= FEW:
-            a_bkrh = _matmul_few(widen(p_bkrs), v_bksh.swapaxes(2, 3))
+            v_bkhs = v_bksh.swapaxes(2, 3)
+            a_bkrh = _matmul_few(widen(p_bkrs), v_bkhs, math.gcd(v_bkhs.shape[2], STREAMS[g * t <= FEW // 2]))
         else:
             a_bkrh = _dot(self._operand(p_bkrs), self._operand(v_bksh), 3, 2)
         return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
@@ -108,14 +112,17 @@ class CpuOps(Ops):
         return x if self.formulation.dot == "ynnpack" else widen(x)
 
 
-def _matmul_few(x_bkrc: Array, y_bknc: Array) -> Array:
-    """x · yᵀ of few rows x, over c, in one reduction that reads y once: [b, k, r, n]."""
+def _matmul_few(x_bkrc: Array, y_bknc: Array, streams: int = 1) -> Array:
+    """x · yᵀ of few rows x, over c, in one reduction that reads y once, parts of n side by side: [b, k, r, n]."""
     r = x_bkrc.shape[2]
     x_rbkc = barrier(jnp.moveaxis(x_bkrc, 2, 0))
-    if r == 1:  # a reduction of one result is read at half the rate
+    if r * streams == 1:  # a reduction of one result is read at half the rate
         x_rbkc = jnp.pad(x_rbkc, ((0, 1), (0, 0), (0, 0), (0, 0)))
-    rows = sums([widen(y_bknc) * x_bkc[:, :, None] for x_bkc in x_rbkc])
-    return jnp.stack(rows, 2) if r > 1 else (rows[0] + rows[1])[:, :, None]
+    parts = jnp.split(widen(y_bknc), streams, axis=2)
+    y = sums([part * x_bkc[:, :, None] for x_bkc in x_rbkc for part in parts])
+    if r * streams == 1:
+        return (y[0] + y[1])[:, :, None]
+    return jnp.stack([jnp.concatenate(y[i : i + streams], -1) for i in range(0, r * streams, streams)], 2)
 
 
 def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
