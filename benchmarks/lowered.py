@@ -8,7 +8,8 @@ Bytes are of one core and one step, at bfloat16, as `jx_neuron.lowering.cost` co
 - its parameters once each, split and padded as the core holds them: what padding and replication add to an even split
   of the model and its cache has a column of its own, since another degree would avoid it, and no program can
 - of tables that are looked up, the rows looked up alone; a head is read whole, and so is a table that is also the head
-- its part of the cache, as far as the bucket goes
+- its part of the cache, as far as the bucket goes, and each row's entry before it is written: that of a row without a
+  token stays
 - written: each row's entry of the state, its logits in float32, and its token, to the caller and to its slot
 """
 
@@ -108,9 +109,9 @@ def least(outline: Outline, tp: int, key: ProgramKey) -> tuple[int, int]:
     embeddings = [next(p for p in found if p.is_vocabulary_table), *(p for p in found if p.is_looked_up)]
     looked_up = sum(key.rows * table.shape[-1] for table in embeddings)
     weights = (outline.read_elements(tp) + looked_up) * DTYPE.itemsize
-    bucket, slot = (outline.cache_bytes(tp, key.rows, s, DTYPE.itemsize) for s in (key.positions, 1))
+    bucket, entries = (outline.cache_bytes(tp, key.rows, s, DTYPE.itemsize) for s in (key.positions, 1))
     logits = 4 * key.rows * outline.padding(tp).size("v") // tp
-    return weights + bucket, slot + logits + 2 * 4 * key.rows
+    return weights + bucket + entries, entries + logits + 2 * 4 * key.rows
 
 
 def main() -> None:

@@ -78,8 +78,9 @@ def test_lowered_says_what_each_core_reads(tmp_path: Path) -> None:
         model = transformers.GPT2LMHeadModel(config)
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     looked_up = 3 * 2 * 48  # a row of each table
-    assert one["least_read"] == 2 * (weights + looked_up + 2 * 2 * 3 * 32 * 48)
-    assert one["least_written"] == 2 * (2 * 2 * 3 * 48) + 3 * 4 * (tiny.VOCAB + 2)
+    entries = 2 * 2 * 3 * 48
+    assert one["least_read"] == 2 * (weights + looked_up + 32 * entries + entries)
+    assert one["least_written"] == 2 * entries + 3 * 4 * (tiny.VOCAB + 2)
     assert (one["tp_degree"], one["bucket"], one["capacity"], one["padding"]) == (1, 32, 64, 0)
     assert (one["collectives"], one["collective_bytes"]) == ({}, 0)
     assert four["collectives"] == {"all-reduce": 5, "all-gather": 2}
