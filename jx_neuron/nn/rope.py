@@ -226,8 +226,8 @@ class RopeScaling:
         p, factor = self.parameters, self.factor
         attention = p.get("attention_factor")
         if attention is None:
-            weights = p.get("mscale"), p.get("mscale_all_dim")
-            attention = self.mscale(weights[0]) / self.mscale(weights[1]) if all(weights) else self.mscale()
+            one, every = p.get("mscale"), p.get("mscale_all_dim")
+            attention = self.mscale(one) / self.mscale(every) if one and every else self.mscale()
 
         def dimension(turns: float) -> float:
             return self.r * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
