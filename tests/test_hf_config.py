@@ -224,7 +224,9 @@ def test_aliases_are_hfs(model_type: str) -> None:
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:
-    fields = {"head_dim": 128} if model_type == "glm4_moe" else {}  # by HF's default, heads do not fill the width
+    # by HF's defaults, GLM-4.5's heads do not fill the width, and DeepSeek-V2's tokens have no experts
+    needed: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
+    fields = needed.get(model_type, {})
     hf = HF[model_type](**NEEDED.get(model_type, {}), **fields)
     for raw in (hf.to_diff_dict(), hf.to_dict()):
         assert Decoder.from_config(raw).config.sizes == family(model_type).Config(**fields).sizes

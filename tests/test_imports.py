@@ -27,6 +27,7 @@ SHARED = {
     "causal_lm",
     "experts_beside",
     "gpt_like",
+    "latent",
     "llama_like",
     "mixture",
     "per_layer",

@@ -33,6 +33,9 @@ PUBLISHED: dict[str, int | str] = {
     "CohereLabs/c4ai-command-r-plus": "104b",
     "CohereLabs/c4ai-command-r7b-12-2024": "8.03b",
     "CohereLabs/c4ai-command-a-03-2025": "111b",
+    "deepseek-ai/DeepSeek-V2-Lite": "15.7b",
+    "deepseek-ai/DeepSeek-V2": "236b",
+    "deepseek-ai/DeepSeek-V3": "671b",
     "baidu/ERNIE-4.5-0.3B-PT": "0.36b",
     "baidu/ERNIE-4.5-21B-A3B-PT": "21b",
     "LGAI-EXAONE/EXAONE-4.0-1.2B": "1.28b",
@@ -195,7 +198,7 @@ PUBLISHED: dict[str, int | str] = {
     "Qwen/Qwen3.5-27B": "27b",
 }
 # families whose layers are not alike
-DIFFER = {"ernie4_5_moe", "gemma4_text", "glm4_moe", "granitemoehybrid", "lfm2", "qwen3_5_text"}
+DIFFER = set("deepseek_v2 deepseek_v3 ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 qwen3_5_text".split())
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
 
@@ -242,6 +245,7 @@ ACTIVE = {
     "mistralai/Mixtral-8x7B-v0.1": 12.9,
     "allenai/OLMoE-1B-7B-0924": 1.3,
     "Qwen/Qwen3-30B-A3B": 3.3,
+    "deepseek-ai/DeepSeek-V2-Lite": 2.4,
 }
 
 

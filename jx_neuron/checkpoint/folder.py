@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jx_neuron.checkpoint import mxfp4
+from jx_neuron.checkpoint import fp8, mxfp4
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
@@ -170,7 +170,7 @@ def open_checkpoint(
             path=folder,
             config=_read_config(folder / CONFIG),
             generation_config=_read_config(generation) if generation.is_file() else None,
-            tensors=mxfp4.widened(tensors) if mxfp4.is_quantized(read_json_file(folder / CONFIG)) else tensors,
+            tensors=_widened(tensors, read_json_file(folder / CONFIG), weights),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
             load_tokenizer=lambda _: _auto_tokenizer(folder),
         )
@@ -255,9 +255,26 @@ def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int]
 def _read_config(path: Path) -> dict[str, Any]:
     check_file(path)
     fields = read_json_file(path)
-    if mxfp4.is_quantized(fields):  # its tensors are widened
+    if mxfp4.is_quantized(fields) or fp8.is_quantized(fields):  # its tensors are widened
         del fields["quantization_config"]
     return {**fields, **token_ids(fields, str(path))}
+
+
+def _widened(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    """The tensors, those that a config.json says are quantized as what they stand for.
+
+    Raises CheckpointError for numbers of 8 bits of which it says nothing, for they have scales somewhere.
+    """
+    if mxfp4.is_quantized(config):
+        tensors = mxfp4.widened(tensors)
+    if fp8.is_quantized(config):
+        tensors = fp8.widened(tensors, config)
+    if name := next((name for name, tensor in tensors.items() if tensor.dtype == fp8.E4M3), None):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is F8_E4M3, which is legal where quantization_config in config.json has "
+            "quant_method 'fp8'. Use the checkpoint in BF16 or F16."
+        )
+    return tensors
 
 
 def _places(index: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -26,7 +26,7 @@ MOST_HEADER = 16 * 2**20  # bytes of a safetensors header; 126 layers take some 
 MOST_TENSORS = 100_000
 TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped anew
 
-SAFETENSORS_DTYPES: Mapping[str, npt.DTypeLike] = {
+SAFETENSORS_DTYPES: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -41,6 +41,8 @@ SAFETENSORS_DTYPES: Mapping[str, npt.DTypeLike] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+QUANTIZED_DTYPES: dict[str, npt.DTypeLike] = {"F8_E4M3": ml_dtypes.float8_e4m3fn}
+"""What tensors may be stored in that are to be widened (jx_neuron.checkpoint.fp8)."""
 TORCH_DTYPES = (
     "float64",
     "float32",
@@ -126,12 +128,12 @@ def safetensors_file(path: Path) -> dict[str, Tensor]:
             ) from error
     tensors, offset = {}, 8 + length
     for name, (shape, kind) in fields.items():
-        if kind not in SAFETENSORS_DTYPES:
+        if (dtype := (SAFETENSORS_DTYPES | QUANTIZED_DTYPES).get(kind)) is None:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is {kind}; legal are {', '.join(SAFETENSORS_DTYPES)}. "
                 "Use the checkpoint in bfloat16 or float16, or convert it to one of them."
             )
-        tensors[name] = _plain(path, offset, shape, np.dtype(SAFETENSORS_DTYPES[kind]))
+        tensors[name] = _plain(path, offset, shape, np.dtype(dtype))
         offset += tensors[name].nbytes
     return tensors
 

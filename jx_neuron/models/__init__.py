@@ -59,6 +59,8 @@ _FAMILIES: dict[str, Family | str] = {
     "codegen": "jx_neuron.models.codegen",
     "cohere": "jx_neuron.models.cohere",
     "cohere2": "jx_neuron.models.cohere2",
+    "deepseek_v2": "jx_neuron.models.deepseek_v2",
+    "deepseek_v3": "jx_neuron.models.deepseek_v3",
     "ernie4_5": "jx_neuron.models.ernie4_5",
     "ernie4_5_moe": "jx_neuron.models.ernie4_5_moe",
     "exaone4": "jx_neuron.models.exaone4",

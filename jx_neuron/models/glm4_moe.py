@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.hf_config import divisible
 from jx_neuron.checkpoint.weights import W
-from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.mixture import TRAINING, ExpertsConfig, experts, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, GroupedExpertsConfig, experts, router, stacked_experts
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router
 from jx_neuron.nn.layers import RMSNorm
@@ -24,7 +22,7 @@ from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(ExpertsConfig, LlamaLikeConfig):
+class Config(GroupedExpertsConfig, LlamaLikeConfig):
     """HF's Glm4MoeConfig."""
 
     vocab_size: int = 151552
@@ -50,26 +48,8 @@ class Config(ExpertsConfig, LlamaLikeConfig):
 
     MODEL_TYPE = "glm4_moe"
     COMPLETE = True
-    EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     INERT = TRAINING | {"num_mtp_layers", "num_nextn_predict_layers"}
     ALIASES: ClassVar[Mapping[str, str]] = {"num_local_experts": "n_routed_experts"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        divisible(self.MODEL_TYPE, "n_routed_experts", self.n_routed_experts, "n_group", self.n_group)
-        group = self.n_routed_experts // self.n_group
-        if not self.topk_group <= self.n_group or group < 2 or self.chosen > self.topk_group * group:
-            raise ConfigError(
-                f"{self.MODEL_TYPE}: topk_group={self.topk_group} of n_group={self.n_group} groups of {group} experts "
-                f"is not legal for num_experts_per_tok={self.chosen}; groups have two experts or more, and those that "
-                "are taken as many as a token has"
-            )
-
-    def sizes_of(self, layer: int) -> dict[str, int]:
-        dense = layer < self.first_k_dense_replace
-        return self.sizes | dict(
-            f=self.intermediate_size if dense else self.moe_intermediate_size * self.n_shared_experts
-        )
 
 
 class Block(nnx.Module):
@@ -82,13 +62,13 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         mlp = GatedMLP(sizes, act, bias=False, rngs=rngs)
         self.mlp: nnx.Module = mlp
-        if layer >= cfg.first_k_dense_replace:
+        if cfg.has_experts(layer):
             gate = Router(
                 sizes,
                 cfg.chosen,
                 score="sigmoid",
                 corrected=True,
-                groups=(cfg.n_group, cfg.topk_group),
+                groups=cfg.groups,
                 normalize=cfg.norm_topk_prob,
                 eps=1e-20,
                 scale=cfg.routed_scaling_factor,

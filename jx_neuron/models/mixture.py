@@ -5,12 +5,23 @@ from typing import ClassVar
 
 from jax.sharding import PartitionSpec as P
 
+from jx_neuron.checkpoint.hf_config import divisible
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import RopeConfig
 from jx_neuron.nn.sharding import AXIS
 
-__all__ = ["IN", "OUT", "TRAINING", "ExpertsConfig", "SparseStepConfig", "experts", "router", "stacked_experts"]
+__all__ = [
+    "IN",
+    "OUT",
+    "TRAINING",
+    "ExpertsConfig",
+    "GroupedExpertsConfig",
+    "SparseStepConfig",
+    "experts",
+    "router",
+    "stacked_experts",
+]
 
 TRAINING = frozenset("output_router_logits router_aux_loss_coef router_jitter_noise".split())
 """Fields that balance experts in training."""
@@ -55,6 +66,51 @@ class SparseStepConfig(ExpertsConfig):
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, and no dense MLP."""
         return layer not in (self.mlp_only_layers or ()) and (layer + 1) % self.decoder_sparse_step == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedExpertsConfig(ExpertsConfig):
+    """DeepSeek's mixture (arXiv:2401.06066): the first layers are dense. The others have experts, in groups, and shared
+    ones of all tokens, which are one wide MLP.
+
+    BEST: how many of its experts' scores rank a group.
+    """
+
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    first_k_dense_replace: int
+    n_group: int | None
+    topk_group: int | None
+
+    EXPERTS = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    BEST: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count, taken = self.groups
+        divisible(self.MODEL_TYPE, "n_routed_experts", self.n_routed_experts, "n_group", count)
+        group = self.n_routed_experts // count
+        if not taken <= count or group < self.BEST or self.chosen > taken * group:
+            raise ConfigError(
+                f"{self.MODEL_TYPE}: topk_group={taken} of n_group={count} groups of {group} experts is not legal for "
+                f"num_experts_per_tok={self.chosen}; a group has {self.BEST} experts or more, and those that are taken "
+                "as many as a token has"
+            )
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """How many groups there are, and of how many a token's experts are."""
+        return self.n_group or 1, self.topk_group or 1
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, and no dense MLP."""
+        return layer >= self.first_k_dense_replace
+
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        shared = self.moe_intermediate_size * self.n_shared_experts
+        return self.sizes | dict(f=shared if self.has_experts(layer) else self.intermediate_size)
 
 
 def router(source: str, target: str) -> W:

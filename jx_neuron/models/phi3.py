@@ -53,8 +53,7 @@ class Config(SlidingWindowConfig, LlamaLikeConfig):
     @property
     def rope_fields(self) -> Mapping[str, Any]:
         fields = super().rope_fields
-        # what LongRoPE was called in the first checkpoints
-        older = fields.get("rope_type", fields.get("type")) in ("su", "yarn")
+        older = fields.get("rope_type", fields.get("type")) in ("su", "yarn")  # LongRoPE in the first checkpoints
         return {**fields, "rope_type": "longrope"} if older else fields
 
 

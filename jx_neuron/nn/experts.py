@@ -27,8 +27,8 @@ class Router(nnx.Module):
     score:     of an expert, from its logit: the softmax over all, or the sigmoid.
     after:     the logits are chosen first, and scored among themselves.
     corrected: a bias is added to the scores for choosing only (DeepSeek-AI, arXiv:2412.19437).
-    groups:    how many groups the experts are in, and how many of these, by the sum of their best two, they are chosen
-               from.
+    groups:    how many groups the experts are in, and how many of these, by the sum of their `best` best scores, they
+               are chosen from.
     normalize: weights are divided by their sum, to which `eps` is added, and which is at least `least`.
     scale:     weights are multiplied by it.
     bias:      of the logits.
@@ -43,6 +43,7 @@ class Router(nnx.Module):
         after: bool = False,
         corrected: bool = False,
         groups: tuple[int, int] = (1, 1),
+        best: int = 2,
         normalize: bool = False,
         eps: float = 0.0,
         least: float = 0.0,
@@ -53,7 +54,7 @@ class Router(nnx.Module):
         d, e = sizes["d"], sizes["e"]
         self.logits = Linear((d,), (e,), bias=bias, rngs=rngs)
         self.correction = nnx.Param(jnp.zeros((e,))) if corrected else None
-        self.chosen, self.score, self.after, self.groups = chosen, score, after, groups
+        self.chosen, self.score, self.after, self.groups, self.best = chosen, score, after, groups, best
         self.normalize, self.eps, self.least, self.scale = normalize, eps, least, scale
 
     def __call__(self, x_btd: Array) -> tuple[Array, Array]:
@@ -78,9 +79,9 @@ class Router(nnx.Module):
         if count == 1:
             return score_bte
         score_btgi = score_bte.reshape(*score_bte.shape[:2], count, -1)
-        best_btg2, _ = jax.lax.top_k(score_btgi, 2)
-        _, index_btk = jax.lax.top_k(jnp.sum(best_btg2, axis=-1), kept)
-        kept_btg = jnp.any(is_chosen(index_btk, best_btg2[..., 0]), axis=-2)
+        best_btgi, _ = jax.lax.top_k(score_btgi, self.best)
+        _, index_btk = jax.lax.top_k(jnp.sum(best_btgi, axis=-1), kept)
+        kept_btg = jnp.any(is_chosen(index_btk, best_btgi[..., 0]), axis=-2)
         return jnp.where(kept_btg[..., None], score_btgi, jnp.finfo(score_btgi.dtype).min).reshape(score_bte.shape)
 
 

@@ -193,6 +193,10 @@ class RopeScaling:
             raise ConfigError("rope_type 'llama3' needs a high_freq_factor greater than its low_freq_factor")
         return p | {key: float(p[key]) for key in numbers - _LISTS - {"original_max_position_embeddings"}}
 
+    def mscale(self, weight: float = 1.0) -> float:
+        """0.1 · weight · ln(factor) + 1, by which YaRN scales attention (arXiv:2309.00071)."""
+        return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
     def __call__(self, at: Positions) -> Rotation:
         base = inverse_frequencies(self.r, self.theta)
         match self.kind:
@@ -220,14 +224,10 @@ class RopeScaling:
     def _yarn(self, base: np.ndarray) -> tuple[np.ndarray, float]:
         # Peng et al., arXiv:2309.00071
         p, factor = self.parameters, self.factor
-
-        def mscale(weight: float = 1.0) -> float:
-            return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
         attention = p.get("attention_factor")
         if attention is None:
-            weights = p.get("mscale"), p.get("mscale_all_dim")
-            attention = mscale(weights[0]) / mscale(weights[1]) if weights[0] and weights[1] else mscale()
+            one, every = p.get("mscale"), p.get("mscale_all_dim")
+            attention = self.mscale(one) / self.mscale(every) if one and every else self.mscale()
 
         def dimension(turns: float) -> float:
             return self.r * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
