@@ -55,8 +55,8 @@ class Config(HybridConfig, LlamaLikeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        m, g = self.linear_num_value_heads, self.linear_num_key_heads
-        divisible("qwen3_5_text", "linear_num_value_heads", m, "linear_num_key_heads", g)
+        p, g = self.linear_num_value_heads, self.linear_num_key_heads
+        divisible("qwen3_5_text", "linear_num_value_heads", p, "linear_num_key_heads", g)
 
     @property
     def rope_fields(self) -> Mapping[str, Any]:
@@ -69,8 +69,8 @@ class Config(HybridConfig, LlamaLikeConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        m, g, w = self.linear_num_value_heads, self.linear_num_key_heads, self.linear_conv_kernel_dim
-        return super().sizes | dict(m=m, g=g, i=self.linear_value_head_dim, j=self.linear_key_head_dim, w=w, r=w - 1)
+        p, g, w = self.linear_num_value_heads, self.linear_num_key_heads, self.linear_conv_kernel_dim
+        return super().sizes | dict(p=p, g=g, i=self.linear_value_head_dim, j=self.linear_key_head_dim, w=w, r=w - 1)
 
 
 class Block(HybridBlock):
