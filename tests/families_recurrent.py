@@ -3,6 +3,7 @@
 from typing import Any
 
 from families_f1 import LLAMA, SPECIAL, YARN
+from families_moe import LOCAL, MANY_LOCAL
 
 LFM2 = LLAMA | {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 8}
 MAMBA2 = SPECIAL | {
@@ -69,12 +70,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         | {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20, "rope_parameters": YARN},
     ],
     "granitemoehybrid": [
+        GRANITE | LOCAL | {"embedding_multiplier": 3.0},
         GRANITE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
         GRANITE
         | {"mamba_n_groups": 1, "mamba_proj_bias": True, "attention_bias": True, "position_embedding_type": "rope"},
         GRANITE
         | {"mamba_n_heads": 8, "mamba_n_groups": 8, "mamba_d_conv": 2, "mamba_conv_bias": False, "hidden_act": "relu"}
         | {"num_attention_heads": 6, "num_key_value_heads": None, "tie_word_embeddings": True},
+        GRANITE | MANY_LOCAL | {"tie_word_embeddings": True, "logits_scaling": 3.0, "num_key_value_heads": 1},
     ],
     "lfm2": [
         LFM2 | {"conv_bias": True},

@@ -15,8 +15,8 @@ from jx_neuron.models import Decoder, family, model_types
 from jx_neuron.nn.layers import ACT
 
 HF = {model_type: CONFIG_MAPPING[model_type] for model_type in model_types()}
-# what we refuse HF's defaults without
-NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0}}
+# what HF's defaults cannot be run without: heads that fill the width
+NEEDED: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 128}}
 
 
 def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
@@ -224,8 +224,8 @@ def test_aliases_are_hfs(model_type: str) -> None:
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:
-    fields = {"head_dim": 128} if model_type == "glm4_moe" else {}  # by HF's default, heads do not fill the width
-    hf = HF[model_type](**NEEDED.get(model_type, {}), **fields)
+    fields = NEEDED.get(model_type, {})
+    hf = HF[model_type](**fields)
     for raw in (hf.to_diff_dict(), hf.to_dict()):
         assert Decoder.from_config(raw).config.sizes == family(model_type).Config(**fields).sizes
 
@@ -278,6 +278,8 @@ def test_every_activation_is_here() -> None:
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling and rope_parameters differ",
         ),
+        ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok=0 is legal only where num_local_experts"),
+        ("granitemoehybrid", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),
         ("mamba", {}, "model_type 'mamba' is not supported; supported are .*gptj, .*llama, .*opt"),
         (None, {}, "the config has no model_type"),
     ],
