@@ -37,14 +37,10 @@ __all__ = [
     "MambaConfig",
     "convolution",
     "fused",
-    "gated_delta_net",
-    "gated_delta_net_state",
     "mamba2",
     "mamba2_layer",
     "mamba2_state",
     "require_any_time_step",
-    "short_conv",
-    "short_conv_state",
 ]
 
 LINEAR = "linear_attention"
@@ -168,25 +164,6 @@ def convolution(source: str, targets: Mapping[str, str]) -> Iterator[W]:
         yield W(f"{source}.bias", f"{target}.bias", f"({part}) -> {letters}", P(AXIS, *rest))
 
 
-def short_conv(source: str, target: str | None = None) -> tuple[W, ...]:
-    """The parameters of a jx_neuron.nn.recurrent.ShortConv."""
-    target = target or ours(source)
-    return (
-        *(
-            row
-            for name, part in zip("BCx", fused("c", "c", "c"), strict=True)
-            for row in column_parallel(f"{source}.in_proj", f"{target}.in_proj.{name}", part)
-        ),
-        *convolution(f"{source}.conv", {f"{target}.conv": "c"}),
-        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "c"),
-    )
-
-
-def short_conv_state(of: str) -> S:
-    """What a jx_neuron.nn.recurrent.ShortConv keeps."""
-    return S("x", "r c", P(None, AXIS), of)
-
-
 def mamba2(source: str, target: str | None = None) -> tuple[W, ...]:
     """The parameters of a jx_neuron.nn.mamba2.Mamba2."""
     target = target or ours(source)
@@ -217,34 +194,6 @@ def mamba2_state(of: str | None = None) -> tuple[S, ...]:
         S("B", "r g j", P(None, AXIS), of),
         S("C", "r g j", P(None, AXIS), of),
         S("ssm", "p i j", P(AXIS), of, "float32"),
-    )
-
-
-def gated_delta_net(source: str, target: str | None = None) -> tuple[W, ...]:
-    """The parameters of a jx_neuron.nn.gated_delta_net.GatedDeltaNet, whose projections are as Qwen3.5 has them."""
-    target, parts = target or ours(source), fused("g j", "g j", "p i")
-    alone = zip("zba", ("p i", "p", "p"), strict=True)
-    projections = [("qkv", name, part) for name, part in zip("qkv", parts, strict=True)]
-    projections += [(name, name, part) for name, part in alone]
-    return (
-        *(
-            row
-            for theirs, name, part in projections
-            for row in column_parallel(f"{source}.in_proj_{theirs}", f"{target}.in_proj.{name}", part, bias=False)
-        ),
-        *convolution(f"{source}.conv1d", {f"{target}.conv_{c}": part for c, part in zip("qkv", parts, strict=True)}),
-        *(W(f"{source}.{name}", f"{target}.{name}", "p -> p", P(AXIS)) for name in ("A_log", "dt_bias")),
-        W(f"{source}.norm.weight", f"{target}.norm.scale", "i -> i"),
-        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "p i", bias=False),
-    )
-
-
-def gated_delta_net_state(of: str) -> tuple[S, ...]:
-    """What a jx_neuron.nn.gated_delta_net.GatedDeltaNet keeps."""
-    return (
-        *(S(name, "r g j", P(None, AXIS), of) for name in ("q", "k")),
-        S("v", "r p i", P(None, AXIS), of),
-        S("s", "p i j", P(AXIS), of, "float32"),
     )
 
 
