@@ -3,9 +3,12 @@
 from typing import Any
 
 from families_f1 import LLAMA, SPECIAL, YARN
-from families_moe import LOCAL, MANY_LOCAL
+from families_moe import EXPERTS, LOCAL, MANY, MANY_LOCAL
 
 LFM2 = LLAMA | {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 8}
+LFM2_MOE = (
+    LLAMA | EXPERTS | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}
+)
 MAMBA2 = SPECIAL | {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -85,6 +88,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LFM2 | {"full_attn_idxs": None, "layer_types": ["conv", "conv", "full_attention"], "norm_eps": 0.1},
         LFM2 | {"num_attention_heads": 6, "num_key_value_heads": 1, "full_attn_idxs": [2], "conv_L_cache": 2},
         LFM2 | {"block_ffn_dim_multiplier": 1.3, "full_attn_idxs": [0, 2], "rope_parameters": YARN},
+    ],
+    "lfm2_moe": [
+        LFM2_MOE | {"conv_bias": True},
+        LFM2_MOE | MANY | {"num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": False, "norm_eps": 0.1},
+        LFM2_MOE
+        | {"layer_types": ["full_attention", "conv", "conv"], "conv_L_cache": 5, "routed_scaling_factor": 1.5}
+        | {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": YARN},
     ],
     "mamba2": [
         MAMBA2 | {"n_groups": 2},

@@ -15,8 +15,8 @@ from jx_neuron.models import Decoder, family, model_types
 from jx_neuron.nn.layers import ACT
 
 HF = {model_type: CONFIG_MAPPING[model_type] for model_type in model_types()}
-# what HF's defaults cannot be run without: heads that fill the width
-NEEDED: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 128}}
+# what HF's defaults cannot be run without: heads that fill the width, and types of layers
+NEEDED: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 128}, "lfm2_moe": {"layer_types": ["conv"] * 32}}
 
 
 def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
@@ -278,6 +278,7 @@ def test_every_activation_is_here() -> None:
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling and rope_parameters differ",
         ),
+        ("lfm2_moe", {}, "layer_types is null; it should have conv or full_attention for each layer"),
         ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok=0 is legal only where num_local_experts"),
         ("granitemoehybrid", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),
         ("mamba", {}, "model_type 'mamba' is not supported; supported are .*gptj, .*llama, .*opt"),

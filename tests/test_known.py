@@ -192,13 +192,14 @@ PUBLISHED: dict[str, int | str] = {
     "ibm-granite/granite-4.0-h-micro": "3b",
     "ibm-granite/granite-4.0-h-tiny": "7b",
     "ibm-granite/granite-4.0-h-small": "32b",
+    "LiquidAI/LFM2-8B-A1B": "8.3b",
     "Qwen/Qwen3.5-0.8B": "0.8b",
     "Qwen/Qwen3.5-9B": "9b",
     "Qwen/Qwen3.5-27B": "27b",
 }
 # families whose layers are not alike
 DIFFER = set(
-    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 qwen3_5_text".split()
+    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_text".split()
 )
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
@@ -246,6 +247,7 @@ ACTIVE = {
     "mistralai/Mixtral-8x7B-v0.1": 12.9,
     "allenai/OLMoE-1B-7B-0924": 1.3,
     "Qwen/Qwen3-30B-A3B": 3.3,
+    "LiquidAI/LFM2-8B-A1B": 1.5,
 }
 
 

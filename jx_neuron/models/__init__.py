@@ -83,6 +83,7 @@ _FAMILIES: dict[str, Family | str] = {
     "helium": "jx_neuron.models.helium",
     "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
     "lfm2": "jx_neuron.models.lfm2",
+    "lfm2_moe": "jx_neuron.models.lfm2_moe",
     "llama": "jx_neuron.models.llama",
     "mamba2": "jx_neuron.models.mamba2",
     "llama4_text": "jx_neuron.models.llama4_text",
