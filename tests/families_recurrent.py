@@ -3,7 +3,7 @@
 from typing import Any
 
 from families_f1 import LLAMA, SPECIAL, YARN
-from families_moe import EXPERTS, LOCAL, MANY, MANY_LOCAL
+from families_moe import EXPERTS, LOCAL, MANY, MANY_LOCAL, SPARSE
 
 LFM2 = LLAMA | {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 8}
 LFM2_MOE = (
@@ -60,6 +60,7 @@ QWEN3_5 = LLAMA | {
     "linear_num_value_heads": 4,
     "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.4},
 }
+QWEN_MOE = QWEN3_5 | EXPERTS | {"shared_expert_intermediate_size": 37}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "falcon_h1": [
@@ -109,6 +110,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         QWEN3_5 | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "hidden_act": "relu"},
         QWEN3_5
         | {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1}
+        | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1},
+    ],
+    "qwen3_next": [
+        QWEN_MOE | MANY,
+        QWEN_MOE | SPARSE | {"attention_bias": True, "norm_topk_prob": False, "hidden_act": "relu"},
+        QWEN_MOE
+        | {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2, "num_hidden_layers": 2}
         | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1},
     ],
 }

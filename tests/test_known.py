@@ -196,10 +196,11 @@ PUBLISHED: dict[str, int | str] = {
     "Qwen/Qwen3.5-0.8B": "0.8b",
     "Qwen/Qwen3.5-9B": "9b",
     "Qwen/Qwen3.5-27B": "27b",
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": "80b",
 }
 # families whose layers are not alike
 DIFFER = set(
-    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_text".split()
+    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_text qwen3_next".split()
 )
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 

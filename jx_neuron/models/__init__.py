@@ -107,6 +107,7 @@ _FAMILIES: dict[str, Family | str] = {
     "qwen3": "jx_neuron.models.qwen3",
     "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
     "qwen3_moe": "jx_neuron.models.qwen3_moe",
+    "qwen3_next": "jx_neuron.models.qwen3_next",
     "seed_oss": "jx_neuron.models.seed_oss",
     "smollm3": "jx_neuron.models.smollm3",
     "stablelm": "jx_neuron.models.stablelm",
