@@ -103,6 +103,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         MAMBA2 | {"n_groups": 8, "num_heads": 8, "head_dim": 12, "use_conv_bias": False, "hidden_act": "relu"},
         MAMBA2 | {"n_groups": 3, "expand": 3, "num_heads": 9, "num_hidden_layers": 3, "residual_in_fp32": False},
     ],
+    "qwen3_5_moe_text": [
+        QWEN_MOE | {"attention_bias": True},
+        QWEN_MOE | MANY | {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "num_hidden_layers": 2},
+        QWEN_MOE | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "hidden_act": "relu"},
+    ],
     "qwen3_5_text": [
         QWEN3_5,
         QWEN3_5

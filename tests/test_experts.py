@@ -29,7 +29,7 @@ from jx_neuron.step.program_key import ProgramKey
 SIZES = dict(d=24, e=16, m=10)
 FORMULATION = Formulation((), FEW, "eigen")
 TWO_FORMS = """granitemoe granitemoehybrid lfm2_moe minimax_m2 mixtral olmoe qwen2_moe
-qwen3_moe qwen3_next""".split()
+qwen3_5_moe_text qwen3_moe qwen3_next""".split()
 
 
 def experts(**options: Any) -> Experts:

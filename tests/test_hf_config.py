@@ -282,6 +282,7 @@ def test_every_activation_is_here() -> None:
         ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok=0 is legal only where num_local_experts"),
         ("granitemoehybrid", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),
         ("qwen3_next", {"linear_num_value_heads": 24}, "linear_num_value_heads=24 is not divisible by linear_num_key"),
+        ("qwen3_5_moe_text", {"num_experts": 0}, "num_experts=0 should be a number from 1"),
         ("mamba", {}, "model_type 'mamba' is not supported; supported are .*gptj, .*llama, .*opt"),
         (None, {}, "the config has no model_type"),
     ],

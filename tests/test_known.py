@@ -196,11 +196,14 @@ PUBLISHED: dict[str, int | str] = {
     "Qwen/Qwen3.5-0.8B": "0.8b",
     "Qwen/Qwen3.5-9B": "9b",
     "Qwen/Qwen3.5-27B": "27b",
+    "Qwen/Qwen3.5-35B-A3B": "35b",
+    "Qwen/Qwen3.5-122B-A10B": "122b",
+    "Qwen/Qwen3.5-397B-A17B": "397b",
     "Qwen/Qwen3-Next-80B-A3B-Instruct": "80b",
 }
 # families whose layers are not alike
 DIFFER = set(
-    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_text qwen3_next".split()
+    "ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_moe_text qwen3_5_text qwen3_next".split()
 )
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
@@ -249,6 +252,7 @@ ACTIVE = {
     "allenai/OLMoE-1B-7B-0924": 1.3,
     "Qwen/Qwen3-30B-A3B": 3.3,
     "LiquidAI/LFM2-8B-A1B": 1.5,
+    "Qwen/Qwen3.5-35B-A3B": 3.0,
 }
 
 

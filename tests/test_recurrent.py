@@ -23,7 +23,7 @@ from jx_neuron.nn.recurrent import CHUNK, gated_delta, ssd
 from jx_neuron.planning.outline import Outline
 from jx_neuron.step.program_key import ProgramKey
 
-RECURRENT = "falcon_h1 granitemoehybrid lfm2 lfm2_moe mamba2 qwen3_5_text qwen3_next".split()
+RECURRENT = "falcon_h1 granitemoehybrid lfm2 lfm2_moe mamba2 qwen3_5_moe_text qwen3_5_text qwen3_next".split()
 B, G, Q, I, J = 2, 2, 3, 4, 5  # noqa: E741
 
 

@@ -105,6 +105,7 @@ _FAMILIES: dict[str, Family | str] = {
     "qwen2": "jx_neuron.models.qwen2",
     "qwen2_moe": "jx_neuron.models.qwen2_moe",
     "qwen3": "jx_neuron.models.qwen3",
+    "qwen3_5_moe_text": "jx_neuron.models.qwen3_5_moe_text",
     "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
     "qwen3_moe": "jx_neuron.models.qwen3_moe",
     "qwen3_next": "jx_neuron.models.qwen3_next",
@@ -122,6 +123,7 @@ _TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
     "llama4": ("llama4_text",),
     "mistral3": ("mistral", "ministral3"),
     "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 
 
