@@ -3,8 +3,12 @@
 from typing import Any
 
 from families_f1 import LLAMA, SPECIAL, YARN
+from families_moe import EXPERTS, LOCAL, MANY, MANY_LOCAL, SPARSE
 
 LFM2 = LLAMA | {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 8}
+LFM2_MOE = (
+    LLAMA | EXPERTS | {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}
+)
 MAMBA2 = SPECIAL | {
     "vocab_size": 101,
     "hidden_size": 48,
@@ -56,6 +60,7 @@ QWEN3_5 = LLAMA | {
     "linear_num_value_heads": 4,
     "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.4},
 }
+QWEN_MOE = QWEN3_5 | EXPERTS | {"shared_expert_intermediate_size": 37}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "falcon_h1": [
@@ -69,12 +74,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         | {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 20, "rope_parameters": YARN},
     ],
     "granitemoehybrid": [
+        GRANITE | LOCAL | {"embedding_multiplier": 3.0},
         GRANITE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
         GRANITE
         | {"mamba_n_groups": 1, "mamba_proj_bias": True, "attention_bias": True, "position_embedding_type": "rope"},
         GRANITE
         | {"mamba_n_heads": 8, "mamba_n_groups": 8, "mamba_d_conv": 2, "mamba_conv_bias": False, "hidden_act": "relu"}
         | {"num_attention_heads": 6, "num_key_value_heads": None, "tie_word_embeddings": True},
+        GRANITE | MANY_LOCAL | {"tie_word_embeddings": True, "logits_scaling": 3.0, "num_key_value_heads": 1},
     ],
     "lfm2": [
         LFM2 | {"conv_bias": True},
@@ -83,11 +90,23 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         LFM2 | {"num_attention_heads": 6, "num_key_value_heads": 1, "full_attn_idxs": [2], "conv_L_cache": 2},
         LFM2 | {"block_ffn_dim_multiplier": 1.3, "full_attn_idxs": [0, 2], "rope_parameters": YARN},
     ],
+    "lfm2_moe": [
+        LFM2_MOE | {"conv_bias": True},
+        LFM2_MOE | MANY | {"num_dense_layers": 0, "use_expert_bias": False, "norm_topk_prob": False, "norm_eps": 0.1},
+        LFM2_MOE
+        | {"layer_types": ["full_attention", "conv", "conv"], "conv_L_cache": 5, "routed_scaling_factor": 1.5}
+        | {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": YARN},
+    ],
     "mamba2": [
         MAMBA2 | {"n_groups": 2},
         MAMBA2 | {"use_bias": True, "conv_kernel": 3, "tie_word_embeddings": True, "layer_norm_epsilon": 0.1},
         MAMBA2 | {"n_groups": 8, "num_heads": 8, "head_dim": 12, "use_conv_bias": False, "hidden_act": "relu"},
         MAMBA2 | {"n_groups": 3, "expand": 3, "num_heads": 9, "num_hidden_layers": 3, "residual_in_fp32": False},
+    ],
+    "qwen3_5_moe_text": [
+        QWEN_MOE | {"attention_bias": True},
+        QWEN_MOE | MANY | {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "num_hidden_layers": 2},
+        QWEN_MOE | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "hidden_act": "relu"},
     ],
     "qwen3_5_text": [
         QWEN3_5,
@@ -96,6 +115,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         QWEN3_5 | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "hidden_act": "relu"},
         QWEN3_5
         | {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1}
+        | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1},
+    ],
+    "qwen3_next": [
+        QWEN_MOE | MANY,
+        QWEN_MOE | SPARSE | {"attention_bias": True, "norm_topk_prob": False, "hidden_act": "relu"},
+        QWEN_MOE
+        | {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2, "num_hidden_layers": 2}
         | {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 1},
     ],
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families_moe import OPTIONS
+from families import OPTIONS
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_families import random_model
@@ -28,6 +28,8 @@ from jx_neuron.step.program_key import ProgramKey
 
 SIZES = dict(d=24, e=16, m=10)
 FORMULATION = Formulation((), FEW, "eigen")
+TWO_FORMS = """granitemoe granitemoehybrid lfm2_moe minimax_m2 mixtral olmoe qwen2_moe
+qwen3_5_moe_text qwen3_moe qwen3_next""".split()
 
 
 def experts(**options: Any) -> Experts:
@@ -104,7 +106,7 @@ def test_a_decode_step_on_a_cpu_reads_single_experts_in_place(batch: int, dtype:
     assert large == []
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "minimax_m2"])
+@pytest.mark.parametrize("name", TWO_FORMS)
 def test_both_forms_of_checkpoints_are_read(name: str, tmp_path: Path) -> None:
     """That of the Hub, which transformers writes, and that which it has in memory."""
     model = random_model(name, OPTIONS[name][0])

@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # of the largest logit
 TARGETS = ("inf2", "trn1", "trn2")
 
 # one of each kind of weight row, norm, rotation, window, latent, mixture, recurrence and residual; others run as `slow`
-USUAL = "bloom deepseek_v3 falcon gemma3_text gpt_neox lfm2 olmo2 phi3 qwen3_moe stablelm".split()
+USUAL = "bloom deepseek_v3 falcon gemma3_text gpt_neox lfm2 olmo2 phi3 qwen3_next stablelm".split()
 FIRST = [
     pytest.param(name, options[0], id=name, marks=[] if name in USUAL else pytest.mark.slow)
     for name, options in OPTIONS.items()

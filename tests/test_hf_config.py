@@ -15,8 +15,12 @@ from jx_neuron.models import Decoder, family, model_types
 from jx_neuron.nn.layers import ACT
 
 HF = {model_type: CONFIG_MAPPING[model_type] for model_type in model_types()}
-# what we refuse HF's defaults without
-NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0}}
+# what HF's defaults cannot be run without: experts of a token, heads that fill the width, and types of layers
+NEEDED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "glm4_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv"] * 32},
+}
 
 
 def undeclared(hf: type[transformers.PretrainedConfig]) -> dict[str, Any]:
@@ -224,10 +228,8 @@ def test_aliases_are_hfs(model_type: str) -> None:
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:
-    # by HF's defaults, GLM-4.5's heads do not fill the width, and DeepSeek-V2's tokens have no experts
-    needed: dict[str, dict[str, Any]] = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
-    fields = needed.get(model_type, {})
-    hf = HF[model_type](**NEEDED.get(model_type, {}), **fields)
+    fields = NEEDED.get(model_type, {})
+    hf = HF[model_type](**fields)
     for raw in (hf.to_diff_dict(), hf.to_dict()):
         assert Decoder.from_config(raw).config.sizes == family(model_type).Config(**fields).sizes
 
@@ -280,6 +282,11 @@ def test_every_activation_is_here() -> None:
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling and rope_parameters differ",
         ),
+        ("lfm2_moe", {}, "layer_types is null; it should have conv or full_attention for each layer"),
+        ("granitemoehybrid", {"num_experts_per_tok": 0}, "num_experts_per_tok=0 is legal only where num_local_experts"),
+        ("granitemoehybrid", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "linear_num_value_heads=24 is not divisible by linear_num_key"),
+        ("qwen3_5_moe_text", {"num_experts": 0}, "num_experts=0 should be a number from 1"),
         ("mamba", {}, "model_type 'mamba' is not supported; supported are .*gptj, .*llama, .*opt"),
         (None, {}, "the config has no model_type"),
     ],

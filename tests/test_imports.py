@@ -25,6 +25,7 @@ LEVELS = [
 ]
 SHARED = {
     "causal_lm",
+    "delta_net",
     "experts_beside",
     "gpt_like",
     "latent",
@@ -33,6 +34,7 @@ SHARED = {
     "per_layer",
     "recurrent",
     "rows",
+    "short_conv",
 }  # what a model may import of jx_neuron.models
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -31,7 +31,7 @@ from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.cpu.ops import CpuOps
 from jx_neuron.step.program_key import ProgramKey
 
-SIZES = dict(d=24, n=4, h=14, c=8, p=6, o=10, q=12, r=16)
+SIZES = dict(d=24, n=4, h=14, c=8, u=6, o=10, q=12, r=16)
 SLOTS, S = 4, 16
 
 
@@ -42,14 +42,14 @@ def test_both_ways_give_the_same(
 ) -> None:
     options: dict[str, Any] = dict(low_rank=True, bias=True, scale=0.3, rope=rope_interleaved)
     layer = LatentAttention(SIZES, **options, rngs=nnx.Rngs(0))
-    sizes = (0, SIZES["r"]), (0, SIZES["p"])
+    sizes = (0, SIZES["r"]), (0, SIZES["u"])
     table = filled(layout, [Kept(LATENT, sizes)] * 2, SLOTS, 2 * S, fill=0.5)
     at = positions_of(jnp.asarray(start_b), jnp.full(3, tokens), jnp.asarray([2, 0, 3]), tokens, S)
     x_btd = jax.random.normal(jax.random.key(1), (3, tokens, SIZES["d"]))
 
     def given(absorbs: bool) -> Any:
         monkeypatch.setattr(LatentAttention, "_absorbs", lambda *_: absorbs)
-        y_btd, written = layer(x_btd, table.of_layer(1), at, RopeScaling({}, SIZES["p"], S)(at))
+        y_btd, written = layer(x_btd, table.of_layer(1), at, RopeScaling({}, SIZES["u"], S)(at))
         return y_btd, written.state.arrays
 
     with using(CpuOps(FORMULATION)):

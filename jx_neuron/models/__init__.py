@@ -85,6 +85,7 @@ _FAMILIES: dict[str, Family | str] = {
     "helium": "jx_neuron.models.helium",
     "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
     "lfm2": "jx_neuron.models.lfm2",
+    "lfm2_moe": "jx_neuron.models.lfm2_moe",
     "llama": "jx_neuron.models.llama",
     "mamba2": "jx_neuron.models.mamba2",
     "llama4_text": "jx_neuron.models.llama4_text",
@@ -106,8 +107,10 @@ _FAMILIES: dict[str, Family | str] = {
     "qwen2": "jx_neuron.models.qwen2",
     "qwen2_moe": "jx_neuron.models.qwen2_moe",
     "qwen3": "jx_neuron.models.qwen3",
+    "qwen3_5_moe_text": "jx_neuron.models.qwen3_5_moe_text",
     "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
     "qwen3_moe": "jx_neuron.models.qwen3_moe",
+    "qwen3_next": "jx_neuron.models.qwen3_next",
     "seed_oss": "jx_neuron.models.seed_oss",
     "smollm3": "jx_neuron.models.smollm3",
     "stablelm": "jx_neuron.models.stablelm",
@@ -122,6 +125,7 @@ _TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
     "llama4": ("llama4_text",),
     "mistral3": ("mistral", "ministral3"),
     "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.mixture import TRAINING, ExpertsConfig, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, ExpertsConfig, granite_experts
 from jx_neuron.models.rows import attention, embedding, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router
 from jx_neuron.nn.layers import RMSNorm
@@ -71,18 +71,13 @@ class Model(LlamaLikeModel):
         return super().logits(x_btd) / self.logits_scaling
 
 
-LAYER, MLP = "model.layers.{i}.", "layers.{i}.mlp."
-MOE = LAYER + "block_sparse_moe."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
     embedding("model.embed_tokens"),
     rms_norm(LAYER + "input_layernorm"),
     *attention(LAYER + "self_attn"),
     rms_norm(LAYER + "post_attention_layernorm"),
-    router(MOE + "router.layer", MLP + "gate"),
-    *stacked_experts(MOE + "input_linear.weight", MOE + "output_linear.weight", MLP + "experts"),
-    # as transformers 5 has them in memory
-    router(MOE + "router", MLP + "gate"),
-    *stacked_experts(MOE + "experts.gate_up_proj", MOE + "experts.down_proj", MLP + "experts"),
+    *granite_experts(LAYER + "block_sparse_moe", "layers.{i}.mlp"),
     rms_norm("model.norm"),
     embedding("lm_head"),
 )

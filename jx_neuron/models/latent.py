@@ -37,11 +37,11 @@ class LatentConfig(MultiHeadConfig):
     UNREAD: ClassVar[frozenset[str]] = frozenset("aux_loss_alpha ep_size pretraining_tp qk_head_dim seq_aux".split())
 
     def __post_init__(self) -> None:
-        n, k, p = self.num_attention_heads, self.num_key_value_heads, self.qk_rope_head_dim
+        n, k, u = self.num_attention_heads, self.num_key_value_heads, self.qk_rope_head_dim
         if k not in (None, n):
             raise ConfigError(f"{self.MODEL_TYPE}: num_key_value_heads={k} should be num_attention_heads={n}, or null")
-        if self.rotated not in (None, p):
-            raise ConfigError(f"{self.MODEL_TYPE}: head_dim={self.rotated} should be qk_rope_head_dim={p}, or null")
+        if self.rotated not in (None, u):
+            raise ConfigError(f"{self.MODEL_TYPE}: head_dim={self.rotated} should be qk_rope_head_dim={u}, or null")
         super().__post_init__()
 
     @property
@@ -52,7 +52,7 @@ class LatentConfig(MultiHeadConfig):
     @property
     def sizes(self) -> dict[str, int]:
         ranks = dict(q=self.q_lora_rank or 1, r=self.kv_lora_rank)
-        return super().sizes | ranks | dict(c=self.qk_nope_head_dim, p=self.qk_rope_head_dim, o=self.v_head_dim)
+        return super().sizes | ranks | dict(c=self.qk_nope_head_dim, u=self.qk_rope_head_dim, o=self.v_head_dim)
 
     @property
     def scale(self) -> float:
@@ -61,7 +61,7 @@ class LatentConfig(MultiHeadConfig):
         return (rope.mscale(weight) if weight and rope.kind != "default" else 1.0) ** 2 / math.sqrt(self.head_dim)
 
     def _scaling(self, parameters: Mapping[str, Any], original: int | None, sizes: Mapping[str, int]) -> RopeScaling:
-        return super()._scaling(parameters, original, {**sizes, "h": sizes["p"]})
+        return super()._scaling(parameters, original, {**sizes, "h": sizes["u"]})
 
 
 def latent_attention(source: str) -> tuple[W, ...]:
@@ -74,10 +74,10 @@ def latent_attention(source: str) -> tuple[W, ...]:
         W(f"{source}.q_a_proj.bias", f"{down}.q.bias", "q -> q"),
         rms_norm(f"{source}.q_a_layernorm", width="q"),
         W(f"{source}.q_b_proj.weight", f"{target}.q_b_proj.kernel", "(n h) q -> q n h", P(None, AXIS)),
-        W(f"{kv_a}.weight", f"{down}.latent.kernel", "([r] + p) d -> d r"),
-        W(f"{kv_a}.weight", f"{down}.rope.kernel", "(r + [p]) d -> d p"),
-        W(f"{kv_a}.bias", f"{down}.latent.bias", "([r] + p) -> r"),
-        W(f"{kv_a}.bias", f"{down}.rope.bias", "(r + [p]) -> p"),
+        W(f"{kv_a}.weight", f"{down}.latent.kernel", "([r] + u) d -> d r"),
+        W(f"{kv_a}.weight", f"{down}.rope.kernel", "(r + [u]) d -> d u"),
+        W(f"{kv_a}.bias", f"{down}.latent.bias", "([r] + u) -> r"),
+        W(f"{kv_a}.bias", f"{down}.rope.bias", "(r + [u]) -> u"),
         rms_norm(f"{source}.kv_a_layernorm", width="r"),
         W(kv_b, f"{target}.k_b_proj", "(n ([c] + o)) r -> n c r", P(AXIS)),
         W(kv_b, f"{target}.v_b_proj", "(n (c + [o])) r -> n o r", P(AXIS)),

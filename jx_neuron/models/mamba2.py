@@ -64,8 +64,8 @@ class Config(HFConfig):
 
     @property
     def sizes(self) -> dict[str, int]:
-        m, g, w = self.num_heads, self.n_groups, self.conv_kernel
-        heads = dict(m=m, g=g, o=g, i=self.head_dim, j=self.state_size, w=w, r=w - 1)
+        p, g, w = self.num_heads, self.n_groups, self.conv_kernel
+        heads = dict(p=p, g=g, o=g, i=self.head_dim, j=self.state_size, w=w, r=w - 1)
         return dict(d=self.hidden_size, v=self.vocab_size) | heads
 
 

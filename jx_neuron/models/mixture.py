@@ -9,6 +9,7 @@ from jx_neuron.checkpoint.hf_config import divisible
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import RopeConfig
+from jx_neuron.models.rows import gated_mlp
 from jx_neuron.nn.sharding import AXIS
 
 __all__ = [
@@ -17,8 +18,11 @@ __all__ = [
     "TRAINING",
     "ExpertsConfig",
     "GroupedExpertsConfig",
+    "SharedExpertConfig",
     "SparseStepConfig",
     "experts",
+    "granite_experts",
+    "qwen_experts",
     "router",
     "stacked_experts",
 ]
@@ -113,6 +117,22 @@ class GroupedExpertsConfig(ExpertsConfig):
         return self.sizes | dict(f=shared if self.has_experts(layer) else self.intermediate_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig(SparseStepConfig):
+    """Layers with experts have one of every token too, and the others a dense MLP."""
+
+    intermediate_size: int
+    shared_expert_intermediate_size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return super().sizes | dict(one=1)
+
+    def sizes_of(self, layer: int) -> dict[str, int]:
+        width = self.shared_expert_intermediate_size if self.has_experts(layer) else self.intermediate_size
+        return self.sizes | dict(f=width)
+
+
 def router(source: str, target: str) -> W:
     """The logits of a jx_neuron.nn.experts.Router."""
     return W(f"{source}.weight", f"{target}.logits.kernel", "e d -> d e")
@@ -142,4 +162,27 @@ def stacked_experts(gate_up: str, down: str, target: str, *, transposed: bool = 
         W(gate_up, f"{target}.gate_proj.kernel", f"{gate} -> e d m", IN),
         W(gate_up, f"{target}.up_proj.kernel", f"{up} -> e d m", IN),
         W(down, f"{target}.down_proj.kernel", f"{out} -> e m d", OUT),
+    )
+
+
+def granite_experts(source: str, target: str) -> tuple[W, ...]:
+    """Router and experts of a jx_neuron.nn.experts.MoE, as Granite's files have them and as transformers 5 has them in
+    memory."""
+    return (
+        router(f"{source}.router.layer", f"{target}.gate"),
+        *stacked_experts(f"{source}.input_linear.weight", f"{source}.output_linear.weight", f"{target}.experts"),
+        router(f"{source}.router", f"{target}.gate"),
+        *stacked_experts(f"{source}.experts.gate_up_proj", f"{source}.experts.down_proj", f"{target}.experts"),
+    )
+
+
+def qwen_experts(source: str, target: str) -> tuple[W, ...]:
+    """Router, experts and SharedExpert of a jx_neuron.nn.experts.MoE, as Qwen's files have them and as transformers 5
+    has them in memory; the letter `one` is of size 1."""
+    return (
+        router(f"{source}.gate", f"{target}.gate"),
+        *experts(f"{source}.experts", f"{target}.experts"),
+        *stacked_experts(f"{source}.experts.gate_up_proj", f"{source}.experts.down_proj", f"{target}.experts"),
+        *gated_mlp(f"{source}.shared_expert", f"{target}.shared_expert", bias=False),
+        W(f"{source}.shared_expert_gate.weight", f"{target}.shared_expert.gate.kernel", "one d -> d one"),
     )

@@ -10,7 +10,6 @@ from typing import ClassVar
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import (
     EXTRA_TENSORS,
     FULL,
@@ -19,7 +18,7 @@ from jx_neuron.models.llama_like import (
     LlamaLikeModel,
     MaxWindowLayersConfig,
 )
-from jx_neuron.models.mixture import TRAINING, SparseStepConfig, experts, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, SharedExpertConfig, qwen_experts
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router, SharedExpert
 from jx_neuron.nn.layers import RMSNorm
@@ -29,7 +28,7 @@ from jx_neuron.nn.sublayers import Attention, GatedMLP
 
 
 @dataclass(frozen=True)
-class Config(SparseStepConfig, MaxWindowLayersConfig, LlamaLikeConfig):
+class Config(SharedExpertConfig, MaxWindowLayersConfig, LlamaLikeConfig):
     """HF's Qwen2MoeConfig."""
 
     vocab_size: int = 151936
@@ -62,14 +61,6 @@ class Config(SparseStepConfig, MaxWindowLayersConfig, LlamaLikeConfig):
         slides = [self.use_sliding_window and i < self.max_window_layers and i % 2 == 0 for i in range(self.layers)]
         return [SLIDING if slide else FULL for slide in slides]
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return super().sizes | dict(one=1)
-
-    def sizes_of(self, layer: int) -> dict[str, int]:
-        width = self.shared_expert_intermediate_size if self.has_experts(layer) else self.intermediate_size
-        return self.sizes | dict(f=width)
-
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, layer: int, rngs: nnx.Rngs):
@@ -95,18 +86,14 @@ class Model(LlamaLikeModel):
         super().__init__(cfg, (Block(cfg, layer, rngs) for layer in range(cfg.layers)), rngs)
 
 
-LAYER, MLP = "model.layers.{i}.", "layers.{i}.mlp."
+LAYER = "model.layers.{i}."
 WEIGHTS = (
     embedding("model.embed_tokens"),
     rms_norm(LAYER + "input_layernorm"),
     *attention(LAYER + "self_attn", out_bias=False),
     rms_norm(LAYER + "post_attention_layernorm"),
     *gated_mlp(LAYER + "mlp", bias=False),
-    router(LAYER + "mlp.gate", MLP + "gate"),
-    *experts(LAYER + "mlp.experts", MLP + "experts"),
-    *stacked_experts(LAYER + "mlp.experts.gate_up_proj", LAYER + "mlp.experts.down_proj", MLP + "experts"),
-    *gated_mlp(LAYER + "mlp.shared_expert", bias=False),
-    W(LAYER + "mlp.shared_expert_gate.weight", MLP + "shared_expert.gate.kernel", "one d -> d one"),
+    *qwen_experts(LAYER + "mlp", "layers.{i}.mlp"),
     rms_norm("model.norm"),
     embedding("lm_head"),
 )

@@ -1,6 +1,6 @@
 """What families with recurrent layers share: the types of their layers, a block, and rows of weights and of STATE.
 
-Letters are those of jx_neuron.nn.recurrent: m heads in g groups, i and j the sizes of a head's state, w taps of a
+Letters are those of jx_neuron.nn.recurrent: p heads in g groups, i and j the sizes of a head's state, w taps of a
 convolution, and r = w - 1 inputs that it keeps; o groups, where an axis of them is whole; and c channels of a
 convolution alone.
 """
@@ -37,14 +37,10 @@ __all__ = [
     "MambaConfig",
     "convolution",
     "fused",
-    "gated_delta_net",
-    "gated_delta_net_state",
     "mamba2",
     "mamba2_layer",
     "mamba2_state",
     "require_any_time_step",
-    "short_conv",
-    "short_conv_state",
 ]
 
 LINEAR = "linear_attention"
@@ -106,15 +102,15 @@ class MambaConfig(LlamaLikeConfig):
     @property
     def sizes(self) -> dict[str, int]:
         """Raises ConfigError where heads or groups do not divide."""
-        family, m, g, w = self.MODEL_TYPE, self.mamba_n_heads, self.mamba_n_groups, self.mamba_d_conv
-        divisible(family, "Mamba's width", self.mamba_width, "mamba_n_heads", m)
-        divisible(family, "mamba_n_heads", m, "mamba_n_groups", g)
-        if self.mamba_d_head not in ("auto", i := self.mamba_width // m):
+        family, p, g, w = self.MODEL_TYPE, self.mamba_n_heads, self.mamba_n_groups, self.mamba_d_conv
+        divisible(family, "Mamba's width", self.mamba_width, "mamba_n_heads", p)
+        divisible(family, "mamba_n_heads", p, "mamba_n_groups", g)
+        if self.mamba_d_head not in ("auto", i := self.mamba_width // p):
             raise ConfigError(
                 f"{family}: mamba_d_head={shown(self.mamba_d_head)} is not supported; it may be auto, or "
-                f"{i}, which mamba_n_heads={m} come to"
+                f"{i}, which mamba_n_heads={p} come to"
             )
-        return super().sizes | dict(m=m, g=g, o=g, i=i, j=self.mamba_d_state, w=w, r=w - 1)
+        return super().sizes | dict(p=p, g=g, o=g, i=i, j=self.mamba_d_state, w=w, r=w - 1)
 
 
 class HybridBlock(nnx.Module):
@@ -153,14 +149,14 @@ def mamba2_layer(cfg: MambaConfig, *, has_norm: bool = True, rngs: nnx.Rngs, **o
 def fused(*parts: str) -> list[str]:
     """Of each part of a fused axis how a layout takes it.
 
-    >>> fused("m i", "g j")
-    ['[m i] + g j', 'm i + [g j]']
+    >>> fused("p i", "g j")
+    ['[p i] + g j', 'p i + [g j]']
     """
     return [" + ".join(f"[{part}]" if n == i else part for n, part in enumerate(parts)) for i in range(len(parts))]
 
 
 def convolution(source: str, targets: Mapping[str, str]) -> Iterator[W]:
-    """A torch Conv1d over channels one by one: of each `CausalConv` its part of them, as "[m i] + g j" takes one."""
+    """A torch Conv1d over channels one by one: of each `CausalConv` its part of them, as "[p i] + g j" takes one."""
     for target, part in targets.items():
         letters = part.partition("[")[2].partition("]")[0] or part
         rest = [None] * (len(letters.split()) - 1)
@@ -168,30 +164,11 @@ def convolution(source: str, targets: Mapping[str, str]) -> Iterator[W]:
         yield W(f"{source}.bias", f"{target}.bias", f"({part}) -> {letters}", P(AXIS, *rest))
 
 
-def short_conv(source: str, target: str | None = None) -> tuple[W, ...]:
-    """The parameters of a jx_neuron.nn.recurrent.ShortConv."""
-    target = target or ours(source)
-    return (
-        *(
-            row
-            for name, part in zip("BCx", fused("c", "c", "c"), strict=True)
-            for row in column_parallel(f"{source}.in_proj", f"{target}.in_proj.{name}", part)
-        ),
-        *convolution(f"{source}.conv", {f"{target}.conv": "c"}),
-        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "c"),
-    )
-
-
-def short_conv_state(of: str) -> S:
-    """What a jx_neuron.nn.recurrent.ShortConv keeps."""
-    return S("x", "r c", P(None, AXIS), of)
-
-
 def mamba2(source: str, target: str | None = None) -> tuple[W, ...]:
     """The parameters of a jx_neuron.nn.mamba2.Mamba2."""
     target = target or ours(source)
-    projections = zip(("z", "x", "B", "C", "dt"), fused("m i", "m i", "g j", "g j", "m"), strict=True)
-    convolutions = zip(("conv_x", "conv_B", "conv_C"), fused("m i", "g j", "g j"), strict=True)
+    projections = zip(("z", "x", "B", "C", "dt"), fused("p i", "p i", "g j", "g j", "p"), strict=True)
+    convolutions = zip(("conv_x", "conv_B", "conv_C"), fused("p i", "g j", "g j"), strict=True)
     return (
         *(
             row
@@ -199,10 +176,10 @@ def mamba2(source: str, target: str | None = None) -> tuple[W, ...]:
             for row in column_parallel(f"{source}.in_proj", f"{target}.in_proj.{name}", part)
         ),
         *convolution(f"{source}.conv1d", {f"{target}.{name}": part for name, part in convolutions}),
-        *(W(f"{source}.{name}", f"{target}.{name}", "m -> m", P(AXIS)) for name in ("A_log", "D", "dt_bias")),
-        W(f"{source}.norm.weight", f"{target}.norm.scale", "(m i) -> m i", P(AXIS, None)),
+        *(W(f"{source}.{name}", f"{target}.{name}", "p -> p", P(AXIS)) for name in ("A_log", "D", "dt_bias")),
+        W(f"{source}.norm.weight", f"{target}.norm.scale", "(p i) -> p i", P(AXIS, None)),
         W(_groups, f"{target}.norm.of_group", "g o -> g o", P(AXIS, None)),
-        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "m i"),
+        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "p i"),
     )
 
 
@@ -213,38 +190,10 @@ def _groups(config: Any) -> np.ndarray:
 def mamba2_state(of: str | None = None) -> tuple[S, ...]:
     """What a jx_neuron.nn.mamba2.Mamba2 keeps."""
     return (
-        S("x", "r m i", P(None, AXIS), of),
+        S("x", "r p i", P(None, AXIS), of),
         S("B", "r g j", P(None, AXIS), of),
         S("C", "r g j", P(None, AXIS), of),
-        S("ssm", "m i j", P(AXIS), of, "float32"),
-    )
-
-
-def gated_delta_net(source: str, target: str | None = None) -> tuple[W, ...]:
-    """The parameters of a jx_neuron.nn.gated_delta_net.GatedDeltaNet, whose projections are as Qwen3.5 has them."""
-    target, parts = target or ours(source), fused("g j", "g j", "m i")
-    alone = zip("zba", ("m i", "m", "m"), strict=True)
-    projections = [("qkv", name, part) for name, part in zip("qkv", parts, strict=True)]
-    projections += [(name, name, part) for name, part in alone]
-    return (
-        *(
-            row
-            for theirs, name, part in projections
-            for row in column_parallel(f"{source}.in_proj_{theirs}", f"{target}.in_proj.{name}", part, bias=False)
-        ),
-        *convolution(f"{source}.conv1d", {f"{target}.conv_{c}": part for c, part in zip("qkv", parts, strict=True)}),
-        *(W(f"{source}.{name}", f"{target}.{name}", "m -> m", P(AXIS)) for name in ("A_log", "dt_bias")),
-        W(f"{source}.norm.weight", f"{target}.norm.scale", "i -> i"),
-        *row_parallel(f"{source}.out_proj", f"{target}.out_proj", "m i", bias=False),
-    )
-
-
-def gated_delta_net_state(of: str) -> tuple[S, ...]:
-    """What a jx_neuron.nn.gated_delta_net.GatedDeltaNet keeps."""
-    return (
-        *(S(name, "r g j", P(None, AXIS), of) for name in ("q", "k")),
-        S("v", "r m i", P(None, AXIS), of),
-        S("s", "m i j", P(AXIS), of, "float32"),
+        S("ssm", "p i j", P(AXIS), of, "float32"),
     )
 
 

@@ -22,42 +22,42 @@ class GatedDeltaNet(nnx.Module):
     """
 
     def __init__(self, sizes: Mapping[str, int], *, act: Callable[[Array], Array], eps: float, rngs: nnx.Rngs):
-        d, m, g, i, j, w = (sizes[c] for c in "dmgijw")
-        outputs = dict(q=(g, j), k=(g, j), v=(m, i), z=(m, i), b=(m,), a=(m,))
+        d, p, g, i, j, w = (sizes[c] for c in "dpgijw")
+        outputs = dict(q=(g, j), k=(g, j), v=(p, i), z=(p, i), b=(p,), a=(p,))
         self.in_proj = Linears((d,), outputs, bias=False, rngs=rngs)
         self.conv_q, self.conv_k, self.conv_v = (
-            CausalConv(w, channels, bias=False, act=act, rngs=rngs) for channels in ((g, j), (g, j), (m, i))
+            CausalConv(w, channels, bias=False, act=act, rngs=rngs) for channels in ((g, j), (g, j), (p, i))
         )
-        self.A_log, self.dt_bias = nnx.Param(jnp.zeros((m,))), nnx.Param(jnp.zeros((m,)))
+        self.A_log, self.dt_bias = nnx.Param(jnp.zeros((p,))), nnx.Param(jnp.zeros((p,)))
         self.norm = RMSNorm(i, eps)
-        self.out_proj = Linear((m, i), (d,), bias=False, rngs=rngs)
+        self.out_proj = Linear((p, i), (d,), bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
         """What is added to the residual, [b, t, d], and the state written to."""
-        q_btgj, k_btgj, v_btmi, z_btmi, b_btm, a_btm = self.in_proj(x_btd)
+        q_btgj, k_btgj, v_btpi, z_btpi, b_btp, a_btp = self.in_proj(x_btd)
         q_btgj, state = self.conv_q(q_btgj, "q", state, at)
         k_btgj, state = self.conv_k(k_btgj, "k", state, at)
-        v_btmi, state = self.conv_v(v_btmi, "v", state, at)
-        q_btgj, k_btgj, v_btmi, z_btmi, b_btm, a_btm, a_log, dt_bias = (
+        v_btpi, state = self.conv_v(v_btpi, "v", state, at)
+        q_btgj, k_btgj, v_btpi, z_btpi, b_btp, a_btp, a_log, dt_bias = (
             y.astype(jnp.float32)
-            for y in (q_btgj, k_btgj, v_btmi, z_btmi, b_btm, a_btm, self.A_log[...], self.dt_bias[...])
+            for y in (q_btgj, k_btgj, v_btpi, z_btpi, b_btp, a_btp, self.A_log[...], self.dt_bias[...])
         )
         (b, t, g, j), real_bt1 = q_btgj.shape, at.real_bt[..., None]
-        beta_btm = jnp.where(real_bt1, jax.nn.sigmoid(b_btm), 0)
-        log_btm = jnp.where(real_bt1, -jnp.exp(a_log) * jax.nn.softplus(a_btm + dt_bias), 0)
-        beta_btgq, log_btgq = (y.reshape(b, t, g, -1) for y in (beta_btm, log_btm))
-        v_btgqi, s_bmij = v_btmi.reshape(*beta_btgq.shape, -1), state.read("s", at)
+        beta_btp = jnp.where(real_bt1, jax.nn.sigmoid(b_btp), 0)
+        log_btp = jnp.where(real_bt1, -jnp.exp(a_log) * jax.nn.softplus(a_btp + dt_bias), 0)
+        beta_btgq, log_btgq = (y.reshape(b, t, g, -1) for y in (beta_btp, log_btp))
+        v_btgqi, s_bpij = v_btpi.reshape(*beta_btgq.shape, -1), state.read("s", at)
         y_btgqi, s_bgqij = gated_delta(
             _unit(q_btgj) * j**-0.5,
             _unit(k_btgj),
             v_btgqi,
             log_btgq,
             beta_btgq,
-            s_bmij.reshape(b, g, -1, *s_bmij.shape[2:]),
+            s_bpij.reshape(b, g, -1, *s_bpij.shape[2:]),
         )
-        state = state.write(at, s=s_bgqij.reshape(s_bmij.shape))
-        y_btmi = self.norm(y_btgqi.reshape(v_btmi.shape)) * jax.nn.silu(z_btmi)
-        return self.out_proj(y_btmi.astype(x_btd.dtype)), state
+        state = state.write(at, s=s_bgqij.reshape(s_bpij.shape))
+        y_btpi = self.norm(y_btgqi.reshape(v_btpi.shape)) * jax.nn.silu(z_btpi)
+        return self.out_proj(y_btpi.astype(x_btd.dtype)), state
 
 
 def _unit(x: Array) -> Array:

@@ -1,7 +1,7 @@
 """Latent attention (DeepSeek-AI, arXiv:2405.04434): keys and values of all heads are made of one latent a position.
 
 Array suffixes are those of jx_neuron.nn.layers and jx_neuron.nn.attention, c the entries of a key that are not rotated
-and p those that are, which heads share, o the size of a value, and q and r the ranks of queries and of the latent.
+and u those that are, which heads share, o the size of a value, and q and r the ranks of queries and of the latent.
 """
 
 import math
@@ -18,7 +18,7 @@ from jx_neuron.nn.ops import ops
 from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
 
-LATENT = (S("latent", "s r"), S("rope", "s p"))
+LATENT = (S("latent", "s r"), S("rope", "s u"))
 """What a layer keeps: of all heads, and so whole on every core."""
 
 EPS = 1e-6
@@ -44,8 +44,8 @@ class LatentAttention(nnx.Module):
         rope: Callable[[Array, Rotation], Array],
         rngs: nnx.Rngs,
     ):
-        d, n, h, c, p, o, q, r = (sizes[letter] for letter in "dnhcpoqr")
-        outputs = dict(latent=(r,), rope=(p,)) | (dict(q=(q,)) if low_rank else {})
+        d, n, h, c, u, o, q, r = (sizes[letter] for letter in "dnhcuoqr")
+        outputs = dict(latent=(r,), rope=(u,)) | (dict(q=(q,)) if low_rank else {})
         self.down = Linears((d,), outputs, bias=bias, rngs=rngs)
         self.kv_a_layernorm = RMSNorm(r, EPS)
         self.k_b_proj = nnx.Param(random_normal(rngs.params(), (n, c, r), 1 / math.sqrt(r)))
@@ -57,16 +57,16 @@ class LatentAttention(nnx.Module):
         self.scale, self.rope = scale, rope
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        """What is added to the residual, [b, t, d], and the state written to; `by` is the Rotation of p entries."""
-        latent_btr, k_btp, *low = self.down(x_btd)
+        """What is added to the residual, [b, t, d], and the state written to; `by` is the Rotation of u entries."""
+        latent_btr, k_btu, *low = self.down(x_btd)
         q_btnh = self.q_b_proj(self.q_a_layernorm(*low)) if low else self.q_proj(x_btd)
         q_btnh = q_btnh * jnp.asarray(self.scale, q_btnh.dtype)
-        q_btnc, q_btnp = jnp.split(q_btnh, [self.k_b_proj.shape[1]], axis=-1)
-        k_btp = self.rope(k_btp[:, :, None], by)[:, :, 0]
-        (entries, position_bs), state = state.extend(at, latent=self.kv_a_layernorm(latent_btr), rope=k_btp)
+        q_btnc, q_btnu = jnp.split(q_btnh, [self.k_b_proj.shape[1]], axis=-1)
+        k_btu = self.rope(k_btu[:, :, None], by)[:, :, 0]
+        (entries, position_bs), state = state.extend(at, latent=self.kv_a_layernorm(latent_btr), rope=k_btu)
         mask_bts = position_bs[:, None] <= at.position_bt[:, :, None]
         attend = self._absorbed if self._absorbs(*mask_bts.shape[1:]) else self._expanded
-        a_btno = attend(q_btnc, self.rope(q_btnp, by), entries["latent"], entries["rope"], mask_bts)
+        a_btno = attend(q_btnc, self.rope(q_btnu, by), entries["latent"], entries["rope"], mask_bts)
         return self.o_proj(a_btno), state
 
     def _absorbs(self, tokens: int, positions: int) -> bool:
@@ -74,26 +74,26 @@ class LatentAttention(nnx.Module):
         (_, c, r), o = self.k_b_proj.shape, self.v_b_proj.shape[1]
         return 2 * r * tokens < (c + o) * positions
 
-    def _absorbed(self, q_btnc: Array, q_btnp: Array, latent_bsr: Array, k_bsp: Array, mask_bts: Array) -> Array:
+    def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
         """(q · k_b_proj) · latent is q · (k_b_proj · latent): to all heads, latents are one key, and one value."""
         q_btnr = jnp.einsum("btnc,ncr->btnr", q_btnc, self.k_b_proj[...])
         latent_b1sr = latent_bsr[:, None]
-        a_bt1nr = _attend(q_btnr[:, :, None], latent_b1sr, q_btnp, k_bsp, latent_b1sr, mask_bts)
+        a_bt1nr = _attend(q_btnr[:, :, None], latent_b1sr, q_btnu, k_bsu, latent_b1sr, mask_bts)
         return jnp.einsum("btnr,nor->btno", a_bt1nr[:, :, 0], self.v_b_proj[...])
 
-    def _expanded(self, q_btnc: Array, q_btnp: Array, latent_bsr: Array, k_bsp: Array, mask_bts: Array) -> Array:
+    def _expanded(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
         """By a key and a value of each head."""
         k_bnsc = jnp.einsum("bsr,ncr->bnsc", latent_bsr, self.k_b_proj[...])
         v_bnso = jnp.einsum("bsr,nor->bnso", latent_bsr, self.v_b_proj[...])
-        return _attend(q_btnc[:, :, :, None], k_bnsc, q_btnp, k_bsp, v_bnso, mask_bts)[:, :, :, 0]
+        return _attend(q_btnc[:, :, :, None], k_bnsc, q_btnu, k_bsu, v_bnso, mask_bts)[:, :, :, 0]
 
 
-def _attend(q_btkgc: Array, k_bksc: Array, q_btnp: Array, k_bsp: Array, v_bkso: Array, mask_bts: Array) -> Array:
+def _attend(q_btkgc: Array, k_bksc: Array, q_btnu: Array, k_bsu: Array, v_bkso: Array, mask_bts: Array) -> Array:
     """softmax(q · k + the same of the rotated parts) · v, over positions that the mask has: [b, t, k, g, o]."""
     parts = []
     for first, last, seen in ops().query_blocks(*mask_bts.shape[1:]):
         w_bkgts = ops().attention_scores(q_btkgc[:, first:last], k_bksc[:, :, :seen])
-        w_b1nts = ops().attention_scores(q_btnp[:, first:last, None], k_bsp[:, None, :seen])
+        w_b1nts = ops().attention_scores(q_btnu[:, first:last, None], k_bsu[:, None, :seen])
         w_bkgts += w_b1nts.reshape(w_bkgts.shape)
         w_bkgts = jnp.where(mask_bts[:, None, None, first:last, :seen], w_bkgts, jnp.finfo(jnp.float32).min)
         parts.append(ops().attention_values(w_bkgts, v_bkso[:, :, :seen]))

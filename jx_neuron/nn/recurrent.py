@@ -4,7 +4,7 @@ A state S [i, j] of each head is multiplied by a decay at every token, and chang
 of tokens that comes to matrix products; from chunk to chunk the state goes on. One token is a chunk of one.
 
 Padding has no decay and adds nothing. Array suffixes are those of jx_neuron.nn.layers, and: s tokens too, g groups, q
-heads of a group, m heads (g·q), i size of a head, j size of the state, c channels, r inputs that a convolution keeps.
+heads of a group, p heads (g·q), i size of a head, j size of the state, c channels, r inputs that a convolution keeps.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -50,10 +50,10 @@ def padded(size: int, tp_degree: int) -> int:
     return math.ceil(size / tp_degree) * tp_degree
 
 
-GROUPS = {"n": "k", "m": "g"}
+GROUPS = {"n": "k", "p": "g"}
 """Axes of heads, and of the groups that they are in: query heads of a key/value head, and heads of recurrent layers."""
 
-NAMES = {"n": ("query ", "key/value heads"), "m": ("recurrent ", "groups of them")}
+NAMES = {"n": ("query ", "key/value heads"), "p": ("recurrent ", "groups of them")}
 """What heads and groups are called, by the letter of heads."""
 
 

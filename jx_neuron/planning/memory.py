@@ -89,7 +89,7 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
 
     def layer(padding: Padding) -> int:
-        n, k, f, m, g = (padding.size(c) // tp_degree if c in padding.sizes else 0 for c in "nkfmg")
+        n, k, f, m, p, g = (padding.size(c) // tp_degree if c in padding.sizes else 0 for c in "nkfmpg")
         h, i, j = (padding.sizes.get(c, 0) for c in "hij")
         projections = rows * (2 * n + 4 * k) * h * itemsize  # and rotated
         scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
@@ -101,7 +101,7 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
         if "g" not in padding.sizes:
             return max(projections + scores + state, mlp)
         chunk = min(key.tokens, CHUNK)  # of a recurrence, in float32: its inputs and results, decays, and states
-        recurrence = 4 * (rows * 4 * (m * i + g * j) + key.rows * m * (3 * chunk**2 + 3 * i * j))
+        recurrence = 4 * (rows * 4 * (p * i + g * j) + key.rows * p * (3 * chunk**2 + 3 * i * j))
         return max(projections + scores + state, recurrence, mlp)
 
     return residual + max(*map(layer, outline.padding(tp_degree).distinct), logits)
