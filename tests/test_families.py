@@ -29,6 +29,8 @@ TARGETS = ("inf2", "trn1", "trn2")
 
 # one of each kind of weight row, norm, rotation, window, latent, mixture, recurrence and residual; others run as `slow`
 USUAL = "bloom deepseek_v3 falcon gemma3_text gpt_neox lfm2 olmo2 phi3 qwen3_next stablelm".split()
+# HF's float32 itself is more than TOLERANCE from its float64: norms over the few features of a head magnify rounding
+MAGNIFY = {"qwen3_5_moe_text", "qwen3_next"}
 FIRST = [
     pytest.param(name, options[0], id=name, marks=[] if name in USUAL else pytest.mark.slow)
     for name, options in OPTIONS.items()
@@ -73,6 +75,8 @@ class Original:
         self.prompts = [rng.integers(0, vocabulary, length).tolist() for length in LENGTHS]
         self.answers, self.logits = zip(*map(self._greedy, self.prompts), strict=True)
         self.tolerance = TOLERANCE * max(float(np.abs(logits).max()) for logits in self.logits)
+        if model_type in MAGNIFY:
+            self.allow_for_rounding()
 
     def _greedy(self, prompt: list[int]) -> tuple[list[int], np.ndarray]:
         """The tokens that continue `prompt`, and the logits [t, v] of each of its tokens and of theirs."""
