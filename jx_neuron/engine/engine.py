@@ -51,14 +51,17 @@ class Engine:
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
-        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through a power of two
-        at a time and in chunks of any context bucket, and rows sample from any number of candidates."""
+        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through in chunks of
+        any context bucket, and a power of two at a time unless settings have several batch sizes or a prompt batch;
+        rows sample from any number of candidates."""
         on_demand, buckets = runtime.programs is None, settings.buckets
-        prompt_rows = [settings.prompt_batch] if settings.prompt_batch else None
+        prompt_rows: SequenceOf[int] | None = [settings.prompt_batch] if settings.prompt_batch else None
+        if on_demand and prompt_rows is None and len(settings.batch_sizes) == 1:
+            prompt_rows = powers_of_two(settings.slots)
         scheduler = Scheduler(
             buckets,
             settings.batch_sizes,
-            powers_of_two(settings.most_prompts) if on_demand else prompt_rows,
+            prompt_rows,
             None if on_demand else buckets.context[-1:],
             candidates=None if on_demand else settings.candidates,
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),
