@@ -261,7 +261,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _widened(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
-    """The tensors, those that a config.json says are quantized as what they stand for.
+    """The tensors, with quantized ones (by config.json) dequantized.
 
     Raises CheckpointError for numbers of 8 bits of which it says nothing, for they have scales somewhere.
     """

@@ -99,8 +99,8 @@ class GroupedExpertsConfig(ExpertsConfig):
         if not taken <= count or group < self.BEST or self.chosen > taken * group:
             raise ConfigError(
                 f"{self.MODEL_TYPE}: topk_group={taken} of n_group={count} groups of {group} experts is not legal for "
-                f"num_experts_per_tok={self.chosen}; a group has {self.BEST} experts or more, and those that are taken "
-                "as many as a token has"
+                f"num_experts_per_tok={self.chosen}; a group has {self.BEST} experts or more, and topk_group "
+                "groups as many as a token has"
             )
 
     @property

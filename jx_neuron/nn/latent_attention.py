@@ -1,7 +1,8 @@
 """Latent attention (DeepSeek-AI, arXiv:2405.04434): keys and values of all heads are made of one latent a position.
 
-Array suffixes are those of jx_neuron.nn.layers and jx_neuron.nn.attention, c the entries of a key that are not rotated
-and u those that are, which heads share, o the size of a value, and q and r the ranks of queries and of the latent.
+Array suffixes are those of jx_neuron.nn.layers and jx_neuron.nn.attention, c a head's entries of a key without
+rotation, u the rotated entries that all heads share, o the size of a value, and q and r the ranks of queries and of the
+latent.
 """
 
 import math
