@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from test_families import random_model
 from test_one_cpu import computations, made, runtime
 
-from jx_neuron.checkpoint import mxfp4, open_checkpoint
+from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.checkpoint.quantized import mxfp4
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder, family
