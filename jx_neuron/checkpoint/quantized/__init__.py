@@ -12,14 +12,13 @@ import numpy as np
 
 from jx_neuron.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from jx_neuron.checkpoint.quantized.codes import E4M3, described
-from jx_neuron.checkpoint.quantized.options import INSTEAD, Options, parsed
+from jx_neuron.checkpoint.quantized.options import FIELD, INSTEAD, Options, parsed
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
 
 __all__ = ["FIELD", "METHODS", "check", "widened"]
 
-FIELD = "quantization_config"
 METHODS: Mapping[str, tuple[type[Options], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]]] = {
     "awq": (awq.Config, awq.widened),
     "bitsandbytes": (bitsandbytes.Config, bitsandbytes.widened),

@@ -7,18 +7,18 @@ int8_vectorwise_dequant)
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from pydantic import Field
 
 from jx_neuron.checkpoint.quantized.codes import described, part, read_small
-from jx_neuron.checkpoint.quantized.options import Options, refusal, warn_of_activations
+from jx_neuron.checkpoint.quantized.options import Options, Size, TwoSizes, parsed, refusal, warn_of_activations
 from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.pages import allocate
-from jx_neuron.util.parsing import parse_json, typed
+from jx_neuron.util.parsing import parse_json
 
 METHOD = "bitsandbytes"
 F32, U8, I8 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int8)
@@ -51,8 +51,8 @@ class State(Options):
     quant_type: Literal["nf4", "fp4"]
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: Annotated[list[Annotated[int, Field(gt=0, lt=2**31)]], Field(min_length=2, max_length=2)]
-    nested_blocksize: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    shape: TwoSizes
+    nested_blocksize: Size | None = None
     nested_dtype: Literal["float32"] | None = None
     nested_offset: float | None = None
 
@@ -103,7 +103,7 @@ def _int8(tensors: Mapping[str, Tensor], module: str) -> Tensor:
 
 def _four_bits(tensors: Mapping[str, Tensor], weight: str, name: str) -> Tensor:
     fields = parse_json(read_small(name, tensors[name], MOST_STATE).tobytes(), name)
-    state = typed(State, fields, name)
+    state = parsed(State, fields, METHOD, name)
     shape, size = (state.shape[0], state.shape[1]), state.blocksize
     count = prod(shape)
     blocks = -(-count // size)

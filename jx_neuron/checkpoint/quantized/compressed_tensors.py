@@ -25,7 +25,7 @@ from jx_neuron.checkpoint.quantized.codes import (
     whole_groups,
     words,
 )
-from jx_neuron.checkpoint.quantized.options import Options, refusal, warn_of_activations
+from jx_neuron.checkpoint.quantized.options import Options, TwoSizes, refusal, warn_of_activations
 from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class Weights(Options):
     symmetric: bool = True
     group_size: int | None = None
     strategy: Literal["tensor", "channel", "group", "block"] | None = None
-    block_structure: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
+    block_structure: TwoSizes | None = None
     dynamic: Literal[False] = False
     actorder: Literal["weight", "static", "group", "dynamic", False] | None = None
 
@@ -95,7 +95,7 @@ class Config(Options):
 
     INERT = "dequantize global_compression_ratio run_compressed use_optimized_inference version"
     config_groups: dict[str, Group]
-    format: Format | Literal["mixed-precision"]
+    format: Literal[Format, "mixed-precision"]
     ignore: list[str] | None = None
     quantization_status: Literal["compressed"] = "compressed"
     kv_cache_scheme: dict[str, Any] | None = None

@@ -4,14 +4,13 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/integrati
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
-from pydantic import Field
 
 from jx_neuron.checkpoint.quantized.codes import E4M3, FLOATS, Coded, Codes, described
-from jx_neuron.checkpoint.quantized.options import Options, warn_of_activations
+from jx_neuron.checkpoint.quantized.options import Options, TwoSizes, warn_of_activations
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.errors import CheckpointError
 
@@ -25,7 +24,7 @@ class Config(Options):
 
     INERT = "dequantize ignored_layers modules_to_convert modules_to_not_convert scale_fmt"  # tensors show these
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    weight_block_size: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
+    weight_block_size: TwoSizes | None = None
     fmt: Literal["e4m3", "float8_e4m3fn"] | None = None
     expert_dtype: Literal["fp8"] | None = None
     kv_cache_scheme: None = None

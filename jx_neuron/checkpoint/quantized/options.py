@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
 
+FIELD = "quantization_config"
 INSTEAD = "Use the model's unquantized checkpoint"
 
 Fields = TypeVar("Fields", bound="Options")
@@ -20,7 +21,15 @@ def _group_size(size: int) -> int:
     return size
 
 
+def _two(numbers: list[int]) -> list[int]:
+    if len(numbers) != 2:
+        raise ValueError("two numbers, such as [128, 128]")
+    return numbers
+
+
 GroupSize = Annotated[int, AfterValidator(_group_size)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+TwoSizes = Annotated[list[Size], AfterValidator(_two)]
 
 
 class Options(BaseModel):
@@ -37,35 +46,34 @@ class Options(BaseModel):
         return {k: v for k, v in fields.items() if k not in inert} if isinstance(fields, Mapping) else fields
 
 
-def parsed(options: type[Fields], fields: Mapping[str, Any], method: str) -> Fields:
-    """The fields of a quantization_config. Raises CheckpointError that names a field that is not legal, and what is."""
+def parsed(options: type[Fields], fields: Mapping[str, Any], method: str, name: str = FIELD) -> Fields:
+    """The fields of `name`. Raises CheckpointError that names a field that is not legal, and says what is."""
     try:
         return options.model_validate(fields)
     except ValidationError as raised:
         first = raised.errors()[0]
         field, kind = ".".join(map(str, first["loc"])), first["type"]
         if kind == "missing":
-            raise CheckpointError(f"quantization_config lacks {field}, which {method!r} needs. {INSTEAD}") from raised
+            raise CheckpointError(f"{name} lacks {field}, which {method!r} needs. {INSTEAD}") from raised
         if kind == "extra_forbidden":
             raise CheckpointError(
-                f"quantization_config: {field}={shown(first['input'])} is not known with quant_method {method!r}. "
-                f"If it changes no weight, remove it from config.json; else use the model's unquantized checkpoint"
+                f"{name}: {field}={shown(first['input'])} is not known with quant_method {method!r}. If it changes no "
+                "weight, remove it from config.json; else use the model's unquantized checkpoint"
             ) from raised
         legal = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise refusal(field, first["input"], legal, method) from raised
+        raise refusal(field, first["input"], legal, method, name) from raised
 
 
-def refusal(field: str, value: object, legal: str, method: str) -> CheckpointError:
+def refusal(field: str, value: object, legal: str, method: str, name: str = FIELD) -> CheckpointError:
     return CheckpointError(
-        f"quantization_config: {field}={shown(value)} is not supported with quant_method {method!r}; "
-        f"legal is {legal}. {INSTEAD}"
+        f"{name}: {field}={shown(value)} is not supported with quant_method {method!r}; legal is {legal}. {INSTEAD}"
     )
 
 
 def warn_of_activations(what: str) -> None:
     """Warns that only the weights are read as quantized."""
     warnings.warn(
-        f"quantization_config quantizes {what} too. Only weights are read as quantized here, so logits differ from "
+        f"{FIELD} quantizes {what} too. Only weights are read as quantized here, so logits differ from "
         "those of a run that rounds both",
         stacklevel=2,
     )
