@@ -4,7 +4,7 @@ compiler, by its published arithmetic done one number at a time."""
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from safetensors.torch import load_file, save_file
 
 VECTORS = Path(__file__).parent / "vectors" / "bitsandbytes.safetensors"
 Parts = dict[str, torch.Tensor]
+Meaning = Callable[[bool], torch.Tensor]
+"""The weight that parts mean: as its library computes it, in the dtype of the scales, or with scales in float32."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A quantization_config, and a function from the shape of a weight to its stored parts and its meaning."""
+    """A quantization_config, and a function from the shape of a weight to its parts and their meaning."""
 
     config: dict[str, Any]
-    quantized: Callable[[int, int, torch.Generator], tuple[Parts, torch.Tensor]]
+    quantized: Callable[[int, int, torch.Generator], tuple[Parts, Meaning]]
     shapes: tuple[tuple[int, int], ...] = ((96, 64), (32, 96))
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def integers(low: int, high: int, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
@@ -65,7 +66,7 @@ def compressed(
     }
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=format)
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         kind, args = scheme.weights.strategy, scheme.weights
         blocks = {
             "tensor": lambda: (1,),
@@ -83,7 +84,12 @@ def compressed(
             state["weight_zero_point"] = integers(-half, half - 1, blocks, rng).to(torch.int8)
         compressor = BaseCompressor.get_value_from_registry(format)
         parts = compressor.compress(state, scheme)
-        return parts, compressor.decompress(parts, scheme)["weight"]
+
+        def weight(exact: bool) -> torch.Tensor:
+            scale = parts["weight_scale"].float() if exact else parts["weight_scale"]
+            return compressor.decompress(parts | {"weight_scale": scale}, scheme)["weight"]
+
+        return parts, weight
 
     return Layout(config, quantized, shapes or Layout.shapes)
 
@@ -99,7 +105,7 @@ def gptq(bits: int, group_size: int, shapes: tuple[tuple[int, int], ...] = (), *
     } | options  # fmt: skip
     first = config["checkpoint_format"] == "gptq"
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         groups = 1 if group_size == -1 else math.ceil(columns / group_size)
         codes = integers(0, 2**bits - 1, (columns, rows), rng)
         zeros = integers(1 if first else 0, 2**bits - 1, (groups, rows), rng)
@@ -107,9 +113,11 @@ def gptq(bits: int, group_size: int, shapes: tuple[tuple[int, int], ...] = (), *
         group_c = torch.arange(columns) // (columns if group_size == -1 else group_size)
         if config["desc_act"]:
             group_c = group_c[torch.randperm(columns, generator=rng)]
-        weight = torch.empty(rows, columns, dtype=torch.float16)
-        for column, group in enumerate(group_c.tolist()):
-            weight[:, column] = scales[group] * (codes[column] - zeros[group])
+
+        def weight(exact: bool) -> torch.Tensor:
+            factors = scales.float() if exact else scales
+            return torch.stack([factors[group] * (codes[i] - zeros[group]) for i, group in enumerate(group_c)], dim=1)
+
         return {
             "qweight": packed(codes.T, bits).T,
             "qzeros": packed(zeros - 1 if first else zeros, bits),
@@ -135,14 +143,17 @@ def awq(group_size: int, **options: Any) -> Layout:
             words |= numbers[:, number::8] << (4 * place)
         return words.int()
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         size = columns if group_size == -1 else group_size
         codes = integers(0, 15, (columns, rows), rng)
         zeros = integers(0, 15, (columns // size, rows), rng)
         scales = ((0.2 + 0.1 * torch.rand((columns // size, rows), generator=rng)) / 16).half()
-        weight = torch.empty(rows, columns, dtype=torch.float16)
-        for column in range(columns):
-            weight[:, column] = (codes[column] - zeros[column // size]) * scales[column // size]
+
+        def weight(exact: bool) -> torch.Tensor:
+            factors = scales.float() if exact else scales
+            each = [(codes[i] - zeros[i // size]) * factors[i // size] for i in range(columns)]
+            return torch.stack(each, dim=1)
+
         return {"qweight": interleaved(codes), "qzeros": interleaved(zeros), "scales": scales}, weight
 
     return Layout(config, quantized)
@@ -154,13 +165,13 @@ def awq(group_size: int, **options: Any) -> Layout:
 def fp8(scale: str, **options: Any) -> Layout:
     config = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None} | options
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
         codes = (100 * torch.randn(rows, columns, generator=rng)).to(torch.float8_e4m3fn)
         scales = torch.tensor(0.001 + 0.001 * torch.rand(1, generator=rng).item())
         parts = {"weight": codes, scale: scales, "input_scale": torch.tensor(1.0)}
-        return parts, Fp8Dequantize(None)._dequantize_one(codes, scales.reshape(1, 1), torch.float32)
+        return parts, lambda _: Fp8Dequantize(None)._dequantize_one(codes, scales.reshape(1, 1), torch.float32)
 
     return Layout(config, quantized)
 
@@ -179,7 +190,7 @@ def bitsandbytes_4bit(kind: str, nested: bool) -> Layout:
         "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
     }  # fmt: skip
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         count, size = rows * columns, 64
         blocks = math.ceil(count / size)
         codes = integers(0, 15, (count,), rng)
@@ -204,7 +215,7 @@ def bitsandbytes_4bit(kind: str, nested: bool) -> Layout:
         text = json.dumps(state).encode()
         parts[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
         weight = torch.stack([table[code] * scales[i // size] for i, code in enumerate(codes[:count])])
-        return parts, weight.reshape(rows, columns).to(torch.bfloat16)
+        return parts, lambda _: weight.reshape(rows, columns).to(torch.bfloat16)
 
     return Layout(config, quantized)
 
@@ -212,10 +223,10 @@ def bitsandbytes_4bit(kind: str, nested: bool) -> Layout:
 def bitsandbytes_8bit() -> Layout:
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
 
-    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, torch.Tensor]:
+    def quantized(rows: int, columns: int, rng: torch.Generator) -> tuple[Parts, Meaning]:
         codes, scales = integers(-127, 127, (rows, columns), rng).to(torch.int8), torch.rand(rows, generator=rng)
         weight = codes * scales.view(-1, 1) * 7.874015718698502e-3
-        return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}, weight
+        return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}, lambda _: weight
 
     return Layout(config, quantized)
 
@@ -271,12 +282,15 @@ LAYOUTS = {
 def write(folder: Path, tensors: Parts, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
 def checkpoint_of(layout: Layout, folder: Path, rows: int, columns: int) -> tuple[Path, torch.Tensor]:
-    """A folder of one quantized weight, and the weight."""
+    """A folder of one quantized weight, and its meaning."""
     parts, weight = layout.quantized(rows, columns, torch.Generator().manual_seed(rows * columns))
     config = {"model_type": "llama", "quantization_config": layout.config}
     return write(folder, {f"model.layer.{name}": part for name, part in parts.items()}, config), weight
@@ -291,7 +305,7 @@ def llama(layout: Layout, folder: Path, prefix: str = "model.") -> tuple[Path, P
         module = name.removesuffix(".weight")
         if module.endswith("_proj"):
             parts, weight = layout.quantized(*tensor.shape, rng)
-            state[name] = weight.float()
+            state[name] = weight(True).float()
             stored |= {f"{module}.{part}": value for part, value in parts.items()}
         else:
             stored[name] = tensor

@@ -17,6 +17,7 @@ from jx_neuron.checkpoint.quantized.codes import Codes
 from jx_neuron.errors import CheckpointError
 from jx_neuron.models import Decoder
 
+pytestmark = pytest.mark.filterwarnings("ignore:quantization_config quantizes")
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 32]}
 
 
@@ -78,6 +79,17 @@ def test_a_checkpoint_is_read(tmp_path: Path) -> None:
     )
     of_experts = [wide[f"model.layers.1.mlp.experts.{e}.down_proj.weight"].T for e in range(8)]
     np.testing.assert_array_equal(source.read("layers.1.mlp.experts.down_proj.kernel"), torch.stack(of_experts))
+
+
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """DeepSeek-V3.1's scale_fmt: e8m0, the exponent alone."""
+    wide = quantized(tmp_path, scale_fmt="ue8m0")
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.o_proj.weight"
+    powers = tensors[f"{name}_scale_inv"].log2().round()
+    tensors[f"{name}_scale_inv"] = (powers + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    save_file(tensors, tmp_path / "model.safetensors")
+    each = powers.exp2().repeat_interleave(16, 0)[: len(wide[name])].repeat_interleave(32, 1)[:, : wide[name].shape[1]]
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).read(name), tensors[name].float() * each)
 
 
 @pytest.mark.parametrize(

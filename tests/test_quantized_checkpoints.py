@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import refused
-from quantized import INT4, LAYOUTS, VECTORS, Layout, checkpoint_of, compressed, gptq, llama, packed, write
+from quantized import INT4, LAYOUTS, VECTORS, Layout, Meaning, checkpoint_of, compressed, gptq, llama, packed, write
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,12 +30,14 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def assert_is(checkpoint: Checkpoint, expected: torch.Tensor, name: str = WEIGHT) -> None:
-    assert checkpoint.shape(name) == tuple(expected.shape)
-    assert checkpoint.dtype(name) == str(expected.dtype).removeprefix("torch.")
+def assert_is(checkpoint: Checkpoint, expected: Meaning, name: str = WEIGHT) -> None:
+    """Equal in every number; of zeros the sign is free, since bitsandbytes gives fp4's both."""
+    exact, rounded = array(expected(True)), array(expected(False))
     wide = checkpoint.read(name)
-    assert wide.dtype == checkpoint.dtype(name)
-    np.testing.assert_array_equal(wide, array(expected))  # of zeros the sign is free: bitsandbytes gives fp4's both
+    assert checkpoint.shape(name) == wide.shape
+    assert checkpoint.dtype(name) == wide.dtype == exact.dtype
+    np.testing.assert_array_equal(wide, exact)
+    np.testing.assert_array_equal(wide.astype(rounded.dtype), rounded)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -59,7 +61,7 @@ def test_what_bitsandbytes_wrote_is_widened_bit_for_bit(name: str, tmp_path: Pat
     quantization = {"load_in_8bit": name == "int8", "load_in_4bit": name != "int8"}  # as before there were methods
     checkpoint = open_checkpoint(write(tmp_path, parts, {"quantization_config": quantization}))
     assert checkpoint.names() == {WEIGHT}
-    assert_is(checkpoint, expected)
+    assert_is(checkpoint, lambda _: expected)
 
 
 def test_gptq_zeros_that_were_borrowed_across_a_word(tmp_path: Path) -> None:
@@ -90,15 +92,7 @@ def logits(folder: Path) -> np.ndarray:
     return np.asarray(model(IDS))
 
 
-USUAL = ("packed-4-group", "gptq-4-act-order")
-OF_LLAMA = [  # of the others only weights are read by default
-    name if name in USUAL else pytest.param(name, marks=pytest.mark.slow)
-    for name in LAYOUTS
-    if name != "packed-4-groups-of-11"
-]
-
-
-@pytest.mark.parametrize("name", OF_LLAMA)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "packed-4-groups-of-11"])
 def test_logits_are_those_of_the_widened_weights(name: str, tmp_path: Path) -> None:
     folder, state = llama(LAYOUTS[name], tmp_path)
     model = LlamaForCausalLM(LlamaConfig(**load_config(folder))).float().eval()
@@ -108,9 +102,9 @@ def test_logits_are_those_of_the_widened_weights(name: str, tmp_path: Path) -> N
     np.testing.assert_allclose(logits(folder), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.slow
-def test_logits_are_those_of_hf_with_compressed_tensors(tmp_path: Path) -> None:
-    folder, _ = llama(LAYOUTS["packed-4-group"], tmp_path)
+@pytest.mark.parametrize("name", ["packed-4-group", "packed-4-channel-asymmetric", "packed-8", "float8-block"])
+def test_logits_are_those_of_hf_with_compressed_tensors(name: str, tmp_path: Path) -> None:
+    folder, _ = llama(LAYOUTS[name], tmp_path)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(IDS)).logits.numpy()
@@ -156,7 +150,7 @@ def test_a_weight_can_be_had_as_it_is_stored(tmp_path: Path) -> None:
     assert (stored.codes.dtype, stored.codes.shape) == (np.uint8, (96, 64))
     assert stored.scales.shape == (96, 2)
     assert isinstance(stored, Codes)
-    np.testing.assert_array_equal(stored.widened(), weight.numpy())
+    np.testing.assert_array_equal(stored.widened(), weight(True).numpy())
 
 
 def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
@@ -228,12 +222,15 @@ def test_groups_ordered_by_activation(tmp_path: Path) -> None:
     parts, weight = layout.quantized(96, 64, torch.Generator().manual_seed(0))
     order = torch.randperm(64)
     parts["weight_g_idx"] = (torch.arange(64) // 32)[order].int()
-    codes = (weight / parts["weight_scale"].repeat_interleave(32, dim=1)).round()
-    expected = codes * parts["weight_scale"][:, parts["weight_g_idx"].long()]
+    scale = parts["weight_scale"]
+    codes = (weight(True) / scale.float().repeat_interleave(32, dim=1)).round()
+
+    def expected(exact: bool) -> torch.Tensor:
+        factors = scale.float() if exact else scale
+        return codes.to(factors.dtype) * factors[:, parts["weight_g_idx"].long()]
+
     tensors = {f"model.layer.{name}": part for name, part in parts.items()}
-    quantization = layout.config | {
-        "config_groups": {"g": {"targets": ["Linear"], "weights": INT4 | {"actorder": "group"}}}
-    }
+    quantization = layout.config | weights(actorder="group")
     assert_is(open_checkpoint(write(tmp_path, tensors, {"quantization_config": quantization})), expected)
     del tensors["model.layer.weight_g_idx"]
     refused(write(tmp_path, tensors, {"quantization_config": quantization}), "lacks model.layer.weight_g_idx")

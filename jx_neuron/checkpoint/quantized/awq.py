@@ -40,7 +40,7 @@ class Config(Options):
 
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The tensors, each qweight with its zeros and scales as the weight, in the dtype of the scales."""
+    """The tensors, each qweight with its zeros and scales as the weight, float32."""
     wide = dict(tensors)
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix(".qweight")
@@ -65,7 +65,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, group_size: int) -> Tens
         codes, offsets = (_in_order(unpacked(words.load(), 4, rows)).T for words in (packed, zeros))
         return Codes(codes, scales.load().T, (1, size), offsets)
 
-    return Coded.of((rows, columns), scales.dtype, stored)
+    return Coded.of((rows, columns), stored)
 
 
 def _in_order(numbers: Array) -> Array:

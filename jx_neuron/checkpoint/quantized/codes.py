@@ -22,7 +22,7 @@ class Codes:
     c // block[1], or `group_c` of c.
 
     codes:   [rows, columns], integers or e4m3.
-    scales:  [blocks, groups], in the dtype of W.
+    scales:  [blocks, groups].
     zeros:   the same shape; None where all are 0.
     block:   rows and columns that share a scale. The last may be cut.
     group_c: [columns], the group of each column, where groups are not of neighbours.
@@ -35,39 +35,38 @@ class Codes:
     group_c: Array | None = None
 
     def widened(self) -> Array:
-        """W, [rows, columns]. Products are exact in float32 for scales of 16 bits, and so are rounded once."""
+        """W, float32 [rows, columns]: exact where scales have 16 bits, so that rounded to the dtype of the scales it is
+        what a library gives that multiplies in that dtype."""
         rows, columns = self.codes.shape
         high, wide = self.block
         group_c = np.arange(columns) // wide if self.group_c is None else self.group_c
         scales, zeros = self.scales.astype(np.float32), None if self.zeros is None else self.zeros.astype(np.float32)
-        whole = allocate((rows, columns), self.scales.dtype)
+        whole = allocate((rows, columns), np.float32)
         step = max(1, AT_ONCE // max(1, columns))
 
         def each(of_groups: Array, block_r: Array) -> Array:
             of_rows = of_groups[block_r]
             return of_rows if of_rows.shape[1] == 1 else of_rows.take(group_c, axis=1)
 
-        with np.errstate(over="ignore"):  # infinite, as in the formats' libraries
-            for at in range(0, rows, step):
-                part = whole[at : at + step]
-                block_r = np.arange(at, at + len(part)) // high
-                wide_part = self.codes[at : at + step].astype(np.float32)
-                if zeros is not None:
-                    wide_part -= each(zeros, block_r)
-                wide_part *= each(scales, block_r)
-                part[...] = wide_part
+        for at in range(0, rows, step):
+            part = whole[at : at + step]
+            block_r = np.arange(at, at + len(part)) // high
+            part[...] = self.codes[at : at + step]
+            if zeros is not None:
+                part -= each(zeros, block_r)
+            part *= each(scales, block_r)
         return whole
 
 
 @dataclass(frozen=True)
 class Coded(Tensor):
-    """A tensor that `load` widens, and `stored` reads as it is."""
+    """A tensor that `load` widens to float32, and `stored` reads as it is."""
 
     stored: Callable[[], Codes]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: np.dtype[Any], stored: Callable[[], Codes]) -> Self:
-        return cls(shape, dtype, lambda: stored().widened(), stored)
+    def of(cls, shape: tuple[int, ...], stored: Callable[[], Codes]) -> Self:
+        return cls(shape, np.dtype(np.float32), lambda: stored().widened(), stored)
 
 
 def unpacked(words: Array, bits: int, count: int) -> Array:

@@ -114,7 +114,7 @@ class Scheme:
 
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The tensors, each with scales as the weight, in the dtype of the scales."""
+    """The tensors, each with scales as the weight, float32."""
     schemes = _Schemes(config)
     wide = dict(tensors)
     for name in [name for name in tensors if name.endswith(".weight_scale")]:
@@ -216,7 +216,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tenso
             group_c=None if order is None else checked_groups(f"{module}.weight_g_idx", order.load(), blocks[1]),
         )
 
-    return Coded.of(shape, scales.dtype, stored)
+    return Coded.of(shape, stored)
 
 
 def _signed(packed: Array, bits: int, count: int) -> Array:

@@ -59,6 +59,6 @@ def _weight(name: str, codes: Tensor, scale: str, scales: Tensor | None, block: 
         )
 
     def stored() -> Codes:
-        return Codes(codes.load(), scales.load().astype(np.float32).reshape(grid), (high, wide))
+        return Codes(codes.load(), scales.load().reshape(grid), (high, wide))
 
-    return Coded.of(codes.shape, np.dtype(np.float32), stored)
+    return Coded.of(codes.shape, stored)

@@ -47,7 +47,7 @@ class Config(Options):
 
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The tensors, each qweight with its zeros and scales as the weight, in the dtype of the scales."""
+    """The tensors, each qweight with its zeros and scales as the weight, float32."""
     wide = dict(tensors)
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix(".qweight")
@@ -85,7 +85,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, config: Config) -> Tenso
             group_c=None if order is None else checked_groups(f"{module}.g_idx", order.load(), groups),
         )
 
-    return Coded.of((rows, columns), scales.dtype, stored)
+    return Coded.of((rows, columns), stored)
 
 
 def _zeros(packed: Array, bits: int, count: int, first: bool) -> Array:
