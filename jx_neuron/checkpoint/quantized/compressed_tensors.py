@@ -5,7 +5,7 @@ quantization/lifecycle/forward_helpers.py (_dequantize).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -97,7 +97,7 @@ class Config(Options):
     config_groups: dict[str, Group]
     format: Literal[Format, "mixed-precision"]
     ignore: list[str] | None = None
-    quantization_status: Literal["compressed"] = "compressed"
+    quantization_status: Literal["compressed", "frozen"] = "compressed"  # the first compressed checkpoints say frozen
     kv_cache_scheme: dict[str, Any] | None = None
     sparsity_config: Sparsity | None = None
     transform_config: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -269,6 +269,3 @@ def _order(tensors: Mapping[str, Tensor], module: str, weights: Weights, columns
     if weights.kind != "group":
         raise refusal("actorder", weights.actorder, "null where strategy is not 'group'", METHOD)
     return part(tensors, name, [I32], (columns,), why)
-
-
-__all__: Sequence[str] = ["Config", "widened"]
