@@ -62,7 +62,8 @@ def test_kept_tokenizer_equals_hfs(tmp_path, cache, name):
     first = load(folder)
     (kept,) = cache.iterdir()
     again = load(folder)
-    assert isinstance(first, PlainTokenizer) and isinstance(again, PlainTokenizer)
+    assert isinstance(first, PlainTokenizer)
+    assert isinstance(again, PlainTokenizer)
     require_same(first, theirs)
     require_same(again, theirs)
     assert again.backend.to_str() == theirs.backend_tokenizer.to_str()
@@ -105,9 +106,11 @@ def test_the_second_process_does_without_transformers(tmp_path):
         "(answer,) = model.generate('some text', SamplingParams(max_tokens=4))\n"
         "print(answer.text, list(answer.ids), 'transformers' in sys.modules)"
     )
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.rsplit(maxsplit=1)
-        for _ in range(2)
-    )
+
+    def run():
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return process.stdout.rsplit(maxsplit=1)
+
+    first, second = run(), run()
     assert first[0] == second[0]
     assert (first[1], second[1]) == ("True", "False")
