@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import refused
-from quantized import INT4, LAYOUTS, VECTORS, Layout, Meaning, checkpoint_of, compressed, gptq, llama, packed, write
+from quantized import INT4, LAYOUTS, VECTORS, Meaning, checkpoint_of, compressed, gptq, llama, packed, write
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
