@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.checkpoint import load_config, open_checkpoint, tensor_files
 from jx_neuron.checkpoint.folder import Checkpoint
+from jx_neuron.checkpoint.quantized import bitsandbytes, codes
 from jx_neuron.checkpoint.quantized.codes import Coded, Codes
 from jx_neuron.errors import CheckpointError
 
@@ -49,6 +50,23 @@ def test_weights_are_widened_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert checkpoint.names() == {WEIGHT}
         assert "quantization_config" not in checkpoint.config
         assert_is(checkpoint, weight)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-nested", "gptq-4-act-order", "packed-4-groups-of-11", "float8-block"])
+def test_weights_larger_than_is_widened_at_once(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(codes, "AT_ONCE", 200)
+    monkeypatch.setattr(bitsandbytes, "AT_ONCE", 200)
+    layout = LAYOUTS[name]
+    folder, weight = checkpoint_of(layout, tmp_path, *layout.shapes[0])
+    assert_is(open_checkpoint(folder), weight)
+
+
+def test_four_bits_may_be_stored_as_another_dtype(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage, which FSDP needs to be that of the other weights."""
+    folder, weight = checkpoint_of(LAYOUTS["nf4"], tmp_path, 96, 64)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {WEIGHT: tensors[WEIGHT].reshape(-1, 2).view(torch.bfloat16)}, folder / "model.safetensors")
+    assert_is(open_checkpoint(folder), weight)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "odd", "nested", "nested_fp4", "int8"])
@@ -92,7 +110,13 @@ def logits(folder: Path) -> np.ndarray:
     return np.asarray(model(IDS))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "packed-4-groups-of-11"])
+ONE_A_METHOD = ("packed-4-group", "gptq-4-act-order", "awq", "fp8-tensor", "nf4-nested", "llm-int8")
+FITTING = [name for name in LAYOUTS if name != "packed-4-groups-of-11"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ONE_A_METHOD else pytest.param(name, marks=pytest.mark.slow) for name in FITTING]
+)
 def test_logits_are_those_of_the_widened_weights(name: str, tmp_path: Path) -> None:
     folder, state = llama(LAYOUTS[name], tmp_path)
     model = LlamaForCausalLM(LlamaConfig(**load_config(folder))).float().eval()
@@ -223,11 +247,11 @@ def test_groups_ordered_by_activation(tmp_path: Path) -> None:
     order = torch.randperm(64)
     parts["weight_g_idx"] = (torch.arange(64) // 32)[order].int()
     scale = parts["weight_scale"]
-    codes = (weight(True) / scale.float().repeat_interleave(32, dim=1)).round()
+    numbers = (weight(True) / scale.float().repeat_interleave(32, dim=1)).round()
 
     def expected(exact: bool) -> torch.Tensor:
         factors = scale.float() if exact else scale
-        return codes.to(factors.dtype) * factors[:, parts["weight_g_idx"].long()]
+        return numbers.to(factors.dtype) * factors[:, parts["weight_g_idx"].long()]
 
     tensors = {f"model.layer.{name}": part for name, part in parts.items()}
     quantization = layout.config | weights(actorder="group")
