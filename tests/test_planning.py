@@ -122,6 +122,17 @@ def test_flops_of_latent_attention_are_those_of_the_program(key: ProgramKey, tp:
     assert predicted.flops(2, key.tokens, key.positions) == pytest.approx(program.cost().flops, rel=0.02)
 
 
+def test_a_prompt_in_blocks_of_experts_is_counted_as_the_program_is() -> None:
+    raw = dict(model_type="mixtral", hidden_size=256, intermediate_size=1024, num_hidden_layers=2, vocab_size=640)
+    raw |= dict(num_attention_heads=8, num_key_value_heads=4)
+    outline, keys = Outline.of(raw), [ProgramKey("prefill", rows, 256, 512) for rows in (1, 2)]
+    assert [outline.blocks(4, key.rows * 256) for key in keys] == [0, 15]
+    for key, program in zip(keys, lower_model(Decoder.from_config(raw, 4), keys, 2, 512, jnp.bfloat16), strict=True):
+        predicted = speed.speed(outline, find("trn1.32xlarge"), 4, 2).flops(key.rows, 256, 512)
+        assert predicted == pytest.approx(program.cost().flops, rel=0.02)
+        assert peak_bytes(parse(program.hlo_module).entry) <= memory.activation_bytes(outline, 4, key, 2)
+
+
 # in billions; gpt-oss's leave out the table of embeddings, of 0.58
 ACTIVE = {
     "mistralai/Mixtral-8x7B-v0.1": 12.9,
