@@ -116,8 +116,8 @@ class CpuOps(Ops):
 
 
 def _codes(x: Entries) -> Array:
-    """`codes`, of which XLA widens float8_e4m3 at a third of the rate: its bits, seven places up, are those of a float16
-    that is 2⁸ times as small."""
+    """`codes`, with float8_e4m3 widened by its bits, at three times XLA's rate: seven places up, they are those of a
+    float16 that is 2⁸ times as small."""
     if (stored := codes(x)).dtype != jnp.float8_e4m3:
         return stored
     bits = jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16)
