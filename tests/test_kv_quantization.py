@@ -33,7 +33,7 @@ from jx_neuron.step.program_key import ProgramKey
 INT8, FP8 = KVCacheQuantizationConfig(), KVCacheQuantizationConfig("f8e4m3fn")
 LAYOUTS = pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
 SLOTS, K, G, S, H = 3, 2, 2, 12, 8
-LENGTHS, CHUNK, POSITIONS, NEW = (21, 9, 1), 8, 40, 8
+LENGTHS, CHUNK, POSITIONS, NEW = (21, 9), 8, 32, 8
 
 
 def oracle(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -77,7 +77,8 @@ def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> No
     k, v = (300 * heads(rng, 2, 3, K, H) for _ in range(2))
     state = table(layout, dtype)
     before = jax.tree.map(np.asarray, state.arrays)
-    written = state.of_layer(1).write(at([4, 2], [3, 1], [2, 0], 3), k=k, v=v).state
+    write = jax.jit(lambda state, at, k, v: state.of_layer(1).write(at, k=k, v=v).state)
+    written = write(state, at([4, 2], [3, 1], [2, 0], 3), k, v)
     every = at([1] * SLOTS, [1] * SLOTS, None, 1)
     for name, new in (("k", k), ("v", v)):
         expected = np.zeros((SLOTS, K, S, H), np.float32)
@@ -94,8 +95,7 @@ def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> No
 
 
 @LAYOUTS
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "bfloat16"])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("dtype", "window"), [("int8", None), ("int8", 5), ("float8_e4m3", None), ("bfloat16", None)])
 def test_attention_is_that_of_the_decoded_entries(layout: Any, dtype: Any, window: int | None) -> None:
     rng = np.random.default_rng(1)
     q = rng.normal(size=(SLOTS, S, K * G, H)).astype(np.float32)
@@ -108,8 +108,8 @@ def test_attention_is_that_of_the_decoded_entries(layout: Any, dtype: Any, windo
     expected = np.einsum("bnts,bsnh->btnh", p_bnts / p_bnts.sum(-1, keepdims=True), wide_v)
     state, done = table(layout, dtype, (window, window)), 0
     run = jax.jit(lambda state, at, *x: attend(*x, state.of_layer(0), at, window=window))
-    for t in (4, 3, 1, 1, 3):  # more and fewer rows than one pass takes, beyond the window
-        rows = at([done] * SLOTS, [t] * SLOTS, None if t == 1 else range(SLOTS), t, 4 if done == 0 else S)
+    for t in (5, 5, 1, 1):  # more and fewer rows than one pass takes, beyond the window
+        rows = at([done] * SLOTS, [t] * SLOTS, None if t == 1 else range(SLOTS), t, 5 if done == 0 else S)
         with using(CpuOps(FORMULATION)) if layout is CPU else nullcontext():
             found, part = run(state, rows, *(x[:, done : done + t] for x in (q, k, v)))
         state, wanted = part.state, expected[:, done : done + t]
@@ -119,7 +119,7 @@ def test_attention_is_that_of_the_decoded_entries(layout: Any, dtype: Any, windo
 
 
 def model(folder: Path, quant: KVCacheQuantizationConfig | None, **options: Any) -> NeuronAutoModelForCausalLM:
-    fixed: dict[str, Any] = dict(batch_size=3, n_positions=POSITIONS, context_length_estimate=CHUNK)
+    fixed: dict[str, Any] = dict(batch_size=2, n_positions=POSITIONS, context_length_estimate=CHUNK)
     config = NeuronConfig(kv_cache_quant=quant)
     return NeuronAutoModelForCausalLM.from_pretrained(folder, neuron_config=config, **(fixed | options))
 
@@ -155,17 +155,20 @@ def near(one: np.ndarray, other: np.ndarray, within: float) -> None:
     assert 0 < difference < within
 
 
-@pytest.mark.parametrize(("quant", "within"), [(INT8, 0.03), (FP8, 0.25)], ids=["int8", "fp8"])
-def test_logits_are_near_those_of_float32(llama: Path, quant: Any, within: float) -> None:
-    near(logits(model(llama, quant), prompts()), logits(model(llama, None), prompts()), within)
+def test_logits_are_near_those_of_float32(llama: Path) -> None:
+    exact, int8, fp8 = (logits(model(llama, quant), prompts()) for quant in (None, INT8, FP8))
+    near(int8, exact, 0.03)
+    near(fp8, exact, 0.25)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])  # at 4, two key heads are there twice each
 def test_the_host_answers_as_xla_does(llama: Path, answers: list[list[int]], tp: int) -> None:
-    of = model(llama, INT8, tp_degree=tp, backend="host")
-    assert tokens(of, prompts()) == answers
-    if tp == 1:
-        return
+    assert tokens(model(llama, INT8, tp_degree=tp, backend="host"), prompts()) == answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4])
+def test_answers_are_the_same_at_any_degree(llama: Path, answers: list[list[int]], tp: int) -> None:
     assert tokens(model(llama, INT8, tp_degree=tp, backend="xla"), prompts()) == answers
 
 
@@ -185,7 +188,7 @@ def test_answers_are_the_same_alone_whole_and_of_a_copied_prefix(llama: Path, an
 
 
 FAMILIES = [
-    pytest.param(name, id=name, marks=[] if name in ("deepseek_v3", "gemma3_text") else pytest.mark.slow)
+    pytest.param(name, id=name, marks=[] if name in ("deepseek_v3", "gemma4_text") else pytest.mark.slow)
     for name in "gemma2 gemma3_text gemma4_text deepseek_v2 deepseek_v3 qwen3_next falcon_h1 gpt_oss lfm2".split()
 ]
 
@@ -193,8 +196,8 @@ FAMILIES = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_shared_keys_latents_and_recurrent_layers(family: str, tmp_path: Path) -> None:
     random_model(family, OPTIONS[family][0]).save_pretrained(tmp_path)
-    plain, encoded = (model(tmp_path, quant, backend="xla") for quant in (None, INT8))
-    rows = prompts(plain.settings.vocab_size)
+    plain, encoded = (model(tmp_path, quant, batch_size=1, backend="xla") for quant in (None, INT8))
+    rows = prompts(plain.settings.vocab_size)[:1]  # beyond the windows, and in chunks
     near(logits(encoded, rows), logits(plain, rows), 0.05)
     kept, own = plain.settings, encoded.settings
     stored = Counter(dtype for dtype in own.state_dtypes.values())
