@@ -95,7 +95,7 @@ def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> No
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("dtype", "window"), [("int8", None), ("int8", 5), ("float8_e4m3", None), ("bfloat16", None)])
+@pytest.mark.parametrize(("dtype", "window"), [("int8", None), ("int8", 5), ("float8_e4m3", None)])
 def test_attention_is_that_of_the_decoded_entries(layout: Any, dtype: Any, window: int | None) -> None:
     rng = np.random.default_rng(1)
     q = rng.normal(size=(SLOTS, S, K * G, H)).astype(np.float32)
@@ -216,17 +216,16 @@ def test_families_answer_on_the_host_as_on_xla(family: str, tmp_path: Path) -> N
 
 
 KEYS = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32), ProgramKey("prefill", 2, 16, 64)]
-LOWERED = ["llama", "gemma3_text", "deepseek_v3"]
+LOWERED = [("llama", "int8"), ("llama", "float8_e4m3"), ("gemma3_text", "int8"), ("deepseek_v3", "int8")]
 
 
-@pytest.mark.parametrize("family", LOWERED)
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize(("family", "dtype"), LOWERED)
 def test_lowered_programs_pass_and_scales_move_between_no_cores(family: str, dtype: Any) -> None:
     import transformers
 
     options = OPTIONS[family][0]
     decoder = Decoder.from_config(transformers.AutoConfig.for_model(family, **options).to_dict(), 2)
-    keys = KEYS if family == "llama" else KEYS[:1]
+    keys = KEYS if family == "llama" else KEYS[-1:]
     plain, encoded = (list(lower_model(of, keys, 3, 96, jnp.bfloat16)) for of in (decoder, decoder.with_cache(dtype)))
     for before, after in zip(plain, encoded, strict=True):
         for target in ("inf2", "trn1", "trn2"):
