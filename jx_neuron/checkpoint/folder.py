@@ -172,7 +172,7 @@ def open_checkpoint(
             generation_config=_read_config(generation) if generation.is_file() else None,
             tensors=_widened(tensors, read_json_file(folder / CONFIG), weights),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
-            load_tokenizer=lambda _: _auto_tokenizer(folder),
+            load_tokenizer=lambda plain: _auto_tokenizer(folder, plain),
         )
 
 
@@ -333,8 +333,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _auto_tokenizer(folder: Path) -> Any:
-    from jx_neuron.checkpoint.tokenizer import load_tokenizer
+def _auto_tokenizer(folder: Path, plain: bool) -> Any:
+    from jx_neuron.checkpoint.tokenizer import load_plain_tokenizer, load_tokenizer
 
     files = [file for name in TOKENIZER_FILES if (file := folder / name).is_file()]
     if not files:
@@ -351,7 +351,7 @@ def _auto_tokenizer(folder: Path) -> Any:
             (into / NAMED_TEMPLATES).mkdir(exist_ok=True)
             shutil.copy(file, into / NAMED_TEMPLATES)
 
-    return load_tokenizer(folder, config, save_files)
+    return (load_plain_tokenizer if plain else load_tokenizer)(folder, config, save_files)
 
 
 def _files_to_download(repo: str, files: Collection[str]) -> list[str]:

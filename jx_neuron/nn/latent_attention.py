@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jx_neuron.nn.attention import Queries
 from jx_neuron.nn.encoded import Entries, decoded
 from jx_neuron.nn.layers import Linear, Linears, RMSNorm, random_normal
 from jx_neuron.nn.layout import S
@@ -66,10 +67,13 @@ class LatentAttention(nnx.Module):
         q_btnc, q_btnu = jnp.split(q_btnh, [self.k_b_proj.shape[1]], axis=-1)
         k_btu = self.rope(k_btu[:, :, None], by)[:, :, 0]
         (entries, position_bs), state = state.extend(at, latent=self.kv_a_layernorm(latent_btr), rope=k_btu)
-        mask_bts = position_bs[:, None] <= at.position_bt[:, :, None]
-        attend = self._absorbed if self._absorbs(*mask_bts.shape[1:]) else self._expanded
-        a_btno = attend(q_btnc, self.rope(q_btnu, by), entries["latent"], entries["rope"], mask_bts)
-        return self.o_proj(a_btno), state
+        tokens, positions = x_btd.shape[1], position_bs.shape[1]
+        attend = self._absorbed if self._absorbs(tokens, positions) else self._expanded
+        queries = Queries.of(state, at, positions)
+        q_btnc, q_btnu = queries.arrange(q_btnc), queries.arrange(self.rope(q_btnu, by))
+        mask_bts = position_bs[:, None] <= queries.position_bt[:, :, None]
+        a_btno = attend(q_btnc, q_btnu, entries["latent"], entries["rope"], mask_bts)
+        return self.o_proj(queries.restore(a_btno)), state
 
     def _absorbs(self, tokens: int, positions: int) -> bool:
         """Whether fewer bytes move where queries and outputs are latents than where keys and values are expanded."""

@@ -34,8 +34,8 @@ class Ops:
         return jnp.einsum("...k,nk->...n", x, table_nk)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
-        """Queries that go through attention at a time: the first, the one after the last, and how many positions are
-        read for them."""
+        """Queries that go through attention at a time: the first, the one after the last, and how many of the positions
+        are read for them. The last query is at the last position, or before it."""
         return [(0, tokens, positions)]
 
     def attention_scores(self, q_btkgh: Array, k_bksh: Entries) -> Array:

@@ -50,11 +50,9 @@ class CpuOps(Ops):
         return y_mn.reshape(*x.shape[:-1], -1)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
-        """Where as many tokens as positions go through, they stand at these, and none sees those behind it."""
-        if tokens != positions:
-            return super().query_blocks(tokens, positions)
+        """A block sees no positions after its last query."""
         ends = [*range(BLOCK, tokens, BLOCK), tokens]
-        return [(first, end, end) for first, end in zip([0, *ends], ends, strict=False)]
+        return [(first, end, positions - tokens + end) for first, end in zip([0, *ends], ends, strict=False)]
 
     def attention_scores(self, q_btkgh: Array, k_bksh: Entries) -> Array:
         b, t, k, g, h = q_btkgh.shape
