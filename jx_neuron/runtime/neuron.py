@@ -93,9 +93,14 @@ class NeuronRuntime:
         none begins at zeros."""
 
     def _rewrite(self, change: Callable[[Any], Any]) -> None:
+        def changed(rank: Any) -> Any:
+            if rank.element_size() > 1:
+                return change(rank)
+            return change(rank.view(self._torch.int8)).view(rank.dtype)  # torch copies and fills no 8-bit floats
+
         for tensor in self._bundle.of_kind("state"):
             buffer = self._device_tensor(tensor)
-            self._torch.ops.neuron._parallel_write_neuron(buffer, [change(rank) for rank in self._read(buffer)])
+            self._torch.ops.neuron._parallel_write_neuron(buffer, [changed(rank) for rank in self._read(buffer)])
 
     def _executor(self, program: ProgramSpec) -> Any:
         if program.name not in self._executors:
