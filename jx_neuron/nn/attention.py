@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -119,6 +121,11 @@ def attend(
                 sinks_n.astype(jnp.float32).reshape(1, k, n // k, 1, 1), (*w_bkgts.shape[:-1], 1)
             )
             w_bkgts = jnp.concatenate([w_bkgts, sink_bkgt1], axis=-1)
-            v_bksh_seen = jnp.pad(v_bksh_seen, ((0, 0), (0, 0), (0, 1), (0, 0)))
+            v_bksh_seen = jax.tree.map(partial(_one_more, axis=2), v_bksh_seen)
         parts.append(ops().attention_values(w_bkgts, v_bksh_seen))
     return queries.restore(jnp.concatenate(parts, axis=1)).reshape(b, t, n, h), state
+
+
+def _one_more(x: Array, axis: int) -> Array:
+    """x with zeros behind the last entry of an axis."""
+    return jnp.pad(x, [(0, int(number == axis)) for number in range(x.ndim)])

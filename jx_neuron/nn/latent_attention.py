@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.nn.attention import Queries
+from jx_neuron.nn.encoded import Entries, decoded
 from jx_neuron.nn.layers import Linear, Linears, RMSNorm, random_normal
 from jx_neuron.nn.layout import S
 from jx_neuron.nn.ops import ops
@@ -90,21 +91,22 @@ class LatentAttention(nnx.Module):
         a_btno = attend(q_btnc, q_btnu, entries["latent"], entries["rope"], mask_bts)
         return self.o_proj(queries.restore(a_btno)), state
 
-    def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
+    def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Entries, k_bsu: Entries, mask_bts: Array) -> Array:
         """(q · k_b_proj) · latent is q · (k_b_proj · latent): to all heads, latents are one key, and one value."""
         q_btnr = jnp.einsum("btnc,ncr->btnr", q_btnc, self.k_b_proj[...])
         latent_b1sr = latent_bsr[:, None]
         a_bt1nr = _attend(q_btnr[:, :, None], latent_b1sr, q_btnu, k_bsu, latent_b1sr, mask_bts)
         return jnp.einsum("btnr,nor->btno", a_bt1nr[:, :, 0], self.v_b_proj[...])
 
-    def _expanded(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
+    def _expanded(self, q_btnc: Array, q_btnu: Array, latent_bsr: Entries, k_bsu: Entries, mask_bts: Array) -> Array:
         """By a key and a value of each head."""
+        latent_bsr = decoded(latent_bsr)
         k_bnsc = jnp.einsum("bsr,ncr->bnsc", latent_bsr, self.k_b_proj[...])
         v_bnso = jnp.einsum("bsr,nor->bnso", latent_bsr, self.v_b_proj[...])
         return _attend(q_btnc[:, :, :, None], k_bnsc, q_btnu, k_bsu, v_bnso, mask_bts)[:, :, :, 0]
 
 
-def _attend(q_btkgc: Array, k_bksc: Array, q_btnu: Array, k_bsu: Array, v_bkso: Array, mask_bts: Array) -> Array:
+def _attend(q_btkgc: Array, k_bksc: Entries, q_btnu: Array, k_bsu: Entries, v_bkso: Entries, mask_bts: Array) -> Array:
     """softmax(q · k + the same of the rotated parts) · v, over positions that the mask has: [b, t, k, g, o]."""
     parts = []
     for first, last, seen in ops().query_blocks(*mask_bts.shape[1:]):

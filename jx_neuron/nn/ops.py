@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jx_neuron.nn import blocks
+from jx_neuron.nn.encoded import Entries, codes, scaled
 
 T = TypeVar("T")
 
@@ -48,15 +49,17 @@ class Ops:
         are read for them. The last query is at the last position, or before it."""
         return [(0, tokens, positions)]
 
-    def attention_scores(self, q_btkgh: Array, k_bksh: Array) -> Array:
+    def attention_scores(self, q_btkgh: Array, k_bksh: Entries) -> Array:
         """q · kᵀ of each query head with its group's keys: float32 [b, k, g, t, s]."""
         # the keys first: XLA then leaves the scores in their order, where the other way round it transposes them
-        return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
+        keys_bksh = codes(k_bksh).astype(k_bksh.dtype)
+        w_bkgts = jnp.einsum("bksh,btkgh->bkgts", keys_bksh, q_btkgh, preferred_element_type=jnp.float32)
+        return scaled(w_bkgts, k_bksh)
 
-    def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:
+    def attention_values(self, w_bkgts: Array, v_bksh: Entries) -> Array:
         """softmax(w) · v of each query head with its group's values: [b, t, k, g, h]; w is float32."""
-        p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
-        return jnp.einsum("bksh,bkgts->btkgh", v_bksh, p_bkgts)
+        p_bkgts = scaled(jax.nn.softmax(w_bkgts, axis=-1), v_bksh).astype(v_bksh.dtype)
+        return jnp.einsum("bksh,bkgts->btkgh", codes(v_bksh).astype(v_bksh.dtype), p_bkgts)
 
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.

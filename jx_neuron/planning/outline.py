@@ -14,6 +14,7 @@ from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
 from jx_neuron.models import Decoder, family, model_types, text_config
 from jx_neuron.nn import blocks
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.planning import collectives
 
@@ -86,6 +87,10 @@ class Outline:
             return cls.of(Decoder.from_config(model))
         one_layer = {"model_type": config.MODEL_TYPE, **config.with_layers(1).to_hf()}
         return cls(Decoder.from_config(one_layer), config.layers)
+
+    def with_cache(self, dtype: StateDtype) -> "Outline":
+        """The outline with keys and values stored in `dtype`. Raises ConfigError where layers keep none."""
+        return dataclasses.replace(self, decoder=self.decoder.with_cache(dtype))
 
     @property
     def config(self) -> HFConfig:
