@@ -187,6 +187,6 @@ def _attention(kept: Kept, layer: Padding, tokens: int, positions: int) -> int:
     """Multiplications of a layer's scores and values, over all cores; 0 of a layer that has none."""
     if not any("s" in row.letters for row in kept.rows):
         return 0
-    if kept.rows == latent_attention.LATENT:
+    if latent_attention.LATENT[0].name in {row.name for row in kept.rows}:
         return layer.size("n") * latent_attention.multiply_adds(layer.sizes, tokens, positions)
     return layer.size("n") * 2 * layer.sizes["h"] * tokens * positions
