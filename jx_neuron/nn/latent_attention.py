@@ -28,6 +28,21 @@ EPS = 1e-6
 """That of the norms of latents, whatever the model's."""
 
 
+def absorbs(expanded: int, rank: int, tokens: int, positions: int) -> bool:
+    """Whether fewer bytes move where queries and outputs of `tokens` are latents of `rank` than where each position has
+    a key and a value, which are made of the latent and have `expanded` entries a head together."""
+    return 2 * rank * tokens < expanded * positions
+
+
+def multiply_adds(sizes: Mapping[str, int], tokens: int, positions: int) -> int:
+    """Multiplications of one head for the `tokens` of a row, beside one of each token by each parameter: of scores and
+    values, and of making keys and values of latents where there are more positions than tokens."""
+    c, u, o, r = (sizes[letter] for letter in "cuor")
+    if absorbs(c + o, r, tokens, positions):
+        return tokens * positions * (2 * r + u)
+    return tokens * positions * (c + u + o) + (positions - tokens) * r * (c + o)
+
+
 class LatentAttention(nnx.Module):
     """Each head's key and value are k_b_proj · latent and v_b_proj · latent, the key with the rotated part behind it.
 
@@ -68,17 +83,13 @@ class LatentAttention(nnx.Module):
         k_btu = self.rope(k_btu[:, :, None], by)[:, :, 0]
         (entries, position_bs), state = state.extend(at, latent=self.kv_a_layernorm(latent_btr), rope=k_btu)
         tokens, positions = x_btd.shape[1], position_bs.shape[1]
-        attend = self._absorbed if self._absorbs(tokens, positions) else self._expanded
+        (_, c, r), o = self.k_b_proj.shape, self.v_b_proj.shape[1]
+        attend = self._absorbed if absorbs(c + o, r, tokens, positions) else self._expanded
         queries = Queries.of(state, at, positions)
         q_btnc, q_btnu = queries.arrange(q_btnc), queries.arrange(self.rope(q_btnu, by))
         mask_bts = position_bs[:, None] <= queries.position_bt[:, :, None]
         a_btno = attend(q_btnc, q_btnu, entries["latent"], entries["rope"], mask_bts)
         return self.o_proj(queries.restore(a_btno)), state
-
-    def _absorbs(self, tokens: int, positions: int) -> bool:
-        """Whether fewer bytes move where queries and outputs are latents than where keys and values are expanded."""
-        (_, c, r), o = self.k_b_proj.shape, self.v_b_proj.shape[1]
-        return 2 * r * tokens < (c + o) * positions
 
     def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Entries, k_bsu: Entries, mask_bts: Array) -> Array:
         """(q · k_b_proj) · latent is q · (k_b_proj · latent): to all heads, latents are one key, and one value."""

@@ -7,19 +7,30 @@ is traced; the layers call `ops()`. Array suffixes are those of jx_neuron.nn.lay
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jx_neuron.nn import blocks
 from jx_neuron.nn.encoded import Entries, codes, scaled
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class Ops:
-    """Each equation as one operator of XLA, or a few."""
+    """Each equation as one operator of XLA, or a few.
+
+    cores: how many the program runs on, each with a part of the weights.
+    """
+
+    cores: int = field(default=1, kw_only=True)
+
+    IN_BLOCKS: ClassVar[bool] = True
+    """Whether many tokens go through experts in blocks."""
 
     def once(self, x: T) -> T:
         """x, where a backend would otherwise compute it anew for each of its uses."""
@@ -53,10 +64,15 @@ class Ops:
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.
 
-        The parameters of those chosen are gathered where they are fewer than all.
+        The parameters of those chosen are gathered where they are fewer than all. Many tokens go through in blocks that
+        share an expert, where that pays, and others through every expert.
         """
-        few = index_btc.size < layer.count
-        return (layer.of_chosen if few else layer.dense)(x_btd, weight_btc, index_btc)
+        if index_btc.size < layer.count:
+            return layer.of_chosen(x_btd, weight_btc, index_btc)
+        b, t, c = index_btc.shape
+        if self.IN_BLOCKS and blocks.pay(b * t, c, layer.count, layer.width // self.cores):
+            return layer.in_blocks(x_btd, weight_btc, index_btc, self.cores)
+        return layer.dense(x_btd, weight_btc, index_btc)
 
 
 PLAIN = Ops()

@@ -13,6 +13,7 @@ import numpy as np
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
 from jx_neuron.models import Decoder, family, model_types, text_config
+from jx_neuron.nn import blocks
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.planning import collectives
@@ -41,6 +42,10 @@ class Parameter:
     @property
     def is_computed(self) -> bool:
         return self.row is not None and self.row.is_computed
+
+    @property
+    def is_float32(self) -> bool:
+        return self.row is not None and self.row.is_float32
 
     @property
     def is_looked_up(self) -> bool:
@@ -127,8 +132,8 @@ class Outline:
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
         """Bytes of the parameters that each core holds, padded, and split where they are."""
-        computed = np.dtype(np.float32).itemsize
-        return sum(p.per_core * (computed if p.is_computed else itemsize) for p in self.parameters(tp_degree))
+        wide = np.dtype(np.float32).itemsize
+        return sum(p.per_core * (wide if p.is_float32 else itemsize) for p in self.parameters(tp_degree))
 
     def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
@@ -149,10 +154,37 @@ class Outline:
         return sum(self._of_chosen(p, p.per_core, rows) for p in parameters) - looked_up
 
     def multiplied_elements(self, tp_degree: int, rows: int) -> int:
-        """Of these, those by which each of `rows` is multiplied: every expert's where `rows` have more than there are,
-        as jx_neuron.nn.ops.Ops computes them."""
-        e, chosen = self.config.sizes.get("e", 1), self.config.chosen
-        return self.read_elements(tp_degree, 1 if chosen is None or rows * chosen < e else e)
+        """Of these, those by which each of `rows` is multiplied, as jx_neuron.nn.ops.Ops computes experts: by those
+        chosen, by every one, or in blocks, whose empty places count."""
+        chosen, e = self.config.chosen or 0, self.config.sizes.get("e", 1)
+        if count := self.blocks(tp_degree, rows):
+            experts = count * blocks.SIZE / rows
+        else:
+            experts = chosen if rows * chosen < e else e
+        return self.read_elements(tp_degree, 0) + round(self.expert_elements(tp_degree) * experts)
+
+    def expert_elements(self, tp_degree: int) -> float:
+        """Parameters of one expert, of all layers, that each core holds; 0 where there are none."""
+        of_experts = sum(p.per_core for p in self.parameters(tp_degree) if p.is_of_experts)
+        return of_experts / self.config.sizes.get("e", 1)
+
+    def blocks(self, tp_degree: int, rows: int) -> int:
+        """In how many blocks `rows` go through the experts of a layer; 0 where they do not."""
+        chosen, sizes = self.config.chosen, self.config.sizes
+        if chosen is None or rows * chosen < sizes["e"]:
+            return 0
+        width = self.padding(tp_degree).size("m") // tp_degree
+        pay = blocks.pay(rows, chosen, sizes["e"], width)
+        return blocks.count(rows * chosen, sizes["e"]) if pay else 0
+
+    def block_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
+        """What a core reads and writes for blocks beside each parameter once: an expert's for each further block, and
+        what enters a block and comes out, which is read again."""
+        if not (count := self.blocks(tp_degree, rows)):
+            return 0
+        more = max(count - self.config.sizes["e"], 0) * self.expert_elements(tp_degree)
+        layers = sum(p.count for p in self.parameters(1) if p.row is not None and p.row.letters == ["e", "m", "d"])
+        return round(more + 3 * layers * count * blocks.SIZE * self.config.sizes["d"]) * itemsize
 
     def _of_chosen(self, parameter: Parameter, elements: int, rows: int) -> int:
         """Of the elements of a parameter, those that `rows` have."""

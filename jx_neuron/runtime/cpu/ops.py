@@ -1,6 +1,7 @@
 """The equations of jx_neuron.nn.ops as one CPU computes them fastest (docs/notes/cpu-decode.md and cpu-prefill.md)."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,11 +28,11 @@ STREAMS = {True: 4, False: 2}
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class CpuOps(Ops):
     """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
 
-    def __init__(self, formulation: Formulation):
-        self.formulation = formulation
+    formulation: Formulation
 
     def once(self, x: T) -> T:
         return barrier(x)

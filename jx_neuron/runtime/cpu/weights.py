@@ -37,8 +37,11 @@ class OneCPU(Sharded):
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self.formulation: Formulation = choose(dtype).formulation
-        self.ops = CpuOps(self.formulation)
         super().__init__(decoder, source, mesh, dtype)
+
+    @property
+    def ops(self) -> CpuOps:
+        return CpuOps(self.formulation)
 
     def _place(self, source: Source) -> Params:
         module: Any = self._decoder.bind(self._decoder.abstract_params(self._dtype))
