@@ -53,7 +53,7 @@ class KVCacheQuantizationConfig:
     quant_dtype:     s8, f8e4m3fn, f16 or bf16. Of f8e4m3fn the numbers within ±240, which every Neuron device has
                      (float8_e4m3); larger ones become ±240.
     dequant_dtype:   the model's, as `amp` names it; None for whichever that is.
-    quantize_method: "vector_dynamic" for s8: each slot, head and position has a float32 scale, max |x| / 127.
+    quantize_method: "vector_dynamic" for s8: each slot, head and position has a float32 scale, max abs(x) / 127.
                      "direct_cast" for the others, as in transformers-neuronx. None for the one of the dtype.
 
     Raises ConfigError for a value that is not legal.
