@@ -33,6 +33,7 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens made of each.")] = 128,
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs, of which the median is given.")] = 5,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     tp: options.Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -56,6 +57,7 @@ def command(
         n_positions=prompt_tokens + new_tokens,
         tp_degree=tp,
         amp=amp,
+        neuron_config=options.neuron_config(quant),
     ).to_neuron()
     loaded = time.perf_counter()
     prompt_bt = np.random.default_rng(0).integers(0, causal_lm.settings.vocab_size, (batch_size, prompt_tokens))
@@ -65,6 +67,7 @@ def command(
     results = {
         "batch_size": batch_size,
         "amp": amp,
+        "quant": quant,
         "tp_degree": tp,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

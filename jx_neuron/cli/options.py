@@ -49,6 +49,17 @@ def _amps() -> list[str]:
     return list(AMP)
 
 
+def _quants() -> list[str]:
+    return ["int8", "int4", "fp8"]
+
+
+def neuron_config(quant: str | None, **options: Any) -> Any:
+    """The NeuronConfig of --quant. Raises ConfigError for a form that there is none of."""
+    from jx_neuron.config import NeuronConfig, QuantizationConfig
+
+    return NeuronConfig(quant=None if quant is None else QuantizationConfig.named(quant), **options)
+
+
 def _targets() -> list[str]:
     from jx_neuron.lowering.verify.rules import TARGETS
 
@@ -64,6 +75,15 @@ def instances() -> list[str]:
 
 Amp = Annotated[
     str, typer.Option(metavar="DTYPE", help="Dtype of weights and cache: f32, f16 or bf16.", autocompletion=_amps)
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Store weights in int8, int4 or fp8 (docs/quantization.md).",
+        show_default=False,
+        autocompletion=_quants,
+    ),
 ]
 Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")]

@@ -61,6 +61,7 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
@@ -91,6 +92,7 @@ def command(
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
+        neuron_config=options.neuron_config(quant),
         revision=revision,
     )
     greedy = temperature is None and top_k is None and top_p is None

@@ -111,6 +111,7 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("prompt_batch_size", options["prompt_batch_size"], None, settings.prompt_batch),
         ("n_positions", tokens, None, settings.buckets.tokens),
         ("context_length_estimate", context, None, settings.buckets.context),
+        ("quant", (options["neuron_config"] or NeuronConfig()).quant, None, settings.quant),
     ):
         if value not in (default, saved):
             raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
@@ -146,6 +147,7 @@ def settings_of(
         window=decoder.window,
         state=decoder.slot(buckets.capacity),
         state_dtypes=decoder.state_dtypes,
+        quant=decoder.quant,
     )
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):

@@ -7,6 +7,7 @@ chosen, and one all-reduce sums what they give.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array
 
 from jx_neuron.nn.layers import ACT, Linear, random_normal
 from jx_neuron.nn.ops import ops
+from jx_neuron.nn.quantized import Quantized
 from jx_neuron.nn.sublayers import GatedMLP
 
 SCORES: Mapping[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
@@ -91,21 +93,31 @@ def is_chosen(index_btc: Array, score_bte: Array) -> Array:
 
 
 class ExpertLinear(nnx.Module):
-    """kernel [e, inputs, outputs], or as a backend stores it, and bias [e, outputs], of one layer of all experts."""
+    """kernel [e, inputs, outputs], or as it is stored (jx_neuron.nn.kernel and .quantized), and bias [e, outputs], of
+    one layer of all experts."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(random_normal(rngs.params(), (experts, inputs, outputs), 1.0 / math.sqrt(inputs)))
+        kernel = random_normal(rngs.params(), (experts, inputs, outputs), 1.0 / math.sqrt(inputs))
+        self.kernel: Any = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((experts, outputs))) if bias else None
 
     def dense(self, x_btd: Array) -> Array:
         """What the layer of every expert gives: [b, t, e, outputs]."""
-        y_btem = jnp.einsum("btd,edm->btem", x_btd, self.kernel[...])
+        y_btem = jnp.einsum("btd,edm->btem", x_btd, self.matrices(x_btd.dtype))
         return y_btem if self.bias is None else y_btem + self.bias[...]
 
     def chosen(self, x_btd: Array, index_btc: Array) -> Array:
         """What the layer of each token's experts gives: [b, t, c, outputs]."""
-        y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, take(self.kernel[...], index_btc))
+        y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, self.matrices(x_btd.dtype, index_btc))
         return y_btcm if self.bias is None else y_btcm + take(self.bias[...], index_btc)
+
+    def matrices(self, dtype: Any, index_btc: Array | None = None) -> Array:
+        """The matrices of all experts, [e, inputs, outputs], or of those numbered, [b, t, c, inputs, outputs]; what is
+        quantized is widened to `dtype`."""
+        part = partial(take, index_btc=index_btc) if index_btc is not None else lambda array: array
+        if isinstance(self.kernel, Quantized):
+            return self.kernel.widened(dtype, part)
+        return part(self.kernel[...])
 
     def one(self, x_rd: Array, expert: Array) -> Array:
         """What the layer of one expert gives, [r, outputs]; of kernels that a backend stores."""
@@ -156,7 +168,7 @@ class Experts(nnx.Module):
         chosen_btce = is_chosen(index_btc, gate_btem[..., 0])
         weight_bte = jnp.sum(jnp.where(chosen_btce, weight_btc[..., None], 0), axis=-2)
         hidden_btem = self._weighted(gate_btem, up_btem, weight_bte[..., None])
-        y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.kernel[...])
+        y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.matrices(x_btd.dtype))
         bias = self.down_proj.bias
         return y_btd if bias is None else y_btd + jnp.einsum("bte,ed->btd", weight_bte, bias[...])
 
@@ -164,7 +176,7 @@ class Experts(nnx.Module):
         """By the experts chosen, whose parameters are gathered."""
         gate_btcm, up_btcm = self.gate_proj.chosen(x_btd, index_btc), self.up_proj.chosen(x_btd, index_btc)
         hidden_btcm = self._weighted(gate_btcm, up_btcm, weight_btc[..., None])
-        down_btcmd = take(self.down_proj.kernel[...], index_btc)
+        down_btcmd = self.down_proj.matrices(x_btd.dtype, index_btc)
         y_btd = jnp.einsum("btcm,btcmd->btd", hidden_btcm, down_btcmd)
         bias = self.down_proj.bias
         return y_btd if bias is None else y_btd + jnp.einsum("btc,btcd->btd", weight_btc, take(bias[...], index_btc))

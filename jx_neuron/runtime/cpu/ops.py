@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jx_neuron.nn.ops import Ops, barrier
+from jx_neuron.nn.quantized import Form
+from jx_neuron.runtime.cpu.codes import matmul_codes
 from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, to_bits, widen
 
 BLOCK = 128
@@ -29,8 +31,8 @@ T = TypeVar("T")
 class CpuOps(Ops):
     """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
 
-    def __init__(self, formulation: Formulation):
-        self.formulation = formulation
+    def __init__(self, formulation: Formulation, of_codes: Formulation | None = None):
+        self.formulation, self.of_codes = formulation, of_codes or formulation
 
     def once(self, x: T) -> T:
         return barrier(x)
@@ -47,6 +49,11 @@ class CpuOps(Ops):
         alone_nk = to_bits(barrier(table_nk))
         y_mn = matmul_packed(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype, self.formulation)
         return y_mn.reshape(*x.shape[:-1], -1)
+
+    def matmul_scaled_rows(self, x: Array, codes_nk: Array, scales_n: Array) -> Array:
+        alone_nk = barrier(codes_nk)
+        y_mn = matmul_codes(x.reshape(-1, x.shape[-1]), alone_nk, scales_n, Form("int8", 1), self.of_codes)
+        return y_mn.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
         """Where as many tokens as positions go through, they stand at these, and none sees those behind it."""
