@@ -203,3 +203,16 @@ def test_layers_and_patterns_that_the_model_does_not_have_are_refused(checkpoint
         load(checkpoint, QuantizationConfig(keep=["*.wo.*"]))
     with pytest.raises(ConfigError, match=r"model\.layers\.7, and the model has 2 layers"):
         load(checkpoint, QuantizationConfig(quant_dtype="f8e4m3fn", no_quantize_list=["model.layers.7"]))
+
+
+def test_a_plan_counts_bytes_as_they_are_stored() -> None:
+    from jx_neuron.planning.outline import Outline
+
+    for name, config in CONFIGS.items():
+        coded = decoder("llama", replace(config, lm_head=True))
+        arrays, partition = coded.abstract_params(jnp.bfloat16), coded.partition
+        stored = sum(a.size * a.dtype.itemsize // (2 if "tp" in partition(path) else 1) for path, a in arrays.items())
+        outline = Outline.of(coded)
+        assert outline.weight_bytes(2, 2) == stored, name
+        assert outline.parameter_count == Outline.of(replace(coded, quant=None)).parameter_count
+        assert outline.read_bytes(2, 1, 2) < outline.read_elements(2) * 2

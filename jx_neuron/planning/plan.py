@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jx_neuron.config import dtype_of
+from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import INSTANCES, Instance, find
@@ -90,6 +90,7 @@ def plan(
     n_positions: Lengths | None = None,
     context_length_estimate: Lengths | None = None,
     amp: str = "f32",
+    quant: QuantizationConfig | None = None,
     strict: bool = False,
     lower: bool = False,
 ) -> Plan:
@@ -106,16 +107,18 @@ def plan(
     tp_degree:               by default the fastest that fits.
     n_positions:             by default 2048, or the positions that the model was trained on where those are fewer.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
+    quant:                   how weights are quantized; that of a decoder is its own.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
     lower:                   take activations from the lowered program of the largest prompt, which takes seconds,
                              instead of an estimate.
 
     Raises InputError where the request cannot run; it names what is legal, and the nearest request that runs.
     """
-    request = _request(model, batch_size, n_positions, context_length_estimate, amp, strict)
+    outline = Outline.of(model, quant)
+    request = _request(outline, batch_size, n_positions, context_length_estimate, amp, strict)
     requested_instance = find(instance) if instance else None
     chosen, degree = _place(request, requested_instance, None if tp_degree is None else integer("tp_degree", tp_degree))
-    memory = request.memory(chosen, degree, _lowered(model, request, degree, amp) if lower else None)
+    memory = request.memory(chosen, degree, _lowered(model, quant, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
     predict = request.speed(chosen, degree)
     largest_batch = request.largest_batch(chosen, degree)
@@ -185,7 +188,7 @@ def _billions(count: int) -> str:
 
 
 def _request(
-    model: Mapping[str, Any] | Decoder,
+    model: Mapping[str, Any] | Decoder | Outline,
     batch_size: int,
     n_positions: Lengths | None,
     context_length_estimate: Lengths | None,
@@ -241,8 +244,11 @@ def _why_nowhere(request: Request, tp_degree: int | None) -> str:
     return f"Even on the largest instance, {largest.name}, at tp_degree={degree}: {request.refusal(largest, degree)}"
 
 
-def _lowered(model: Mapping[str, Any] | Decoder, request: Request, tp_degree: int, amp: str) -> int:
-    at = replace(model, tp_degree=tp_degree) if isinstance(model, Decoder) else Decoder.from_config(model, tp_degree)
+def _lowered(
+    model: Mapping[str, Any] | Decoder, quant: QuantizationConfig | None, request: Request, tp_degree: int, amp: str
+) -> int:
+    own = model if isinstance(model, Decoder) else replace(Decoder.from_config(model), quant=quant)
+    at = replace(own, tp_degree=tp_degree)
     keys = request.buckets.programs(request.batch_size, 1)
     largest = max(keys, key=lambda key: key.tokens * key.positions)
     return lowered_activation_bytes(at, largest, request.buckets.capacity, dtype_of(amp))

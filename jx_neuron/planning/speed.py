@@ -17,6 +17,7 @@ from functools import cache
 
 import numpy as np
 
+from jx_neuron.config import QuantizationConfig
 from jx_neuron.planning import published
 from jx_neuron.planning.instances import Instance, find
 from jx_neuron.planning.outline import Outline
@@ -52,13 +53,12 @@ class Speed:
     instance: Instance
     tp_degree: int
     itemsize: int
-    weight_itemsize: int
     constants: Constants = FITTED
 
     def per_token(self, batch: int, positions: int) -> float:
         """Seconds of a decode step over a KV cache of `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.read_elements(tp, batch) * self.weight_itemsize + outline.cache_bytes(
+        bytes_read = outline.read_bytes(tp, batch, self.itemsize) + outline.cache_bytes(
             tp, batch, positions, self.itemsize
         )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
@@ -68,9 +68,7 @@ class Speed:
     def to_first_token(self, batch: int, tokens: int, positions: int) -> float:
         """Seconds of one prompt chunk of `tokens` a row, over `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.weight_bytes(tp, self.weight_itemsize) + outline.cache_bytes(
-            tp, batch, positions, self.itemsize
-        )
+        bytes_read = outline.weight_bytes(tp, self.itemsize) + outline.cache_bytes(tp, batch, positions, self.itemsize)
         rate = self._peak * self.constants.efficiency
         roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
         return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
@@ -114,7 +112,7 @@ class Speed:
 
 def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -> Speed:
     """The predictions where weights and cache entries have `itemsize` bytes."""
-    return Speed(outline, instance, tp_degree, itemsize, itemsize)
+    return Speed(outline, instance, tp_degree, itemsize)
 
 
 @dataclass(frozen=True)
@@ -168,11 +166,11 @@ def _predict(row: published.Decode | published.Prefill, constants: Constants) ->
 
 
 def _speed(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    prediction = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
-    weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
-    return dataclasses.replace(prediction, weight_itemsize=weight_itemsize, constants=constants)
+    quant = QuantizationConfig() if isinstance(row, published.Decode) and row.int8 else None
+    prediction = speed(_outline(row.model, quant), find(row.instance), row.tp_degree, 2)
+    return dataclasses.replace(prediction, constants=constants)
 
 
 @cache
-def _outline(model: str) -> Outline:
-    return Outline.of(published.CONFIGS[model])
+def _outline(model: str, quant: QuantizationConfig | None = None) -> Outline:
+    return Outline.of(published.CONFIGS[model], quant)
