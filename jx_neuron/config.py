@@ -132,7 +132,7 @@ class QuantizationConfig:
     And of this package:
 
     group_size:       inputs of a group of int4, an even number, 32 by default. A matrix whose inputs on a core are no
-                      multiple of it is stored as s8.
+                      multiple of twice as many is stored as s8.
     lm_head:          whether the head is stored as s8 with a scale a token; with it the table of embeddings, where the
                       two are tied and one core has the model.
     keep:             patterns of paths of parameters that are not quantized, such as "layers.0.*" or "*.down_proj.*".

@@ -3,8 +3,8 @@
     int8, fp8:  x · W = (x · codes) · scales, a scale an output channel
     int4:       x · W = x · (codes · scales), a scale a group of inputs
 
-Codes of int8 are integers within ±127, of fp8 float8_e4m3 within ±240, and of int4 two in a byte, each + 8: of a group,
-the low bits of its bytes have the first half and the high bits the second.
+Codes of int8 are integers within ±127, of fp8 float8_e4m3 within ±240, and of int4 two in a byte, each + 8: the low
+bits have a group's, and the high bits those of the group behind it.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,9 @@ from jax.sharding import PartitionSpec
 CODES: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3, "int4": np.uint8}
 MOST = {"int8": 127.0, "fp8": 240.0}
 """The code of the largest magnitude of a channel."""
+
+DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
+"""Codes that the number of the largest magnitude in a group of int4 is tried as; what is beyond 7 and -8 is clipped."""
 
 PARTS = ("codes", "scales")
 
@@ -78,28 +81,35 @@ class Form:
         return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
 
     def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes -8 to 7, the number of the largest magnitude in a group being -8 or 7.5, whichever errs less."""
+        """Codes -8 to 7, and for each group that of the scales tried, the number of the largest magnitude over one of
+        DIVISORS, whose squared error is least."""
         axis = self.contracted[-1]
         split = wide.reshape(*wide.shape[:axis], -1, self.group, *wide.shape[axis + 1 :])
         at = np.argmax(np.abs(split), axis=axis + 1, keepdims=True)
         largest = np.take_along_axis(split, at, axis + 1)
-        candidates = []
-        for code in (-8.0, 7.5):
-            scales = (largest / np.float32(code)).astype(ml_dtypes.bfloat16)
-            codes = np.clip(np.rint(_over(split, scales.astype(np.float32))), -8, 7)
-            error = np.square(codes * scales.astype(np.float32) - split).sum(axis + 1, keepdims=True)
-            candidates.append((error, codes, scales))
-        (error, codes, scales), (other_error, *others) = candidates
-        codes, scales = (np.where(other_error < error, b, a) for a, b in zip((codes, scales), others, strict=True))
-        low, high = np.split((codes + 8).astype(np.uint8), 2, axis + 1)
+        best, scales = np.full_like(largest, np.inf), np.zeros_like(largest)
+        for divisor in DIVISORS:
+            tried = (largest / np.float32(divisor)).astype(ml_dtypes.bfloat16).astype(np.float32)
+            error = np.square(_nearest(split, tried) * tried - split).sum(axis + 1, keepdims=True)
+            scales = np.where(error < best, tried, scales)
+            best = np.minimum(error, best)
+        codes = (_nearest(split, scales) + 8).astype(np.uint8)
+        pairs = codes.reshape(*split.shape[:axis], -1, 2, *split.shape[axis + 1 :])
+        low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
         shape = *wide.shape[:axis], wide.shape[axis] // 2, *wide.shape[axis + 1 :]
-        return (low | high << 4).reshape(shape), np.squeeze(scales, axis + 1)
+        return (low | high << 4).reshape(shape), np.squeeze(scales, axis + 1).astype(ml_dtypes.bfloat16)
 
     @property
     def contracted(self) -> tuple[int, ...]:
         """The axes over which a product sums."""
         first = 1 if self.rows else self.lead
         return tuple(range(first, first + self.inputs))
+
+
+def _nearest(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The code of 4 bits whose number is nearest."""
+    codes = _over(wide, scales)
+    return np.clip(np.rint(codes, out=codes), -8, 7, out=codes)
 
 
 def _over(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -145,8 +155,8 @@ class Quantized(nnx.Module):
 
 def unpack(codes: Array, scales: Array, axis: int, dtype: Any) -> Array:
     """The matrix of codes of 4 bits, two in a byte along `axis`, and a scale a group."""
-    groups = scales.shape[axis]
-    split = codes.reshape(*codes.shape[:axis], groups, -1, *codes.shape[axis + 1 :])
-    low_high = jnp.concatenate([split & np.uint8(15), split >> np.uint8(4)], axis + 1)
+    before, after, groups = codes.shape[:axis], codes.shape[axis + 1 :], scales.shape[axis]
+    pairs = codes.reshape(*before, groups // 2, -1, *after)
+    low_high = jnp.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis + 1).reshape(*before, groups, -1, *after)
     wide = (low_high.astype(dtype) - 8) * jnp.expand_dims(scales, axis + 1).astype(dtype)
-    return wide.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :])
+    return wide.reshape(*before, -1, *after)

@@ -52,7 +52,7 @@ def forms(
         is_mlp = _within(path, mlps)
         cast = config.quantize_method == "direct_cast" or (is_mlp and _layer(path) in config.cast_layers)
         kind, group = KINDS[config.quant_dtype], config.group_size or 0
-        if group and on_core(name)[lead + inputs - 1] % group:
+        if group and on_core(name)[lead + inputs - 1] % (2 * group):  # a byte has codes of two groups
             kind, group = "int8", 0
         return Form(kind, inputs, lead, group, cast=cast, result=config.dequant_dtype)
 

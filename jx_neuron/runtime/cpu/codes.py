@@ -26,7 +26,7 @@ BITS = 254
 
 
 class PackedCodes(nnx.Module):
-    """Matrices of one input as codes [n, k], of int4 [n, g, bytes], and scales [n] or [n, g].
+    """Matrices of one input as codes [n, k], of int4 [n, g / 2, bytes], and scales [n] or [n, g].
 
     shapes: of each matrix, [*inputs, *outputs]. `form` is theirs.
     """
@@ -55,8 +55,8 @@ class PackedCodes(nnx.Module):
 
 
 class PackedExpertCodes(nnx.Module):
-    """A matrix of each expert as codes [e, n, k], of int4 [e, n, g, bytes], and scales [e, n] or [e, n, g]; or with a
-    first axis of layers of a stack."""
+    """A matrix of each expert as codes [e, n, k], of int4 [e, n, g / 2, bytes], and scales [e, n] or [e, n, g]; or
+    with a first axis of layers of a stack."""
 
     def __init__(self, codes: Any, scales: Any, form: Form, formulation: Formulation):
         self.codes, self.scales = (nnx.Param(PackedExperts(array, None, formulation)) for array in (codes, scales))
@@ -87,21 +87,26 @@ def pack_expert_part(parts: Sequence[np.ndarray], form: Form, part: str) -> np.n
 def shapes(shape: Sequence[int], form: Form) -> dict[str, jax.ShapeDtypeStruct]:
     """What `pack_part` gives, for outputs and inputs of [n, k]."""
     n, k = shape
-    groups = [k // form.group] if form.kind == "int4" else []
-    codes, scales = (n, *groups, form.group // 2 if groups else k), (n, *groups)
+    if form.kind == "int4":
+        codes, scales = [n, k // form.group // 2, form.group], [n, k // form.group]
+    else:
+        codes, scales = [n, k], [n]
     dtype = jnp.int8 if form.kind == "int8" else jnp.uint8
-    return {"codes": jax.ShapeDtypeStruct(codes, dtype), "scales": jax.ShapeDtypeStruct(scales, jnp.float32)}
+    return {
+        "codes": jax.ShapeDtypeStruct(tuple(codes), dtype),
+        "scales": jax.ShapeDtypeStruct(tuple(scales), jnp.float32),
+    }
 
 
 def _outputs_first(array: np.ndarray, form: Form, part: str) -> np.ndarray:
-    """[n, k] or [n, g, bytes] of codes, and [n] or [n, g] of scales, of one matrix; fp8 as bytes."""
+    """[n, k] or [n, g / 2, bytes] of codes, and [n] or [n, g] of scales, of one matrix; fp8 as bytes."""
     if part == "scales" and form.kind != "int4":
         return array.reshape(-1)
     turned = outputs_first(array, form.inputs).reshape(-1, math.prod(array.shape[: form.inputs]))
     if part == "scales":
         return turned.astype(np.float32)
     if form.kind == "int4":
-        return np.ascontiguousarray(turned.reshape(len(turned), -1, form.group // 2))
+        return np.ascontiguousarray(turned.reshape(len(turned), -1, form.group))
     return np.ascontiguousarray(turned.view(np.int8 if form.kind == "int8" else np.uint8))
 
 
@@ -109,8 +114,8 @@ def matmul_codes(x_mk: Array, codes: Array, scales: Array, form: Form, formulati
     """x · Wᵀ, float32 [m, n]."""
     wide_mk = widen(x_mk)
     if formulation.in_passes(len(x_mk)):
-        one_pass = _int4_pass if form.kind == "int4" else _pass
-        parts = [wide_mk[i : i + FEW] for i in range(0, len(x_mk), FEW)]
+        one_pass, most = (_int4_pass, FEW // 2) if form.kind == "int4" else (_pass, FEW)
+        parts = [wide_mk[i : i + most] for i in range(0, len(x_mk), most)]
         y_mn = jnp.concatenate([one_pass(part, codes, scales, form) for part in parts])
     elif form.kind == "int8" and formulation.dot == "ynnpack":
         y_mn = _exact_dots(wide_mk, codes)
@@ -131,19 +136,21 @@ def _pass(x_mk: Array, codes_nk: Array, scales_n: Array, form: Form) -> Array:
     return jnp.concatenate(pieces).reshape(m, n)
 
 
-def _int4_pass(x_mk: Array, codes_ngi: Array, scales_ng: Array, form: Form) -> Array:
-    """Σ_g scale Σ_i (low x_low + high x_high - 8 (x_low + x_high))."""
-    _, g, half = codes_ngi.shape
-    x_mgji = barrier(x_mk.reshape(len(x_mk), g, 2, half))
-    low, high = _nibbles(codes_ngi)
-    of_groups = sums([low * x_gji[:, 0] + high * x_gji[:, 1] for x_gji in x_mgji])
-    return jnp.stack(sums([y_ng * scales_ng for y_ng in of_groups]))
+def _int4_pass(x_mk: Array, codes_npi: Array, scales_ng: Array, form: Form) -> Array:
+    """Σ_g scale Σ_i code · x, with the sums of each group of a pair, p, in one reduction."""
+    _, p, size = codes_npi.shape
+    x_mpji = barrier(x_mk.reshape(len(x_mk), p, 2, size))
+    low, high = _nibbles(codes_npi)
+    of_groups = barrier(sums([code * x_pji[:, j] for x_pji in x_mpji for j, code in enumerate((low, high))]))
+    scales_npj = scales_ng.reshape(-1, p, 2)
+    pairs = zip(of_groups[::2], of_groups[1::2], strict=True)
+    return jnp.stack(sums([low_np * scales_npj[..., 0] + high_np * scales_npj[..., 1] for low_np, high_np in pairs]))
 
 
 def _nibbles(codes: Array) -> tuple[Array, Array]:
     """The numbers of bytes' low and high bits, -8 to 7."""
-    wide = codes.astype(jnp.int32)
-    return (wide & 15).astype(jnp.float32) - 8, (wide >> 4).astype(jnp.float32) - 8
+    low, high = codes & np.uint8(15), codes >> np.uint8(4)
+    return low.astype(jnp.int8).astype(jnp.float32) - 8, high.astype(jnp.int8).astype(jnp.float32) - 8
 
 
 def _wide(codes: Array, form: Form) -> Array:
@@ -160,7 +167,8 @@ def _widened(codes: Array, scales: Array, form: Form) -> Array:
     """Codes, or of int4 the matrix, in float32 [n, k]."""
     if form.kind != "int4":
         return _wide(codes, form)
-    return (jnp.concatenate(_nibbles(codes), -1) * scales[..., None]).reshape(len(codes), -1)
+    groups = jnp.stack(_nibbles(codes), 2).reshape(*scales.shape, -1)
+    return (groups * scales[..., None]).reshape(len(codes), -1)
 
 
 def _exact_dots(x_mk: Array, codes_nk: Array) -> Array:

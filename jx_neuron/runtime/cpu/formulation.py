@@ -82,8 +82,8 @@ def of_codes(kind: str) -> Formulation:
     setting = os.environ.get(VARIABLE, "measure")
     pinned = None if setting in ("measure", "instruction-sets") else getattr(_pinned(setting), kind)
     names = xla_options.instruction_sets()
-    wide = CLASSES if "avx512f" in names else ()
-    dots = kind == "int8" and xla_options.HAS_YNNPACK and not names.isdisjoint(("amx_int8", "avx512_vnni", "avx_vnni"))
+    wide = CLASSES if "amx_int8" in names else ()
+    dots = kind == "int8" and xla_options.HAS_YNNPACK and "amx_int8" in names
     return pinned or Formulation(wide, FEW // 2 if dots else FEW, "ynnpack" if dots else "eigen")
 
 
