@@ -39,10 +39,13 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--amp", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--kv", choices=["int8", "float8_e4m3", "float16", "bfloat16"], help="dtype of the state")
     parser.add_argument("--rounds", type=int, default=31, help="steps timed of each, in turn")
     options = parser.parse_args()
 
     decoder, dtype, rng = Decoder.from_config(CONFIGS[options.model]), jnp.dtype(options.amp), np.random.default_rng(0)
+    if options.kv:
+        decoder = decoder.with_cache(options.kv)
     params = {
         path: (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
         for path, leaf in decoder.abstract_params(dtype).items()

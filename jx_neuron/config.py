@@ -13,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jx_neuron.errors import ConfigError
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
 
-__all__ = ["AMP", "GQA", "GenerationConfig", "NeuronConfig", "PerRow", "QuantizationConfig", "dtype_of"]
+__all__ = [
+    "AMP",
+    "GQA",
+    "GenerationConfig",
+    "KVCacheQuantizationConfig",
+    "NeuronConfig",
+    "PerRow",
+    "QuantizationConfig",
+    "dtype_of",
+]
 
 AMP = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 _LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
@@ -40,6 +50,47 @@ class GQA(Enum):
     REPLICATED_HEADS = "replicated-heads"
     SHARD_OVER_BATCH = "shard-over-batch"
     ALL_GATHER_HEADS = "all-gather-heads"
+
+
+_STORED: dict[str, StateDtype] = {"s8": "int8", "f8e4m3fn": "float8_e4m3", "f16": "float16", "bf16": "bfloat16"}
+_CAST, _SCALED = "direct_cast", "vector_dynamic"
+
+
+@dataclass(frozen=True)
+class KVCacheQuantizationConfig:
+    """How keys and values are stored: cast, or in int8 with scales. Attention computes in the model's dtype.
+
+    quant_dtype:     s8, f8e4m3fn, f16 or bf16. Of f8e4m3fn the numbers within ±240, which every Neuron device has
+                     (float8_e4m3); larger ones become ±240.
+    dequant_dtype:   the model's, as `amp` names it; None for whichever that is.
+    quantize_method: "vector_dynamic" for s8: each slot, head and position has a float32 scale, max |x| / 127.
+                     "direct_cast" for the others, as in transformers-neuronx. None for the one of the dtype.
+
+    Raises ConfigError for a value that is not legal.
+    """
+
+    quant_dtype: str = "s8"
+    dequant_dtype: str | None = None
+    quantize_method: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quant_dtype not in _STORED:
+            raise ConfigError(f"quant_dtype={shown(self.quant_dtype)} is not legal; it is one of {', '.join(_STORED)}")
+        if self.dequant_dtype is not None:
+            dtype_of(self.dequant_dtype)
+        method = _SCALED if self.quant_dtype == "s8" else _CAST
+        if self.quantize_method not in (None, method):
+            why = " (a cast to whole numbers would lose keys and values)" if method == _SCALED else ""
+            raise ConfigError(
+                f"quantize_method={shown(self.quantize_method)} does not go with quant_dtype={self.quant_dtype!r}; "
+                f"leave it out, or say {method!r}{why}"
+            )
+        object.__setattr__(self, "quantize_method", method)
+
+    @property
+    def stored(self) -> StateDtype:
+        """The dtype of the entries in a state table."""
+        return _STORED[self.quant_dtype]
 
 
 PerRow = float | Sequence[float]
@@ -240,7 +291,6 @@ _REFUSED: dict[str, Sequence[Any]] = dict(
     is_eagle_draft=(False, None),
     is_eagle_target=(False, None),
     is_pp=(False, None),
-    kv_cache_quant=(None,),
     log_softmax_scores=(False, None),
     optimized_paged_attention=(False, None),
     paged_attention=(None,),
@@ -259,6 +309,7 @@ class NeuronConfig:
     padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding.
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
+    kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """
@@ -270,6 +321,7 @@ class NeuronConfig:
     padding_side: str
     compilation_worker_count: int | None
     strict_sharding: bool
+    kv_cache_quant: KVCacheQuantizationConfig | None
 
     def __init__(
         self,
@@ -281,6 +333,7 @@ class NeuronConfig:
         padding_side: str = "left",
         compilation_worker_count: int | None = None,
         strict_sharding: bool = False,
+        kv_cache_quant: KVCacheQuantizationConfig | None = None,
         **others: Any,
     ):
         try:
@@ -292,8 +345,12 @@ class NeuronConfig:
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
         if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
             warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
-        kinds = {"on_device_generation": GenerationConfig, "quant": QuantizationConfig}
-        for (name, kind), given in zip(kinds.items(), (on_device_generation, quant), strict=True):
+        kinds = {
+            "on_device_generation": GenerationConfig,
+            "quant": QuantizationConfig,
+            "kv_cache_quant": KVCacheQuantizationConfig,
+        }
+        for (name, kind), given in zip(kinds.items(), (on_device_generation, quant, kv_cache_quant), strict=True):
             if given is not None and not isinstance(given, kind):
                 raise ConfigError(f"{name}={shown(given)} is not legal; it is a jx_neuron.{kind.__name__}")
         if (workers := compilation_worker_count) is not None:
@@ -306,6 +363,7 @@ class NeuronConfig:
             padding_side=padding_side,
             compilation_worker_count=workers,
             strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
+            kv_cache_quant=kv_cache_quant,
         ).items():
             object.__setattr__(self, name, value)
         _check(others)

@@ -9,13 +9,13 @@ from steps import FORMULATION, table
 from jx_neuron.nn.attention import attend
 from jx_neuron.nn.ops import using
 from jx_neuron.nn.state import PLAIN, positions_of
+from jx_neuron.runtime.cpu import ops
 from jx_neuron.runtime.cpu.layout import CPU
-from jx_neuron.runtime.cpu.ops import CpuOps
 
 N, K, H, S, SLOTS, POSITIONS = 6, 3, 8, 16, 4, 20
-START = {"decode": [9, 0, 15], "chunk": [3, 0, 11], "prompt": [0, 0, 0]}
-TOKENS = {"decode": 1, "chunk": 5, "prompt": S}
-LENGTH = {"decode": [1, 1, 1], "chunk": [5, 2, 5], "prompt": [16, 1, 7]}
+START = {"decode": [9, 0, 15], "chunk": [3, 0, 11], "padded beyond": [15, 9, 13], "prompt": [0, 0, 0]}
+TOKENS = {"decode": 1, "chunk": 5, "padded beyond": 5, "prompt": S}
+LENGTH = {"decode": [1, 1, 1], "chunk": [5, 2, 5], "padded beyond": [1, 5, 3], "prompt": [16, 1, 7]}
 OPTIONS = {
     "plain": {},
     "scale": {"scale": 0.9},
@@ -54,8 +54,11 @@ def expected(q_tnh, k_skh, v_skh, start, scale=H**-0.5, window=None, soft_cap=No
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", START)
-@pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
-def test_attention_is_the_formula_s(layout, kind, options) -> None:
+@pytest.mark.parametrize(
+    ("layout", "block"), [(PLAIN, 0), (CPU, ops.BLOCK), (CPU, 2)], ids=["plain", "cpu", "cpu in blocks"]
+)
+def test_attention_is_the_formula_s(layout, block, kind, options, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "BLOCK", block)
     rng, tokens = np.random.default_rng(0), TOKENS[kind]
     start_b, length_b = START[kind], LENGTH[kind]
     slot_b = [0, 1, 2] if kind == "decode" else [2, 0, 3]
@@ -78,7 +81,7 @@ def test_attention_is_the_formula_s(layout, kind, options) -> None:
     def traced(*arrays):
         if layout is PLAIN:
             return run(*arrays)
-        with using(CpuOps(FORMULATION)):
+        with using(ops.CpuOps(FORMULATION)):
             return run(*arrays)
 
     out_btnh = jax.jit(traced)(*(jnp.asarray(x, jnp.float32) for x in (k_bskh, v_bskh, q_btnh)))

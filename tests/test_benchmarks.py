@@ -89,6 +89,15 @@ def test_lowered_says_what_each_core_reads(tmp_path: Path) -> None:
     assert all(1 <= step["ratio"] <= WITHIN for step in (one, four))
 
 
+def test_experts_as_a_table() -> None:
+    done = run("experts.py", "Qwen/Qwen3-30B-A3B", "--tp", 32, "--tokens", 512)
+    assert done.returncode == 0, done.stderr
+    *_, row = done.stdout.splitlines()
+    name, tp, tokens, flops, *_, taken = row.strip("| ").split(" | ")
+    assert (name, tp, tokens, taken) == ("Qwen3-30B-A3B", "32", "512", "every expert")
+    assert int(flops.split(" / ")[0]) == round(2 * 3 * 2048 * 768 // 32 * 128 * 512 / 1e9)
+
+
 def test_lowered_as_a_table() -> None:
     done = run("lowered.py", "gpt2", "--tp", 1, "--batch", 1, "--bucket", 128)
     assert done.returncode == 0, done.stderr
@@ -126,13 +135,15 @@ def test_rounding_on_the_demo_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["experts.py", "gpt2"], "gpt2 has no experts; name a model that has"),
+        (["experts.py", "--tokens", "0"], "--tp and --tokens are at least 1"),
         (["lowered.py", "gpt2", "--tp", "0"], "--tp, --batch, --bucket and --capacity are at least 1"),
         (["lowered.py", "nobody/nothing"], "nobody/nothing"),
         (["gpu.py", "bloom"], "no model is called bloom; there are gptj-6b, llama-3-8b, opt-13b"),
         (["gpu.py", "--tiny", "--platform", "cpu", "--new", "60"], "60 new tokens exceed --bucket 64"),
         (["gpu.py", "--tiny"], "JAX has no gpu here"),
     ],
-    ids=["degree", "checkpoint", "model", "bucket", "no-gpu"],
+    ids=["experts", "tokens", "degree", "checkpoint", "model", "bucket", "no-gpu"],
 )
 def test_bad_input_is_told(arguments: list[str], told: str) -> None:
     done = run(*arguments)

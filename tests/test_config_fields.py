@@ -20,7 +20,7 @@ from tiny import CONFIGS, prompts, saved
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint.hf_config import INERT, ONLY
-from jx_neuron.errors import ConfigError
+from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.models import family
 from jx_neuron.models.llama_like import LlamaLikeConfig
 from jx_neuron.planning.outline import Outline
@@ -183,7 +183,10 @@ def test_honoured(name: str, field: str, folders: dict[str, Path]) -> None:
 def test_refused(name: str, field: str, folders: dict[str, Path]) -> None:
     value, harmless, module, line = REFUSED[name][field]
     assert line in source(module)
-    with changed(folders[name], {field: value}) as folder, pytest.raises(ConfigError, match=f"{field}=.*supported"):
+    with (
+        changed(folders[name], {field: value}) as folder,
+        pytest.raises((ConfigError, CheckpointError), match=f"{field}.*supported"),
+    ):
         NeuronAutoModelForCausalLM.from_pretrained(folder)
     with changed(folders[name], {field: harmless}) as folder, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

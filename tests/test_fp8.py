@@ -12,10 +12,12 @@ from families_mla import OPTIONS
 from safetensors.torch import load_file, save_file
 from test_families import random_model
 
-from jx_neuron.checkpoint import fp8, load_config, open_checkpoint
+from jx_neuron.checkpoint import load_config, open_checkpoint
+from jx_neuron.checkpoint.quantized.codes import Codes
 from jx_neuron.errors import CheckpointError
 from jx_neuron.models import Decoder
 
+pytestmark = pytest.mark.filterwarnings("ignore:quantization_config quantizes")
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 32]}
 
 
@@ -37,7 +39,7 @@ def test_blocks_are_widened_to_what_hf_makes_of_them() -> None:
 
     codes, scales = codes_and_scales(384, 256, (128, 128))
     theirs = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
-    wide = fp8.widen(ours(codes), scales.numpy(), (128, 128))
+    wide = Codes(ours(codes), scales.numpy(), (128, 128)).widened()
     np.testing.assert_array_equal(wide, theirs.numpy())
     in_bfloat16 = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
     np.testing.assert_array_equal(
@@ -47,7 +49,7 @@ def test_blocks_are_widened_to_what_hf_makes_of_them() -> None:
 
 def test_the_last_block_of_a_row_or_column_may_be_cut() -> None:
     codes, scales = codes_and_scales(576, 200, (128, 128))
-    wide = fp8.widen(ours(codes), scales.numpy(), (128, 128))
+    wide = Codes(ours(codes), scales.numpy(), (128, 128)).widened()
     for row, column in ((0, 0), (127, 128), (511, 199), (575, 127)):
         assert wide[row, column] == codes.float()[row, column] * scales[row // 128, column // 128]
 
@@ -79,14 +81,30 @@ def test_a_checkpoint_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read("layers.1.mlp.experts.down_proj.kernel"), torch.stack(of_experts))
 
 
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """DeepSeek-V3.1's scale_fmt: e8m0, the exponent alone."""
+    wide = quantized(tmp_path, scale_fmt="ue8m0")
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.o_proj.weight"
+    powers = tensors[f"{name}_scale_inv"].log2().round()
+    tensors[f"{name}_scale_inv"] = (powers + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    save_file(tensors, tmp_path / "model.safetensors")
+    each = powers.exp2().repeat_interleave(16, 0)[: len(wide[name])].repeat_interleave(32, 1)[:, : wide[name].shape[1]]
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).read(name), tensors[name].float() * each)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"weight_block_size": None}, "weight_block_size=None is not supported.*rows and columns of a block"),
-        ({"activation_scheme": "static"}, "activation_scheme='static' is not supported.*legal is dynamic"),
-        ({"fmt": "e5m2"}, "fmt='e5m2' is not supported.*legal is e4m3"),
+        ({"weight_block_size": None}, r"in blocks of all, and .*_scale_inv is float32.*legal is .* float32\[1, 1\]"),
+        ({"weight_block_size": [16]}, r"weight_block_size=\[16\] is not supported.*legal is two numbers"),
+        ({"weight_block_size": [0, 16]}, "weight_block_size.0=0 is not supported.*legal is greater than 0"),
+        ({"activation_scheme": "none"}, "activation_scheme='none' is not supported.*legal is 'dynamic' or 'static'"),
+        ({"fmt": "e5m2"}, "fmt='e5m2' is not supported.*legal is 'e4m3'"),
+        ({"expert_dtype": "fp4"}, "expert_dtype='fp4' is not supported.*legal is 'fp8'"),
+        ({"outliers": 0.01}, "outliers=0.01 is not known with quant_method 'fp8'"),
         ({"weight_block_size": [16, 16]}, r"is \[\d+, \d+\] in blocks of \[16, 16\], and .*_scale_inv is float32"),
-        ({"quant_method": "compressed-tensors"}, "is F8_E4M3, which is legal where quantization_config"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config lacks config_groups"),
+        ({"quant_method": "hqq"}, "quant_method='hqq' is not supported; legal are awq, bitsandbytes, compressed"),
     ],
 )
 def test_other_forms_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

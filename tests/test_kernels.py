@@ -159,7 +159,7 @@ def test_attention_in_blocks_is_that_over_all_slots() -> None:
         )[0]
 
     assert [last for _, last, _ in _traced_blocks(tokens, tokens)] == [BLOCK, 2 * BLOCK, tokens]
-    assert _traced_blocks(tokens, 2 * tokens) == [(0, tokens, 2 * tokens)]
+    assert _traced_blocks(tokens, 2 * tokens)[0] == (0, BLOCK, tokens + BLOCK)
     wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, *(jnp.repeat(x, 2, axis=2) for x in (k, v))))
     scores = np.einsum("btnh,bsnh->bnts", wide_q, wide_k) / np.sqrt(8)
     weights = np.exp(np.where(np.tri(tokens, dtype=bool), scores, -np.inf))

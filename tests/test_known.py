@@ -61,6 +61,8 @@ PUBLISHED: dict[str, int | str] = {
     "THUDM/GLM-4-32B-0414": "32.6b",
     "zai-org/GLM-4.5-Air": "106b",
     "zai-org/GLM-4.5": "353b",  # of its 92 layers; the card says 355b
+    "meta-llama/Llama-4-Scout-17B-16E": "108b",  # of its text model; the card says 109b
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": "401b",
     "gpt2": 124439808,
     "gpt2-medium": "355m",
     "gpt2-large": "774m",
@@ -206,8 +208,8 @@ PUBLISHED: dict[str, int | str] = {
 }
 # families whose layers are not alike
 DIFFER = set(
-    "deepseek_v2 deepseek_v3 ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe qwen3_5_moe_text "
-    "qwen3_5_text qwen3_next".split()
+    "deepseek_v2 deepseek_v3 ernie4_5_moe gemma4_text glm4_moe granitemoehybrid lfm2 lfm2_moe llama4_text "
+    "qwen3_5_moe_text qwen3_5_text qwen3_next".split()
 )
 LAYERS = {"n_layer", "n_layers", "num_hidden_layers"}
 
@@ -285,5 +287,5 @@ def test_a_path_comes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_family_is_known_by_the_name_of_a_checkpoint() -> None:
     ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}
-    no_file_at_hand = {"llama4_text", "phimoe"}
+    no_file_at_hand = {"phimoe"}
     assert {config["model_type"] for config in KNOWN.values()} == ours - no_file_at_hand

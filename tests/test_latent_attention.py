@@ -21,7 +21,7 @@ from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder, family
 from jx_neuron.models.known import config_of
 from jx_neuron.nn.experts import Router
-from jx_neuron.nn.latent_attention import LATENT, LatentAttention
+from jx_neuron.nn.latent_attention import LATENT, LatentAttention, absorbs
 from jx_neuron.nn.layout import PLAIN, Kept, Layout
 from jx_neuron.nn.ops import using
 from jx_neuron.nn.rope import RopeScaling, rope_interleaved
@@ -47,8 +47,8 @@ def test_both_ways_give_the_same(
     at = positions_of(jnp.asarray(start_b), jnp.full(3, tokens), jnp.asarray([2, 0, 3]), tokens, S)
     x_btd = jax.random.normal(jax.random.key(1), (3, tokens, SIZES["d"]))
 
-    def given(absorbs: bool) -> Any:
-        monkeypatch.setattr(LatentAttention, "_absorbs", lambda *_: absorbs)
+    def given(absorbed: bool) -> Any:
+        monkeypatch.setattr("jx_neuron.nn.latent_attention.absorbs", lambda *_: absorbed)
         y_btd, written = layer(x_btd, table.of_layer(1), at, RopeScaling({}, SIZES["u"], S)(at))
         return y_btd, written.state.arrays
 
@@ -72,10 +72,8 @@ def test_a_decode_step_reads_latents_and_makes_no_keys_of_heads() -> None:
 
 
 def test_long_prompts_make_keys_of_heads() -> None:
-    cfg = family("deepseek_v3").Config()
-    options: dict[str, Any] = dict(low_rank=True, bias=False, scale=cfg.scale, rope=rope_interleaved)
-    layer = nnx.eval_shape(lambda: LatentAttention(cfg.sizes, **options, rngs=nnx.Rngs(0)))
-    assert [layer._absorbs(tokens, 1024) for tokens in (1, 128, 256, 1024)] == [True, True, False, False]
+    c, o, r = (family("deepseek_v3").Config().sizes[letter] for letter in "cor")
+    assert [absorbs(c + o, r, tokens, 1024) for tokens in (1, 128, 256, 1024)] == [True, True, False, False]
 
 
 def test_every_core_has_the_whole_state_and_a_part_of_the_heads() -> None:

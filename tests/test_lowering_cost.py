@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,26 @@ def test_a_table_that_is_also_the_head_is_read_whole_and_by_the_rows_looked_up()
 
 def test_elementwise_uses_read_an_input_once_together() -> None:
     assert cost(lambda x: jnp.tanh(x) + x * x, X_BD).bytes_read == X_BD.nbytes
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs() -> None:
+    w_nkk, index_t = np.zeros((5, 16, 16), np.float32), np.zeros(7, np.int32)
+
+    def each(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w_kk: (x @ w_kk, None), x, w)[0]
+
+    def same(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 7, lambda _, x: x @ w[0], x)
+
+    def chosen(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, n: (x @ w.at[n].get(mode="promise_in_bounds"), None), x, index)[0]
+
+    once = 2 * X_BD.size * 16, w_nkk.nbytes // 5
+    for fn, args, turns in ((each, (), 5), (same, (), 7), (chosen, (index_t,), 7)):
+        found = cost(fn, X_BD, w_nkk, *args)
+        assert found.flops == turns * once[0]
+        read = found.bytes_read - X_BD.nbytes - sum(array.nbytes for array in args)
+        assert read == turns * once[1], fn
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ TWO_LAYERS = {
         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+LATENT = {  # one layer dense, and one with experts
+    "model_type": "deepseek_v3", "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 512,
+    "intermediate_size": 1024, "moe_intermediate_size": 256, "n_routed_experts": 16, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 4096,
+}  # fmt: skip
 
 
 @pytest.fixture(params=list(TWO_LAYERS))
@@ -103,6 +108,49 @@ def test_estimates_hold_against_the_lowered_program(config: dict, tp: int) -> No
     assert read == pytest.approx(program.cost().bytes_read, rel=0.01)
     reduces = [c for c in program.collectives() if c.opcode == "all-reduce"]
     assert len(reduces) == (2 * outline.all_reduces + 1 if tp > 1 else 0)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+@pytest.mark.parametrize(
+    "key",
+    [ProgramKey("prefill", 2, 256, 256), ProgramKey("prefill", 2, 64, 1024), ProgramKey("decode", 2, 1, 512)],
+    ids=["expanded", "absorbed", "decode"],
+)
+def test_flops_of_latent_attention_are_those_of_the_program(key: ProgramKey, tp: int) -> None:
+    (program,) = lower_model(Decoder.from_config(LATENT, tp), [key], 2, 1024, jnp.bfloat16)
+    predicted = speed.speed(Outline.of(LATENT), find("trn2.48xlarge"), tp, 2)
+    assert predicted.flops(2, key.tokens, key.positions) == pytest.approx(program.cost().flops, rel=0.02)
+
+
+def test_a_prompt_in_blocks_of_experts_is_counted_as_the_program_is() -> None:
+    raw = dict(model_type="mixtral", hidden_size=256, intermediate_size=1024, num_hidden_layers=2, vocab_size=640)
+    raw |= dict(num_attention_heads=8, num_key_value_heads=4)
+    outline, keys = Outline.of(raw), [ProgramKey("prefill", rows, 256, 512) for rows in (1, 2)]
+    assert [outline.blocks(4, key.rows * 256) for key in keys] == [0, 15]
+    for key, program in zip(keys, lower_model(Decoder.from_config(raw, 4), keys, 2, 512, jnp.bfloat16), strict=True):
+        predicted = speed.speed(outline, find("trn1.32xlarge"), 4, 2).flops(key.rows, 256, 512)
+        assert predicted == pytest.approx(program.cost().flops, rel=0.02)
+        assert peak_bytes(parse(program.hlo_module).entry) <= memory.activation_bytes(outline, 4, key, 2)
+
+
+# in billions; gpt-oss's leave out the table of embeddings, of 0.58
+ACTIVE = {
+    "mistralai/Mixtral-8x7B-v0.1": 12.9,
+    "mistralai/Mixtral-8x22B-v0.1": 39,
+    "Qwen/Qwen1.5-MoE-A2.7B": 2.7,
+    "Qwen/Qwen3-30B-A3B": 3.3,
+    "Qwen/Qwen3-235B-A22B": 22,
+    "allenai/OLMoE-1B-7B-0924": 1.3,
+    "openai/gpt-oss-20b": 3.61 + 0.58,
+    "openai/gpt-oss-120b": 5.13 + 0.58,
+    "deepseek-ai/DeepSeek-V2": 21,
+    "deepseek-ai/DeepSeek-V3": 37,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_as_many_parameters_are_active_as_published(name: str) -> None:
+    assert Outline.of(config_of(name)).active_parameter_count / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
 
 
 def test_an_outline_that_is_done_with_is_not_kept(config: dict) -> None:

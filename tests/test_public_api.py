@@ -19,10 +19,11 @@ PUBLIC = {
     "jx_neuron": """
         __version__ Answer BloomForSampling Event GPTNeoXForSampling Generation SamplingParams
         GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling GQA GenerationConfig
-        InputError JxNeuronError LlamaForSampling MistralForSampling NeuronAutoModelForCausalLM NeuronConfig
+        InputError JxNeuronError KVCacheQuantizationConfig LlamaForSampling MistralForSampling
+        NeuronAutoModelForCausalLM NeuronConfig
         OPTForSampling Score Step model_types register request_devices
     """,
-    "jx_neuron.config": "AMP GQA GenerationConfig NeuronConfig PerRow dtype_of",
+    "jx_neuron.config": "AMP GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig PerRow dtype_of",
     "jx_neuron.errors": """
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
         NonFiniteError

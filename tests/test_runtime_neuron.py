@@ -13,7 +13,7 @@ import torch
 from doubles import neuronx_cc, torch_neuronx
 from doubles.torch_neuronx import DeviceTensor, Neuron, NeuronError, ParallelExecutor, ParallelModel, ParallelTensorSet
 
-from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron import KVCacheQuantizationConfig, NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.errors import ArtifactError, CompilerError, LoweringError
 from jx_neuron.runtime import neuron as runtime
 from jx_neuron.step.program_key import ProgramKey
@@ -156,6 +156,21 @@ def test_slots_are_copied_and_cleared(model: NeuronAutoModelForCausalLM, neuron:
         np.testing.assert_array_equal(np.stack(t.read())[:, 0], was[:, 0])
         assert not np.stack(t.read())[:, 1].any()
     assert caches(neuron) == tables
+
+
+@pytest.mark.parametrize("quant_dtype", ["s8", "f8e4m3fn"])
+def test_stored_keys_and_values_are_copied_and_cleared(checkpoint: Path, neuron: Neuron, quant_dtype: str) -> None:
+    config = NeuronConfig(kv_cache_quant=KVCacheQuantizationConfig(quant_dtype))
+    model, host = (opened(checkpoint, backend, neuron_config=config) for backend in ("neuron", "host"))
+    np.testing.assert_array_equal(model.sample(IDS, 20, top_k=1), host.sample(IDS, 20, top_k=1))
+    tables = [t for t in neuron.tensors if t.shape[:3] == (2, 2, 32)]
+    assert len(tables) == (8 if quant_dtype == "s8" else 4)
+    before = [np.stack(t.read()) for t in tables]
+    model.runtime.copy(np.array([1]), np.array([0]))
+    for t, was in zip(tables, before, strict=True):
+        np.testing.assert_array_equal(np.stack(t.read()), was[:, [1, 1]])
+    model.runtime.clear(np.array([1]))
+    assert not any(np.stack(t.read())[:, 1].astype(np.float32).any() for t in tables)
 
 
 def test_one_prompt_has_many_answers(checkpoint: Path, neuron: Neuron) -> None:

@@ -230,7 +230,10 @@ ALLOWED = {
     },
     "checkpoint/tokenizer.py": {
         "transformers.AutoTokenizer.from_pretrained": "trust_remote_code=False, a folder of data files alone",
+        "importlib.metadata.version": "reads the version of an installed package",
+        "tokenizers.Tokenizer.from_file": "data that an earlier process kept in the user's cache folder",
         "transformers.PreTrainedTokenizerBase": "is compared with",
+        "transformers.PreTrainedTokenizerFast": "is compared with",
         "transformers.models.auto.tokenization_auto.tokenizer_class_from_name": "finds a class of transformers' own",
     },
     "checkpoint/hub.py": {
@@ -257,9 +260,10 @@ ALLOWED = {
     "runtime/cpu/formulation.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "runtime/xla_options.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "runtime/neuron.py": {
+        "torch": "its dtypes by name",
+        "torch.int8": TENSORS,
         "importlib.util.find_spec": "looks whether torch_neuronx is installed",
         "torch.Tensor": TENSORS,
-        "torch.bfloat16": TENSORS,
         "torch.from_numpy": TENSORS,
         "torch.from_numpy().view": TENSORS,
         "torch.classes.neuron.ParallelTensorSet": RUNTIME,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.step.buckets import Buckets
 from jx_neuron.step.program_key import ProgramKey
 
@@ -78,9 +79,7 @@ class Settings:
     rotations: tuple[Positive, bool] | None = None
     window: Annotated[int, Field(ge=0, le=MOST)] | None = None
     state: Annotated[Mapping[str, Several[Count]], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
-    state_dtypes: Annotated[Mapping[str, Literal["float32"]], Field(max_length=MOST_ENTRIES)] = field(
-        default_factory=dict
-    )
+    state_dtypes: Annotated[Mapping[str, StateDtype], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
     quant: QuantizationConfig | None = None
 
     __pydantic_config__ = RECORD
@@ -94,6 +93,11 @@ class Settings:
     @property
     def dtype(self) -> np.dtype[Any]:
         return dtype_of(self.amp)
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype that keys and values are stored in."""
+        return next((dtype for dtype in self.state_dtypes.values() if dtype != "float32"), self.dtype.name)
 
     @property
     def slots(self) -> int:
@@ -124,6 +128,9 @@ class Settings:
 
     def differences(self, asked: "Settings") -> list[str]:
         """What programs of these settings lack for those `asked`, a field a text; token ids and target do not count."""
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("generation", "target")]
+        same_cache = self.cache_dtype == asked.cache_dtype
+        others = ["generation", "target", *([] if same_cache else ["state", "state_dtypes"])]  # which follow from it
+        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        names += [] if same_cache else ["cache_dtype"]
         pairs = {name: (getattr(self, name), getattr(asked, name)) for name in names}
         return [f"{name}={own!r} and not {other!r}" for name, (own, other) in pairs.items() if own != other]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jx_neuron.checkpoint import fp8, mxfp4
+from jx_neuron.checkpoint import quantized
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Array, Tensor, check_count, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors as `read` returns them: quantized ones count as float32."""
+        """Bytes of all tensors as `read` returns them: quantized ones count widened."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def names(self) -> frozenset[str]:
@@ -93,7 +93,7 @@ class Checkpoint:
         return self._tensor(name).dtype.name
 
     def read(self, name: str) -> Array:
-        """Reads tensor `name`: as stored, or float32 where it is quantized. Several threads may read at once.
+        """Reads tensor `name`: as stored, or widened where it is quantized. Several threads may read at once.
 
         Raises CheckpointError for an unknown name and for a file that cannot be read.
         """
@@ -170,9 +170,9 @@ def open_checkpoint(
             path=folder,
             config=_read_config(folder / CONFIG),
             generation_config=_read_config(generation) if generation.is_file() else None,
-            tensors=_widened(tensors, read_json_file(folder / CONFIG), weights),
+            tensors=quantized.widened(tensors, read_json_file(folder / CONFIG), str(weights)),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
-            load_tokenizer=lambda _: _auto_tokenizer(folder),
+            load_tokenizer=lambda plain: _auto_tokenizer(folder, plain),
         )
 
 
@@ -255,26 +255,9 @@ def token_ids(fields: Mapping[str, Any], name: str) -> dict[str, int | list[int]
 def _read_config(path: Path) -> dict[str, Any]:
     check_file(path)
     fields = read_json_file(path)
-    if mxfp4.is_quantized(fields) or fp8.is_quantized(fields):  # its tensors are widened
-        del fields["quantization_config"]
+    if quantized.check(fields) is not None:  # its tensors are widened
+        del fields[quantized.FIELD]
     return {**fields, **token_ids(fields, str(path))}
-
-
-def _widened(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
-    """The tensors, with quantized ones (by config.json) dequantized.
-
-    Raises CheckpointError for numbers of 8 bits of which it says nothing, for they have scales somewhere.
-    """
-    if mxfp4.is_quantized(config):
-        tensors = mxfp4.widened(tensors)
-    if fp8.is_quantized(config):
-        tensors = fp8.widened(tensors, config)
-    if name := next((name for name, tensor in tensors.items() if tensor.dtype == fp8.E4M3), None):
-        raise CheckpointError(
-            f"{path}: tensor {name!r} is F8_E4M3, which is legal where quantization_config in config.json has "
-            "quant_method 'fp8'. Use the checkpoint in BF16 or F16."
-        )
-    return tensors
 
 
 def _places(index: Path) -> dict[str, str]:
@@ -333,8 +316,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _auto_tokenizer(folder: Path) -> Any:
-    from jx_neuron.checkpoint.tokenizer import load_tokenizer
+def _auto_tokenizer(folder: Path, plain: bool) -> Any:
+    from jx_neuron.checkpoint.tokenizer import load_plain_tokenizer, load_tokenizer
 
     files = [file for name in TOKENIZER_FILES if (file := folder / name).is_file()]
     if not files:
@@ -351,7 +334,7 @@ def _auto_tokenizer(folder: Path) -> Any:
             (into / NAMED_TEMPLATES).mkdir(exist_ok=True)
             shutil.copy(file, into / NAMED_TEMPLATES)
 
-    return load_tokenizer(folder, config, save_files)
+    return (load_plain_tokenizer if plain else load_tokenizer)(folder, config, save_files)
 
 
 def _files_to_download(repo: str, files: Collection[str]) -> list[str]:

@@ -36,14 +36,15 @@ class W:
     the family's `Config.sizes`: "(n h) d -> d n h". In a sum, brackets take a part of a fused axis:
     "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow is the heads of each of k groups:
     "(k n/k h) d -> d n h".
-    `partition` names the axis of ours that is split, "tp". `layer` is the one that `at` gave, whose sizes the letters
-    have; None for those of the model.
+    `partition` names the axis of ours that is split, "tp". `exact`: the parameter is float32 in a model of 16 bits too,
+    which would round it too much. The letters have the sizes of `layer`, which `at` gives; None is the model.
     """
 
     source: str | Callable[[Any], np.ndarray]
     target: str
     layout: str
     partition: PartitionSpec = REPLICATED
+    exact: bool = False
     layer: int | None = None
 
     def __str__(self) -> str:
@@ -55,9 +56,14 @@ class W:
         """Whether a function fills the parameter, and no tensor."""
         return not isinstance(self.source, str)
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether the parameter is float32 in any model, as what is computed is."""
+        return self.exact or self.is_computed
+
     def dtype(self, dtype: Any) -> np.dtype[Any]:
-        """That of the parameter in a model of `dtype`. A computed one, which 16 bits would round, is float32."""
-        return np.dtype(np.float32 if self.is_computed else dtype)
+        """That of the parameter in a model of `dtype`."""
+        return np.dtype(np.float32 if self.is_float32 else dtype)
 
     @property
     def name(self) -> str:

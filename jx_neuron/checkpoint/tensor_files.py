@@ -41,8 +41,11 @@ SAFETENSORS_DTYPES: dict[str, npt.DTypeLike] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-QUANTIZED_DTYPES: dict[str, npt.DTypeLike] = {"F8_E4M3": ml_dtypes.float8_e4m3fn}
-"""What tensors may be stored in that are to be widened (jx_neuron.checkpoint.fp8)."""
+QUANTIZED_DTYPES: dict[str, npt.DTypeLike] = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+"""What tensors may be stored in that are to be widened (jx_neuron.checkpoint.quantized)."""
 TORCH_DTYPES = (
     "float64",
     "float32",

@@ -3,14 +3,19 @@
 https://huggingface.co/docs/transformers/custom_models
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from platformdirs import user_cache_path
+
 from jx_neuron.errors import CheckpointError, JxNeuronError
+from jx_neuron.util.durable import write_file
 from jx_neuron.util.temporary import temporary_folder
 
 if TYPE_CHECKING:
@@ -24,7 +29,7 @@ AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
 class PlainTokenizer:
     """What prompts and answers take of HF's tokenizer: of transformers, only the `tokenizers` library that it calls.
 
-    HF's own takes half a second to import (docs/notes/start.md).
+    HF's own takes half a second to import, and 39 MiB (docs/notes/start.md).
     """
 
     backend: "Tokenizer"
@@ -41,6 +46,56 @@ class PlainTokenizer:
             raise ValueError("clean_up_tokenization_spaces=True takes HF's tokenizer")
         text: str = self.backend.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
+
+
+def load_plain_tokenizer(
+    home: Path,
+    config: Mapping[str, Any],
+    save_files: Callable[[Path], object],
+    error: type[JxNeuronError] = CheckpointError,
+) -> Any:
+    """The PlainTokenizer of `load_tokenizer`'s, or that itself where it does more than call `tokenizers`.
+
+    HF's classes change what tokenizer.json says, so HF's tokenizer is loaded once; its backend is kept in the user's
+    cache folder, named by a hash of the files and the versions of both libraries.
+    """
+    from tokenizers import Tokenizer
+
+    with temporary_folder() as folder:
+        save_files(folder)
+        kept = user_cache_path("jx-neuron", appauthor=False) / "tokenizers" / f"{_hash(folder, config)}.json"
+    with suppress(Exception):  # absent or damaged
+        return PlainTokenizer(Tokenizer.from_file(str(kept)))
+    tokenizer = load_tokenizer(home, config, save_files, error)
+    if not _is_plain(tokenizer):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    with suppress(OSError):  # the next process then loads HF's again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, backend.to_str().encode())
+    return PlainTokenizer(backend)
+
+
+def _hash(folder: Path, config: Mapping[str, Any]) -> str:
+    """Names what HF's tokenizer follows from."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for library in ("transformers", "tokenizers"):
+        digest.update(f"{library} {version(library)}".encode())
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether HF's tokenizer encodes and decodes by its backend alone."""
+    from transformers import PreTrainedTokenizerFast as Usual
+
+    if not isinstance(tokenizer, Usual) or tokenizer.split_special_tokens:
+        return False
+    methods = ("__call__", "_encode_plus", "set_truncation_and_padding", "decode", "_decode")
+    return all(getattr(type(tokenizer), name) is getattr(Usual, name) for name in methods)
 
 
 def load_tokenizer(

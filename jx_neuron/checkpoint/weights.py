@@ -110,7 +110,7 @@ def match(
     """The row of each parameter, with the checkpoint's names, in order of those.
 
     Raises CheckpointError, which names each parameter without a tensor, or each tensor without a parameter (unless a
-    regular expression or a `Copy` of `ignore` matches it), and where `present` does.
+    regular expression or a `Copy` of `ignore` matches it, or it is a bias of zeros), and where `present` does.
     """
     rows = {row.target: row for row in rows_of(table, config.layers) if row.target in shapes}
     matches = {target: row for target, row in present(table, config, tensors).items() if target in rows}
@@ -121,6 +121,8 @@ def match(
     for copy in (entry for entry in ignore if isinstance(entry, Copy) and entry.name in unused_names):
         _check_copy(copy, next(name for name in used_names if copy.of.endswith(name)), tensors)
         unused_names.remove(copy.name)
+    # AutoGPTQ and others write a bias of zeros for layers that have none
+    unused_names -= {name for name in unused_names if name.endswith(".bias") and not tensors.read(name).any()}
     base = "|".join(map(re.escape, _prefixes(table)))
     ignored = [re.compile(rf"(?:{base})?(?:{pattern})") for pattern in ignore if isinstance(pattern, str)]
     if extra := [name for name in sorted(unused_names) if not any(p.fullmatch(name) for p in ignored)]:

@@ -34,6 +34,7 @@ def command(
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs, of which the median is given.")] = 5,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
+    kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -57,7 +58,7 @@ def command(
         n_positions=prompt_tokens + new_tokens,
         tp_degree=tp,
         amp=amp,
-        neuron_config=options.neuron_config(quant),
+        neuron_config=options.neuron_config(quant, kv_quant),
     ).to_neuron()
     loaded = time.perf_counter()
     prompt_bt = np.random.default_rng(0).integers(0, causal_lm.settings.vocab_size, (batch_size, prompt_tokens))
@@ -68,6 +69,7 @@ def command(
         "batch_size": batch_size,
         "amp": amp,
         "quant": quant,
+        "kv_quant": kv_quant,
         "tp_degree": tp,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -60,6 +60,7 @@ def command(
     ] = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
+    kv_quant: options.KvQuant = None,
     target: options.Target = None,
     hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, and do without.")] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Keep programs only; reads no weights.")] = False,
@@ -95,7 +96,7 @@ def command(
         n_positions=_lengths(n_positions),
         tp_degree=tp,
         amp=amp,
-        neuron_config=options.neuron_config(quant),
+        neuron_config=options.neuron_config(quant, kv_quant),
         context_length_estimate=_lengths(context_length_estimate),
     )
     lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, model_options)

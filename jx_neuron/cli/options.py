@@ -1,12 +1,18 @@
 """The arguments and options that commands share, and their shell completions."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jx_neuron.cli.terminal import shortened
 from jx_neuron.errors import InputError
+
+if TYPE_CHECKING:
+    from jx_neuron.config import KVCacheQuantizationConfig
+
+KV_FORMS = {"int8": "s8", "fp8": "f8e4m3fn"}
+"""The names of --kv-quant, and the quant_dtype of each."""
 
 
 def path(value: Any) -> Any:
@@ -43,6 +49,17 @@ def models() -> list[str]:
     return list(KNOWN)
 
 
+def kv_cache(name: str | None) -> "KVCacheQuantizationConfig | None":
+    """How --kv-quant has keys and values stored. Raises InputError for a form that does not exist."""
+    from jx_neuron.config import KVCacheQuantizationConfig
+
+    if name is None:
+        return None
+    if name not in KV_FORMS:
+        raise InputError(f"--kv-quant {name} does not exist; it may be {' or '.join(KV_FORMS)}")
+    return KVCacheQuantizationConfig(KV_FORMS[name])
+
+
 def _amps() -> list[str]:
     from jx_neuron.config import AMP
 
@@ -53,11 +70,12 @@ def _quants() -> list[str]:
     return ["int8", "int4", "fp8"]
 
 
-def neuron_config(quant: str | None, **options: Any) -> Any:
-    """The NeuronConfig of --quant. Raises ConfigError for a form that there is none of."""
+def neuron_config(quant: str | None, kv_quant: str | None = None, **options: Any) -> Any:
+    """The NeuronConfig of --quant and --kv-quant. Raises a JxNeuronError for a form that does not exist."""
     from jx_neuron.config import NeuronConfig, QuantizationConfig
 
-    return NeuronConfig(quant=None if quant is None else QuantizationConfig.named(quant), **options)
+    weights = None if quant is None else QuantizationConfig.named(quant)
+    return NeuronConfig(quant=weights, kv_cache_quant=kv_cache(kv_quant), **options)
 
 
 def _targets() -> list[str]:
@@ -83,6 +101,15 @@ Quant = Annotated[
         help="Store weights in int8, int4 or fp8 (docs/quantization.md).",
         show_default=False,
         autocompletion=_quants,
+    ),
+]
+KvQuant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Store keys and values in int8 or fp8.",
+        show_default="as --amp",
+        autocompletion=lambda: list(KV_FORMS),
     ),
 ]
 Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.")]

@@ -53,6 +53,7 @@ def command(
     ] = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
+    kv_quant: options.KvQuant = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Pad no head: the three rules of transformers-neuronx's first release.")
     ] = False,
@@ -88,6 +89,7 @@ def command(
         context_length_estimate=context_length_estimate,
         amp=amp,
         quant=options.neuron_config(quant).quant,
+        kv_cache_quant=options.kv_cache(kv_quant),
         strict=strict,
         lower=exact,
     )
@@ -118,8 +120,9 @@ def _print(plan: "Plan", name: str) -> None:
         return grid
 
     room = plan.memory_per_core
+    cache = f", cache in {plan.cache_dtype}" if plan.cache_dtype else ""
     out.print(
-        f"[bold]{name}[/] ({plan.model_type}, {plan.size}, {plan.amp}) [bold]{'just ' * plan.tight}fits "
+        f"[bold]{name}[/] ({plan.model_type}, {plan.size}, {plan.amp}{cache}) [bold]{'just ' * plan.tight}fits "
         f"{plan.instance} at tp {plan.tp_degree}[/]: {gib(plan.memory.total)} of {gib(room)} a core, "
         f"{_number(1e3 * plan.seconds_per_token)} ms a token.\n"
     )

@@ -62,6 +62,7 @@ def command(
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
+    kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
@@ -92,7 +93,7 @@ def command(
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
-        neuron_config=options.neuron_config(quant),
+        neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
     )
     greedy = temperature is None and top_k is None and top_p is None

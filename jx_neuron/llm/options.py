@@ -11,7 +11,7 @@ import numpy as np
 
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
-from jx_neuron.errors import ArtifactError, InputError
+from jx_neuron.errors import ArtifactError, ConfigError, InputError
 from jx_neuron.runtime import deployment
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
@@ -99,11 +99,29 @@ def accepts(options: type[LoweringOptions]) -> Callable[[F], F]:
     return decorate
 
 
+def with_cache(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
+    """The decoder with keys and values stored as `options` say. Raises ConfigError where they cannot be."""
+    quant = _neuron_config(options).kv_cache_quant
+    if quant is None:
+        return decoder
+    if quant.dequant_dtype is not None and dtype_of(quant.dequant_dtype) != dtype_of(options["amp"]):
+        raise ConfigError(
+            f"dequant_dtype={quant.dequant_dtype!r} is not amp={options['amp']!r}, in which attention computes; leave "
+            "it out, or change amp"
+        )
+    return decoder.with_cache(quant.stored)
+
+
+def _neuron_config(options: LoweringOptions) -> NeuronConfig:
+    return options["neuron_config"] or NeuronConfig()
+
+
 def require_saved(options: ModelOptions, settings: Settings) -> None:
     """Raises ArtifactError for an option that is given, and not what a model was saved for."""
     lengths, estimate = options["n_positions"], options["context_length_estimate"]
     tokens = None if lengths is None else Buckets.of(lengths).tokens
     context = None if estimate is None else Buckets.of(settings.buckets.tokens, estimate).context
+    quant = _neuron_config(options).kv_cache_quant
     for name, value, default, saved in (
         ("tp_degree", options["tp_degree"], 1, settings.tp_degree),
         ("amp", dtype_of(options["amp"]), dtype_of("f32"), settings.dtype),
@@ -111,7 +129,8 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("prompt_batch_size", options["prompt_batch_size"], None, settings.prompt_batch),
         ("n_positions", tokens, None, settings.buckets.tokens),
         ("context_length_estimate", context, None, settings.buckets.context),
-        ("quant", (options["neuron_config"] or NeuronConfig()).quant, None, settings.quant),
+        ("quant", _neuron_config(options).quant, None, settings.quant),
+        ("kv_cache_quant", quant and quant.stored, None, settings.cache_dtype),
     ):
         if value not in (default, saved):
             raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
@@ -127,7 +146,7 @@ def settings_of(
     Warns of positions that the model was not trained on, and of what the degree pads. Raises InputError or ConfigError
     for what cannot be had: on the machine of backend "neuron", and with "host" on any.
     """
-    config, neuron_config = decoder.config, options["neuron_config"] or NeuronConfig()
+    config, neuron_config = decoder.config, _neuron_config(options)
     buckets = Buckets.within(
         config.max_positions, config.trained_positions, options["n_positions"], options["context_length_estimate"]
     )

@@ -14,7 +14,7 @@ from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import CheckpointError, InputError
-from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, settings_of
+from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, settings_of, with_cache
 from jx_neuron.runtime import deployment as deploy
 from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment
@@ -191,7 +191,8 @@ class CheckpointOrigin(DecoderOrigin):
         )
         config, tensors = text_model(checkpoint.config, checkpoint)
         check_family(config.get("model_type"))
-        decoder = _quantized(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
+        decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
+        decoder = _quantized(decoder, options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
         return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint)
@@ -233,7 +234,9 @@ class ModuleOrigin(DecoderOrigin):
         from jx_neuron.checkpoint.weights import flatten
         from jx_neuron.models import Decoder
 
-        decoder = Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"]))
+        decoder = with_cache(
+            Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"])), options
+        )
         settings = settings_of(decoder := _quantized(decoder, options), options, backend)
         source = decoder.source_of(flatten(module), settings.dtype)
         return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source)
@@ -256,7 +259,8 @@ class ConfigOrigin(DecoderOrigin):
         """Takes what a config.json says."""
         from jx_neuron.models import Decoder
 
-        decoder = _quantized(Decoder.from_config(config, integer("tp_degree", options["tp_degree"])), options)
+        decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"])), options)
+        decoder = _quantized(decoder, options)
         return cls(decoder, settings_of(decoder, options, "host", _end_and_padding(config)), config)
 
     def weights(self) -> "Source":

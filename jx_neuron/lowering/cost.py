@@ -12,14 +12,18 @@ Counted are:
 - bytes between: results of dots, convolutions and collectives, which may or may not stay on the chip.
 - bytes moved: results of operators that only move values (copy, concatenate, pad, reverse, and transposes that move
   an axis longer than 1), whatever they fuse with.
+
+The body of a loop counts as often as it runs, or once where that depends on data.
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jx_neuron.lowering.hlo import proto
-from jx_neuron.lowering.hlo.graph import Instruction, Module, parse
+from jx_neuron.lowering.hlo.fold import trip_count
+from jx_neuron.lowering.hlo.graph import Computation, Instruction, Module, parse
 
 _VIEWS = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "get-tuple-element", "tuple", "broadcast"})
 _PARTS = frozenset({"slice", "dynamic-slice", "gather"})
@@ -63,22 +67,37 @@ def collectives(hlo_module: bytes) -> list[Collective]:
 
 
 def cost(hlo_module: bytes) -> Cost:
-    """FLOPs and memory traffic of a program, by the model above. Bodies of loops count once."""
+    """FLOPs and memory traffic of a program, by the model above."""
     module = parse(hlo_module)
-    main = module.entry
-    users: dict[Instruction, list[Instruction]] = {i: [] for i in main.instructions}
-    for i in main.instructions:
+    main, runs = module.entry, _runs(module)
+    users: dict[Instruction, list[Instruction]] = {i: [] for i in module.instructions}
+    for i in module.instructions:
         for operand in dict.fromkeys(i.operands):
             users[operand].append(i)
+
+    def total(amounts: Iterable[tuple[Instruction, int]]) -> int:
+        return sum(amount * runs[i.computation] for i, amount in amounts)
+
     heavy = [i for i in module.instructions if i.opcode in _HEAVY]
     return Cost(
-        flops=sum(map(_flops, heavy)),
-        bytes_read=sum(_bytes_read(p, users) for p in main.parameters),
+        flops=total((i, _flops(i)) for i in heavy),
+        bytes_read=sum(_bytes_read(p, users, runs) for p in main.parameters),
         bytes_written=_bytes_written(module),
-        bytes_between=sum(i.shape.bytes for i in heavy),
-        bytes_moved=sum(i.shape.bytes for i in module.instructions if _moves(i)),
+        bytes_between=total((i, i.shape.bytes) for i in heavy),
+        bytes_moved=total((i, i.shape.bytes) for i in module.instructions if _moves(i)),
         instructions=len(main.instructions),
     )
+
+
+def _runs(module: Module) -> Counter[Computation]:
+    """How often each computation runs; of those that an operator applies to elements, how often the operator does."""
+    runs = Counter({module.entry: 1})
+    for computation in reversed(module.computations):  # callers first
+        for i in computation.instructions:
+            for called in i.called:
+                times = (trip_count(i) or 1) if i.opcode == "while" else 1
+                runs[called] += times * runs[computation]
+    return runs
 
 
 def _flops(i: Instruction) -> int:
@@ -93,16 +112,21 @@ def _flops(i: Instruction) -> int:
     return 0
 
 
-def _bytes_read(parameter: Instruction, users: dict[Instruction, list[Instruction]]) -> int:
-    size, parts, times, fused = parameter.shape.bytes, 0, 0, False
+def _bytes_read(parameter: Instruction, users: dict[Instruction, list[Instruction]], runs: Counter[Computation]) -> int:
+    size, whole, parts, fused = parameter.shape.bytes, 0, 0, False
     for _, user, operand in _uses(parameter, users):
+        times = runs[user.computation]
         if user.opcode in _PARTS and operand == 0:
-            parts += user.shape.size * parameter.shape.bytes // max(parameter.shape.size, 1)
+            part = user.shape.size * parameter.shape.bytes // max(parameter.shape.size, 1)
+            if times > 1:  # what a loop has read in one run is gone in the next
+                whole += part * times
+            else:
+                parts += part
         elif user.opcode in _HEAVY:
-            times += 1
+            whole += size * times
         else:
             fused = True
-    return size * times + (size if fused else min(size, parts))
+    return whole + (size if fused else min(size, parts))
 
 
 def _moves(i: Instruction) -> bool:
@@ -115,10 +139,20 @@ def _moves(i: Instruction) -> bool:
 def _uses(
     memory: Instruction, users: dict[Instruction, list[Instruction]]
 ) -> Iterator[tuple[Instruction, Instruction, int]]:
-    """(value, user, operand index) of every reader of a buffer, through its views and in-place updates."""
+    """(value, user, operand index) of every reader of a buffer, through its views, its in-place updates and loops that
+    leave it as it is."""
     for user in users[memory]:
         at = user.operands.index(memory)
-        if user.opcode in _VIEWS or (user.opcode in _UPDATES and at == 0):
+        if user.opcode == "tuple":
+            for loop in (i for i in users[user] if i.opcode == "while"):
+                body, _ = loop.called
+                inside = [i for i in users[body.parameters[0]] if i.opcode == "get-tuple-element"]
+                kept = [i for i in inside if i.proto.tuple_index == at and body.root.operands[at] is i]
+                for part in kept:
+                    yield from _uses(part, users)
+                if not kept:
+                    yield memory, loop, 0
+        elif user.opcode in _VIEWS or (user.opcode in _UPDATES and at == 0):
             yield from _uses(user, users)
         else:
             yield memory, user, at

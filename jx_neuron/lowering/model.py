@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jx_neuron.lowering.program import Program, Traced, lower_many, trace
 from jx_neuron.lowering.signature import Kind
 from jx_neuron.models import Decoder
+from jx_neuron.nn.ops import Ops, using
 from jx_neuron.nn.sharding import AXIS
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
@@ -22,24 +23,25 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
     kinds: list[Kind] = ["param", "state"]
     kinds += ["input"] * len(inputs)
     logits = PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS)
-    return trace(
-        step(decoder, key),
-        params,
-        state,
-        *inputs,
-        tp_degree=decoder.tp_degree,
-        in_specs=[{path: decoder.partition(path) for path in params}, state.partition(), *[None] * len(inputs)],
-        out_specs=(PartitionSpec(), logits, state.partition()),
-        donate_argnums=(1,),
-        name=key.name,
-        input_kinds=kinds,
-        input_names=[
-            *params,
-            *(f"state.{name}" for name in decoder.state_rows),
-            "state.token",
-            *key.inputs(),
-        ],
-    )
+    with using(Ops(cores=decoder.tp_degree)):
+        return trace(
+            step(decoder, key),
+            params,
+            state,
+            *inputs,
+            tp_degree=decoder.tp_degree,
+            in_specs=[{path: decoder.partition(path) for path in params}, state.partition(), *[None] * len(inputs)],
+            out_specs=(PartitionSpec(), logits, state.partition()),
+            donate_argnums=(1,),
+            name=key.name,
+            input_kinds=kinds,
+            input_names=[
+                *params,
+                *(f"state.{name}" for name in decoder.state_rows),
+                "state.token",
+                *key.inputs(),
+            ],
+        )
 
 
 def lower_model(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
 from itertools import zip_longest
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.quantized import quantized
+from jx_neuron.checkpoint.quantizing import quantized
 from jx_neuron.checkpoint.weights import Copy, Params, W
 from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks, wrapper
 from jx_neuron.nn import quantizing
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
 from jx_neuron.nn.positions import Positions
 from jx_neuron.nn.quantized import PARTS, Form
@@ -297,6 +298,16 @@ class Decoder:
         checks.state(self.state, self.config)
         checks.shared(self.kept, self.config)
 
+    def with_cache(self, dtype: StateDtype) -> "Decoder":
+        """The decoder with the entries of all positions, as keys and values are, stored in `dtype`.
+
+        Raises ConfigError where layers keep none.
+        """
+        state = [row.encoded(dtype) for row in self.state]
+        if state == [*self.state]:
+            raise ConfigError(f"{self.model_type} keeps no keys and values that could be stored in {dtype}")
+        return replace(self, state=state)
+
     @cached_property
     def padding(self) -> Padding:
         config = self.config
@@ -403,7 +414,8 @@ class Decoder:
         config = self.config
 
         def layer(number: int, kind: str, window: int | None, own: bool) -> Kept:
-            padding, rows = self.padding.of(number), tuple(row for row in self.state if row.of in (None, kind))
+            padding, of_kind = self.padding.of(number), (row for row in self.state if row.of in (None, kind))
+            rows = tuple(stored for row in of_kind for stored in row.stored_rows)
             return Kept(rows, tuple(row.padded(padding) for row in rows), window, own)
 
         layers = zip(range(config.layers), config.types, config.windows, config.own_state, strict=True)
@@ -444,7 +456,7 @@ class Decoder:
         return {f"{layer}.{row.name}": row for layer, group in enumerate(groups) for row in group.rows}
 
     @property
-    def state_dtypes(self) -> dict[str, Literal["float32"]]:
+    def state_dtypes(self) -> dict[str, StateDtype]:
         """The dtypes of arrays that have one of their own, whatever the model's, by name in `slot`."""
         return {name: row.dtype for name, row in self.state_rows.items() if row.dtype is not None}
 

@@ -171,7 +171,7 @@ def _alternatives(rows: Sequence[W]) -> None:
         if other is row:
             continue
         names = {other.name, row.name}
-        alike = (other.letters, other.partition, other.is_computed) == (row.letters, row.partition, row.is_computed)
+        alike = (other.letters, other.partition, other.is_float32) == (row.letters, row.partition, row.is_float32)
         if row.is_computed or len(names) < 2 or not alike:
             raise ConfigError(
                 f"row {row}: 2 rows fill {row.target!r}; keep one of them, or have each read tensors that only some "

@@ -106,11 +106,11 @@ WEIGHTS = (
     rms_norm(LAYER + "post_attention_layernorm"),
     *gated_mlp(LAYER + "mlp"),
     router(LAYER + "mlp.gate", MLP + "gate"),
-    W(LAYER + "mlp." + BIAS, MLP + "gate.correction", "one e -> one e"),
+    W(LAYER + "mlp." + BIAS, MLP + "gate.correction", "one e -> one e", exact=True),
     *experts(LAYER + "mlp.experts", MLP + "experts"),
     *gated_mlp(LAYER + "mlp.shared_experts", MLP + "shared_expert"),
     # as transformers 5 has them in memory
-    W(LAYER + "mlp.gate." + BIAS, MLP + "gate.correction", "one e -> one e"),
+    W(LAYER + "mlp.gate." + BIAS, MLP + "gate.correction", "one e -> one e", exact=True),
     *stacked_experts(LAYER + "mlp.experts.gate_up_proj", LAYER + "mlp.experts.down_proj", MLP + "experts"),
     rms_norm("model.norm"),
     embedding("lm_head"),

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeConfig, LlamaLikeModel
-from jx_neuron.models.mixture import TRAINING, GroupedExpertsConfig, experts, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, GroupedExpertsConfig, correction, experts, router, stacked_experts
 from jx_neuron.models.rows import attention, embedding, gated_mlp, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router
 from jx_neuron.nn.layers import RMSNorm
@@ -97,7 +96,7 @@ WEIGHTS = (
     rms_norm(LAYER + "post_attention_layernorm"),
     *gated_mlp(LAYER + "mlp", bias=False),
     router(LAYER + "mlp.gate", MLP + "gate"),
-    W(LAYER + "mlp.gate.e_score_correction_bias", MLP + "gate.correction", "e -> e"),
+    correction(LAYER + "mlp.gate.e_score_correction_bias", MLP + "gate"),
     *experts(LAYER + "mlp.experts", MLP + "experts"),
     *stacked_experts(LAYER + "mlp.experts.gate_up_proj", LAYER + "mlp.experts.down_proj", MLP + "experts"),
     *gated_mlp(LAYER + "mlp.shared_experts", MLP + "shared_expert", bias=False),

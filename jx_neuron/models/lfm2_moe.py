@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from flax import nnx
 
-from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ConfigError
 from jx_neuron.models.llama_like import EXTRA_TENSORS, LlamaLikeModel
-from jx_neuron.models.mixture import TRAINING, ExpertsConfig, experts, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, ExpertsConfig, correction, experts, router, stacked_experts
 from jx_neuron.models.rows import embedding, rms_norm
 from jx_neuron.models.short_conv import LFM2_LAYER, SHORT_CONV_STATE, ShortConvBlock, ShortConvConfig
 from jx_neuron.nn.experts import Experts, MoE, Router
@@ -78,7 +77,7 @@ WEIGHTS = (
     embedding("model.embed_tokens"),
     *LFM2_LAYER,
     router(MOE + "gate", MLP + "gate"),
-    W(MOE + "expert_bias", MLP + "gate.correction", "e -> e"),
+    correction(MOE + "expert_bias", MLP + "gate"),
     *experts(MOE + "experts", MLP + "experts", gate="w1", up="w3", down="w2"),
     *stacked_experts(MOE + "experts.gate_up_proj", MOE + "experts.down_proj", MLP + "experts"),
     rms_norm("model.embedding_norm", "norm"),

@@ -10,9 +10,8 @@ from typing import ClassVar
 from flax import nnx
 from jax import Array
 
-from jx_neuron.checkpoint.weights import W
 from jx_neuron.models.llama_like import EXTRA_TENSORS, HeadsNormModel, LlamaLikeConfig
-from jx_neuron.models.mixture import TRAINING, ExpertsConfig, experts, router, stacked_experts
+from jx_neuron.models.mixture import TRAINING, ExpertsConfig, correction, experts, router, stacked_experts
 from jx_neuron.models.rows import attention, embedding, heads_rms_norm, key_head_numbers, rms_norm
 from jx_neuron.nn.experts import Experts, MoE, Router
 from jx_neuron.nn.layers import HeadsRMSNorm, RMSNorm
@@ -88,11 +87,11 @@ WEIGHTS = (
     heads_rms_norm(LAYER + "self_attn.k_norm", heads="k"),
     rms_norm(LAYER + "post_attention_layernorm"),
     router(MOE + "gate", MLP + "gate"),
-    W(MOE + BIAS, MLP + "gate.correction", "e -> e"),
+    correction(MOE + BIAS, MLP + "gate"),
     *experts(MOE + "experts", MLP + "experts", gate="w1", up="w3", down="w2"),
     # as transformers 5 has them in memory
     router(LAYER + "mlp.gate", MLP + "gate"),
-    W(LAYER + "mlp." + BIAS, MLP + "gate.correction", "e -> e"),
+    correction(LAYER + "mlp." + BIAS, MLP + "gate"),
     *stacked_experts(LAYER + "mlp.experts.gate_up_proj", LAYER + "mlp.experts.down_proj", MLP + "experts"),
     rms_norm("model.norm"),
     embedding("lm_head"),

@@ -20,6 +20,7 @@ __all__ = [
     "GroupedExpertsConfig",
     "SharedExpertConfig",
     "SparseStepConfig",
+    "correction",
     "experts",
     "granite_experts",
     "qwen_experts",
@@ -136,6 +137,11 @@ class SharedExpertConfig(SparseStepConfig):
 def router(source: str, target: str) -> W:
     """The logits of a jx_neuron.nn.experts.Router."""
     return W(f"{source}.weight", f"{target}.logits.kernel", "e d -> d e")
+
+
+def correction(source: str, target: str) -> W:
+    """That of a jx_neuron.nn.experts.Router: scores differ by less than 16 bits hold of it."""
+    return W(source, f"{target}.correction", "e -> e", exact=True)
 
 
 def experts(

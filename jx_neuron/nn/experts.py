@@ -7,7 +7,6 @@ chosen, and one all-reduce sums what they give.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jx_neuron.nn import blocks
 from jx_neuron.nn.layers import ACT, Linear, random_normal
 from jx_neuron.nn.ops import ops
 from jx_neuron.nn.quantized import Quantized
@@ -111,26 +111,28 @@ class ExpertLinear(nnx.Module):
         y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, self.matrices(x_btd.dtype, index_btc))
         return y_btcm if self.bias is None else y_btcm + take(self.bias[...], index_btc)
 
-    def matrices(self, dtype: Any, index_btc: Array | None = None) -> Array:
-        """The matrices of all experts, [e, inputs, outputs], or of those numbered, [b, t, c, inputs, outputs]; what is
+    def matrices(self, dtype: Any, index: Array | None = None) -> Array:
+        """The matrices of all experts, [e, inputs, outputs], or of those numbered, [*index, inputs, outputs]; what is
         quantized is widened to `dtype`."""
-        part = partial(take, index_btc=index_btc) if index_btc is not None else lambda array: array
-        if isinstance(self.kernel, Quantized):
-            return self.kernel.widened(dtype, part)
-        return part(self.kernel[...])
+
+        def part(array: Array) -> Array:
+            return array if index is None else take(array, index)
+
+        return self.kernel.widened(dtype, part) if isinstance(self.kernel, Quantized) else part(self.kernel[...])
 
     def one(self, x_rd: Array, expert: Array) -> Array:
-        """What the layer of one expert gives, [r, outputs]; of kernels that a backend stores."""
+        """What the layer of one expert gives: [r, outputs]."""
         kernel: Any = self.kernel.get_value()
-        y_rm: Array = kernel.matmul_one(x_rd, expert)
+        is_plain = isinstance(kernel, Array | Quantized)
+        y_rm = x_rd @ self.matrices(x_rd.dtype, expert) if is_plain else kernel.matmul_one(x_rd, expert)
         if self.bias is None:
             return y_rm
         return y_rm + jax.lax.dynamic_index_in_dim(self.bias[...], expert, keepdims=False)
 
 
-def take(array: Array, index_btc: Array) -> Array:
-    """The entries of `array` along its first axis that are numbered: [b, t, c, …]."""
-    return array.at[index_btc].get(mode="promise_in_bounds")
+def take(array: Array, index: Array) -> Array:
+    """The entries of `array` along its first axis that are numbered: [*index, …]."""
+    return array.at[index].get(mode="promise_in_bounds")
 
 
 class Experts(nnx.Module):
@@ -154,6 +156,11 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(e, m, d, bias=bias, rngs=rngs)
         self.act_fn, self.count, self.weigh_input = ACT[act], e, weigh_input
 
+    @property
+    def width(self) -> int:
+        """Of an expert, over all cores."""
+        return int(self.down_proj.kernel.shape[1])
+
     def __call__(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """The sum [b, t, d] over each token's experts, of weights and numbers that a `Router` gives."""
         return ops().experts(self, x_btd, weight_btc.astype(x_btd.dtype), index_btc)
@@ -165,12 +172,10 @@ class Experts(nnx.Module):
     def dense(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """By every expert: side by side they are one wide gated MLP, whose features a token's weights multiply."""
         gate_btem, up_btem = self.gate_proj.dense(x_btd), self.up_proj.dense(x_btd)
-        chosen_btce = is_chosen(index_btc, gate_btem[..., 0])
-        weight_bte = jnp.sum(jnp.where(chosen_btce, weight_btc[..., None], 0), axis=-2)
+        weight_bte = self._weights(weight_btc, index_btc)
         hidden_btem = self._weighted(gate_btem, up_btem, weight_bte[..., None])
         y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.matrices(x_btd.dtype))
-        bias = self.down_proj.bias
-        return y_btd if bias is None else y_btd + jnp.einsum("bte,ed->btd", weight_bte, bias[...])
+        return self._biased(y_btd, weight_bte)
 
     def of_chosen(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """By the experts chosen, whose parameters are gathered."""
@@ -181,12 +186,46 @@ class Experts(nnx.Module):
         bias = self.down_proj.bias
         return y_btd if bias is None else y_btd + jnp.einsum("btc,btcd->btd", weight_btc, take(bias[...], index_btc))
 
+    def in_blocks(self, x_btd: Array, weight_btc: Array, index_btc: Array, cores: int) -> Array:
+        """By blocks of rows that share an expert, one after the other.
+
+        Until a token's rows are added up, each core's part of the width is an entry of an axis of its own: the sum over
+        cores is then an all-reduce of tokens, not of rows.
+        """
+        (b, t, d), c = x_btd.shape, index_btc.shape[-1]
+        placed = blocks.place(index_btc.reshape(-1), self.count)
+        x_td, weight_r = x_btd.reshape(-1, d), weight_btc.reshape(-1)
+
+        def block(_: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+            expert, row_z = inputs
+            x_zd, weight_z1 = take(x_td, row_z // c), take(weight_r, row_z)[:, None]
+            hidden_zm = self._weighted(self.gate_proj.one(x_zd, expert), self.up_proj.one(x_zd, expert), weight_z1)
+            down_md = self.down_proj.matrices(x_btd.dtype, expert)
+            hidden_zpm, down_pmd = hidden_zm.reshape(len(row_z), cores, -1), down_md.reshape(cores, -1, d)
+            return None, jnp.einsum("zpm,pmd->pzd", hidden_zpm, down_pmd)
+
+        _, y_qpzd = jax.lax.scan(block, None, (placed.expert_q, placed.row_qz))
+        y_psd = jnp.moveaxis(y_qpzd, 1, 0).reshape(cores, -1, d)
+        y_prd = y_psd.at[:, placed.place_r].get(mode="promise_in_bounds")
+        y_pbtd = y_prd.reshape(cores, b, t, c, d).sum(3)
+        y_btd = jax.lax.reduce(y_pbtd, jnp.zeros((), y_pbtd.dtype), jax.lax.add, (0,))  # .sum reduces float32
+        return self._biased(y_btd, self._weights(weight_btc, index_btc))
+
     def one(self, x_rd: Array, weight_r: Array, expert: Array) -> Array:
         """What one expert gives for rows of tokens, times their weights: [r, d]."""
         gate_rm, up_rm = self.gate_proj.one(x_rd, expert), self.up_proj.one(x_rd, expert)
         if not self.weigh_input:
             return self.down_proj.one(self.gated(gate_rm, up_rm), expert) * weight_r[:, None]
         return self.down_proj.one(self._weighted(gate_rm, up_rm, weight_r[:, None]), expert)
+
+    def _weights(self, weight_btc: Array, index_btc: Array) -> Array:
+        """Of every expert, 0 of those not chosen: [b, t, e]."""
+        chosen_btce = index_btc[..., None] == jnp.arange(self.count, dtype=index_btc.dtype)
+        return jnp.sum(jnp.where(chosen_btce, weight_btc[..., None], 0), axis=-2)
+
+    def _biased(self, y_btd: Array, weight_bte: Array) -> Array:
+        bias = self.down_proj.bias
+        return y_btd if bias is None else y_btd + jnp.einsum("bte,ed->btd", weight_bte, bias[...])
 
     def _weighted(self, gate: Array, up: Array, weight: Array) -> Array:
         return self.gated(gate * weight, up * weight) if self.weigh_input else self.gated(gate, up) * weight

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jx_neuron.nn.attention import Queries
+from jx_neuron.nn.encoded import Entries, decoded
 from jx_neuron.nn.layers import Linear, Linears, RMSNorm, random_normal
 from jx_neuron.nn.layout import S
 from jx_neuron.nn.ops import ops
@@ -24,6 +26,21 @@ LATENT = (S("latent", "s r"), S("rope", "s u"))
 
 EPS = 1e-6
 """That of the norms of latents, whatever the model's."""
+
+
+def absorbs(expanded: int, rank: int, tokens: int, positions: int) -> bool:
+    """Whether fewer bytes move where queries and outputs of `tokens` are latents of `rank` than where each position has
+    a key and a value, which are made of the latent and have `expanded` entries a head together."""
+    return 2 * rank * tokens < expanded * positions
+
+
+def multiply_adds(sizes: Mapping[str, int], tokens: int, positions: int) -> int:
+    """Multiplications of one head for the `tokens` of a row, beside one of each token by each parameter: of scores and
+    values, and of making keys and values of latents where there are more positions than tokens."""
+    c, u, o, r = (sizes[letter] for letter in "cuor")
+    if absorbs(c + o, r, tokens, positions):
+        return tokens * positions * (2 * r + u)
+    return tokens * positions * (c + u + o) + (positions - tokens) * r * (c + o)
 
 
 class LatentAttention(nnx.Module):
@@ -65,31 +82,31 @@ class LatentAttention(nnx.Module):
         q_btnc, q_btnu = jnp.split(q_btnh, [self.k_b_proj.shape[1]], axis=-1)
         k_btu = self.rope(k_btu[:, :, None], by)[:, :, 0]
         (entries, position_bs), state = state.extend(at, latent=self.kv_a_layernorm(latent_btr), rope=k_btu)
-        mask_bts = position_bs[:, None] <= at.position_bt[:, :, None]
-        attend = self._absorbed if self._absorbs(*mask_bts.shape[1:]) else self._expanded
-        a_btno = attend(q_btnc, self.rope(q_btnu, by), entries["latent"], entries["rope"], mask_bts)
-        return self.o_proj(a_btno), state
-
-    def _absorbs(self, tokens: int, positions: int) -> bool:
-        """Whether fewer bytes move where queries and outputs are latents than where keys and values are expanded."""
+        tokens, positions = x_btd.shape[1], position_bs.shape[1]
         (_, c, r), o = self.k_b_proj.shape, self.v_b_proj.shape[1]
-        return 2 * r * tokens < (c + o) * positions
+        attend = self._absorbed if absorbs(c + o, r, tokens, positions) else self._expanded
+        queries = Queries.of(state, at, positions)
+        q_btnc, q_btnu = queries.arrange(q_btnc), queries.arrange(self.rope(q_btnu, by))
+        mask_bts = position_bs[:, None] <= queries.position_bt[:, :, None]
+        a_btno = attend(q_btnc, q_btnu, entries["latent"], entries["rope"], mask_bts)
+        return self.o_proj(queries.restore(a_btno)), state
 
-    def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
+    def _absorbed(self, q_btnc: Array, q_btnu: Array, latent_bsr: Entries, k_bsu: Entries, mask_bts: Array) -> Array:
         """(q · k_b_proj) · latent is q · (k_b_proj · latent): to all heads, latents are one key, and one value."""
         q_btnr = jnp.einsum("btnc,ncr->btnr", q_btnc, self.k_b_proj[...])
         latent_b1sr = latent_bsr[:, None]
         a_bt1nr = _attend(q_btnr[:, :, None], latent_b1sr, q_btnu, k_bsu, latent_b1sr, mask_bts)
         return jnp.einsum("btnr,nor->btno", a_bt1nr[:, :, 0], self.v_b_proj[...])
 
-    def _expanded(self, q_btnc: Array, q_btnu: Array, latent_bsr: Array, k_bsu: Array, mask_bts: Array) -> Array:
+    def _expanded(self, q_btnc: Array, q_btnu: Array, latent_bsr: Entries, k_bsu: Entries, mask_bts: Array) -> Array:
         """By a key and a value of each head."""
+        latent_bsr = decoded(latent_bsr)
         k_bnsc = jnp.einsum("bsr,ncr->bnsc", latent_bsr, self.k_b_proj[...])
         v_bnso = jnp.einsum("bsr,nor->bnso", latent_bsr, self.v_b_proj[...])
         return _attend(q_btnc[:, :, :, None], k_bnsc, q_btnu, k_bsu, v_bnso, mask_bts)[:, :, :, 0]
 
 
-def _attend(q_btkgc: Array, k_bksc: Array, q_btnu: Array, k_bsu: Array, v_bkso: Array, mask_bts: Array) -> Array:
+def _attend(q_btkgc: Array, k_bksc: Entries, q_btnu: Array, k_bsu: Entries, v_bkso: Entries, mask_bts: Array) -> Array:
     """softmax(q · k + the same of the rotated parts) · v, over positions that the mask has: [b, t, k, g, o]."""
     parts = []
     for first, last, seen in ops().query_blocks(*mask_bts.shape[1:]):

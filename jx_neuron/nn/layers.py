@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from jx_neuron.nn.kernel import Indexed, matmul
-from jx_neuron.nn.ops import barrier, ops
+from jx_neuron.nn.ops import Ops, barrier, ops
 from jx_neuron.nn.quantized import Quantized
 from jx_neuron.nn.state import LayerState, State
 
@@ -103,19 +103,20 @@ def through(blocks: Iterable[nnx.Module], x: Array, state: State, *args: Any, fi
     """
     if not state.layout.stacked:
         for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
-            x, own = _apply(graph, params, state.alone(layer), x, *args)
+            x, own = _apply(graph, ops(), params, state.alone(layer), x, *args)
             state = state.with_alone(layer, own)
         return x, state
     like = {state.kind(layer): layer for layer in reversed(range(len(state.layers)))}
     for layer, (graph, params) in enumerate(map(nnx.split, blocks), first):
         # behind the barrier, and as one layer of the kind, for what reads and writes the state to be compiled once
         index, number = (barrier(np.int32(n)) for n in (state.place(layer)[1], layer))
-        x, state = _apply(graph, params, LayerState(state, index, number, like[state.kind(layer)]), x, *args)
+        x, state = _apply(graph, ops(), params, LayerState(state, index, number, like[state.kind(layer)]), x, *args)
     return x, state
 
 
-@partial(jax.jit, static_argnums=0)
-def _apply(graph: Any, params: Any, part: LayerState, x: Array, *args: Any) -> tuple[Array, State]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _apply(graph: Any, _: Ops, params: Any, part: LayerState, x: Array, *args: Any) -> tuple[Array, State]:
+    """One block, traced once for each graph and table of equations."""
     x, part = nnx.merge(graph, params)(x, part, *args)
     return x, part.state
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from jx_neuron.errors import ConfigError
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.positions import Positions, within
 from jx_neuron.nn.ring import kept
 from jx_neuron.nn.sharding import Padding
@@ -25,14 +27,43 @@ class S:
     "k s h" keeps an entry of k heads and h numbers for each of s positions. `of` is the type of the layers that have
     the row, as `Config.types` gives it; None for all layers. Rows of different types may have the same name.
     `dtype` is that of its numbers, "float32" where sums of many steps would lose what 16 bits hold; None for the state
-    table's.
+    table's. A row that counts positions may be stored in fewer bits (jx_neuron.nn.encoded).
     """
 
     name: str
     axes: str
     partition: P = field(default_factory=P)
     of: str | None = None
-    dtype: Literal["float32"] | None = None
+    dtype: StateDtype | None = None
+
+    def encoded(self, dtype: StateDtype) -> "S":
+        """The row with entries stored in `dtype`, where it counts positions and has no dtype yet; else as it is.
+
+        Raises ConfigError where int8 would have a scale for each number.
+        """
+        if self.position_axis is None or self.dtype is not None:
+            return self
+        if dtype == "int8" and self.letters[-1] == "s":
+            raise ConfigError(f"{self} cannot be stored in int8, whose scales are those of vectors along the last axis")
+        return replace(self, dtype=dtype)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether its entries are stored in fewer bits than they are computed with."""
+        return self.dtype not in (None, "float32")
+
+    @property
+    def scale(self) -> "S | None":
+        """The row of its scales, where it has some."""
+        if self.dtype != "int8":
+            return None
+        *letters, _ = self.letters
+        return S(f"{self.name}.scale", " ".join(letters), P(*self.partition[: len(letters)]), self.of, "float32")
+
+    @property
+    def stored_rows(self) -> "tuple[S, ...]":
+        """The row, and that of its scales."""
+        return (self,) if self.scale is None else (self, self.scale)
 
     def stored(self, dtype: Any) -> np.dtype[Any]:
         """The dtype of its numbers in a state table of `dtype`."""

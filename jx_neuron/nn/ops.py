@@ -7,17 +7,30 @@ is traced; the layers call `ops()`. Array suffixes are those of jx_neuron.nn.lay
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jx_neuron.nn import blocks
+from jx_neuron.nn.encoded import Entries, codes, scaled
+
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class Ops:
-    """Each equation as one operator of XLA, or a few."""
+    """Each equation as one operator of XLA, or a few.
+
+    cores: how many the program runs on, each with a part of the weights.
+    """
+
+    cores: int = field(default=1, kw_only=True)
+
+    IN_BLOCKS: ClassVar[bool] = True
+    """Whether many tokens go through experts in blocks."""
 
     def once(self, x: T) -> T:
         """x, where a backend would otherwise compute it anew for each of its uses."""
@@ -37,27 +50,34 @@ class Ops:
         return (y * scales_n.astype(jnp.float32)).astype(x.dtype)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
-        """Queries that go through attention at a time: the first, the one after the last, and how many positions are
-        read for them."""
+        """Queries that go through attention at a time: the first, the one after the last, and how many of the positions
+        are read for them. The last query is at the last position, or before it."""
         return [(0, tokens, positions)]
 
-    def attention_scores(self, q_btkgh: Array, k_bksh: Array) -> Array:
+    def attention_scores(self, q_btkgh: Array, k_bksh: Entries) -> Array:
         """q · kᵀ of each query head with its group's keys: float32 [b, k, g, t, s]."""
         # the keys first: XLA then leaves the scores in their order, where the other way round it transposes them
-        return jnp.einsum("bksh,btkgh->bkgts", k_bksh, q_btkgh, preferred_element_type=jnp.float32)
+        keys_bksh = codes(k_bksh).astype(k_bksh.dtype)
+        w_bkgts = jnp.einsum("bksh,btkgh->bkgts", keys_bksh, q_btkgh, preferred_element_type=jnp.float32)
+        return scaled(w_bkgts, k_bksh)
 
-    def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:
+    def attention_values(self, w_bkgts: Array, v_bksh: Entries) -> Array:
         """softmax(w) · v of each query head with its group's values: [b, t, k, g, h]; w is float32."""
-        p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
-        return jnp.einsum("bksh,bkgts->btkgh", v_bksh, p_bkgts)
+        p_bkgts = scaled(jax.nn.softmax(w_bkgts, axis=-1), v_bksh).astype(v_bksh.dtype)
+        return jnp.einsum("bksh,bkgts->btkgh", codes(v_bksh).astype(v_bksh.dtype), p_bkgts)
 
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.
 
-        The parameters of those chosen are gathered where they are fewer than all.
+        The parameters of those chosen are gathered where they are fewer than all. Many tokens go through in blocks that
+        share an expert, where that pays, and others through every expert.
         """
-        few = index_btc.size < layer.count
-        return (layer.of_chosen if few else layer.dense)(x_btd, weight_btc, index_btc)
+        if index_btc.size < layer.count:
+            return layer.of_chosen(x_btd, weight_btc, index_btc)
+        b, t, c = index_btc.shape
+        if self.IN_BLOCKS and blocks.pay(b * t, c, layer.count, layer.width // self.cores):
+            return layer.in_blocks(x_btd, weight_btc, index_btc, self.cores)
+        return layer.dense(x_btd, weight_btc, index_btc)
 
 
 PLAIN = Ops()

@@ -36,6 +36,10 @@ class Positions:
         """Position of each row's first token."""
         return self.position_bt[:, 0]
 
+    def late_b(self, positions: int) -> Array:
+        """How many positions too late each row's t tokens begin, padding included, to end within so many positions."""
+        return jnp.maximum(self.start_b - (positions - self.position_bt.shape[1]), 0)
+
     @property
     def real_bt(self) -> Array:
         """True for real tokens, False for padding."""
@@ -58,8 +62,25 @@ def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array,
     b, t = at.position_bt.shape
     if t in (1, at.positions):
         return new, at.real_bt, at.start_b
-    start_b = jnp.minimum(at.start_b, positions - t)
-    from_bt = jnp.arange(t, dtype=jnp.int32) - (at.start_b - start_b)[:, None]
+    late_b = at.late_b(positions)
+    from_bt = jnp.arange(t, dtype=jnp.int32) - late_b[:, None]
     real_bt = (from_bt >= 0) & (from_bt < at.length_b[:, None])
     index = from_bt.reshape(b, *[t if i == axis else 1 for i in range(1, new.ndim)])
-    return jnp.take_along_axis(new, index, axis=axis, mode="clip"), real_bt, start_b
+    return jnp.take_along_axis(new, index, axis=axis, mode="clip"), real_bt, at.start_b - late_b
+
+
+def later(x_bt: Array, by_b: Array) -> Array:
+    """x [b, t, …] with the entries of each row so many tokens later: zeros before them, and the last ones left out."""
+    t = x_bt.shape[1]
+    return _windows(jnp.pad(x_bt, [(0, 0), (t, 0), *[(0, 0)] * (x_bt.ndim - 2)]), t - by_b, t)
+
+
+def earlier(x_bt: Array, by_b: Array) -> Array:
+    """The inverse of `later`, with zeros after the entries that are left."""
+    t = x_bt.shape[1]
+    return _windows(jnp.pad(x_bt, [(0, 0), (0, t), *[(0, 0)] * (x_bt.ndim - 2)]), by_b, t)
+
+
+def _windows(x_bt: Array, start_b: Array, size: int) -> Array:
+    """`size` tokens of each row, from start_b on."""
+    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=size))(x_bt, start_b)

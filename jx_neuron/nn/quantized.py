@@ -128,6 +128,14 @@ class Quantized(nnx.Module):
         """Itself, as a parameter gives its array."""
         return self
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        shape = list(self.codes.get_value().shape)
+        if self.form.kind == "int4":
+            shape[self.form.contracted[-1]] *= 2
+        return tuple(shape)
+
     def matmul(self, x: Array) -> list[Array]:
         """x · W over the last axes of x and the inputs of W, rounded to the form's `result`, or else the dtype of x."""
         form, dtype = self.form, jnp.dtype(self.form.result or x.dtype)

@@ -53,7 +53,7 @@ def padded(size: int, tp_degree: int) -> int:
 GROUPS = {"n": "k", "p": "g"}
 """Axes of heads, and of the groups that they are in: query heads of a key/value head, and heads of recurrent layers."""
 
-NAMES = {"n": ("query ", "key/value heads"), "p": ("recurrent ", "groups of them")}
+NAMES = {"n": ("query ", "key/value heads"), "p": ("recurrent ", "groups of recurrent heads")}
 """What heads and groups are called, by the letter of heads."""
 
 

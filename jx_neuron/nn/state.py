@@ -18,13 +18,14 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jx_neuron.errors import ConfigError
+from jx_neuron.nn.encoded import Encoded, Entries, decoded
 from jx_neuron.nn.layout import KV, PLAIN, Arrays, Kept, Layout, S
 from jx_neuron.nn.positions import Positions, positions_of
 from jx_neuron.nn.ring import kept, onto_ring, ring_positions
 
 __all__ = ["KV", "Cache", "LayerKV", "LayerState", "Positions", "S", "Span", "State", "joined", "positions_of"]
 
-Seen = tuple[dict[str, Array], Array]
+Seen = tuple[dict[str, Entries], Array]
 """Entries that a step's tokens may attend to, [b, *axes] by name of the row, and the position of each as
 `LayerState.position_bs` gives it."""
 
@@ -205,13 +206,10 @@ class LayerState:
     def read(self, name: str, at: Positions) -> Array:
         """[b, *axes] of the step's slots. A row that counts positions gives those of `position_bs`; any other zeros
         where a sequence begins, whatever its slot held before."""
-        row = self._row(name)
-        if self.rows[row].position_axis is None:
-            entry = self._read(row, at)
-            return jnp.where(at.start_b.reshape(-1, *[1] * (entry.ndim - 1)) == 0, jnp.zeros_like(entry), entry)
-        if (size := self._ring(at)) is not None:
-            at = dataclasses.replace(at, positions=size)
-        return self._read(row, at)
+        if self._row(name).position_axis is not None:
+            return decoded(self._entries(name, at))
+        entry = self._read(name, at)
+        return jnp.where(at.start_b.reshape(-1, *[1] * (entry.ndim - 1)) == 0, jnp.zeros_like(entry), entry)
 
     def write(self, at: Positions, **new: Array) -> "LayerState":
         """The state with new entries, by name of the row.
@@ -219,34 +217,20 @@ class LayerState:
         A row that counts positions takes [b, t, *other axes], as layers make them; any other [b, *axes]. Padding and
         rows without tokens leave what was there. Raises ConfigError for a layer without a state of its own.
         """
-        if not self._kept.own:
-            raise ConfigError("Config.own_state says that this layer has no state of its own, and its block writes one")
-        layer = self
-        for name, array in new.items():
-            row = self._row(name)
-            axis, entries, place = self.rows[row].position_axis, array, at
-            if axis is not None:
-                entries = jnp.moveaxis(array, 1, axis)
-                if (size := self._ring(at)) is not None:
-                    entries, place = onto_ring(entries, at, axis, size, partial(layer._read, row))
-            layer = layer._written(row, entries, place)
-        return layer
+        return self._with(at, {name: self._encoded(name, array) for name, array in new.items()})
 
     def extend(self, at: Positions, **new: Array) -> "tuple[Seen, LayerState]":
         """Writes new entries of rows that count positions, as `write` does. Returns what the step's tokens may attend
-        to, and the state written to."""
-        axes = {name: self.rows[self._row(name)].position_axis or 0 for name in new}
-        entries, t = {name: jnp.moveaxis(array, 1, axes[name]) for name, array in new.items()}, at.position_bt.shape[1]
+        to, as it is stored, and the state written to."""
+        entries, t = {name: self._encoded(name, array) for name, array in new.items()}, at.position_bt.shape[1]
         if t == at.positions:  # whole prompts, of which the state has nothing yet
-            layer, position_bs = self.write(at, **new), jnp.arange(t, dtype=jnp.int32)[None]
+            layer, position_bs = self._with(at, entries), jnp.arange(t, dtype=jnp.int32)[None]
         elif self._overwrites(at):
-            entries = {
-                name: jnp.concatenate([self.read(name, at), entry], axis=axes[name]) for name, entry in entries.items()
-            }
+            seen = {name: self._with_older(name, entry, at) for name, entry in entries.items()}
             position_bs = jnp.concatenate([self.position_bs(at, written=False), at.position_bt], axis=1)
-            layer = self.write(at, **new)
+            layer, entries = self._with(at, entries), seen
         else:
-            layer = self.write(at, **new)
+            layer = self._with(at, entries)
             entries, position_bs = layer.seen(at, *new)
         if self._overwrites(at) and self._is_read_by_others:
             passed = {**layer.state.passed, self._group: (entries, position_bs)}
@@ -254,10 +238,11 @@ class LayerState:
         return (entries, position_bs), layer
 
     def seen(self, at: Positions, *names: str) -> Seen:
-        """What the step's tokens may attend to of rows that count positions, once the step's entries are written."""
+        """What the step's tokens may attend to of rows that count positions, as it is stored, once the step's entries
+        are written."""
         if self._overwrites(at):
             return self.state.passed[self._group]
-        return {name: self.read(name, at) for name in names}, self.position_bs(at, written=True)
+        return {name: self._entries(name, at) for name in names}, self.position_bs(at, written=True)
 
     def position_bs(self, at: Positions, *, written: bool) -> Array:
         """Which position each entry that `read` gives is of, negative for none: [1, s], or [b, s] of a ring.
@@ -280,18 +265,52 @@ class LayerState:
         size = kept(self._kept.window, self.state.positions)
         return size if size < at.positions else None
 
-    def _read(self, row: int, at: Positions) -> Array:
-        array = self.state.arrays[self._group][row]
-        stored = self.rows[row].stored(self.state.dtype)
-        return self.state.layout.read(array, self.index, self.rows[row], at, stored)
+    def _encoded(self, name: str, new: Array) -> Entries:
+        """New entries as `write` takes them, in the order of the row's axes, and as it stores them."""
+        row = self._row(name)
+        if row.position_axis is not None:
+            new = jnp.moveaxis(new, 1, row.position_axis)
+        return Encoded.of(new, row.dtype, self.state.dtype) if row.is_encoded else new
 
-    def _written(self, row: int, new: Array, at: Positions) -> "LayerState":
-        arrays, group = self.state.arrays, self._group
-        stored = self.rows[row].stored(self.state.dtype)
-        array = self.state.layout.write(arrays[group][row], self.index, self.rows[row], new, at, stored)
-        changed = (*arrays[group][:row], array, *arrays[group][row + 1 :])
-        state = dataclasses.replace(self.state, arrays=(*arrays[:group], changed, *arrays[group + 1 :]))
-        return dataclasses.replace(self, state=state)
+    def _entries(self, name: str, at: Positions) -> Entries:
+        """The entries of a row that counts positions, as they are stored."""
+        row, size = self._row(name), self._ring(at)
+        at = at if size is None else dataclasses.replace(at, positions=size)
+        if not row.is_encoded:
+            return self._read(name, at)
+        scale = None if row.scale is None else self._read(row.scale.name, at)
+        return Encoded(self._read(name, at), scale, self.state.dtype)
+
+    def _with_older(self, name: str, new: Entries, at: Positions) -> Entries:
+        """The entries before the step, and new ones behind them."""
+        axis = self._row(name).position_axis or 0
+        return jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis), self._entries(name, at), new)
+
+    def _with(self, at: Positions, new: Mapping[str, Entries]) -> "LayerState":
+        """The state with new entries, in the order of each row's axes."""
+        if not self._kept.own:
+            raise ConfigError("Config.own_state says that this layer has no state of its own, and its block writes one")
+        layer = self
+        for name, entries in new.items():
+            stored = zip(self._row(name).stored_rows, jax.tree.leaves(entries), strict=True)
+            for row, array in stored:
+                entry, place = array, at
+                if (axis := row.position_axis) is not None and (size := self._ring(at)) is not None:
+                    entry, place = onto_ring(array, at, axis, size, partial(layer._read, row.name))
+                layer = layer._written(row.name, entry, place)
+        return layer
+
+    def _read(self, name: str, at: Positions) -> Array:
+        state, number = self.state, self._number(name)
+        row = self.rows[number]
+        return state.layout.read(state.arrays[self._group][number], self.index, row, at, row.stored(state.dtype))
+
+    def _written(self, name: str, new: Array, at: Positions) -> "LayerState":
+        state, group, number = self.state, self._group, self._number(name)
+        row, arrays = self.rows[number], list(state.arrays[group])
+        arrays[number] = state.layout.write(arrays[number], self.index, row, new, at, row.stored(state.dtype))
+        groups = (*state.arrays[:group], tuple(arrays), *state.arrays[group + 1 :])
+        return dataclasses.replace(self, state=dataclasses.replace(state, arrays=groups))
 
     @property
     def _kept(self) -> Kept:
@@ -305,8 +324,11 @@ class LayerState:
     def _is_read_by_others(self) -> bool:
         return dataclasses.replace(self._kept, own=False) in self.state.layers
 
-    def _row(self, name: str) -> int:
+    def _number(self, name: str) -> int:
         return [row.name for row in self.rows].index(name)
+
+    def _row(self, name: str) -> S:
+        return self.rows[self._number(name)]
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from jx_neuron.lowering.hlo.graph import parse
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.lowering.verify.footprint import peak_bytes
 from jx_neuron.models import Decoder
+from jx_neuron.nn.blocks import SIZE
 from jx_neuron.nn.recurrent import CHUNK
 from jx_neuron.nn.sharding import Padding
 from jx_neuron.planning.instances import Instance
@@ -95,9 +96,12 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
         scores = rows * n * positions * (4 + itemsize)  # float32, then as probabilities
         state = 2 * key.rows * k * positions * h * itemsize
         mlp = rows * 3 * f * itemsize
-        if chosen is not None:  # features of all experts, or the parameters of those chosen
+        if chosen is not None:
             e, few = padding.sizes["e"], rows * chosen
-            mlp += 3 * m * itemsize * (few * (d + 1) if few < e else rows * e)
+            if count := outline.blocks(tp_degree, rows):  # what blocks give, and the rows that are taken of it
+                mlp += itemsize * d * (count * SIZE + few)
+            else:  # features of all experts, or the parameters of those chosen
+                mlp += 3 * m * itemsize * (few * (d + 1) if few < e else rows * e)
         if "g" not in padding.sizes:
             return max(projections + scores + state, mlp)
         chunk = min(key.tokens, CHUNK)  # of a recurrence, in float32: its inputs and results, decays, and states

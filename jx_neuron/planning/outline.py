@@ -15,6 +15,8 @@ from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
 from jx_neuron.config import QuantizationConfig
 from jx_neuron.models import Decoder, family, model_types, text_config
+from jx_neuron.nn import blocks
+from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.quantized import Form
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.planning import collectives
@@ -44,7 +46,7 @@ class Parameter:
     def stored(self, itemsize: int) -> int:
         """Bytes of all layers that each core holds, `itemsize` a number that has no dtype of its own."""
         if self.form is None:
-            return self.per_core * (np.dtype(np.float32).itemsize if self.is_computed else itemsize)
+            return self.per_core * (np.dtype(np.float32).itemsize if self.is_float32 else itemsize)
         spec = PartitionSpec() if self.row is None else self.row.partition
         parts = self.form.shapes(self.shape, np.dtype(f"u{itemsize}"))
         return self.count * sum(
@@ -57,6 +59,10 @@ class Parameter:
     @property
     def is_computed(self) -> bool:
         return self.row is not None and self.row.is_computed
+
+    @property
+    def is_float32(self) -> bool:
+        return self.row is not None and self.row.is_float32
 
     @property
     def is_looked_up(self) -> bool:
@@ -100,6 +106,10 @@ class Outline:
             return cls.of(dataclasses.replace(Decoder.from_config(model), quant=quant))
         one_layer = {"model_type": config.MODEL_TYPE, **config.with_layers(1).to_hf()}
         return cls(dataclasses.replace(Decoder.from_config(one_layer), quant=quant), config.layers)
+
+    def with_cache(self, dtype: StateDtype) -> "Outline":
+        """The outline with keys and values stored in `dtype`. Raises ConfigError where layers keep none."""
+        return dataclasses.replace(self, decoder=self.decoder.with_cache(dtype))
 
     @property
     def config(self) -> HFConfig:
@@ -171,10 +181,37 @@ class Outline:
         return sum(self._of_chosen(p, size(p), rows) for p in parameters) - looked_up
 
     def multiplied_elements(self, tp_degree: int, rows: int) -> int:
-        """Of these, those by which each of `rows` is multiplied: every expert's where `rows` have more than there are,
-        as jx_neuron.nn.ops.Ops computes them."""
-        e, chosen = self.config.sizes.get("e", 1), self.config.chosen
-        return self.read_elements(tp_degree, 1 if chosen is None or rows * chosen < e else e)
+        """Of these, those by which each of `rows` is multiplied, as jx_neuron.nn.ops.Ops computes experts: by those
+        chosen, by every one, or in blocks, whose empty places count."""
+        chosen, e = self.config.chosen or 0, self.config.sizes.get("e", 1)
+        if count := self.blocks(tp_degree, rows):
+            experts = count * blocks.SIZE / rows
+        else:
+            experts = chosen if rows * chosen < e else e
+        return self.read_elements(tp_degree, 0) + round(self.expert_elements(tp_degree) * experts)
+
+    def expert_elements(self, tp_degree: int) -> float:
+        """Parameters of one expert, of all layers, that each core holds; 0 where there are none."""
+        of_experts = sum(p.per_core for p in self.parameters(tp_degree) if p.is_of_experts)
+        return of_experts / self.config.sizes.get("e", 1)
+
+    def blocks(self, tp_degree: int, rows: int) -> int:
+        """In how many blocks `rows` go through the experts of a layer; 0 where they do not."""
+        chosen, sizes = self.config.chosen, self.config.sizes
+        if chosen is None or rows * chosen < sizes["e"]:
+            return 0
+        width = self.padding(tp_degree).size("m") // tp_degree
+        pay = blocks.pay(rows, chosen, sizes["e"], width)
+        return blocks.count(rows * chosen, sizes["e"]) if pay else 0
+
+    def block_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
+        """What a core reads and writes for blocks beside each parameter once: an expert's for each further block, and
+        what enters a block and comes out, which is read again."""
+        if not (count := self.blocks(tp_degree, rows)):
+            return 0
+        more = max(count - self.config.sizes["e"], 0) * self.expert_elements(tp_degree)
+        layers = sum(p.count for p in self.parameters(1) if p.row is not None and p.row.letters == ["e", "m", "d"])
+        return round(more + 3 * layers * count * blocks.SIZE * self.config.sizes["d"]) * itemsize
 
     def _of_chosen(self, parameter: Parameter, elements: int, rows: int) -> int:
         """Of the elements of a parameter, those that `rows` have."""

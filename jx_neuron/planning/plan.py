@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jx_neuron.config import QuantizationConfig, dtype_of
+from jx_neuron.config import KVCacheQuantizationConfig, QuantizationConfig, dtype_of
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import INSTANCES, Instance, find
@@ -40,7 +40,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of `plan`, in bytes and seconds. Times are estimates; docs/planning.md states their error."""
+    """The result of `plan`, in bytes and seconds. Times are estimates; docs/planning.md states their error.
+
+    cache_dtype: the dtype that keys and values are stored in; None for that of `amp`.
+    """
 
     model_type: str
     parameters: int
@@ -51,6 +54,7 @@ class Plan:
     n_positions: int
     context_length: int
     amp: str
+    cache_dtype: str | None
     memory: Memory
     memory_per_core: int
     activations_lowered: bool
@@ -91,6 +95,7 @@ def plan(
     context_length_estimate: Lengths | None = None,
     amp: str = "f32",
     quant: QuantizationConfig | None = None,
+    kv_cache_quant: KVCacheQuantizationConfig | None = None,
     strict: bool = False,
     lower: bool = False,
 ) -> Plan:
@@ -108,6 +113,7 @@ def plan(
     n_positions:             by default 2048, or the positions that the model was trained on where those are fewer.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
     quant:                   how weights are quantized; that of a decoder is its own.
+    kv_cache_quant:          how keys and values are stored, where not in `amp`.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
     lower:                   take activations from the lowered program of the largest prompt, which takes seconds,
                              instead of an estimate.
@@ -115,6 +121,8 @@ def plan(
     Raises InputError where the request cannot run; it names what is legal, and the nearest request that runs.
     """
     outline = Outline.of(model, quant)
+    if kv_cache_quant is not None:
+        outline = outline.with_cache(kv_cache_quant.stored)
     request = _request(outline, batch_size, n_positions, context_length_estimate, amp, strict)
     requested_instance = find(instance) if instance else None
     chosen, degree = _place(request, requested_instance, None if tp_degree is None else integer("tp_degree", tp_degree))
@@ -134,6 +142,7 @@ def plan(
         n_positions=request.buckets.capacity,
         context_length=max(request.buckets.context),
         amp=amp,
+        cache_dtype=kv_cache_quant.stored if kv_cache_quant else None,
         memory=memory,
         memory_per_core=chosen.hbm_per_core,
         activations_lowered=lower,
@@ -247,11 +256,11 @@ def _why_nowhere(request: Request, tp_degree: int | None) -> str:
 def _lowered(
     model: Mapping[str, Any] | Decoder, quant: QuantizationConfig | None, request: Request, tp_degree: int, amp: str
 ) -> int:
-    own = model if isinstance(model, Decoder) else replace(Decoder.from_config(model), quant=quant)
-    at = replace(own, tp_degree=tp_degree)
+    decoder = model if isinstance(model, Decoder) else replace(Decoder.from_config(model), quant=quant)
+    decoder = replace(decoder, tp_degree=tp_degree, state=request.outline.decoder.state)
     keys = request.buckets.programs(request.batch_size, 1)
     largest = max(keys, key=lambda key: key.tokens * key.positions)
-    return lowered_activation_bytes(at, largest, request.buckets.capacity, dtype_of(amp))
+    return lowered_activation_bytes(decoder, largest, request.buckets.capacity, dtype_of(amp))
 
 
 def _notes(request: Request, instance: Instance, tp_degree: int, memory: Memory, host: int) -> list[str]:

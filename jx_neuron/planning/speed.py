@@ -18,6 +18,9 @@ from functools import cache
 import numpy as np
 
 from jx_neuron.config import QuantizationConfig
+from jx_neuron.nn import latent_attention
+from jx_neuron.nn.layout import Kept
+from jx_neuron.nn.sharding import Padding
 from jx_neuron.planning import published
 from jx_neuron.planning.instances import Instance, find
 from jx_neuron.planning.outline import Outline
@@ -68,9 +71,13 @@ class Speed:
     def to_first_token(self, batch: int, tokens: int, positions: int) -> float:
         """Seconds of one prompt chunk of `tokens` a row, over `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.weight_bytes(tp, self.itemsize) + outline.cache_bytes(tp, batch, positions, self.itemsize)
+        bytes_moved = (
+            outline.weight_bytes(tp, self.itemsize)
+            + outline.cache_bytes(tp, batch, positions, self.itemsize)
+            + outline.block_bytes(tp, batch * tokens, self.itemsize)
+        )
         rate = self._peak * self.constants.efficiency
-        roof = max(bytes_read / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
+        roof = max(bytes_moved / self.instance.bandwidth_per_core, self.flops(batch, tokens, positions) / rate)
         return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
     def prompt_seconds(self, batch: int, tokens: int, buckets: Buckets) -> float:
@@ -89,13 +96,13 @@ class Speed:
         head = max((p.per_core for p in outline.parameters(tp) if p.is_vocabulary_table), default=0)
         multiply_adds = (outline.multiplied_elements(tp, batch * tokens) - head) * tokens + head
         decoder = outline.at_degree(tp)
-        attending = [n for n, kept in enumerate(decoder.kept) if any("s" in row.letters for row in kept.rows)]
-        layers = [decoder.padding.of(layer) for layer in attending]
-        heads = sum(layer.size("n") // tp * layer.sizes["h"] for layer in layers)
+        attention = sum(
+            _attention(kept, decoder.padding.of(n), tokens, positions) for n, kept in enumerate(decoder.kept)
+        )
         rows, shapes = decoder.state_rows, decoder.slot(1)
         recurrent = sum(math.prod(shapes[name]) for name, row in rows.items() if "s" not in row.letters)
-        state = (positions * heads + recurrent) * outline.layers // decoder.config.layers
-        return 2.0 * batch * (multiply_adds + 2 * tokens * state)
+        state = (attention // tp + 2 * tokens * recurrent) * outline.layers // decoder.config.layers
+        return 2.0 * batch * (multiply_adds + state)
 
     def collectives(self, rows: int) -> float:
         """Seconds of one layer's all-reduces, of `rows` hidden states each."""
@@ -174,3 +181,12 @@ def _speed(row: published.Decode | published.Prefill, constants: Constants) -> S
 @cache
 def _outline(model: str, quant: QuantizationConfig | None = None) -> Outline:
     return Outline.of(published.CONFIGS[model], quant)
+
+
+def _attention(kept: Kept, layer: Padding, tokens: int, positions: int) -> int:
+    """Multiplications of a layer's scores and values, over all cores; 0 of a layer that has none."""
+    if not any("s" in row.letters for row in kept.rows):
+        return 0
+    if latent_attention.LATENT[0].name in {row.name for row in kept.rows}:
+        return layer.size("n") * latent_attention.multiply_adds(layer.sizes, tokens, positions)
+    return layer.size("n") * 2 * layer.sizes["h"] * tokens * positions

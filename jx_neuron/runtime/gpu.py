@@ -37,7 +37,9 @@ class OutputsFirst:
 
 
 class GpuOps(Ops):
-    """Equations for a GPU: a single row is multiplied by a reduction."""
+    """Equations for a GPU: a single row is multiplied by a reduction. Whether blocks pay is not measured."""
+
+    IN_BLOCKS = False
 
     def matmul_rows(self, x: Array, table_nk: Array) -> Array:
         if x.size != x.shape[-1]:
@@ -55,7 +57,9 @@ def _matmul_row(x: Array, kernel: Array, axes: int) -> Array:
 class OneGPU(Sharded):
     """A decoder's parameters and steps on one GPU."""
 
-    ops = GpuOps()
+    @property
+    def ops(self) -> GpuOps:
+        return GpuOps()
 
     def _place(self, source: Source) -> Params:
         module = self._decoder.bind(self._decoder.abstract_params(self._dtype))

@@ -23,6 +23,9 @@ from jx_neuron.util.progress import track
 DEVICES = Path("/dev")
 PRODUCT = Path("/sys/class/dmi/id/product_name")  # holds the type of an EC2 instance
 IO_RING_CACHE = "NEURON_RT_IO_RING_CACHE_SIZE"
+VIEWED = {"bfloat16": (np.int16, "bfloat16"), "float8_e4m3": (np.int8, "float8_e4m3fn")}
+"""Dtypes that torch.from_numpy does not take: integers of their size, and torch's name. It has no float8_e4m3, whose
+numbers have the same bits in float8_e4m3fn."""
 FIRST_RANK = 1  # argument of _parallel_executor_run: the number of ranks whose outputs are copied to the host
 
 
@@ -90,9 +93,14 @@ class NeuronRuntime:
         none begins at zeros."""
 
     def _rewrite(self, change: Callable[[Any], Any]) -> None:
+        def changed(rank: Any) -> Any:
+            if rank.element_size() > 1:
+                return change(rank)
+            return change(rank.view(self._torch.int8)).view(rank.dtype)  # torch copies and fills no 8-bit floats
+
         for tensor in self._bundle.of_kind("state"):
             buffer = self._device_tensor(tensor)
-            self._torch.ops.neuron._parallel_write_neuron(buffer, [change(rank) for rank in self._read(buffer)])
+            self._torch.ops.neuron._parallel_write_neuron(buffer, [changed(rank) for rank in self._read(buffer)])
 
     def _executor(self, program: ProgramSpec) -> Any:
         if program.name not in self._executors:
@@ -142,9 +150,10 @@ class NeuronRuntime:
 
     def _host_tensor(self, array: np.ndarray) -> Any:
         array = np.require(array, requirements=["C", "W"])
-        if array.dtype.name == "bfloat16":  # torch.from_numpy does not support it
-            return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
-        return self._torch.from_numpy(array)
+        if array.dtype.name not in VIEWED:
+            return self._torch.from_numpy(array)
+        integer, name = VIEWED[array.dtype.name]
+        return self._torch.from_numpy(array.view(integer)).view(getattr(self._torch, name))
 
 
 class _Logits:

@@ -121,12 +121,16 @@ class SavedModel:
         return first_not_finite(self.parameters())
 
     def tokenizer(self, *, plain: bool = False) -> Any:
-        """HF's tokenizer, of files whose hashes are checked. Raises ArtifactError where there is none."""
-        from jx_neuron.checkpoint.tokenizer import load_tokenizer
+        """HF's tokenizer, or where there can be one that is `plain`, that; of files whose hashes are checked.
+
+        Raises ArtifactError where there is none.
+        """
+        from jx_neuron.checkpoint.tokenizer import load_plain_tokenizer, load_tokenizer
 
         if not set(TOKENIZER_FILES) & set(self.artifact.manifest.files):
             raise ArtifactError(f"artifact {self.path} was saved without a tokenizer; use token ids")
-        return load_tokenizer(self.path, self.config, self.save_tokenizer, ArtifactError)
+        load = load_plain_tokenizer if plain else load_tokenizer
+        return load(self.path, self.config, self.save_tokenizer, ArtifactError)
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the tokenizer's files into `folder`, once their hashes are checked, and returns their paths."""

@@ -19,9 +19,6 @@ from jx_neuron.step.step import step
 class Sharded:
     """A decoder's parameters, sharded over a mesh, and its steps."""
 
-    ops = Ops()
-    """The equations that its steps are traced with."""
-
     formulation: Formulation | None = None
     """How one CPU multiplies; None elsewhere."""
 
@@ -31,6 +28,11 @@ class Sharded:
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self._decoder, self._mesh, self._dtype = decoder, mesh, dtype
         self._params = self._place(source)
+
+    @property
+    def ops(self) -> Ops:
+        """The equations that its steps are traced with."""
+        return Ops(cores=self._mesh.size)
 
     def _place(self, source: Source) -> Params:
         return source.place(self._mesh)

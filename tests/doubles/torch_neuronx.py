@@ -35,7 +35,11 @@ DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.int32: "int32",
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8_e4m3",
 }
+VIEWED = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3}  # of the same bits
+INTEGERS = {1: torch.int8, 2: torch.int16}
 
 
 executable = cache(Executable)  # it has no state, and takes seconds to make
@@ -51,15 +55,16 @@ def require(condition, message):
 
 
 def to_numpy(tensor):
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    if tensor.dtype in VIEWED:
+        return tensor.view(INTEGERS[tensor.itemsize]).numpy().view(VIEWED[tensor.dtype]).copy()
     return tensor.numpy().copy()
 
 
 def to_torch(array):
     array = np.array(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    for dtype, viewed in VIEWED.items():
+        if array.dtype == viewed:
+            return torch.from_numpy(array.view(f"int{8 * array.itemsize}")).view(dtype)
     return torch.from_numpy(array)
 
 

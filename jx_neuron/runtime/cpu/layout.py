@@ -12,7 +12,7 @@ from jax import Array, lax
 from jx_neuron.nn.layout import Arrays, Kept, Layout, S
 from jx_neuron.nn.ops import barrier
 from jx_neuron.nn.positions import Positions, within
-from jx_neuron.runtime.cpu.kernel import from_bits, to_bits
+from jx_neuron.runtime.cpu.kernel import from_bits
 
 POSITIONS_LAST = frozenset({"v"})
 """Rows that are summed over positions, and so read fastest with these in the last axis."""
@@ -22,7 +22,10 @@ MOST_UNROLLED = 16
 
 
 class CpuLayout(Layout):
-    """For each row of STATE one array of all layers that keep the same, [l, z, *axes], as `to_bits`."""
+    """For each row of STATE one array of all layers that keep the same, [l, z, *axes].
+
+    Numbers of fewer than 32 bits are stored as unsigned integers: XLA widens them to do as little as write a part.
+    """
 
     slot_axis = 1
     stacked = True
@@ -38,9 +41,8 @@ class CpuLayout(Layout):
     def abstract(self, layers: Sequence[Kept], slots: int, positions: int, dtype: Any) -> Arrays:
         def array(group: Kept, row: int) -> Any:
             shape = group.shape(row, slots, positions)
-            count, own = layers.count(group), group.rows[row].stored(dtype)
-            stored = jnp.uint16 if own.itemsize == 2 else own
-            return jax.ShapeDtypeStruct((count, *(shape[axis] for axis in self._order(group.rows[row]))), stored)
+            stored, order = _bits(group.rows[row].stored(dtype)), self._order(group.rows[row])
+            return jax.ShapeDtypeStruct((layers.count(group), *(shape[axis] for axis in order)), stored)
 
         return tuple(tuple(array(group, row) for row in range(len(group.rows))) for group in self.groups(layers))
 
@@ -74,7 +76,7 @@ class CpuLayout(Layout):
         if axis is not None:
             new, real_bt, start_b = within(new, at, axis, array.shape[self.position_axis(row) or 0])
             real = real_bt.reshape(b, *[-1 if i == axis else 1 for i in range(1, new.ndim)])
-        new, real = (jnp.transpose(x, order) for x in (to_bits(new.astype(dtype)), real))
+        new, real = (jnp.transpose(x, order) for x in (new.astype(dtype).view(_bits(dtype)), real))
         slot_b = jnp.arange(b, dtype=start_b.dtype) if at.slot_b is None else at.slot_b
 
         def place(n: Array | int) -> list[Array]:
@@ -123,6 +125,12 @@ class CpuLayout(Layout):
             return jnp.stack([tables[i][group][row][index] for i, (of, index) in enumerate(places) if of == group])
 
         return tuple(tuple(stacked(group, row) for row in range(len(rows))) for group, rows in enumerate(tables[0]))
+
+
+def _bits(dtype: Any) -> Any:
+    """The dtype that an array of numbers has in memory."""
+    size = jnp.dtype(dtype).itemsize
+    return {1: jnp.uint8, 2: jnp.uint16}.get(size, dtype)
 
 
 CPU = CpuLayout()

@@ -1,6 +1,7 @@
 """The equations of jx_neuron.nn.ops as one CPU computes them fastest (docs/notes/cpu-decode.md and cpu-prefill.md)."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jx_neuron.nn.encoded import Entries, codes, decoded, scaled
 from jx_neuron.nn.ops import Ops, barrier
 from jx_neuron.nn.quantized import Form
 from jx_neuron.runtime.cpu.codes import matmul_codes
@@ -28,11 +30,12 @@ STREAMS = {True: 4, False: 2}
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class CpuOps(Ops):
     """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
 
-    def __init__(self, formulation: Formulation, of_codes: Formulation | None = None):
-        self.formulation, self.of_codes = formulation, of_codes or formulation
+    formulation: Formulation
+    of_codes: Formulation | None = None
 
     def once(self, x: T) -> T:
         return barrier(x)
@@ -52,27 +55,29 @@ class CpuOps(Ops):
 
     def matmul_scaled_rows(self, x: Array, codes_nk: Array, scales_n: Array) -> Array:
         alone_nk = barrier(codes_nk)
-        y_mn = matmul_codes(x.reshape(-1, x.shape[-1]), alone_nk, scales_n, Form("int8", 1), self.of_codes)
+        y_mn = matmul_codes(
+            x.reshape(-1, x.shape[-1]), alone_nk, scales_n, Form("int8", 1), self.of_codes or self.formulation
+        )
         return y_mn.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
-        """Where as many tokens as positions go through, they stand at these, and none sees those behind it."""
-        if tokens != positions:
-            return super().query_blocks(tokens, positions)
+        """A block sees no positions after its last query."""
         ends = [*range(BLOCK, tokens, BLOCK), tokens]
-        return [(first, end, end) for first, end in zip([0, *ends], ends, strict=False)]
+        return [(first, end, positions - tokens + end) for first, end in zip([0, *ends], ends, strict=False)]
 
-    def attention_scores(self, q_btkgh: Array, k_bksh: Array) -> Array:
+    def attention_scores(self, q_btkgh: Array, k_bksh: Entries) -> Array:
         b, t, k, g, h = q_btkgh.shape
         if g * t <= FEW:
-            w_bkrs = _matmul_few(widen(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh)
-        elif self.formulation.dot == "ynnpack":  # which takes 16 bits with what is contracted last, and widens others
-            w_bkrs = _dot(q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), k_bksh, 3, 3)
+            w_bkrs = _matmul_few(widen(q_btkgh).transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), _codes(k_bksh))
+            return scaled(w_bkrs.reshape(b, k, g, t, -1), k_bksh)
+        keys_bksh = decoded(k_bksh)
+        if self.formulation.dot == "ynnpack":  # which takes 16 bits with what is contracted last, and widens others
+            w_bkrs = _dot(q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, h), keys_bksh, 3, 3)
         else:  # tokens last, as products leave them
-            w_bkrs = _dot(widen(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t), widen(k_bksh), 2, 3)
+            w_bkrs = _dot(widen(q_btkgh).transpose(0, 2, 4, 3, 1).reshape(b, k, h, g * t), widen(keys_bksh), 2, 3)
         return w_bkrs.reshape(b, k, g, t, -1)
 
-    def attention_values(self, w_bkgts: Array, v_bksh: Array) -> Array:
+    def attention_values(self, w_bkgts: Array, v_bksh: Entries) -> Array:
         if v_bksh.dtype.itemsize == 4:  # the sum divides the result, which is smaller than the weights
             e_bkgts = jnp.exp(w_bkgts - w_bkgts.max(-1, keepdims=True))
             return self._weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
@@ -104,19 +109,29 @@ class CpuOps(Ops):
         _, y_rd = jax.lax.while_loop(lambda carry: carry[0] < rows, block, start)
         return y_rd[jnp.argsort(order_r)].reshape(b, t, c, d).sum(-2)
 
-    def _weighted(self, p_bkgts: Array, v_bksh: Array) -> Array:
+    def _weighted(self, p_bkgts: Array, v_bksh: Entries) -> Array:
         b, k, g, t, s = p_bkgts.shape
-        p_bkrs = p_bkgts.reshape(b, k, g * t, s)
         if g * t <= FEW:
-            v_bkhs = v_bksh.swapaxes(2, 3)
+            p_bkrs, v_bkhs = scaled(p_bkgts, v_bksh).reshape(b, k, g * t, s), _codes(v_bksh).swapaxes(2, 3)
             a_bkrh = _matmul_few(widen(p_bkrs), v_bkhs, math.gcd(v_bkhs.shape[2], STREAMS[g * t <= FEW // 2]))
         else:
-            a_bkrh = _dot(self._operand(p_bkrs), self._operand(v_bksh), 3, 2)
+            p_bkrs = p_bkgts.reshape(b, k, g * t, s)
+            a_bkrh = _dot(self._operand(p_bkrs), self._operand(decoded(v_bksh)), 3, 2)
         return a_bkrh.reshape(b, k, g, t, -1).transpose(0, 3, 1, 2, 4)
 
     def _operand(self, x: Array) -> Array:
         """x as the dots of this CPU take it."""
         return x if self.formulation.dot == "ynnpack" else widen(x)
+
+
+def _codes(x: Entries) -> Array:
+    """`codes`, with float8_e4m3 widened by its bits, at three times XLA's rate: seven places up, they are those of a
+    float16 that is 2⁸ times as small."""
+    if (stored := codes(x)).dtype != jnp.float8_e4m3:
+        return stored
+    bits = jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)
+    return widen(half) * 2.0**8
 
 
 def _matmul_few(x_bkrc: Array, y_bknc: Array, streams: int = 1) -> Array:

@@ -40,8 +40,11 @@ class OneCPU(Sharded):
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self.formulation: Formulation = choose(dtype).formulation
         self.codes = [of_codes(kind) for kind in sorted(decoder.kinds)]
-        self.ops = CpuOps(self.formulation, of_codes("int8"))
         super().__init__(decoder, source, mesh, dtype)
+
+    @property
+    def ops(self) -> CpuOps:
+        return CpuOps(self.formulation, of_codes("int8"))
 
     def _place(self, source: Source) -> Params:
         module: Any = self._decoder.bind(self._decoder.abstract_params(self._dtype))
@@ -113,7 +116,7 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
         kernels, axes = [layer.kernel.get_value() for layer in layers], layers[0].axes
         if isinstance(kernels[0], Quantized):
             form = kernels[0].form
-            whole = tuple(_whole(kernel) for kernel in kernels)
+            whole = tuple(kernel.shape for kernel in kernels)
             arrays = codes.shapes(_sizes(whole, axes), form)
             return codes.PackedCodes(arrays["codes"], arrays["scales"], whole, form, of_codes(form.kind)), {
                 f"{target}.{part}": _Packed(
@@ -142,7 +145,7 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
             node.kernel, arrays = packed([node], [name], name)
             yield from arrays.items()
         elif isinstance(node, ExpertLinear) and (form := _form(node)) is not None:
-            e, k, n = _whole(node.kernel)
+            e, k, n = node.kernel.shape
             shapes = {
                 part: jax.ShapeDtypeStruct((e, *array.shape), array.dtype)
                 for part, array in codes.shapes((n, k), form).items()
@@ -160,14 +163,6 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
 
 def _form(layer: Any) -> Form | None:
     return layer.kernel.form if isinstance(layer.kernel, Quantized) else None
-
-
-def _whole(kernel: Quantized) -> tuple[int, ...]:
-    """The shape of a quantized matrix."""
-    shape = list(kernel.codes.get_value().shape)
-    if kernel.form.kind == "int4":
-        shape[kernel.form.contracted[-1]] *= 2
-    return tuple(shape)
 
 
 def _sizes(shapes: Sequence[tuple[int, ...]], axes: int) -> tuple[int, int]:

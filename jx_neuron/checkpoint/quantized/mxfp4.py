@@ -4,27 +4,26 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/integrati
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from jx_neuron.checkpoint.quantized.options import Options
 from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.errors import CheckpointError
 
-METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
 # e2m1: a sign, two bits of exponent, one of mantissa
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its checkpoint is in MXFP4."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
+class Config(Options):
+    """The fields of transformers' Mxfp4Config."""
+
+    INERT = "dequantize modules_to_not_convert"  # tensors show these
 
 
-def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The tensors, each pair of blocks and scales as the one that HF makes of it, bfloat16, which holds it exactly.
 
     Raises CheckpointError for blocks without scales, and where the shapes of both do not fit.
