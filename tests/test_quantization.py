@@ -219,3 +219,27 @@ def test_a_plan_counts_bytes_as_they_are_stored() -> None:
         assert outline.weight_bytes(2, 2) == stored, name
         assert outline.parameter_count == Outline.of(replace(coded, quant=None)).parameter_count
         assert outline.read_bytes(2, 1, 2) < outline.read_elements(2) * 2
+
+
+@pytest.mark.slow
+def test_int8_costs_under_half_a_percent_of_perplexity(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import json
+    import pydoc_data.topics
+
+    from jx_neuron.cli.app import run
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)))
+    perplexities = []
+    for quant in ([], ["--quant", "int8"]):
+        arguments = ["score", "--demo", str(text), "--tokens", "20000", "--n-positions", "512", "--json", *quant]
+        assert run(arguments) == 0
+        perplexities.append(json.loads(capfd.readouterr().out.splitlines()[-1])["perplexity"])
+    assert perplexities[1] < 1.005 * perplexities[0]
+
+
+def test_forms_that_do_not_exist_are_refused_on_the_command_line(tmp_path: Path) -> None:
+    from jx_neuron.cli.options import neuron_config
+
+    with pytest.raises(ConfigError, match="quant='int3' is not legal; it is one of int8, fp8, int4"):
+        neuron_config("int3")
