@@ -73,11 +73,11 @@ class Form:
             return dict(zip(PARTS, self._encode_groups(wide), strict=True))
         scale: Any = dtype if self.rows else np.float32
         axes, most = self.contracted, MOST[self.kind]
-        largest = np.max(np.abs(wide), axis=axes, keepdims=True)
+        largest = np.maximum(wide.max(axis=axes, keepdims=True), -wide.min(axis=axes, keepdims=True))
         scales = np.ones_like(largest) if self.cast else (largest / np.float32(most)).astype(scale)
         codes = _over(wide, scales.astype(np.float32))
         if self.kind == "int8":
-            codes = np.clip(np.rint(codes, out=codes), -128, 127)
+            codes = np.clip(np.rint(codes, out=codes), -128, 127, out=codes)
         return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
 
     def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
