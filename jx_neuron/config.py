@@ -1,6 +1,7 @@
 """Options of a model beside its checkpoint, named as in transformers-neuronx."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,16 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
 
-__all__ = ["AMP", "GQA", "GenerationConfig", "KVCacheQuantizationConfig", "NeuronConfig", "PerRow", "dtype_of"]
+__all__ = [
+    "AMP",
+    "GQA",
+    "GenerationConfig",
+    "KVCacheQuantizationConfig",
+    "NeuronConfig",
+    "PerRow",
+    "QuantizationConfig",
+    "dtype_of",
+]
 
 AMP = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 _LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
@@ -149,6 +159,105 @@ class GenerationConfig:
         object.__setattr__(self, name, value)
 
 
+_QUANT_DTYPES = {"int8": "s8", "fp8": "f8e4m3fn", "int4": "int4"}
+_METHODS = ("vector_dynamic", "direct_cast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """Weights in 8 or 4 bits, rounded when a checkpoint is read. docs/quantization.md shows its use.
+
+    The fields of transformers-neuronx, with its meaning:
+
+    quant_dtype:      "s8" or "f8e4m3fn": each output channel has a float32 scale, its largest magnitude over 127 or
+                      240, which multiplies the result of a product. Or "int4", which is this package's own: groups of
+                      `group_size` inputs have a scale each.
+    dequant_dtype:    f32, f16 or bf16, to which a scaled result is rounded before a bias is added; None for the dtype
+                      of activations.
+    quantize_method:  "vector_dynamic", or with f8e4m3fn "direct_cast": scales are 1, and weights are cast.
+    quantize_attn:    whether the projections of attention and of recurrent layers are quantized too, or only those of
+                      MLPs and experts. Embeddings, norms, biases, convolutions and routers never are.
+    no_quantize_list: with f8e4m3fn, "model.layers.N" gives the MLP of that layer scales of 1. "self_attn" is legal with
+                      quantize_attn=False.
+
+    And of this package:
+
+    group_size:       inputs of a group of int4, an even number, 32 by default. A matrix whose inputs on a core are no
+                      multiple of twice as many is stored as s8.
+    lm_head:          whether the head is stored as s8 with a scale a token; with it the table of embeddings, where the
+                      two are tied and one core has the model.
+    keep:             patterns of paths of parameters that are not quantized, such as "layers.0.*" or "*.down_proj.*".
+
+    Raises ConfigError for a value that is not legal.
+    """
+
+    quant_dtype: str = "s8"
+    dequant_dtype: str | None = None
+    quantize_method: str = "vector_dynamic"
+    quantize_attn: bool = True
+    no_quantize_list: tuple[str, ...] = ()
+    group_size: int | None = None
+    lm_head: bool = False
+    keep: tuple[str, ...] = ()
+
+    @classmethod
+    def named(cls, name: str) -> "QuantizationConfig":
+        """What `--quant` gives for int8, fp8 or int4: all matrices, the head too.
+
+        >>> QuantizationConfig.named("int8").quant_dtype
+        's8'
+        """
+        if name not in _QUANT_DTYPES:
+            raise ConfigError(f"quant={name!r} is not legal; it is one of {', '.join(_QUANT_DTYPES)}")
+        return cls(quant_dtype=_QUANT_DTYPES[name], lm_head=True)
+
+    def __post_init__(self) -> None:
+        dtypes = [*_QUANT_DTYPES.values()]
+        for name, legal in (
+            ("quant_dtype", dtypes),
+            ("dequant_dtype", [None, *AMP]),
+            ("quantize_method", _METHODS if self.quant_dtype == "f8e4m3fn" else _METHODS[:1]),
+        ):
+            if (value := getattr(self, name)) not in legal:
+                with_dtype = f" with quant_dtype={self.quant_dtype!r}" if name == "quantize_method" else ""
+                raise ConfigError(f"{name}={value!r} is not legal{with_dtype}; it is {_either(legal)}")
+        for name in ("quantize_attn", "lm_head"):
+            object.__setattr__(self, name, flag(name, getattr(self, name), error=ConfigError))
+        for name in ("no_quantize_list", "keep"):
+            if isinstance(value := getattr(self, name), str) or not all(isinstance(entry, str) for entry in value):
+                raise ConfigError(f"{name}={value!r} is not legal; it is a list of strings")
+            object.__setattr__(self, name, tuple(value))
+        if self.quant_dtype == "int4":
+            size = integer("group_size", 32 if self.group_size is None else self.group_size, least=2, error=ConfigError)
+            if size % 2:
+                raise ConfigError(f"group_size={size} is not legal; it is an even number, for a byte has two weights")
+            object.__setattr__(self, "group_size", size)
+        elif self.group_size is not None:
+            raise ConfigError(f"group_size={self.group_size} goes with quant_dtype='int4'; leave it out")
+        for entry in self.no_quantize_list:
+            if entry == "self_attn" and self.quantize_attn:
+                raise ConfigError("no_quantize_list has 'self_attn', which goes with quantize_attn=False")
+            if entry != "self_attn" and (self.quant_dtype != "f8e4m3fn" or self._layer(entry) is None):
+                raise ConfigError(
+                    f"no_quantize_list has {entry!r}; legal is 'self_attn', and with quant_dtype='f8e4m3fn' "
+                    "'model.layers.N'. To leave weights as they are, give patterns of their paths as keep"
+                )
+
+    @property
+    def cast_layers(self) -> frozenset[int]:
+        """The layers whose MLPs have scales of 1."""
+        return frozenset(layer for entry in self.no_quantize_list if (layer := self._layer(entry)) is not None)
+
+    @staticmethod
+    def _layer(entry: str) -> int | None:
+        match = re.fullmatch(r"model\.layers\.(\d+)", entry)
+        return int(match[1]) if match else None
+
+
+def _either(legal: Sequence[Any]) -> str:
+    return " or ".join(map(repr, legal))
+
+
 # options of transformers-neuronx's code generator that change no result: accepted, with a warning that they do nothing
 _NO_EFFECT: dict[str, Any] = dict(
     allow_flash_attention=None,
@@ -185,7 +294,6 @@ _REFUSED: dict[str, Sequence[Any]] = dict(
     log_softmax_scores=(False, None),
     optimized_paged_attention=(False, None),
     paged_attention=(None,),
-    quant=(None,),
     sparse_attn=(None,),
 )
 
@@ -196,6 +304,7 @@ class NeuronConfig:
 
     group_query_attention:     a `GQA`; heads are replicated or padded as the tensor-parallel degree calls for.
     on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
+    quant:                     a `QuantizationConfig`: weights are stored in 8 or 4 bits.
     output_all_logits:         calling the model returns the logits of every token of the prompt.
     padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding.
     compilation_worker_count:  the number of programs that the compiler works on at once.
@@ -207,6 +316,7 @@ class NeuronConfig:
 
     group_query_attention: GQA | None
     on_device_generation: GenerationConfig | None = field(hash=False)
+    quant: QuantizationConfig | None
     output_all_logits: bool
     padding_side: str
     compilation_worker_count: int | None
@@ -218,6 +328,7 @@ class NeuronConfig:
         *,
         group_query_attention: GQA | str | None = None,
         on_device_generation: GenerationConfig | None = None,
+        quant: QuantizationConfig | None = None,
         output_all_logits: bool = False,
         padding_side: str = "left",
         compilation_worker_count: int | None = None,
@@ -234,19 +345,20 @@ class NeuronConfig:
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
         if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
             warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
-        if on_device_generation is not None and not isinstance(on_device_generation, GenerationConfig):
-            raise ConfigError(
-                f"on_device_generation={shown(on_device_generation)} is not legal; it is a jx_neuron.GenerationConfig"
-            )
-        if kv_cache_quant is not None and not isinstance(kv_cache_quant, KVCacheQuantizationConfig):
-            raise ConfigError(
-                f"kv_cache_quant={shown(kv_cache_quant)} is not legal; it is a jx_neuron.KVCacheQuantizationConfig"
-            )
+        kinds = {
+            "on_device_generation": GenerationConfig,
+            "quant": QuantizationConfig,
+            "kv_cache_quant": KVCacheQuantizationConfig,
+        }
+        for (name, kind), given in zip(kinds.items(), (on_device_generation, quant, kv_cache_quant), strict=True):
+            if given is not None and not isinstance(given, kind):
+                raise ConfigError(f"{name}={shown(given)} is not legal; it is a jx_neuron.{kind.__name__}")
         if (workers := compilation_worker_count) is not None:
             workers = integer("compilation_worker_count", workers, error=ConfigError)
         for name, value in dict(
             group_query_attention=gqa,
             on_device_generation=on_device_generation,
+            quant=quant,
             output_all_logits=flag("output_all_logits", output_all_logits, error=ConfigError),
             padding_side=padding_side,
             compilation_worker_count=workers,
@@ -262,8 +374,9 @@ def _check(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name in _REFUSED:
             if value not in _REFUSED[name]:
-                legal = " or ".join(repr(v) for v in _REFUSED[name])
-                raise ConfigError(f"NeuronConfig({name}={value!r}) is not supported; it may be {legal}")
+                raise ConfigError(
+                    f"NeuronConfig({name}={value!r}) is not supported; it may be {_either(_REFUSED[name])}"
+                )
         elif name not in _NO_EFFECT:
             legal = ", ".join(sorted([*known, *_NO_EFFECT, *_REFUSED]))
             raise ConfigError(f"NeuronConfig has no {name!r}; it has {legal}")

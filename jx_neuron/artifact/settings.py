@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from jx_neuron.config import dtype_of
+from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.nn.encoded import StateDtype
@@ -60,6 +60,7 @@ class Settings:
     window:       how many of a sequence's last positions every layer keeps; None for all.
     state:        of each array of the state table the shape of one slot on one core, by name.
     state_dtypes: the dtypes of those arrays that have one of their own, whatever `amp` is.
+    quant:        how weights are quantized; None where they are not.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -79,6 +80,7 @@ class Settings:
     window: Annotated[int, Field(ge=0, le=MOST)] | None = None
     state: Annotated[Mapping[str, Several[Count]], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
     state_dtypes: Annotated[Mapping[str, StateDtype], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
+    quant: QuantizationConfig | None = None
 
     __pydantic_config__ = RECORD
 

@@ -33,6 +33,7 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens made of each.")] = 128,
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs, of which the median is given.")] = 5,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -46,7 +47,6 @@ def command(
         jx-neuron bench ./my-gpt2 --batch-size 8 --amp bf16 --json
     """
     from jx_neuron.checkpoint.demo import demo_model
-    from jx_neuron.config import NeuronConfig
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     if demo == (model is not None):
@@ -58,7 +58,7 @@ def command(
         n_positions=prompt_tokens + new_tokens,
         tp_degree=tp,
         amp=amp,
-        neuron_config=NeuronConfig(kv_cache_quant=options.kv_cache(kv_quant)),
+        neuron_config=options.neuron_config(quant, kv_quant),
     ).to_neuron()
     loaded = time.perf_counter()
     prompt_bt = np.random.default_rng(0).integers(0, causal_lm.settings.vocab_size, (batch_size, prompt_tokens))
@@ -68,6 +68,7 @@ def command(
     results = {
         "batch_size": batch_size,
         "amp": amp,
+        "quant": quant,
         "kv_quant": kv_quant,
         "tp_degree": tp,
         "prompt_tokens": prompt_tokens,

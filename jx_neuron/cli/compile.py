@@ -59,6 +59,7 @@ def command(
         ),
     ] = None,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     target: options.Target = None,
     hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, and do without.")] = False,
@@ -81,7 +82,6 @@ def command(
     """
     from jx_neuron import artifact
     from jx_neuron.compiler import neuronx_cc
-    from jx_neuron.config import NeuronConfig
     from jx_neuron.runtime import deployment as deploy
     from jx_neuron.util import durable
 
@@ -96,7 +96,7 @@ def command(
         n_positions=_lengths(n_positions),
         tp_degree=tp,
         amp=amp,
-        neuron_config=NeuronConfig(kv_cache_quant=options.kv_cache(kv_quant)),
+        neuron_config=options.neuron_config(quant, kv_quant),
         context_length_estimate=_lengths(context_length_estimate),
     )
     lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, model_options)

@@ -66,6 +66,18 @@ def _amps() -> list[str]:
     return list(AMP)
 
 
+def _quants() -> list[str]:
+    return ["int8", "int4", "fp8"]
+
+
+def neuron_config(quant: str | None, kv_quant: str | None = None, **options: Any) -> Any:
+    """The NeuronConfig of --quant and --kv-quant. Raises a JxNeuronError for a form that does not exist."""
+    from jx_neuron.config import NeuronConfig, QuantizationConfig
+
+    weights = None if quant is None else QuantizationConfig.named(quant)
+    return NeuronConfig(quant=weights, kv_cache_quant=kv_cache(kv_quant), **options)
+
+
 def _targets() -> list[str]:
     from jx_neuron.lowering.verify.rules import TARGETS
 
@@ -81,6 +93,15 @@ def instances() -> list[str]:
 
 Amp = Annotated[
     str, typer.Option(metavar="DTYPE", help="Dtype of weights and cache: f32, f16 or bf16.", autocompletion=_amps)
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Store weights in int8, int4 or fp8 (docs/quantization.md).",
+        show_default=False,
+        autocompletion=_quants,
+    ),
 ]
 KvQuant = Annotated[
     str | None,

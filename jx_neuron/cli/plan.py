@@ -52,6 +52,7 @@ def command(
         ),
     ] = None,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Pad no head: the three rules of transformers-neuronx's first release.")
@@ -87,6 +88,7 @@ def command(
         n_positions=n_positions,
         context_length_estimate=context_length_estimate,
         amp=amp,
+        quant=options.neuron_config(quant).quant,
         kv_cache_quant=options.kv_cache(kv_quant),
         strict=strict,
         lower=exact,

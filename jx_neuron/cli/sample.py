@@ -61,6 +61,7 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
     amp: options.Amp = "f32",
+    quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
@@ -78,7 +79,6 @@ def command(
         jx-neuron sample ./my-llama --chat --temperature 0.7 "Why is the sky blue?"
     """
     from jx_neuron.checkpoint.demo import demo_model
-    from jx_neuron.config import NeuronConfig
     from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def command(
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
-        neuron_config=NeuronConfig(kv_cache_quant=options.kv_cache(kv_quant)),
+        neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
     )
     greedy = temperature is None and top_k is None and top_p is None

@@ -129,6 +129,7 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("prompt_batch_size", options["prompt_batch_size"], None, settings.prompt_batch),
         ("n_positions", tokens, None, settings.buckets.tokens),
         ("context_length_estimate", context, None, settings.buckets.context),
+        ("quant", _neuron_config(options).quant, None, settings.quant),
         ("kv_cache_quant", quant and quant.stored, None, settings.cache_dtype),
     ):
         if value not in (default, saved):
@@ -165,6 +166,7 @@ def settings_of(
         window=decoder.window,
         state=decoder.slot(buckets.capacity),
         state_dtypes=decoder.state_dtypes,
+        quant=decoder.quant,
     )
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):

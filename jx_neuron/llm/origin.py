@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -192,6 +192,7 @@ class CheckpointOrigin(DecoderOrigin):
         config, tensors = text_model(checkpoint.config, checkpoint)
         check_family(config.get("model_type"))
         decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
+        decoder = _quantized(decoder, options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
         return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint)
@@ -230,14 +231,14 @@ class ModuleOrigin(DecoderOrigin):
         cls, module: "nnx.Module", config: "HFConfig", weights: "Sequence[W]", options: ModelOptions, backend: str
     ) -> Self:
         """Takes a module, and its weight table `weights`."""
-        from jx_neuron.checkpoint.weights import flatten, from_params
+        from jx_neuron.checkpoint.weights import flatten
         from jx_neuron.models import Decoder
 
         decoder = with_cache(
             Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"])), options
         )
-        settings = settings_of(decoder, options, backend)
-        source = from_params(flatten(module), decoder.rows, decoder.padding, settings.dtype)
+        settings = settings_of(decoder := _quantized(decoder, options), options, backend)
+        source = decoder.source_of(flatten(module), settings.dtype)
         return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source)
 
     def weights(self) -> "Source":
@@ -259,6 +260,7 @@ class ConfigOrigin(DecoderOrigin):
         from jx_neuron.models import Decoder
 
         decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"])), options)
+        decoder = _quantized(decoder, options)
         return cls(decoder, settings_of(decoder, options, "host", _end_and_padding(config)), config)
 
     def weights(self) -> "Source":
@@ -268,6 +270,11 @@ class ConfigOrigin(DecoderOrigin):
     def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
         raise InputError("this model was made from a config alone, without a checkpoint, and has no tokenizer")
+
+
+def _quantized(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
+    neuron_config = options["neuron_config"]
+    return decoder if neuron_config is None else replace(decoder, quant=neuron_config.quant)
 
 
 def _end_and_padding(*configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,12 +19,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint import weights
 from jx_neuron.checkpoint.hf_config import HFConfig
+from jx_neuron.checkpoint.quantizing import quantized
 from jx_neuron.checkpoint.weights import Copy, Params, W
+from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks, wrapper
+from jx_neuron.nn import quantizing
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
 from jx_neuron.nn.positions import Positions
+from jx_neuron.nn.quantized import PARTS, Form
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.nn.state import State
 from jx_neuron.util.pages import gc_paused
@@ -223,6 +227,11 @@ def _switched(config: HFConfig) -> Iterator[HFConfig]:
                 yield replace(cast(Any, config), **{switch.name: not value})
 
 
+def _state(params: Mapping[str, Any]) -> Any:
+    paths = (tuple(int(part) if part.isdigit() else part for part in path.split(".")) for path in params)
+    return nnx.from_flat_state(cast(Any, dict(zip(paths, map(nnx.Param, params.values()), strict=True))))
+
+
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in weights.flatten(nnx.state(module)).items()}
 
@@ -239,6 +248,7 @@ class Decoder:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     tp_degree: int = 1
     state: Sequence[S] = KV
+    quant: QuantizationConfig | None = None
 
     @classmethod
     def from_config(
@@ -311,29 +321,88 @@ class Decoder:
     def source(self, tensors: weights.Tensors, dtype: Any) -> weights.Source:
         """The parameters of a checkpoint. Raises CheckpointError where tensors and parameters do not match."""
         rows = weights.match(self.table, self.ignore, self.shapes, self.config, tensors)
-        return weights.from_checkpoint(rows, self.config, self.padding, tensors, np.dtype(dtype))
+        return self._quantized(
+            lambda dtype: weights.from_checkpoint(rows, self.config, self.padding, tensors, np.dtype(dtype)), dtype
+        )
+
+    def source_of(self, params: Mapping[str, Any], dtype: Any) -> weights.Source:
+        """Parameters in hand, unpadded."""
+        return self._quantized(
+            lambda dtype: weights.from_params(params, self.rows, self.padding, np.dtype(dtype)), dtype
+        )
+
+    def _quantized(self, source: Callable[[Any], weights.Source], dtype: Any) -> weights.Source:
+        if not self.forms:
+            return source(dtype)
+        return quantized(source(dtype), source(np.float32), self.forms, np.dtype(dtype))
+
+    @cached_property
+    def forms(self) -> Mapping[str, Form]:
+        """How each parameter that `quant` quantizes is stored. Raises ConfigError where `quant` does not fit."""
+        if self.quant is None:
+            return {}
+
+        def on_core(path: str) -> tuple[int, ...]:
+            names = zip_longest(self._shape(path), self.partition(path))
+            return tuple(size // self.tp_degree if name else size for size, name in names)
+
+        return quantizing.forms(self._module, self.quant, on_core, self.tp_degree)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of its quantized parameters."""
+        return frozenset(form.kind for form in self.forms.values())
+
+    @property
+    def _module(self) -> Any:
+        """The model with nothing quantized, and with shapes for parameters."""
+        params = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in self.shapes.items()}
+        return nnx.merge(self.graph, _state(params))
+
+    @cached_property
+    def _stored_graph(self) -> Any:
+        if not self.forms:
+            return self.graph
+        quantizing.replace(module := self._module, self.forms)
+        return nnx.graphdef(module)
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, str | None]]:
+        """The parameter of each array that is stored, by path, and which part of a quantized one it is."""
+        return {
+            f"{path}.{part}" if part else path: (path, part)
+            for path in self.shapes
+            for part in (PARTS if path in self.forms else (None,))
+        }
 
     def bind(self, params: Params) -> DecoderModule:
         """The module that holds `params`."""
-        flat = {
-            tuple(int(p) if p.isdigit() else p for p in path.split(".")): nnx.Param(a) for path, a in params.items()
-        }
-        return cast(DecoderModule, nnx.merge(self.graph, nnx.from_flat_state(cast(Any, flat))))
+        return cast(DecoderModule, nnx.merge(self._stored_graph, _state(params)))
 
     def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters as shapes, padded; sharded over `mesh` where given."""
-        return {
-            path: jax.ShapeDtypeStruct(
-                self._row[path].target_shape(self.padding) if path in self._row else shape,
-                self._row[path].dtype(dtype) if path in self._row else jnp.dtype(dtype),
-                sharding=NamedSharding(mesh, self.partition(path)) if mesh else None,
-            )
-            for path, shape in self.shapes.items()
-        }
+
+        def array(name: str, path: str, part: str | None) -> jax.ShapeDtypeStruct:
+            shape, row = self._shape(path), self._row.get(path)
+            whole = jax.ShapeDtypeStruct(shape, row.dtype(dtype) if row else jnp.dtype(dtype))
+            stored = self.forms[path].shapes(shape, jnp.dtype(dtype))[part] if part else whole
+            return stored.update(sharding=NamedSharding(mesh, self.partition(name))) if mesh else stored
+
+        return {name: array(name, path, part) for name, (path, part) in self._stored.items()}
+
+    def _shape(self, path: str) -> tuple[int, ...]:
+        """That of a parameter that nothing quantizes, padded."""
+        return self._row[path].target_shape(self.padding) if path in self._row else tuple(self.shapes[path])
 
     def partition(self, path: str) -> PartitionSpec:
-        """How a parameter is split among cores."""
-        return self._row[path].partition if path in self._row else PartitionSpec()
+        """How a parameter, or a part of a quantized one, is split among cores."""
+        path, part = self._stored[path] if path not in self.shapes else (path, None)
+        spec = self._row[path].partition if path in self._row else PartitionSpec()
+        return self.forms[path].partition(part, spec) if part else spec
+
+    def row(self, path: str) -> W | None:
+        """The row of the weight table that fills a parameter, or a part of a quantized one."""
+        return self._row.get(self._stored[path][0])
 
     @cached_property
     def _row(self) -> dict[str, W]:

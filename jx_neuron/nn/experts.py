@@ -17,6 +17,7 @@ from jax import Array
 from jx_neuron.nn import blocks
 from jx_neuron.nn.layers import ACT, Linear, random_normal
 from jx_neuron.nn.ops import ops
+from jx_neuron.nn.quantized import Quantized
 from jx_neuron.nn.sublayers import GatedMLP
 
 SCORES: Mapping[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
@@ -92,26 +93,38 @@ def is_chosen(index_btc: Array, score_bte: Array) -> Array:
 
 
 class ExpertLinear(nnx.Module):
-    """kernel [e, inputs, outputs], or as a backend stores it, and bias [e, outputs], of one layer of all experts."""
+    """kernel [e, inputs, outputs], or as it is stored (jx_neuron.nn.kernel and .quantized), and bias [e, outputs], of
+    one layer of all experts."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(random_normal(rngs.params(), (experts, inputs, outputs), 1.0 / math.sqrt(inputs)))
+        kernel = random_normal(rngs.params(), (experts, inputs, outputs), 1.0 / math.sqrt(inputs))
+        self.kernel: Any = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((experts, outputs))) if bias else None
 
     def dense(self, x_btd: Array) -> Array:
         """What the layer of every expert gives: [b, t, e, outputs]."""
-        y_btem = jnp.einsum("btd,edm->btem", x_btd, self.kernel[...])
+        y_btem = jnp.einsum("btd,edm->btem", x_btd, self.matrices(x_btd.dtype))
         return y_btem if self.bias is None else y_btem + self.bias[...]
 
     def chosen(self, x_btd: Array, index_btc: Array) -> Array:
         """What the layer of each token's experts gives: [b, t, c, outputs]."""
-        y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, take(self.kernel[...], index_btc))
+        y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, self.matrices(x_btd.dtype, index_btc))
         return y_btcm if self.bias is None else y_btcm + take(self.bias[...], index_btc)
+
+    def matrices(self, dtype: Any, index: Array | None = None) -> Array:
+        """The matrices of all experts, [e, inputs, outputs], or of those numbered, [*index, inputs, outputs]; what is
+        quantized is widened to `dtype`."""
+
+        def part(array: Array) -> Array:
+            return array if index is None else take(array, index)
+
+        return self.kernel.widened(dtype, part) if isinstance(self.kernel, Quantized) else part(self.kernel[...])
 
     def one(self, x_rd: Array, expert: Array) -> Array:
         """What the layer of one expert gives: [r, outputs]."""
         kernel: Any = self.kernel.get_value()
-        y_rm = x_rd @ take(kernel, expert) if isinstance(kernel, Array) else kernel.matmul_one(x_rd, expert)
+        is_plain = isinstance(kernel, Array | Quantized)
+        y_rm = x_rd @ self.matrices(x_rd.dtype, expert) if is_plain else kernel.matmul_one(x_rd, expert)
         if self.bias is None:
             return y_rm
         return y_rm + jax.lax.dynamic_index_in_dim(self.bias[...], expert, keepdims=False)
@@ -161,14 +174,14 @@ class Experts(nnx.Module):
         gate_btem, up_btem = self.gate_proj.dense(x_btd), self.up_proj.dense(x_btd)
         weight_bte = self._weights(weight_btc, index_btc)
         hidden_btem = self._weighted(gate_btem, up_btem, weight_bte[..., None])
-        y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.kernel[...])
+        y_btd = jnp.einsum("btem,emd->btd", hidden_btem, self.down_proj.matrices(x_btd.dtype))
         return self._biased(y_btd, weight_bte)
 
     def of_chosen(self, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """By the experts chosen, whose parameters are gathered."""
         gate_btcm, up_btcm = self.gate_proj.chosen(x_btd, index_btc), self.up_proj.chosen(x_btd, index_btc)
         hidden_btcm = self._weighted(gate_btcm, up_btcm, weight_btc[..., None])
-        down_btcmd = take(self.down_proj.kernel[...], index_btc)
+        down_btcmd = self.down_proj.matrices(x_btd.dtype, index_btc)
         y_btd = jnp.einsum("btcm,btcmd->btd", hidden_btcm, down_btcmd)
         bias = self.down_proj.bias
         return y_btd if bias is None else y_btd + jnp.einsum("btc,btcd->btd", weight_btc, take(bias[...], index_btc))
@@ -187,7 +200,7 @@ class Experts(nnx.Module):
             expert, row_z = inputs
             x_zd, weight_z1 = take(x_td, row_z // c), take(weight_r, row_z)[:, None]
             hidden_zm = self._weighted(self.gate_proj.one(x_zd, expert), self.up_proj.one(x_zd, expert), weight_z1)
-            down_md = take(self.down_proj.kernel[...], expert)
+            down_md = self.down_proj.matrices(x_btd.dtype, expert)
             hidden_zpm, down_pmd = hidden_zm.reshape(len(row_z), cores, -1), down_md.reshape(cores, -1, d)
             return None, jnp.einsum("zpm,pmd->pzd", hidden_zpm, down_pmd)
 

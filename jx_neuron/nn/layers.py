@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jx_neuron.nn.kernel import Indexed, Kernel, matmul
+from jx_neuron.nn.kernel import Indexed, matmul
 from jx_neuron.nn.ops import Ops, barrier, ops
+from jx_neuron.nn.quantized import Quantized
 from jx_neuron.nn.state import LayerState, State
 
 
@@ -131,11 +132,11 @@ def random_normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
 
 
 class LinearParams(nnx.Module):
-    """kernel [*inputs, *outputs], or as a backend stores it (jx_neuron.nn.kernel), and bias [*outputs]."""
+    """kernel [*inputs, *outputs], or as it is stored (jx_neuron.nn.kernel and .quantized), and bias [*outputs]."""
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
-        self.kernel = nnx.Param(random_normal(rngs.params(), (*inputs, *outputs), scale))
+        self.kernel: Any = nnx.Param(random_normal(rngs.params(), (*inputs, *outputs), scale))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs))) if bias else None
         self.axes = len(inputs)
 
@@ -144,7 +145,7 @@ class Linear(LinearParams):
     """y = x · kernel + bias, over the last axes of x."""
 
     def __call__(self, x: Array) -> Array:
-        return _biased(matmul(x, self.kernel.get_value(), self.axes), self)
+        return _biased(matmul(x, self.kernel.get_value(), self.axes), self, x.dtype)
 
 
 class Linears(nnx.Module):
@@ -152,7 +153,7 @@ class Linears(nnx.Module):
 
     def __init__(self, inputs: Sequence[int], outputs: Mapping[str, Sequence[int]], *, bias: bool, rngs: nnx.Rngs):
         self.names = tuple(outputs)
-        self.fused: nnx.Param[Kernel] | None = nnx.data(None)
+        self.fused: Any = nnx.data(None)
         for name, sizes in outputs.items():
             setattr(self, name, LinearParams(inputs, sizes, bias=bias, rngs=rngs))
 
@@ -167,30 +168,34 @@ class Linears(nnx.Module):
             products = [matmul(x, layer.kernel.get_value(), layer.axes) for layer in self.layers]
         else:
             products = self.fused.get_value().matmul(x)
-        return [_biased(y, layer) for y, layer in zip(products, self.layers, strict=True)]
+        return [_biased(y, layer, x.dtype) for y, layer in zip(products, self.layers, strict=True)]
 
-    def fuse(self, kernel: Kernel) -> None:
-        """Stores `kernel`, which holds the kernels of all layers, in their place."""
+    def fuse(self, kernel: Any) -> None:
+        """Stores `kernel`, a parameter that holds the kernels of all layers, in their place."""
         for layer in self.layers:
             del layer.kernel
-        self.fused = nnx.Param(kernel)
+        self.fused = kernel
 
 
-def _biased(y: Array, layer: LinearParams) -> Array:
-    return y if layer.bias is None else y + layer.bias[...]
+def _biased(y: Array, layer: LinearParams, dtype: Any) -> Array:
+    return (y if layer.bias is None else y + layer.bias[...]).astype(dtype)
 
 
 class Embedding(nnx.Module):
     """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
 
     def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(random_normal(rngs.params(), (entries, d), 0.02))
+        self.embedding: Any = nnx.Param(random_normal(rngs.params(), (entries, d), 0.02))
 
     def __call__(self, index_bt: Array) -> Array:
+        if isinstance(self.embedding, Quantized):
+            return self.embedding.rows(index_bt)
         return self.embedding[...].at[index_bt].get(mode="clip")
 
     def attend(self, x_btd: Array) -> Array:
         """Logits [b, t, v] = x · tableᵀ."""
+        if isinstance(self.embedding, Quantized):
+            return ops().matmul_scaled_rows(x_btd, self.embedding.codes[...], self.embedding.scales[...])
         return ops().matmul_rows(x_btd, self.embedding[...])
 
 

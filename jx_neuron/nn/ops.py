@@ -44,6 +44,11 @@ class Ops:
         """x · tableᵀ, over the last axis of both."""
         return jnp.einsum("...k,nk->...n", x, table_nk)
 
+    def matmul_scaled_rows(self, x: Array, codes_nk: Array, scales_n: Array) -> Array:
+        """x · tableᵀ of a table of codes, each row times its scale."""
+        y = jnp.einsum("...k,nk->...n", x, codes_nk.astype(x.dtype), preferred_element_type=jnp.float32)
+        return (y * scales_n.astype(jnp.float32)).astype(x.dtype)
+
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
         """Queries that go through attention at a time: the first, the one after the last, and how many of the positions
         are read for them. The last query is at the last position, or before it."""

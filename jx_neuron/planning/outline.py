@@ -9,25 +9,29 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.row import W
+from jx_neuron.config import QuantizationConfig
 from jx_neuron.models import Decoder, family, model_types, text_config
 from jx_neuron.nn import blocks
 from jx_neuron.nn.encoded import StateDtype
+from jx_neuron.nn.quantized import Form
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.planning import collectives
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: its row, its padded `shape` over all cores, over how many cores it is split, and in how many layers
-    it is."""
+    """A parameter: its row, its padded `shape` over all cores, over how many cores it is split, in how many layers it
+    is, and where it is quantized, how."""
 
     row: W | None
     shape: tuple[int, ...]
     cores: int
     count: int
+    form: Form | None = None
 
     @property
     def elements(self) -> int:
@@ -38,6 +42,19 @@ class Parameter:
     def per_core(self) -> int:
         """Elements of all layers that each core holds."""
         return self.elements // self.cores
+
+    def stored(self, itemsize: int) -> int:
+        """Bytes of all layers that each core holds, `itemsize` a number that has no dtype of its own."""
+        if self.form is None:
+            return self.per_core * (np.dtype(np.float32).itemsize if self.is_float32 else itemsize)
+        spec = PartitionSpec() if self.row is None else self.row.partition
+        parts = self.form.shapes(self.shape, np.dtype(f"u{itemsize}"))
+        return self.count * sum(
+            math.prod(array.shape)
+            * array.dtype.itemsize
+            // (self.cores if AXIS in self.form.partition(name, spec) else 1)
+            for name, array in parts.items()
+        )
 
     @property
     def is_computed(self) -> bool:
@@ -74,8 +91,9 @@ class Outline:
     layers: int
 
     @classmethod
-    def of(cls, model: "Mapping[str, Any] | Decoder | Outline") -> "Outline":
-        """The outline of a parsed config.json or of a decoder. Raises ConfigError where the config is not supported."""
+    def of(cls, model: "Mapping[str, Any] | Decoder | Outline", quant: QuantizationConfig | None = None) -> "Outline":
+        """The outline of a parsed config.json, quantized as `quant` has it, or of a decoder. Raises ConfigError where
+        the config is not supported."""
         if isinstance(model, Outline):
             return model
         if isinstance(model, Decoder):
@@ -83,10 +101,11 @@ class Outline:
         model = text_config(model)
         model_type = model.get("model_type")
         config = family(model_type).Config.from_hf(model) if model_type in model_types() else None
-        if config is None or not config.LAYERS_ALIKE:
-            return cls.of(Decoder.from_config(model))
+        differ = quant is not None and (quant.keep or quant.no_quantize_list)
+        if config is None or not config.LAYERS_ALIKE or differ:
+            return cls.of(dataclasses.replace(Decoder.from_config(model), quant=quant))
         one_layer = {"model_type": config.MODEL_TYPE, **config.with_layers(1).to_hf()}
-        return cls(Decoder.from_config(one_layer), config.layers)
+        return cls(dataclasses.replace(Decoder.from_config(one_layer), quant=quant), config.layers)
 
     def with_cache(self, dtype: StateDtype) -> "Outline":
         """The outline with keys and values stored in `dtype`. Raises ConfigError where layers keep none."""
@@ -116,7 +135,8 @@ class Outline:
         return functools.cache(self._parameters)
 
     def _parameters(self, tp_degree: int) -> tuple[Parameter, ...]:
-        decoder = self.at_degree(tp_degree)
+        quantized = self.at_degree(tp_degree)
+        decoder = dataclasses.replace(quantized, quant=None)
         rows = {row.target: row for row in decoder.rows}
         of_layers = {row.at(0).target for row in decoder.table if "{i}" in row.target}
         repeats = self.layers - decoder.config.layers + 1
@@ -126,14 +146,14 @@ class Outline:
                 parameter.shape,
                 tp_degree if AXIS in decoder.partition(path) else 1,
                 repeats if path in of_layers else 1,
+                quantized.forms.get(path),
             )
             for path, parameter in decoder.abstract_params("uint8").items()
         )
 
     def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
         """Bytes of the parameters that each core holds, padded, and split where they are."""
-        wide = np.dtype(np.float32).itemsize
-        return sum(p.per_core * (wide if p.is_float32 else itemsize) for p in self.parameters(tp_degree))
+        return sum(p.stored(itemsize) for p in self.parameters(tp_degree))
 
     def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
@@ -148,10 +168,17 @@ class Outline:
     def read_elements(self, tp_degree: int, rows: int = 1) -> int:
         """Parameters that a decode step of `rows` reads on each core: all but the tables from which it looks up single
         rows, and of the experts those of as many as are chosen."""
+        return self._read(tp_degree, rows, lambda p: p.per_core)
+
+    def read_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
+        """Their bytes, as stored."""
+        return self._read(tp_degree, rows, lambda p: p.stored(itemsize))
+
+    def _read(self, tp_degree: int, rows: int, size: Callable[[Parameter], int]) -> int:
         parameters = self.parameters(tp_degree)
-        vocabulary = [p.per_core for p in parameters if p.is_vocabulary_table]
-        looked_up = sum(p.per_core for p in parameters if p.is_looked_up) + sum(sorted(vocabulary)[:-1])
-        return sum(self._of_chosen(p, p.per_core, rows) for p in parameters) - looked_up
+        vocabulary = sorted((p.per_core, -size(p)) for p in parameters if p.is_vocabulary_table)
+        looked_up = sum(size(p) for p in parameters if p.is_looked_up) - sum(least for _, least in vocabulary[:-1])
+        return sum(self._of_chosen(p, size(p), rows) for p in parameters) - looked_up
 
     def multiplied_elements(self, tp_degree: int, rows: int) -> int:
         """Of these, those by which each of `rows` is multiplied, as jx_neuron.nn.ops.Ops computes experts: by those
@@ -201,4 +228,4 @@ class Outline:
     @cached_property
     def all_reduces(self) -> float:
         """All-reduces of one layer in a decode step; the mean where layers differ."""
-        return collectives.all_reduces(self.decoder)
+        return collectives.all_reduces(dataclasses.replace(self.decoder, quant=None))  # which scales do not change

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jx_neuron.config import KVCacheQuantizationConfig, dtype_of
+from jx_neuron.config import KVCacheQuantizationConfig, QuantizationConfig, dtype_of
 from jx_neuron.errors import InputError
 from jx_neuron.models import Decoder
 from jx_neuron.planning.instances import INSTANCES, Instance, find
@@ -94,6 +94,7 @@ def plan(
     n_positions: Lengths | None = None,
     context_length_estimate: Lengths | None = None,
     amp: str = "f32",
+    quant: QuantizationConfig | None = None,
     kv_cache_quant: KVCacheQuantizationConfig | None = None,
     strict: bool = False,
     lower: bool = False,
@@ -111,6 +112,7 @@ def plan(
     tp_degree:               by default the fastest that fits.
     n_positions:             by default 2048, or the positions that the model was trained on where those are fewer.
     context_length_estimate: as of `from_pretrained`; by default half of each token bucket.
+    quant:                   how weights are quantized; that of a decoder is its own.
     kv_cache_quant:          how keys and values are stored, where not in `amp`.
     strict:                  apply the three rules of the first release of transformers-neuronx instead of padding.
     lower:                   take activations from the lowered program of the largest prompt, which takes seconds,
@@ -118,13 +120,13 @@ def plan(
 
     Raises InputError where the request cannot run; it names what is legal, and the nearest request that runs.
     """
-    outline = Outline.of(model)
+    outline = Outline.of(model, quant)
     if kv_cache_quant is not None:
         outline = outline.with_cache(kv_cache_quant.stored)
     request = _request(outline, batch_size, n_positions, context_length_estimate, amp, strict)
     requested_instance = find(instance) if instance else None
     chosen, degree = _place(request, requested_instance, None if tp_degree is None else integer("tp_degree", tp_degree))
-    memory = request.memory(chosen, degree, _lowered(model, request, degree, amp) if lower else None)
+    memory = request.memory(chosen, degree, _lowered(model, quant, request, degree, amp) if lower else None)
     host = host_bytes(request.outline, degree, request.itemsize)
     predict = request.speed(chosen, degree)
     largest_batch = request.largest_batch(chosen, degree)
@@ -251,8 +253,10 @@ def _why_nowhere(request: Request, tp_degree: int | None) -> str:
     return f"Even on the largest instance, {largest.name}, at tp_degree={degree}: {request.refusal(largest, degree)}"
 
 
-def _lowered(model: Mapping[str, Any] | Decoder, request: Request, tp_degree: int, amp: str) -> int:
-    decoder = model if isinstance(model, Decoder) else Decoder.from_config(model)
+def _lowered(
+    model: Mapping[str, Any] | Decoder, quant: QuantizationConfig | None, request: Request, tp_degree: int, amp: str
+) -> int:
+    decoder = model if isinstance(model, Decoder) else replace(Decoder.from_config(model), quant=quant)
     decoder = replace(decoder, tp_degree=tp_degree, state=request.outline.decoder.state)
     keys = request.buckets.programs(request.batch_size, 1)
     largest = max(keys, key=lambda key: key.tokens * key.positions)

@@ -39,7 +39,7 @@ class Decode:
     """A published time per output token.
 
     sequence:     positions of the compiled KV cache.
-    weight_bytes: bytes of one weight; 1 for int8.
+    int8:         whether weights are quantized to int8, as transformers-neuronx does; the head is not.
     fitted:       whether the constants of `speed` were fitted on this row; the other rows test them.
     """
 
@@ -49,18 +49,18 @@ class Decode:
     batch_size: int
     sequence: int
     milliseconds: float
-    weight_bytes: int = 2
+    int8: bool = False
     fitted: bool = False
 
 
 DECODE = (
-    Decode("Llama-3-8B", "inf2.48xlarge", 24, 1, 4096, 6.42, weight_bytes=1),
-    Decode("Llama-3-8B", "inf2.48xlarge", 24, 8, 4096, 10.45, weight_bytes=1),
+    Decode("Llama-3-8B", "inf2.48xlarge", 24, 1, 4096, 6.42, int8=True),
+    Decode("Llama-3-8B", "inf2.48xlarge", 24, 8, 4096, 10.45, int8=True),
     Decode("Llama-2-7b", "inf2.48xlarge", 24, 1, 4096, 6.47, fitted=True),
     Decode("Llama-2-7b", "inf2.48xlarge", 24, 8, 4096, 12.1, fitted=True),
     Decode("Llama-2-13b", "inf2.48xlarge", 24, 1, 4096, 9.17),
     Decode("Llama-2-70b", "inf2.48xlarge", 24, 1, 256, 32.9),
-    Decode("Llama-3-8B", "trn1.32xlarge", 32, 1, 4096, 5.86, weight_bytes=1),
+    Decode("Llama-3-8B", "trn1.32xlarge", 32, 1, 4096, 5.86, int8=True),
     Decode("Llama-2-70b", "trn1.32xlarge", 32, 1, 256, 25.2, fitted=True),
     Decode("Llama-2-70b", "trn1.32xlarge", 32, 4, 4096, 31.8),
     Decode("Llama-3.3-70B", "trn2.48xlarge", 64, 1, 11_500, 19.6),

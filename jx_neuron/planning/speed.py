@@ -17,6 +17,7 @@ from functools import cache
 
 import numpy as np
 
+from jx_neuron.config import QuantizationConfig
 from jx_neuron.nn import latent_attention
 from jx_neuron.nn.layout import Kept
 from jx_neuron.nn.sharding import Padding
@@ -55,13 +56,12 @@ class Speed:
     instance: Instance
     tp_degree: int
     itemsize: int
-    weight_itemsize: int
     constants: Constants = FITTED
 
     def per_token(self, batch: int, positions: int) -> float:
         """Seconds of a decode step over a KV cache of `positions`."""
         outline, tp = self.outline, self.tp_degree
-        bytes_read = outline.read_elements(tp, batch) * self.weight_itemsize + outline.cache_bytes(
+        bytes_read = outline.read_bytes(tp, batch, self.itemsize) + outline.cache_bytes(
             tp, batch, positions, self.itemsize
         )
         fixed = self.constants.layer + self.constants.row * (batch - 1)
@@ -72,7 +72,7 @@ class Speed:
         """Seconds of one prompt chunk of `tokens` a row, over `positions`."""
         outline, tp = self.outline, self.tp_degree
         bytes_moved = (
-            outline.weight_bytes(tp, self.weight_itemsize)
+            outline.weight_bytes(tp, self.itemsize)
             + outline.cache_bytes(tp, batch, positions, self.itemsize)
             + outline.block_bytes(tp, batch * tokens, self.itemsize)
         )
@@ -119,7 +119,7 @@ class Speed:
 
 def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -> Speed:
     """The predictions where weights and cache entries have `itemsize` bytes."""
-    return Speed(outline, instance, tp_degree, itemsize, itemsize)
+    return Speed(outline, instance, tp_degree, itemsize)
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,14 @@ def _predict(row: published.Decode | published.Prefill, constants: Constants) ->
 
 
 def _speed(row: published.Decode | published.Prefill, constants: Constants) -> Speed:
-    prediction = speed(_outline(row.model), find(row.instance), row.tp_degree, 2)
-    weight_itemsize = row.weight_bytes if isinstance(row, published.Decode) else 2
-    return dataclasses.replace(prediction, weight_itemsize=weight_itemsize, constants=constants)
+    quant = QuantizationConfig() if isinstance(row, published.Decode) and row.int8 else None
+    prediction = speed(_outline(row.model, quant), find(row.instance), row.tp_degree, 2)
+    return dataclasses.replace(prediction, constants=constants)
 
 
 @cache
-def _outline(model: str) -> Outline:
-    return Outline.of(published.CONFIGS[model])
+def _outline(model: str, quant: QuantizationConfig | None = None) -> Outline:
+    return Outline.of(published.CONFIGS[model], quant)
 
 
 def _attention(kept: Kept, layer: Padding, tokens: int, positions: int) -> int:

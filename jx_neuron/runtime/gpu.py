@@ -14,6 +14,7 @@ from jx_neuron.checkpoint.weights import Params, Source
 from jx_neuron.nn.kernel import inputs_first, matmul, outputs_first
 from jx_neuron.nn.layers import LinearParams
 from jx_neuron.nn.ops import Ops
+from jx_neuron.nn.quantized import Quantized
 from jx_neuron.runtime.sharded import Sharded
 
 
@@ -65,7 +66,7 @@ class OneGPU(Sharded):
         axes = {
             ".".join(map(str, (*path, "kernel"))): node.axes
             for path, node in nnx.iter_graph(module)
-            if isinstance(node, LinearParams)
+            if isinstance(node, LinearParams) and not isinstance(node.kernel, Quantized)
         }
         transposed = {path: ((path,), lambda kernels, n=n: outputs_first(kernels[0], n)) for path, n in axes.items()}
         params = source.place(self._mesh, transposed)

@@ -1,6 +1,6 @@
 """A model on several devices, or on a chip: its parameters are arrays sharded over a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ class Sharded:
 
     formulation: Formulation | None = None
     """How one CPU multiplies; None elsewhere."""
+
+    codes: Sequence[Formulation] = ()
+    """How one CPU multiplies quantized matrices, of each kind that there are."""
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self._decoder, self._mesh, self._dtype = decoder, mesh, dtype

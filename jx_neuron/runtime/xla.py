@@ -141,7 +141,9 @@ class XlaRuntime:
             self._placed.step(key),
             donate_argnums=1,
             out_shardings=(everywhere, split, jax.tree.map(_sharding, state)),
-            compiler_options=xla_options.options(self._platform, self._placed.formulation, key.rows * key.tokens),
+            compiler_options=xla_options.options(
+                self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
+            ),
         )
         inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in key.inputs().values()]
         release_memory()

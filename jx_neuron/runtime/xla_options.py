@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.metadata import version
@@ -40,18 +41,22 @@ _MATMULS = {
 _WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 
-def options(platform: str, formulation: "Formulation | None" = None, rows: int = 0) -> dict[str, Any]:
+def options(
+    platform: str, formulation: "Formulation | None" = None, rows: int = 0, codes: "Sequence[Formulation]" = ()
+) -> dict[str, Any]:
     """XLA's options for a platform.
 
     formulation: how the matmuls of jx_neuron/runtime/cpu are computed; None where these are not in use.
     rows:        of those matmuls.
+    codes:       how those with quantized matrices are.
     """
     if platform != "cpu":
         return _ALWAYS if platform == "gpu" else {}
     if formulation is None:
         return _ALWAYS | _WITHOUT_YNNPACK
-    by_ynnpack = formulation.dot == "ynnpack" and not formulation.in_passes(rows)
-    wide = formulation.is_wide(rows)
+    forms = (formulation, *codes)
+    by_ynnpack = any(form.dot == "ynnpack" and not form.in_passes(rows) for form in forms)
+    wide = forms[-1].is_wide(rows)
     return _ALWAYS | _MATMULS | (_YNNPACK_DOTS if by_ynnpack else _WITHOUT_YNNPACK) | (_WIDE_VECTORS if wide else {})
 
 

@@ -4,7 +4,7 @@ Replica groups and custom calls have the form in which transformers-neuronx and 
 the same bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.hlo.rewrite import Rewriter, inline_calls
 from jx_neuron.lowering.legalize.reassociate import merge_all_reduces
 from jx_neuron.lowering.legalize.reduction import split_argreduce
+from jx_neuron.lowering.legalize.scaling import scale_before_all_reduces
 
 TOP_K = "AwsNeuronTopK"
 
@@ -29,13 +30,16 @@ class Legalized:
     sources: dict[str, str]
 
 
-def legalize(hlo_module: bytes, tp_degree: int, name: str, aliases: Mapping[int, int]) -> Legalized:
+def legalize(
+    hlo_module: bytes, tp_degree: int, name: str, aliases: Mapping[int, int], whole: Collection[int] = ()
+) -> Legalized:
     """A per-core program in the form that neuronx-cc takes.
 
     Args:
         hlo_module: a serialized HloModuleProto, partitioned over `tp_degree` cores.
         name: what the module is called in the result.
         aliases: output → the parameter whose memory it takes.
+        whole: the parameters that are the same on every core.
 
     Raises:
         LoweringError: the bytes are no HLO module, or it takes the top k of the smallest values.
@@ -45,6 +49,8 @@ def legalize(hlo_module: bytes, tp_degree: int, name: str, aliases: Mapping[int,
     takes_rank = _rank_parameter(module)
     for computation in list(module.computations):
         Rewriter(module, computation).run(lambda rewriter, i: _instruction(rewriter, i, tp_degree))
+        if computation.id == module.entry_computation_id:
+            scale_before_all_reduces(module, computation, frozenset(whole))
         merge_all_reduces(module, computation)
     _alias(module, aliases)
     sources = _canonical(module, name)

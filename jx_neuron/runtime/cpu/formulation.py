@@ -54,13 +54,16 @@ class Chosen(NamedTuple):
 
 
 class _Kept(BaseModel):
-    """Formulations by dtype, as a file or the variable has them."""
+    """Formulations by dtype or form, as a file or the variable has them."""
 
     model_config = ConfigDict(extra="forbid")
 
     float32: Formulation | None = None
     bfloat16: Formulation | None = None
     float16: Formulation | None = None
+    int8: Formulation | None = None
+    fp8: Formulation | None = None
+    int4: Formulation | None = None
 
 
 def choose(dtype: Any) -> Chosen:
@@ -72,6 +75,16 @@ def choose(dtype: Any) -> Chosen:
     Raises ConfigError where the variable is none of what it may be.
     """
     return _choose(jnp.dtype(dtype).name, os.environ.get(VARIABLE, "measure"))
+
+
+def of_codes(kind: str) -> Formulation:
+    """The formulation for int8, fp8 or int4, which follows from the instruction sets unless it is pinned."""
+    setting = os.environ.get(VARIABLE, "measure")
+    pinned = None if setting in ("measure", "instruction-sets") else getattr(_pinned(setting), kind)
+    names = xla_options.instruction_sets()
+    wide = CLASSES if "amx_int8" in names else ()
+    dots = kind == "int8" and xla_options.HAS_YNNPACK and "amx_int8" in names
+    return pinned or Formulation(wide, FEW // 2 if dots else FEW, "ynnpack" if dots else "eigen")
 
 
 @cache

@@ -27,7 +27,7 @@ FEW = 8
 CLASSES = (1, FEW // 2, FEW)
 """Classes of the rows of a pass, each by its most: a row, what memory limits, and what arithmetic limits too."""
 
-STREAMS = {4: 3, 2: 2}
+STREAMS = {4: 3, 2: 2, 1: 2}
 """Parts of a matrix that are read side by side in that pass, by bytes of its entries: a row loaded once serves each."""
 
 
@@ -37,8 +37,9 @@ class Formulation:
 
     wide:   the CLASSES of rows of a pass whose programs have vectors of 512 bits; LLVM prefers 256, also where the CPU
             has 512.
-    passes: most rows that go through in passes over a matrix, of 8 each.
-    dot:    how more rows are multiplied: "ynnpack" takes matrices of 16 bits as they are, "eigen" widens them first.
+    passes: most rows that go through in passes over a matrix, of up to 8 each.
+    dot:    how more rows are multiplied: "ynnpack" takes matrices of 16 bits as they are, and multiplies codes of int8
+            with activations of two codes (jx_neuron.runtime.cpu.codes); "eigen" widens matrices first.
     """
 
     wide: tuple[int, ...]
@@ -48,8 +49,8 @@ class Formulation:
     def __post_init__(self) -> None:
         if not {*self.wide} <= {*CLASSES}:
             raise ValueError(f"wide={self.wide}: legal are some of {CLASSES}")
-        if self.passes % FEW or not FEW <= self.passes <= 4 * FEW:
-            raise ValueError(f"passes={self.passes}: legal are 8, 16, 24 and 32")
+        if self.passes not in (1, 2, 4, 8, 16, 24, 32):
+            raise ValueError(f"passes={self.passes}: legal are 1, 2, 4, 8, 16, 24 and 32")
 
     def in_passes(self, rows: int) -> bool:
         """Whether so many rows are multiplied in passes over a matrix, which then need not lie alone in memory."""
@@ -120,10 +121,14 @@ class PackedExperts(Indexed):
 
     def matmul_one(self, x_rk: Array, expert: Array) -> Array:
         """x · W of one expert, [r, n], whose matrix alone is read."""
+        return matmul_packed(x_rk, self.one(expert), self.dtype, self.formulation)
+
+    def one(self, expert: Array) -> Array:
+        """The array of one expert."""
         place = (expert,) if self.layer is None else (jnp.asarray(self.layer, expert.dtype), expert)
-        start = (*place, *[jnp.zeros_like(expert)] * 2)
-        w_nk = jax.lax.dynamic_slice(self.w_enk, start, (1,) * len(place) + self.w_enk.shape[-2:])
-        return matmul_packed(x_rk, w_nk.reshape(self.w_enk.shape[-2:]), self.dtype, self.formulation)
+        shape = self.w_enk.shape[len(place) :]
+        start = (*place, *[jnp.zeros_like(expert)] * len(shape))
+        return jax.lax.dynamic_slice(self.w_enk, start, (1,) * len(place) + shape).reshape(shape)
 
 
 def pack_experts(kernels: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,6 +11,8 @@ from jax import Array
 
 from jx_neuron.nn.encoded import Entries, codes, decoded, scaled
 from jx_neuron.nn.ops import Ops, barrier
+from jx_neuron.nn.quantized import Form
+from jx_neuron.runtime.cpu.codes import matmul_codes
 from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, to_bits, widen
 
 BLOCK = 128
@@ -33,6 +35,7 @@ class CpuOps(Ops):
     """Reductions that read once what several results share, and barriers where XLA would compute or copy again."""
 
     formulation: Formulation
+    of_codes: Formulation | None = None
 
     def once(self, x: T) -> T:
         return barrier(x)
@@ -49,6 +52,13 @@ class CpuOps(Ops):
         alone_nk = to_bits(barrier(table_nk))
         y_mn = matmul_packed(x.reshape(-1, x.shape[-1]), alone_nk, table_nk.dtype, self.formulation)
         return y_mn.reshape(*x.shape[:-1], -1)
+
+    def matmul_scaled_rows(self, x: Array, codes_nk: Array, scales_n: Array) -> Array:
+        alone_nk = barrier(codes_nk)
+        y_mn = matmul_codes(
+            x.reshape(-1, x.shape[-1]), alone_nk, scales_n, Form("int8", 1), self.of_codes or self.formulation
+        )
+        return y_mn.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
         """A block sees no positions after its last query."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from jx_neuron.checkpoint.weights import Params, Source, flatten
 from jx_neuron.models import Decoder
 from jx_neuron.nn.experts import ExpertLinear
 from jx_neuron.nn.layers import Layers, Linear, LinearParams, Linears
+from jx_neuron.nn.quantized import Form, Quantized
 from jx_neuron.nn.state import State
-from jx_neuron.runtime.cpu.formulation import choose
+from jx_neuron.runtime.cpu import codes
+from jx_neuron.runtime.cpu.formulation import choose, of_codes
 from jx_neuron.runtime.cpu.kernel import Formulation, Packed, PackedExperts, pack, pack_experts
 from jx_neuron.runtime.cpu.layout import CPU
 from jx_neuron.runtime.cpu.ops import CpuOps
@@ -37,18 +39,20 @@ class OneCPU(Sharded):
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
         self.formulation: Formulation = choose(dtype).formulation
+        self.codes = [of_codes(kind) for kind in sorted(decoder.kinds)]
         super().__init__(decoder, source, mesh, dtype)
 
     @property
     def ops(self) -> CpuOps:
-        return CpuOps(self.formulation)
+        return CpuOps(self.formulation, of_codes("int8"))
 
     def _place(self, source: Source) -> Params:
         module: Any = self._decoder.bind(self._decoder.abstract_params(self._dtype))
         packed = dict(_pack(module, self._dtype, self.formulation))
-        self._packed, names = replace(self._decoder, graph=nnx.graphdef(module)), list(flatten(nnx.state(module)))
+        decoder, names = replace(self._decoder, quant=None), list(flatten(nnx.state(module)))
+        self._packed = replace(decoder, graph=nnx.graphdef(module))
         places = dict(_stack(module, names))
-        self._stacked = replace(self._decoder, graph=nnx.graphdef(module))
+        self._stacked = replace(decoder, graph=nnx.graphdef(module))
         sizes, stacks = Counter(stack for stack, _ in places.values()), dict[str, np.ndarray]()
         pages, first = Pages(), Lock()
 
@@ -62,11 +66,12 @@ class OneCPU(Sharded):
             part = stacks[stack][index, ...]
             part[...] = array
             # XLA would copy the bits to take them as what they are
-            return part.view(self._dtype) if name in packed and self.formulation.dot == "ynnpack" else part
+            is_bits = name in packed and array.dtype == np.uint16
+            return part.view(self._dtype) if is_bits and self.formulation.dot == "ynnpack" else part
 
         def stored(arrays: Params) -> Params:
             return {
-                name: jax.tree.map(lambda _, array=array: array, packed[name].kernel) if name in packed else array
+                name: jax.tree.map(lambda _, array=array: array, packed[name].stored) if name in packed else array
                 for name, array in arrays.items()
             }
 
@@ -91,44 +96,78 @@ class OneCPU(Sharded):
         return self._stacked if self._reads_in_passes(key) else self._packed
 
     def _reads_in_passes(self, key: ProgramKey) -> bool:
-        return self.formulation.in_passes(key.rows * key.tokens)
+        return all(form.in_passes(key.rows * key.tokens) for form in (self.formulation, *self.codes))
 
 
 class _Packed(NamedTuple):
-    """A kernel that holds a shape, the paths of the parameters in it, and how their arrays become its own."""
+    """A stored array as a shape, or what has it as its only leaf; the paths of its parts; and what makes it of them."""
 
-    kernel: Packed | PackedExperts
+    stored: Any
     paths: list[str]
     pack: Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[tuple[str, _Packed]]:
-    """Has the kernels of `module`, which holds shapes, be `Packed` or `PackedExperts`: for each its path, and its
-    parts."""
-    stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
+    """Has the kernels of `module`, which holds shapes, be as .kernel and .codes have them: for each array its path, and
+    its parts."""
+    bits = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else dtype
 
-    def packed(layers: list[LinearParams]) -> Packed:
-        shapes, axes = tuple(tuple(layer.kernel.get_value().shape) for layer in layers), layers[0].axes
-        n, k = sum(math.prod(shape[axes:]) for shape in shapes), math.prod(shapes[0][:axes])
-        abstract: Any = jax.ShapeDtypeStruct((n, k), stored)
-        return Packed(abstract, shapes, axes, dtype, formulation)
+    def packed(layers: list[LinearParams], paths: list[str], target: str) -> tuple[Any, dict[str, _Packed]]:
+        kernels, axes = [layer.kernel.get_value() for layer in layers], layers[0].axes
+        if isinstance(kernels[0], Quantized):
+            form = kernels[0].form
+            whole = tuple(kernel.shape for kernel in kernels)
+            arrays = codes.shapes(_sizes(whole, axes), form)
+            return codes.PackedCodes(arrays["codes"], arrays["scales"], whole, form, of_codes(form.kind)), {
+                f"{target}.{part}": _Packed(
+                    array, [f"{path}.{part}" for path in paths], partial(codes.pack_part, form=form, part=part)
+                )
+                for part, array in arrays.items()
+            }
+        whole = tuple(tuple(kernel.shape) for kernel in kernels)
+        kernel = Packed(cast(Any, jax.ShapeDtypeStruct(_sizes(whole, axes), bits)), whole, axes, dtype, formulation)
+        return nnx.Param(kernel), {target: _Packed(kernel, paths, partial(pack, axes=axes))}
 
     for path, node in list(nnx.iter_graph(module)):
         prefix = ".".join(map(str, path))
         if isinstance(node, Linears):
-            kernel = packed(node.layers)
-            node.fuse(kernel)
             paths = [f"{prefix}.{name}.kernel" for name in node.names]
-            yield f"{prefix}.fused", _Packed(kernel, paths, partial(pack, axes=kernel.axes))
+            if len({_form(layer) for layer in node.layers}) == 1:
+                kernel, arrays = packed(node.layers, paths, f"{prefix}.fused")
+                node.fuse(kernel)
+                yield from arrays.items()
+            else:
+                for layer, name in zip(node.layers, paths, strict=True):
+                    layer.kernel, arrays = packed([layer], [name], name)
+                    yield from arrays.items()
         elif isinstance(node, Linear):
-            kernel = packed([node])
-            node.kernel = nnx.Param(kernel)
-            yield f"{prefix}.kernel", _Packed(kernel, [f"{prefix}.kernel"], partial(pack, axes=kernel.axes))
+            name = f"{prefix}.kernel"
+            node.kernel, arrays = packed([node], [name], name)
+            yield from arrays.items()
+        elif isinstance(node, ExpertLinear) and (form := _form(node)) is not None:
+            e, k, n = node.kernel.shape
+            shapes = {
+                part: jax.ShapeDtypeStruct((e, *array.shape), array.dtype)
+                for part, array in codes.shapes((n, k), form).items()
+            }
+            node.kernel = codes.PackedExpertCodes(shapes["codes"], shapes["scales"], form, of_codes(form.kind))
+            for part in shapes:
+                name, how = f"{prefix}.kernel.{part}", partial(codes.pack_expert_part, form=form, part=part)
+                yield name, _Packed(getattr(node.kernel, part).get_value(), [name], how)
         elif isinstance(node, ExpertLinear):
             e, k, n = node.kernel.get_value().shape
-            abstract: Any = jax.ShapeDtypeStruct((e, n, k), stored)
+            abstract: Any = jax.ShapeDtypeStruct((e, n, k), bits)
             node.kernel = nnx.Param(PackedExperts(abstract, dtype, formulation))
             yield f"{prefix}.kernel", _Packed(node.kernel.get_value(), [f"{prefix}.kernel"], pack_experts)
+
+
+def _form(layer: Any) -> Form | None:
+    return layer.kernel.form if isinstance(layer.kernel, Quantized) else None
+
+
+def _sizes(shapes: Sequence[tuple[int, ...]], axes: int) -> tuple[int, int]:
+    """Outputs of all matrices, and their inputs."""
+    return sum(math.prod(shape[axes:]) for shape in shapes), math.prod(shapes[0][:axes])
 
 
 def _stack(module: nnx.Module, names: list[str]) -> Iterator[tuple[str, tuple[str, int]]]:

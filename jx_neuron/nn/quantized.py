@@ -1,0 +1,170 @@
+"""Weights in 8 and 4 bits: codes, and the scales that they are multiplied by.
+
+    int8, fp8:  x · W = (x · codes) · scales, a scale an output channel
+    int4:       x · W = x · (codes · scales), a scale a group of inputs
+
+Codes of int8 are integers within ±127, of fp8 float8_e4m3 within ±240, and of int4 two in a byte, each + 8: the low
+bits have a group's, and the high bits those of the group behind it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec
+
+CODES: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3, "int4": np.uint8}
+MOST = {"int8": 127.0, "fp8": 240.0}
+"""The code of the largest magnitude of a channel."""
+
+DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
+"""Codes that the number of the largest magnitude in a group of int4 is tried as; what is beyond 7 and -8 is clipped."""
+
+PARTS = ("codes", "scales")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix [*lead, *inputs, *outputs] is stored, or with `rows` a table [outputs, *inputs].
+
+    lead, inputs: numbers of axes; each entry of the lead axes is a matrix of its own.
+    group:        inputs of a group of int4, along the last input axis.
+    cast:         scales are 1.
+    result:       the dtype to which a scaled product is rounded; None for that of x.
+    """
+
+    kind: Literal["int8", "fp8", "int4"]
+    inputs: int
+    lead: int = 0
+    group: int = 0
+    rows: bool = False
+    cast: bool = False
+    result: str | None = None
+
+    def shapes(self, shape: tuple[int, ...], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Codes and scales of a matrix of `shape` in a model of `dtype`."""
+        codes, scales = list(shape), [n for axis, n in enumerate(shape) if axis not in self.contracted]
+        scale: Any = dtype if self.rows else np.float32
+        if self.kind == "int4":
+            axis, scales, scale = self.contracted[-1], list(shape), ml_dtypes.bfloat16
+            codes[axis], scales[axis] = codes[axis] // 2, codes[axis] // self.group
+        return {
+            "codes": jax.ShapeDtypeStruct(tuple(codes), CODES[self.kind]),
+            "scales": jax.ShapeDtypeStruct(tuple(scales), scale),
+        }
+
+    def partition(self, part: str, spec: PartitionSpec) -> PartitionSpec:
+        """How codes or scales of a matrix of partition `spec` are split: codes as it is, and scales with their outputs,
+        or groups."""
+        if part == "codes" or self.kind == "int4":
+            return spec
+        return PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in self.contracted))
+
+    def encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
+        """Codes and scales of a matrix in float32, for a model of `dtype`."""
+        wide = matrix.astype(np.float32, copy=False)
+        if self.kind == "int4":
+            return dict(zip(PARTS, self._encode_groups(wide), strict=True))
+        scale: Any = dtype if self.rows else np.float32
+        axes, most = self.contracted, MOST[self.kind]
+        largest = np.maximum(wide.max(axis=axes, keepdims=True), -wide.min(axis=axes, keepdims=True))
+        scales = np.ones_like(largest) if self.cast else (largest / np.float32(most)).astype(scale)
+        codes = _over(wide, scales.astype(np.float32))
+        if self.kind == "int8":
+            codes = np.clip(np.rint(codes, out=codes), -128, 127, out=codes)
+        return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
+
+    def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes -8 to 7, and for each group that of the scales tried, the number of the largest magnitude over one of
+        DIVISORS, whose squared error is least."""
+        axis = self.contracted[-1]
+        split = wide.reshape(*wide.shape[:axis], -1, self.group, *wide.shape[axis + 1 :])
+        at = np.argmax(np.abs(split), axis=axis + 1, keepdims=True)
+        largest = np.take_along_axis(split, at, axis + 1)
+        best, scales = np.full_like(largest, np.inf), np.zeros_like(largest)
+        for divisor in DIVISORS:
+            tried = (largest / np.float32(divisor)).astype(ml_dtypes.bfloat16).astype(np.float32)
+            error = np.square(_nearest(split, tried) * tried - split).sum(axis + 1, keepdims=True)
+            scales = np.where(error < best, tried, scales)
+            best = np.minimum(error, best)
+        codes = (_nearest(split, scales) + 8).astype(np.uint8)
+        pairs = codes.reshape(*split.shape[:axis], -1, 2, *split.shape[axis + 1 :])
+        low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
+        shape = *wide.shape[:axis], wide.shape[axis] // 2, *wide.shape[axis + 1 :]
+        return (low | high << 4).reshape(shape), np.squeeze(scales, axis + 1).astype(ml_dtypes.bfloat16)
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """The axes over which a product sums."""
+        first = 1 if self.rows else self.lead
+        return tuple(range(first, first + self.inputs))
+
+
+def _nearest(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The code of 4 bits whose number is nearest."""
+    codes = _over(wide, scales)
+    return np.clip(np.rint(codes, out=codes), -8, 7, out=codes)
+
+
+def _over(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """wide / scales, and 0 where a scale is 0."""
+    return np.divide(wide, scales, out=np.zeros_like(wide), where=scales != 0)
+
+
+class Quantized(nnx.Module):
+    """A matrix as codes and scales, in the place of a parameter."""
+
+    def __init__(self, form: Form, codes: Any, scales: Any):
+        self.form = form
+        self.codes, self.scales = nnx.Param(codes), nnx.Param(scales)
+
+    def get_value(self) -> "Quantized":
+        """Itself, as a parameter gives its array."""
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        shape = list(self.codes.get_value().shape)
+        if self.form.kind == "int4":
+            shape[self.form.contracted[-1]] *= 2
+        return tuple(shape)
+
+    def matmul(self, x: Array) -> list[Array]:
+        """x · W over the last axes of x and the inputs of W, rounded to the form's `result`, or else the dtype of x."""
+        form, dtype = self.form, jnp.dtype(self.form.result or x.dtype)
+        if form.kind == "int4":
+            return [jnp.tensordot(x, self.widened(x.dtype), axes=form.inputs).astype(dtype)]
+        # in float16, sums of codes would overflow
+        sums = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        y = jnp.tensordot(x, self.codes[...].astype(x.dtype), axes=form.inputs, preferred_element_type=sums)
+        return [(y.astype(jnp.float32) * self.scales[...]).astype(dtype)]
+
+    def widened(self, dtype: Any, part: Callable[[Array], Array] = lambda array: array) -> Array:
+        """The matrix in `dtype`, of the entries of lead axes that `part` takes."""
+        codes, scales = part(self.codes[...]), part(self.scales[...])
+        form, more = self.form, codes.ndim - self.codes.ndim
+        axes = tuple(axis + more for axis in form.contracted)
+        if form.kind == "int4":
+            return unpack(codes, scales, axes[-1], dtype)
+        return codes.astype(dtype) * jnp.expand_dims(scales, axes).astype(dtype)
+
+    def rows(self, index: Array) -> Array:
+        """Rows of a table."""
+        codes, scales = (array.at[index].get(mode="clip") for array in (self.codes[...], self.scales[...]))
+        return codes.astype(scales.dtype) * scales[..., None]
+
+
+def unpack(codes: Array, scales: Array, axis: int, dtype: Any) -> Array:
+    """The matrix of codes of 4 bits, two in a byte along `axis`, and a scale a group."""
+    before, after, groups = codes.shape[:axis], codes.shape[axis + 1 :], scales.shape[axis]
+    pairs = codes.reshape(*before, groups // 2, -1, *after)
+    low_high = jnp.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis + 1).reshape(*before, groups, -1, *after)
+    wide = (low_high.astype(dtype) - 8) * jnp.expand_dims(scales, axis + 1).astype(dtype)
+    return wide.reshape(*before, -1, *after)
