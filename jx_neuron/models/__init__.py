@@ -58,68 +58,15 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Family | str] = {
-    "apertus": "jx_neuron.models.apertus",
-    "arcee": "jx_neuron.models.arcee",
-    "bloom": "jx_neuron.models.bloom",
-    "codegen": "jx_neuron.models.codegen",
-    "cohere": "jx_neuron.models.cohere",
-    "cohere2": "jx_neuron.models.cohere2",
-    "deepseek_v2": "jx_neuron.models.deepseek_v2",
-    "deepseek_v3": "jx_neuron.models.deepseek_v3",
-    "ernie4_5": "jx_neuron.models.ernie4_5",
-    "ernie4_5_moe": "jx_neuron.models.ernie4_5_moe",
-    "exaone4": "jx_neuron.models.exaone4",
-    "falcon": "jx_neuron.models.falcon",
-    "falcon_h1": "jx_neuron.models.falcon_h1",
-    "gemma": "jx_neuron.models.gemma",
-    "gemma2": "jx_neuron.models.gemma2",
-    "gemma3_text": "jx_neuron.models.gemma3_text",
-    "gemma4_text": "jx_neuron.models.gemma4_text",
-    "glm": "jx_neuron.models.glm",
-    "glm4": "jx_neuron.models.glm4",
-    "glm4_moe": "jx_neuron.models.glm4_moe",
-    "gpt2": "jx_neuron.models.gpt2",
-    "gpt_bigcode": "jx_neuron.models.gpt_bigcode",
-    "gpt_neo": "jx_neuron.models.gpt_neo",
-    "gpt_neox": "jx_neuron.models.gpt_neox",
-    "gpt_oss": "jx_neuron.models.gpt_oss",
-    "gptj": "jx_neuron.models.gptj",
-    "granite": "jx_neuron.models.granite",
-    "granitemoehybrid": "jx_neuron.models.granitemoehybrid",
-    "granitemoe": "jx_neuron.models.granitemoe",
-    "helium": "jx_neuron.models.helium",
-    "hunyuan_v1_dense": "jx_neuron.models.hunyuan_v1_dense",
-    "lfm2": "jx_neuron.models.lfm2",
-    "lfm2_moe": "jx_neuron.models.lfm2_moe",
-    "llama": "jx_neuron.models.llama",
-    "mamba2": "jx_neuron.models.mamba2",
-    "llama4_text": "jx_neuron.models.llama4_text",
-    "minimax_m2": "jx_neuron.models.minimax_m2",
-    "ministral3": "jx_neuron.models.ministral3",
-    "mistral": "jx_neuron.models.mistral",
-    "mixtral": "jx_neuron.models.mixtral",
-    "mpt": "jx_neuron.models.mpt",
-    "nanochat": "jx_neuron.models.nanochat",
-    "nemotron": "jx_neuron.models.nemotron",
-    "olmo": "jx_neuron.models.olmo",
-    "olmo2": "jx_neuron.models.olmo2",
-    "olmo3": "jx_neuron.models.olmo3",
-    "olmoe": "jx_neuron.models.olmoe",
-    "opt": "jx_neuron.models.opt",
-    "phi": "jx_neuron.models.phi",
-    "phi3": "jx_neuron.models.phi3",
-    "phimoe": "jx_neuron.models.phimoe",
-    "qwen2": "jx_neuron.models.qwen2",
-    "qwen2_moe": "jx_neuron.models.qwen2_moe",
-    "qwen3": "jx_neuron.models.qwen3",
-    "qwen3_5_moe_text": "jx_neuron.models.qwen3_5_moe_text",
-    "qwen3_5_text": "jx_neuron.models.qwen3_5_text",
-    "qwen3_moe": "jx_neuron.models.qwen3_moe",
-    "qwen3_next": "jx_neuron.models.qwen3_next",
-    "seed_oss": "jx_neuron.models.seed_oss",
-    "smollm3": "jx_neuron.models.smollm3",
-    "stablelm": "jx_neuron.models.stablelm",
-    "starcoder2": "jx_neuron.models.starcoder2",
+    name: f"jx_neuron.models.{name}"
+    for name in (
+        "apertus arcee bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 "
+        "falcon falcon_h1 gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo "
+        "gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid helium hunyuan_v1_dense lfm2 lfm2_moe "
+        "llama llama4_text mamba2 minimax_m2 ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 "
+        "olmo3 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe "
+        "qwen3_next seed_oss smollm3 stablelm starcoder2"
+    ).split()
 }
 
 
