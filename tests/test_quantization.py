@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: what codes and scales are, how they are split, and that every runtime computes the same."""
 
+import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -120,6 +121,25 @@ def test_codes_and_scales_are_split_with_outputs_and_groups() -> None:
     assert tuple(int8.partition(f"{attention}.scales")) == ("tp", None)
     assert "tp" not in tuple(int8.partition(f"{out}.scales"))
     assert tuple(int4.partition(f"{out}.scales")) == tuple(int4.partition(f"{out}.codes")) == ("tp", None, None)
+
+
+def test_what_is_stored_otherwise_is_said(tmp_path: Path) -> None:
+    folder = tiny.saved("llama", tmp_path)
+
+    def notes(tp_degree: int, **options: Any) -> list[str]:
+        config = NeuronConfig(quant=QuantizationConfig(**options))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            NeuronAutoModelForCausalLM.from_pretrained(
+                folder, n_positions=32, tp_degree=tp_degree, backend="host", neuron_config=config
+            )
+        return [str(warning.message) for warning in caught if "quantized" in str(warning.message)]
+
+    assert notes(1, lm_head=True) == []
+    (wider,) = notes(1, quant_dtype="int4", group_size=512)
+    assert "stored in int8, such as layers.0.mlp.down_proj.kernel" in wider
+    (head,) = notes(1, lm_head=True, keep=["lm_head.*"])
+    assert head.startswith("the head is not quantized")
 
 
 USUAL = ("deepseek_v3", "gptj", "llama", "mixtral")

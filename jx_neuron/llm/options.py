@@ -1,5 +1,6 @@
 """What a model is made for: the options of its constructors, and the settings that they come to."""
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -99,17 +100,18 @@ def accepts(options: type[LoweringOptions]) -> Callable[[F], F]:
     return decorate
 
 
-def with_cache(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
-    """The decoder with keys and values stored as `options` say. Raises ConfigError where they cannot be."""
-    quant = _neuron_config(options).kv_cache_quant
-    if quant is None:
+def as_stored(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
+    """The decoder with weights, keys and values stored as `options` say. Raises ConfigError where they cannot be."""
+    config = _neuron_config(options)
+    decoder = dataclasses.replace(decoder, quant=config.quant)
+    if (cache := config.kv_cache_quant) is None:
         return decoder
-    if quant.dequant_dtype is not None and dtype_of(quant.dequant_dtype) != dtype_of(options["amp"]):
+    if cache.dequant_dtype is not None and dtype_of(cache.dequant_dtype) != dtype_of(options["amp"]):
         raise ConfigError(
-            f"dequant_dtype={quant.dequant_dtype!r} is not amp={options['amp']!r}, in which attention computes; leave "
+            f"dequant_dtype={cache.dequant_dtype!r} is not amp={options['amp']!r}, in which attention computes; leave "
             "it out, or change amp"
         )
-    return decoder.with_cache(quant.stored)
+    return decoder.with_cache(cache.stored)
 
 
 def _neuron_config(options: LoweringOptions) -> NeuronConfig:
@@ -190,10 +192,12 @@ def _prompt_batch(prompt_batch_size: int | None, batch_sizes: Sequence[int]) -> 
 
 def _notes(decoder: "Decoder", settings: Settings) -> Iterator[str]:
     from jx_neuron import planning
+    from jx_neuron.nn import quantizing
 
     for note in (
         decoder.config.beyond_training(settings.buckets.capacity),
         planning.padding_note(decoder, settings.tp_degree),
+        *quantizing.notes(decoder.forms, decoder.quant),
     ):
         if note:
             yield note

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -14,7 +14,7 @@ from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import CheckpointError, InputError
-from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, settings_of, with_cache
+from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, as_stored, settings_of
 from jx_neuron.runtime import deployment as deploy
 from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment
@@ -191,8 +191,7 @@ class CheckpointOrigin(DecoderOrigin):
         )
         config, tensors = text_model(checkpoint.config, checkpoint)
         check_family(config.get("model_type"))
-        decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
-        decoder = _quantized(decoder, options)
+        decoder = as_stored(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
         return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint)
@@ -234,10 +233,10 @@ class ModuleOrigin(DecoderOrigin):
         from jx_neuron.checkpoint.weights import flatten
         from jx_neuron.models import Decoder
 
-        decoder = with_cache(
+        decoder = as_stored(
             Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"])), options
         )
-        settings = settings_of(decoder := _quantized(decoder, options), options, backend)
+        settings = settings_of(decoder, options, backend)
         source = decoder.source_of(flatten(module), settings.dtype)
         return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source)
 
@@ -259,8 +258,7 @@ class ConfigOrigin(DecoderOrigin):
         """Takes what a config.json says."""
         from jx_neuron.models import Decoder
 
-        decoder = with_cache(Decoder.from_config(config, integer("tp_degree", options["tp_degree"])), options)
-        decoder = _quantized(decoder, options)
+        decoder = as_stored(Decoder.from_config(config, integer("tp_degree", options["tp_degree"])), options)
         return cls(decoder, settings_of(decoder, options, "host", _end_and_padding(config)), config)
 
     def weights(self) -> "Source":
@@ -270,11 +268,6 @@ class ConfigOrigin(DecoderOrigin):
     def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
         raise InputError("this model was made from a config alone, without a checkpoint, and has no tokenizer")
-
-
-def _quantized(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
-    neuron_config = options["neuron_config"]
-    return decoder if neuron_config is None else replace(decoder, quant=neuron_config.quant)
 
 
 def _end_and_padding(*configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,20 @@ def forms(
     return found
 
 
+def notes(forms: Mapping[str, Form], config: QuantizationConfig | None) -> Iterator[str]:
+    """What `forms` stores otherwise than `config` says, and why."""
+    if config is None:
+        return
+    wider = [path for path, form in forms.items() if not form.rows and form.kind != KINDS[config.quant_dtype]]
+    if wider:
+        yield (
+            f"{len(wider)} of {len(forms)} quantized matrices are stored in int8, such as {wider[0]}: their inputs on "
+            f"a core are no multiple of two groups of {config.group_size}; a smaller group_size may fit"
+        )
+    if config.lm_head and not any(form.rows for form in forms.values()):
+        yield "the head is not quantized: keep names it, or it is the table of embeddings too, on several cores"
+
+
 def head_of(nodes: Mapping[Path, Any], cores: int = 1) -> str | None:
     """The path of the head's table; None where it is tied to embeddings on several cores, or called otherwise."""
     name = next((name for name in HEADS if isinstance(nodes.get((name,)), Embedding)), None)
