@@ -19,6 +19,7 @@ from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConf
 from jx_neuron.errors import ArtifactError, ConfigError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
+from jx_neuron.nn import quantized as quantized_module
 from jx_neuron.nn.quantized import Form, Quantized
 from jx_neuron.runtime.cpu import codes as cpu
 from jx_neuron.runtime.cpu.kernel import Formulation
@@ -97,6 +98,18 @@ def test_a_cpu_computes_the_same(kind: Any, dot: Any, rows: int) -> None:
 def decoder(name: str, config: QuantizationConfig, tp: int = 2, number: int = 0) -> Decoder:
     raw = AutoConfig.for_model(name, **deepcopy(OPTIONS[name][number])).to_dict()
     return replace(Decoder.from_config(raw, tp), quant=config)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Form("int8", 1), Form("fp8", 2), Form("int8", 2, rows=True), Form("int8", 1, 1), Form("int4", 1, group=8)],
+    ids=str,
+)
+def test_matrices_are_encoded_in_slices(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = form.encode(MATRIX, np.float32)
+    monkeypatch.setattr(quantized_module, "SLICE", 64)
+    for part, array in form.encode(MATRIX, np.float32).items():
+        np.testing.assert_array_equal(array, whole[part], strict=True)
 
 
 def test_what_is_quantized() -> None:

@@ -28,6 +28,9 @@ DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
 
 PARTS = ("codes", "scales")
 
+SLICE = 2**24
+"""Bytes of a matrix that are encoded at a time."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -67,7 +70,13 @@ class Form:
         return PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in self.contracted))
 
     def encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
-        """Codes and scales of a matrix in float32, for a model of `dtype`."""
+        """Codes and scales of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes."""
+        axis = 0 if self.rows or self.lead else -1
+        count = min(matrix.shape[axis], 1 + matrix.nbytes // SLICE)
+        parts = [self._encode(part, dtype) for part in np.array_split(matrix, count, axis)]
+        return {name: np.concatenate([part[name] for part in parts], axis) for name in PARTS}
+
+    def _encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
         wide = matrix.astype(np.float32, copy=False)
         if self.kind == "int4":
             return dict(zip(PARTS, self._encode_groups(wide), strict=True))

@@ -82,9 +82,12 @@ def of_codes(kind: str) -> Formulation:
     setting = os.environ.get(VARIABLE, "measure")
     pinned = None if setting in ("measure", "instruction-sets") else getattr(_pinned(setting), kind)
     names = xla_options.instruction_sets()
-    wide = CLASSES if "amx_int8" in names else ()
-    dots = kind == "int8" and xla_options.HAS_YNNPACK and "amx_int8" in names
-    return pinned or Formulation(wide, FEW // 2 if dots else FEW, "ynnpack" if dots else "eigen")
+    tiles = "amx_int8" in names
+    multiplies = xla_options.HAS_YNNPACK and not names.isdisjoint(("amx_int8", "avx512_vnni", "avx_vnni"))
+    dots = kind == "int8" and multiplies
+    return pinned or Formulation(
+        CLASSES if tiles else (), FEW // 2 if dots and tiles else FEW, "ynnpack" if dots else "eigen"
+    )
 
 
 @cache
