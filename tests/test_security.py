@@ -193,6 +193,7 @@ ALLOWED = {
     "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
     "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "cli/sample.py": {FROM_PRETRAINED: OWN},
+    "cli/score.py": {FROM_PRETRAINED: OWN},
     "checkpoint/demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
         "subprocess.DEVNULL": "closes its input",

@@ -105,7 +105,7 @@ def _choose(dtype: str, setting: str) -> Chosen:
     if path is not None:
         with suppress(OSError):  # the next process then measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, _read(path).model_copy(update={dtype: measured}).model_dump_json(indent=1).encode())
+            write_file(path, _read(path).model_copy(update={dtype: measured}).model_dump_json(indent=1, exclude_none=True).encode())
     return Chosen(measured, "measured")
 
 
