@@ -173,7 +173,7 @@ def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
             for name in names
         }
         if present and not overwrite:
-            raise ArtifactError(f"{directory} is not empty. Choose another folder, or allow overwriting")
+            raise ArtifactError(f"{directory} is not empty. Choose another folder, or empty it")
         try:
             foreign = sorted(present - files_in(directory) - {MANIFEST}) if present else ()
         except ArtifactError as error:

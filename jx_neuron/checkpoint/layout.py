@@ -86,8 +86,12 @@ class Layout:
         """The shape that the tensor must have."""
         sizes = self._with_quotients(sizes)
         sizes = {**sizes, PARTS: sum(self._lengths(sizes)), "1": 1}
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.before)
-        return tuple(math.prod(sizes[axis] for axis in (many or one).split()) for many, one in groups)
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The letters of each of the tensor's axes."""
+        return [(many or one).split() for many, one in re.findall(r"\(([^)]*)\)|(\S+)", self.before)]
 
     def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The tensor, or the part of it that is taken, as the parameter."""

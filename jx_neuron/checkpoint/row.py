@@ -140,6 +140,11 @@ class W:
         """HF's axes, whichever part is taken of them."""
         return self._layout.before
 
+    @property
+    def last(self) -> list[str]:
+        """The letters of the last axis of HF's tensor."""
+        return self._layout.groups[-1]
+
     def at(self, layer: int) -> "W":
         source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)

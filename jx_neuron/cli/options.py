@@ -103,6 +103,10 @@ Quant = Annotated[
         autocompletion=_quants,
     ),
 ]
+QuantForm = Annotated[
+    str,
+    typer.Option("--quant", metavar="FORM", help="int8, int4 or fp8 (docs/quantization.md).", autocompletion=_quants),
+]
 KvQuant = Annotated[
     str | None,
     typer.Option(

@@ -90,29 +90,35 @@ class Form:
         return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
 
     def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes -8 to 7, and for each group that of the scales tried, the number of the largest magnitude over one of
-        DIVISORS, whose squared error is least."""
+        """Codes of 4 bits, two in a byte, and scales."""
         axis = self.contracted[-1]
         split = wide.reshape(*wide.shape[:axis], -1, self.group, *wide.shape[axis + 1 :])
-        at = np.argmax(np.abs(split), axis=axis + 1, keepdims=True)
-        largest = np.take_along_axis(split, at, axis + 1)
-        best, scales = np.full_like(largest, np.inf), np.zeros_like(largest)
-        for divisor in DIVISORS:
-            tried = (largest / np.float32(divisor)).astype(ml_dtypes.bfloat16).astype(np.float32)
-            error = np.square(_nearest(split, tried) * tried - split).sum(axis + 1, keepdims=True)
-            scales = np.where(error < best, tried, scales)
-            best = np.minimum(error, best)
-        codes = (_nearest(split, scales) + 8).astype(np.uint8)
+        numbers, scales = group_codes(split, axis + 1, ml_dtypes.bfloat16)
+        codes = (numbers + 8).astype(np.uint8)
         pairs = codes.reshape(*split.shape[:axis], -1, 2, *split.shape[axis + 1 :])
         low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
         shape = *wide.shape[:axis], wide.shape[axis] // 2, *wide.shape[axis + 1 :]
-        return (low | high << 4).reshape(shape), np.squeeze(scales, axis + 1).astype(ml_dtypes.bfloat16)
+        return (low | high << 4).reshape(shape), scales
 
     @property
     def contracted(self) -> tuple[int, ...]:
         """The axes over which a product sums."""
         first = 1 if self.rows else self.lead
         return tuple(range(first, first + self.inputs))
+
+
+def group_codes(split: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Codes -8 to 7 of groups along `axis`, and for each group that of the scales tried, the number of the largest
+    magnitude over one of DIVISORS, in `dtype`, whose squared error is least."""
+    at = np.argmax(np.abs(split), axis=axis, keepdims=True)
+    largest = np.take_along_axis(split, at, axis)
+    best, scales = np.full_like(largest, np.inf), np.zeros_like(largest)
+    for divisor in DIVISORS:
+        tried = (largest / np.float32(divisor)).astype(dtype).astype(np.float32)
+        error = np.square(_nearest(split, tried) * tried - split).sum(axis, keepdims=True)
+        scales = np.where(error < best, tried, scales)
+        best = np.minimum(error, best)
+    return _nearest(split, scales), np.squeeze(scales, axis).astype(dtype)
 
 
 def _nearest(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -1,0 +1,81 @@
+"""Matrices as compressed-tensors stores them: what compressed_tensors.widened reads.
+
+Integers are packed in 8 bits too, which is how vLLM reads weights that are quantized without activations
+(model_executor/layers/quantization/compressed_tensors/compressed_tensors.py, _get_scheme_from_parts).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jx_neuron.checkpoint.quantized.codes import E4M3, words
+from jx_neuron.checkpoint.quantized.compressed_tensors import METHOD
+from jx_neuron.checkpoint.tensor_files import Array
+from jx_neuron.nn.quantized import Form, group_codes
+
+AT_ONCE = 2**22  # numbers encoded at once
+BITS = {"int8": 8, "fp8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How matrices are stored: int8 and fp8 with a scale a row, int4 with one for each `group` inputs of a row."""
+
+    kind: Literal["int8", "fp8", "int4"]
+    group: int | None = None
+
+    def config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        """The quantization_config of a model whose linear layers are stored so, but for the modules of `ignore`."""
+        is_float = self.kind == "fp8"
+        kind = "float-quantized" if is_float else "pack-quantized"
+        weights = {
+            "num_bits": BITS[self.kind],
+            "type": "float" if is_float else "int",
+            "symmetric": True,
+            "strategy": "group" if self.group else "channel",
+            "group_size": self.group,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": METHOD,
+            "quantization_status": "compressed",
+            "format": kind,
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+        }
+
+    def parts(self, matrix: Array, dtype: Any) -> Mapping[str, Array]:
+        """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`."""
+        step = max(1, AT_ONCE // matrix.shape[1])
+        encoded = [self._encoded(matrix[at : at + step], dtype) for at in range(0, len(matrix), step)]
+        codes, scales = map(np.concatenate, zip(*encoded, strict=True))
+        if self.kind == "fp8":
+            return {"weight": codes, "weight_scale": scales}
+        return {
+            "weight_packed": _packed(codes, BITS[self.kind]),
+            "weight_scale": scales,
+            "weight_shape": np.array(matrix.shape, np.int64),
+        }
+
+    def _encoded(self, rows: Array, dtype: Any) -> tuple[Array, Array]:
+        """Codes [rows, inputs], int8 or e4m3, and scales [rows, groups]."""
+        if self.kind == "int4":
+            split = rows.astype(np.float32, copy=False).reshape(len(rows), -1, self.group or rows.shape[1])
+            codes, scales = group_codes(split, 2, dtype)
+            return codes.reshape(rows.shape).astype(np.int8), scales
+        parts = Form(self.kind, 1, rows=True).encode(rows, dtype)
+        # float8_e4m3 and e4m3fn have the same bits up to 240
+        codes = parts["codes"].view(E4M3) if self.kind == "fp8" else parts["codes"]
+        return codes, parts["scales"][:, None]
+
+
+def _packed(codes: Array, bits: int) -> Array:
+    """int32 [rows, words] of codes [rows, columns], to which half their range is added, the lowest bits first."""
+    rows, columns = codes.shape
+    numbers = np.zeros((rows, words(columns, bits) * 32 // bits), np.uint8)
+    numbers[:, :columns] = codes.view(np.uint8) + np.uint8(1 << (bits - 1))
+    octets = numbers if bits == 8 else numbers[:, ::2] | numbers[:, 1::2] << np.uint8(4)
+    return octets.view(np.int32)

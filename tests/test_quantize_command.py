@@ -1,0 +1,188 @@
+"""Checkpoints that `jx-neuron quantize` writes, as the format's library, Hugging Face transformers and this package
+read them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+
+from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.cli.app import run
+from jx_neuron.llm import quantizing
+
+IDS = tiny.prompts(2, 12)
+FORMS = {"int8": [], "fp8": [], "int4": ["--group-size", "16"]}
+FARTHEST = {"int8": 0.04, "fp8": 0.15, "int4": 0.4}  # of logits from those in float32, over their spread
+MATRICES = 2 * 7
+
+
+def llama(**options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, vocab_size=tiny.VOCAB, max_position_embeddings=tiny.POSITIONS)
+    config = transformers.LlamaConfig(**(tiny.SPECIAL | sizes | more | options))
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def of(form: str) -> Path:
+        if form not in folders:
+            folder = tmp_path_factory.mktemp("quantized") / form
+            assert run(["quantize", str(source), "-o", str(folder), "--quant", form, *FORMS[form]]) == 0
+            folders[form] = folder
+        return folders[form]
+
+    return of
+
+
+def decompressed(folder: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    """What compressed-tensors makes of each quantized matrix."""
+    config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
+    scheme = config.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    tensors, wide = load_file(folder / file), {}
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        module = name.removesuffix(".weight_scale")
+        parts = {key.removeprefix(f"{module}."): tensors[key] for key in tensors if key.startswith(f"{module}.weight")}
+        wide[f"{module}.weight"] = compressor.decompress(parts, scheme)["weight"]
+    return wide
+
+
+def ours(folder: Path) -> np.ndarray:
+    model = NeuronAutoModelForCausalLM.from_pretrained(
+        folder, batch_size=2, n_positions=16, neuron_config=NeuronConfig(output_all_logits=True)
+    )
+    return np.asarray(model(IDS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_those_of_compressed_tensors(form: str, source: Path, written: Callable[[str], Path]) -> None:
+    checkpoint, before = open_checkpoint(written(form)), open_checkpoint(source)
+    assert checkpoint.names() == before.names()
+    wide = decompressed(written(form))
+    assert len(wide) == MATRICES
+    for name in before.names():
+        if name in wide:
+            np.testing.assert_array_equal(checkpoint.read(name), wide[name].numpy())
+            step = np.abs(before.read(name)).max() / {"int8": 127, "fp8": 15, "int4": 7}[form]
+            assert np.abs(checkpoint.read(name) - before.read(name)).max() <= step
+        else:
+            np.testing.assert_array_equal(checkpoint.read(name), before.read(name))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_those_of_transformers(form: str, source: Path, written: Callable[[str], Path]) -> None:
+    hf = transformers.AutoModelForCausalLM.from_pretrained(written(form)).eval()
+    found = ours(written(form))
+    np.testing.assert_allclose(found, tiny.logits(hf, IDS), atol=1e-4)
+    plain = ours(source)
+    assert 0 < (found - plain).std() < FARTHEST[form] * plain.std()
+
+
+def test_the_tokenizer_and_the_generation_config_come_along(source: Path, written: Callable[[str], Path]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (written("int8") / name).read_bytes() == (source / name).read_bytes()
+    before, after = (json.loads((f / "generation_config.json").read_text()) for f in (source, written("int8")))
+    assert after == before
+
+
+def test_half_precision_and_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are of the model's dtype, to which the others would round them."""
+    monkeypatch.setattr(quantizing, "SHARD", 30_000)
+    llama(tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path / "before")
+    for form, options in FORMS.items():
+        folder = tmp_path / form
+        assert run(["quantize", str(tmp_path / "before"), "-o", str(folder), "--quant", form, *options]) == 0
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        assert len(files) > 1
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        checkpoint = open_checkpoint(folder)
+        wide = {name: weight for file in files for name, weight in decompressed(folder, file).items()}
+        assert len(wide) == MATRICES
+        for name, weight in wide.items():
+            assert weight.dtype == torch.bfloat16
+            exact = torch.from_numpy(checkpoint.read(name))
+            assert torch.equal(exact.bfloat16(), weight)
+        assert "lm_head" in json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+
+
+def gpt2(folder: Path) -> None:
+    tiny.saved("gpt2", folder)
+
+
+def mixtral(folder: Path) -> None:
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    config = transformers.MixtralConfig(**(tiny.SPECIAL | sizes), num_key_value_heads=2, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+
+
+def not_finite(folder: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(folder)
+
+
+def plain(folder: Path) -> None:
+    llama().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (gpt2, [], ["transformer.h.0.attn.c_attn.weight", "[outputs, inputs]", "--quant"]),
+        (mixtral, [], ["mixtral's experts", "Linear"]),
+        (not_finite, [], ["model.layers.1.mlp.up_proj.weight holds a NaN"]),
+        (plain, ["--quant", "int4", "--group-size", "32"], ["group_size=32", "80 inputs", "divisors of 16"]),
+        (plain, ["--quant", "int3"], ["quant='int3'", "int8, fp8, int4"]),
+        (plain, ["--group-size", "16"], ["--group-size goes with --quant int4"]),
+        (plain, ["--quant", "int4", "--group-size", "15"], ["group_size=15"]),
+        (plain, ["--demo"], ["name one model, or --demo"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_refused(
+    make: Callable[[Path], None],
+    options: list[str],
+    said: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(tmp_path / "model")
+    capsys.readouterr()
+    assert run(["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *options]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    for words in said:
+        assert words in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing is left behind
+
+
+def test_a_folder_with_files_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(["quantize", str(source), "-o", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
