@@ -43,9 +43,9 @@ def command(
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Write a checkpoint in 8 or 4 bits that Hugging Face transformers, vLLM and this program read.
+    """Write a checkpoint in 8 or 4 bits, in the compressed-tensors format, for Hugging Face transformers and vLLM too.
 
-    The format is compressed-tensors, of weights alone. Embeddings and the head stay as they are.
+    Weights alone are quantized. Embeddings and the head stay as they are.
 
     jx-neuron quantize ./my-llama --quant int4 -o my-llama-int4
 

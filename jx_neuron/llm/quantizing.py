@@ -1,4 +1,4 @@
-"""A checkpoint in 8 or 4 bits that Hugging Face transformers, vLLM and this package read."""
+"""A checkpoint in 8 or 4 bits, in the compressed-tensors format, for Hugging Face transformers and vLLM too."""
 
 import json
 import os
