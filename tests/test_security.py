@@ -255,6 +255,9 @@ ALLOWED = {
         "subprocess.TimeoutExpired": "is caught",
     },
     "lowering/partition.py": {"subprocess.Popen": "this Python, on a module of this package; a list, no shell"},
+    "llm/quantizing.py": {
+        "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get": "a class's name, by a model's type",
+    },
     "models/__init__.py": {"importlib.import_module": OURS},
     "util/lazy.py": {"importlib.import_module": OURS, "importlib.util.spec_from_loader": OURS},
     "util/pages.py": {"ctypes.CDLL": "malloc_trim of this process's own C library"},
