@@ -256,7 +256,7 @@ ALLOWED = {
     },
     "lowering/partition.py": {"subprocess.Popen": "this Python, on a module of this package; a list, no shell"},
     "llm/quantizing.py": {
-        "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get": "a class's name, by a model's type",
+        "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get": "a name by another",
     },
     "models/__init__.py": {"importlib.import_module": OURS},
     "util/lazy.py": {"importlib.import_module": OURS, "importlib.util.spec_from_loader": OURS},
