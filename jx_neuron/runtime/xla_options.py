@@ -40,9 +40,6 @@ _MATMULS = {
 
 _WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
-# Operators in an order in which one widened matrix is freed before the next, not all that could run at once.
-_LEAST_MEMORY = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
 
 def options(
     platform: str, formulation: "Formulation | None" = None, rows: int = 0, codes: "Sequence[Formulation]" = ()
@@ -61,7 +58,7 @@ def options(
     by_ynnpack = any(form.dot == "ynnpack" and not form.in_passes(rows) for form in forms)
     dots = _YNNPACK_DOTS if by_ynnpack else _WITHOUT_YNNPACK
     wide = _WIDE_VECTORS if forms[-1].is_wide(rows) else {}
-    return _ALWAYS | _MATMULS | dots | wide | (_LEAST_MEMORY if codes else {})
+    return _ALWAYS | _MATMULS | dots | wide
 
 
 def precision(platform: str, dtype: Any) -> AbstractContextManager[None]:

@@ -119,7 +119,8 @@ def matmul_codes(x_mk: Array, codes: Array, scales: Array, form: Form, formulati
         y_mn = jnp.concatenate([one_pass(part, codes, scales, form) for part in parts])
     elif form.kind == "int8" and formulation.dot == "ynnpack":
         y_mn = _exact_dots(wide_mk, codes)
-    else:
+    else:  # a matrix is widened once x is there, or XLA would widen those of all layers first
+        codes, wide_mk = barrier((codes, wide_mk))
         y_mn = barrier(_widened(codes, scales, form) @ wide_mk.T).T
     return y_mn if form.kind == "int4" else y_mn * scales.astype(jnp.float32)
 
