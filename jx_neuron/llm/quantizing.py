@@ -29,7 +29,7 @@ from jx_neuron.nn.quantizing import HEADS, KINDS
 from jx_neuron.util.durable import replacing, sync
 from jx_neuron.util.progress import prefetch, track
 
-SHARD = 2**30  # bytes of a file of weights, and what is held at once
+SHARD = 2**30  # bytes of a file of weights, and of the tensors that wait for it
 LEGAL = "Legal are models whose layers are matrices [outputs, inputs], one a tensor, as Hugging Face's Linear has them"
 
 
@@ -164,23 +164,23 @@ def _with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_weights(folder: Path, tensors: Iterable[Mapping[str, np.ndarray]]) -> int:
     """Writes files of weights, with an index where there are several, and returns the bytes of all tensors."""
-    shards, held = list[list[str]](), dict[str, np.ndarray]()
+    shards, waiting = list[list[str]](), dict[str, np.ndarray]()
     size = total = 0
 
     def flush() -> None:
         path = folder / f"{len(shards)}.safetensors"
-        layouts = {name: (array.dtype.name, array.shape) for name, array in held.items()}
+        layouts = {name: (array.dtype.name, array.shape) for name, array in waiting.items()}
         with path.open("wb") as file:
-            write_safetensors([file], layouts, lambda name: [held.pop(name)], {"format": "pt"})
+            write_safetensors([file], layouts, lambda name: [waiting.pop(name)], {"format": "pt"})
         sync(path)
         shards.append(list(layouts))
 
     for parts in tensors:
         nbytes = sum(array.nbytes for array in parts.values())
-        if held and size + nbytes > SHARD:
+        if waiting and size + nbytes > SHARD:
             flush()
             size = 0
-        held |= parts
+        waiting |= parts
         size, total = size + nbytes, total + nbytes
     flush()
     _name_shards(folder, shards, total)

@@ -90,7 +90,7 @@ def cost(hlo_module: bytes) -> Cost:
 
 
 def _runs(module: Module) -> Counter[Computation]:
-    """How often each computation runs; of those that an operator applies to elements, how often the operator does."""
+    """How often each computation runs; one that an operator applies to each element counts as often as the operator."""
     runs = Counter({module.entry: 1})
     for computation in reversed(module.computations):  # callers first
         for i in computation.instructions:

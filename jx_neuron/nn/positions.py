@@ -70,7 +70,7 @@ def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array,
 
 
 def later(x_bt: Array, by_b: Array) -> Array:
-    """x [b, t, …] with the entries of each row so many tokens later: zeros before them, and the last ones left out."""
+    """x [b, t, …] with the entries of each row so many tokens later: zeros before them, and the last ones dropped."""
     t = x_bt.shape[1]
     return _windows(jnp.pad(x_bt, [(0, 0), (t, 0), *[(0, 0)] * (x_bt.ndim - 2)]), t - by_b, t)
 

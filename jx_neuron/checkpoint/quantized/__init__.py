@@ -51,7 +51,7 @@ def check(config: Mapping[str, Any]) -> tuple[str, Options] | None:
 
 
 def widened(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
-    """The tensors of the checkpoint `name`, those that its config.json says are quantized as weights.
+    """The tensors of the checkpoint `name`, with weights in the place of what its config.json says is quantized.
 
     Raises CheckpointError where config and tensors do not fit, and for codes of which the config says nothing, since
     they have scales somewhere.

@@ -8,7 +8,16 @@ from typing import Literal
 
 import numpy as np
 
-from jx_neuron.checkpoint.quantized.codes import FLOATS, Coded, Codes, described, part, unpacked, whole_groups
+from jx_neuron.checkpoint.quantized.codes import (
+    FLOATS,
+    Coded,
+    Codes,
+    described,
+    from_qweights,
+    part,
+    unpacked,
+    whole_groups,
+)
 from jx_neuron.checkpoint.quantized.options import GroupSize, Options
 from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.errors import CheckpointError
@@ -41,13 +50,7 @@ class Config(Options):
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The tensors, each qweight with its zeros and scales as the weight, float32."""
-    wide = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        wide[f"{module}.weight"] = _weight(tensors, module, config.group_size)
-        for suffix in ("qweight", "qzeros", "scales"):
-            del wide[f"{module}.{suffix}"]
-    return wide
+    return from_qweights(tensors, ("qzeros", "scales"), lambda module: _weight(tensors, module, config.group_size))
 
 
 def _weight(tensors: Mapping[str, Tensor], module: str, group_size: int) -> Tensor:

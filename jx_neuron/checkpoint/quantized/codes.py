@@ -141,3 +141,20 @@ def read_small(name: str, tensor: Tensor, most: int) -> Array:
     if tensor.nbytes > most:
         raise CheckpointError(f"{name} has {tensor.nbytes:,} bytes; legal are {most:,}; download it again")
     return tensor.load()
+
+
+def from_qweights(
+    tensors: Mapping[str, Tensor], parts: Sequence[str], weight: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors, with `weight` of each module in the place of its qweight, and without `parts`, its scales and zeros.
+
+    GPTQ and AWQ have these names.
+    """
+    wide = dict(tensors)
+    for name in tensors:
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            wide[f"{module}.weight"] = weight(module)
+            for part_name in ("qweight", *parts):
+                wide.pop(f"{module}.{part_name}", None)
+    return wide

@@ -190,9 +190,9 @@ def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tenso
         whole_groups(module, columns, block[1])
     blocks = (-(-rows // max(1, block[0])), -(-columns // max(1, block[1])))
     why = f"{module} has {weights.num_bits} bits of {list(shape)}, {scheme.format}, and a scale a {weights.kind}"
-    found = tensors[f"{module}.weight_scale"]
-    scalar = weights.kind == "tensor" and found.shape in ((), (1,))
-    scales = part(tensors, f"{module}.weight_scale", FLOATS, found.shape if scalar else blocks, why)
+    scale = tensors[f"{module}.weight_scale"]
+    scalar = weights.kind == "tensor" and scale.shape in ((), (1,))
+    scales = part(tensors, f"{module}.weight_scale", FLOATS, scale.shape if scalar else blocks, why)
     zeros = _zeros(tensors, module, scheme, scales.shape, why)
     order = _order(tensors, module, weights, columns, why)
     if packed:

@@ -14,6 +14,7 @@ from jx_neuron.checkpoint.quantized.codes import (
     Codes,
     checked_groups,
     described,
+    from_qweights,
     part,
     unpacked,
     words,
@@ -48,13 +49,7 @@ class Config(Options):
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The tensors, each qweight with its zeros and scales as the weight, float32."""
-    wide = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        wide[f"{module}.weight"] = _weight(tensors, module, config)
-        for suffix in ("qweight", "qzeros", "scales", "g_idx"):
-            wide.pop(f"{module}.{suffix}", None)
-    return wide
+    return from_qweights(tensors, ("qzeros", "scales", "g_idx"), lambda module: _weight(tensors, module, config))
 
 
 def _weight(tensors: Mapping[str, Tensor], module: str, config: Config) -> Tensor:

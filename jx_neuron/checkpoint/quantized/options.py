@@ -33,7 +33,7 @@ TwoSizes = Annotated[list[Size], AfterValidator(_two)]
 
 
 class Options(BaseModel):
-    """Base of a format's fields. `INERT` names those that change no weight, given the tensors."""
+    """Base of a format's fields. `INERT` names fields that change no weight."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     INERT: ClassVar[str] = ""
