@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from families import OPTIONS
 from jax.sharding import PartitionSpec as P
 from transformers import AutoConfig
 
-from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron import NeuronAutoModelForCausalLM, QuantizationConfig
 from jx_neuron.lowering import lower
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.model import lower_model
@@ -108,10 +109,18 @@ def test_xla_of_2023_reads_artifacts(python_of_2023: Path, tmp_path: Path, famil
     check_read(python_of_2023, files, 4 + 1)  # keys and values of two layers, and the last tokens
 
 
+# float8_e4m3 is in XLA since September 2024
+FORMS = {"s8": QuantizationConfig(lm_head=True), "int4": QuantizationConfig(quant_dtype="int4", group_size=2)}
+QUANTIZED = [(family, form) for family in ("deepseek_v3", "llama", "mixtral") for form in FORMS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", OPTIONS)
-def test_xla_of_2023_reads_the_programs_of_every_family(python_of_2023: Path, tmp_path: Path, family: str) -> None:
-    decoder = Decoder.from_config(AutoConfig.for_model(family, **deepcopy(OPTIONS[family][0])).to_dict(), 4)
+@pytest.mark.parametrize(("family", "form"), [*((family, None) for family in OPTIONS), *QUANTIZED])
+def test_xla_of_2023_reads_the_programs_of_every_family(
+    python_of_2023: Path, tmp_path: Path, family: str, form: str | None
+) -> None:
+    raw = AutoConfig.for_model(family, **deepcopy(OPTIONS[family][0])).to_dict()
+    decoder = replace(Decoder.from_config(raw, 4), quant=FORMS[form] if form else None)
     keys = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32, 16)]
     files = []
     for program in lower_model(decoder, keys, 3, 96, jnp.bfloat16):

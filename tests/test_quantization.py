@@ -167,8 +167,11 @@ def test_neuron_takes_it_and_scales_are_no_collective(name: str, form: str) -> N
     assert coded.forms
     programs = [list(lower_model(each, keys, 3, 96, jnp.bfloat16)) for each in (plain, coded)]
     for before, after in zip(*programs, strict=True):
-        counts = [Counter((c.opcode, c.bytes) for c in program.collectives()) for program in (before, after)]
-        assert counts[0] == counts[1]
+        of_plain, of_coded = (list(program.collectives()) for program in (before, after))
+        assert Counter(c.opcode for c in of_coded) == Counter(c.opcode for c in of_plain)
+        # XLA sums in float32 what a norm widens at once, but where scales come between
+        nbytes = (sorted(c.bytes for c in collectives) for collectives in (of_coded, of_plain))
+        assert all(coded <= plain for coded, plain in zip(*nbytes, strict=True))
         for target in TARGETS:
             assert after.verify(target) == []
 
