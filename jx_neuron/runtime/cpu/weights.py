@@ -96,7 +96,7 @@ class OneCPU(Sharded):
         return self._stacked if self._reads_in_passes(key) else self._packed
 
     def _reads_in_passes(self, key: ProgramKey) -> bool:
-        return all(form.in_passes(key.rows * key.tokens) for form in (self.formulation, *self.codes))
+        return bool(self.codes) or self.formulation.in_passes(key.rows * key.tokens)
 
 
 class _Packed(NamedTuple):
