@@ -29,7 +29,7 @@ STEPS = (15.0, 15.7, 16.4)
 DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
 """Codes, with an offset of -8 scales, that the number of the largest magnitude in such a group is tried as."""
 
-SLICE = 2**21
+SLICE = 2**20
 """Bytes of a matrix that are encoded at a time."""
 
 
