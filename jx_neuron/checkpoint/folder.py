@@ -303,7 +303,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     from jx_neuron.checkpoint.gguf import model as gguf_model
 
     file = gguf_format.read_gguf(path)
-    model = gguf_model.Model.of(file)
+    model = gguf_model.Model.of(file.without_vocabulary())
     config = model.config()
     generation = gguf_model.generation_config(file.metadata)
     return Checkpoint(

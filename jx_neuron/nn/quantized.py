@@ -29,7 +29,7 @@ STEPS = (15.0, 15.7, 16.4)
 DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
 """Codes, with an offset of -8 scales, that the number of the largest magnitude in such a group is tried as."""
 
-SLICE = 2**24
+SLICE = 2**20
 """Bytes of a matrix that are encoded at a time."""
 
 
@@ -81,8 +81,12 @@ class Form:
         """The arrays of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes."""
         axis = 0 if self.rows or self.lead else -1
         count = min(matrix.shape[axis], 1 + matrix.nbytes // SLICE)
-        parts = [self._encode(part, dtype) for part in np.array_split(matrix, count, axis)]
-        return {name: np.concatenate([part[name] for part in parts], axis) for name in self.parts}
+        arrays = {name: np.empty(part.shape, part.dtype) for name, part in self.shapes(matrix.shape, dtype).items()}
+        of_slices = {name: np.array_split(array, count, axis) for name, array in arrays.items()}
+        for number, part in enumerate(np.array_split(matrix, count, axis)):
+            for name, array in self._encode(part, dtype).items():
+                of_slices[name][number][...] = array
+        return arrays
 
     def _encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
         wide = matrix.astype(np.float32, copy=False)

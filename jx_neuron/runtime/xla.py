@@ -23,7 +23,7 @@ from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.pages import check_memory, gc_paused, release_memory
-from jx_neuron.util.progress import map_concurrently
+from jx_neuron.util.progress import track
 
 MOST_PROGRAMS = 128
 """Programs that a model keeps. One takes 2 to 5 MB, and 160 of the 65530 memory maps that Linux allows a process."""
@@ -66,9 +66,9 @@ class XlaRuntime:
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
         keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
-        map_concurrently(
-            lambda key: self._program(*key), [key for key in keys if key not in self._compiled], "compiling"
-        )
+        missing = [key for key in keys if key not in self._compiled]
+        for key in track(missing, "compiling", len(missing)):  # two at once take more memory and, on two cores, as long
+            self._program(*key)
 
     def run(self, step: StepInput) -> StepOutput:
         key = step.key

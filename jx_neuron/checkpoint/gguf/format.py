@@ -6,7 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -52,6 +52,7 @@ SCALARS: Mapping[int, str] = {  # to struct and numpy alike
 MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
+VOCABULARY = frozenset(f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "scores"))
 BLOCKS = 4096  # quantized blocks dequantized at once: the temporaries fit the processor's cache
 
 
@@ -71,6 +72,11 @@ class GGUF:
     path: Path
     metadata: Metadata
     entries: Mapping[str, Entry]
+
+    def without_vocabulary(self) -> "GGUF":
+        """This without the tokenizer's lists, which take more memory than all else."""
+        kept = {key: value for key, value in self.metadata.items() if key not in VOCABULARY}
+        return replace(self, metadata=kept)
 
 
 class _Layout(BaseModel):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jx_neuron.checkpoint.gguf.architecture import ROWS, Architecture, Edit, Names, transposed, without_one
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
-from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load
+from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load, read_gguf
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.checkpoint.tokenizer import PlainTokenizer
@@ -51,7 +51,7 @@ ENDS_OF_TURN = "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <turn|> <EOT> [EOT] 
 
 @dataclass(frozen=True)
 class Model:
-    """The model of a GGUF file.
+    """The model of a GGUF file, whose tokenizer is read anew when it is asked for.
 
     Raises CheckpointError for an architecture that HF's decoders here do not have, for a key that is missing or does
     not fit the tensors, and for one whose value HF's model cannot express.
@@ -215,8 +215,8 @@ class Model:
         """HF's tokenizer, or a PlainTokenizer. Raises CheckpointError for a file without one, or of an unknown kind."""
         from jx_neuron.checkpoint.gguf.tokenizer import Vocabulary
 
-        file, length = self.header.file, self.header.keys.context_length
-        vocabulary = Vocabulary.of(file.metadata, file.path, length, in_order=self.architecture.in_order)
+        path, length = self.header.file.path, self.header.keys.context_length
+        vocabulary = Vocabulary.of(read_gguf(path).metadata, path, length, in_order=self.architecture.in_order)
         return PlainTokenizer(vocabulary.backend) if plain else vocabulary.hf_tokenizer()
 
     def _listed(self) -> Iterator[tuple[str, Tensor]]:

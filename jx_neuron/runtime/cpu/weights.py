@@ -34,7 +34,8 @@ class OneCPU(Sharded):
     """Kernels are `Packed`, those of a `Linears` as one, and the parameters of `Layers` are stacked.
 
     A program that reads weights in passes takes the stacks, and loops over the layers. In others XLA would copy a
-    matrix out of a stack for its product: they take each layer's part, which is the same memory.
+    matrix out of a stack for its product: they take each layer's part, which is the same memory. Codes are small to
+    copy, and a program without a loop would take as much memory as they do: with any, all programs loop.
     """
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
@@ -90,13 +91,13 @@ class OneCPU(Sharded):
         return jax.tree.map(lambda leaf: leaf.update(sharding=self._everywhere), state)
 
     def params(self, key: ProgramKey) -> Params:
-        return self._stacks if self._reads_in_passes(key) else self._params
+        return self._stacks if self._loops(key) else self._params
 
     def _decoder_of(self, key: ProgramKey) -> Decoder:
-        return self._stacked if self._reads_in_passes(key) else self._packed
+        return self._stacked if self._loops(key) else self._packed
 
-    def _reads_in_passes(self, key: ProgramKey) -> bool:
-        return all(form.in_passes(key.rows * key.tokens) for form in (self.formulation, *self.codes))
+    def _loops(self, key: ProgramKey) -> bool:
+        return bool(self.codes) or self.formulation.in_passes(key.rows * key.tokens)
 
 
 class _Packed(NamedTuple):
