@@ -46,6 +46,7 @@ class Engine:
     vocab_size: int
     first_not_finite: Callable[[], str | None] = lambda: None
     lock: RLock = field(default_factory=RLock)
+    reserved: bool = False
     closing: deque[Sequence] = field(default_factory=deque)  # any thread may append, without the lock
     _in_flight: list[_InFlight] = field(default_factory=list)
 
@@ -75,14 +76,19 @@ class Engine:
         choices: SequenceOf[Choice],
         row: int = 0,
         tokenizer: Any = None,
+        prompt_logprobs: int | None = None,
     ) -> list[Ticket]:
         """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
-        row:       index of the first answer, for errors.
-        tokenizer: needed where a choice has stop strings.
+        row:             index of the first answer, for errors.
+        tokenizer:       needed where a choice has stop strings.
+        prompt_logprobs: how many of the most likely tokens the first ticket has at each position of the prompt, with
+                         their log-probabilities; None for no log-probabilities of the prompt.
         """
         tokens = [int(token) for token in prompt]
         tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
+        if prompt_logprobs is not None:
+            tickets[0].score_prompt(prompt_logprobs)
         tickets[0].siblings = tickets[1:]
         if tickets[1:]:
             tickets[0].sequence.drawing = None  # the host chooses the first token of each answer
@@ -108,7 +114,7 @@ class Engine:
 
     def _dispatch(self) -> bool:
         """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
-        if self.runtime.programs is None and (sizes := self.scheduler.sizes()) is not None:
+        if self.runtime.programs is None and not self.reserved and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()
         plan = self.scheduler.plan()
@@ -203,5 +209,10 @@ class Engine:
         """Discards the state table after a fault; every sequence is computed again."""
         self._in_flight = []
         self.scheduler.forget()
-        slots, positions = self.scheduler.sizes() or (1, 1)
-        self.runtime.reset(slots, positions)
+        self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
+
+    def reserve(self) -> None:
+        """Has the state table keep the largest size from now on, so that no program is compiled for another one."""
+        with self.lock:
+            self.reserved = True
+            self._discard_state()

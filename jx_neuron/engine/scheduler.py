@@ -66,6 +66,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._clock = 0
+        self.prefix_queries = self.prefix_hits = self.preemptions = 0
         self.prefix: list[int] = []
         """Tokens that are kept for sequences that start with them: their slot is taken by others last."""
 
@@ -112,6 +113,11 @@ class Scheduler:
         self._slots.append(_Slot(None, self.prefix, sequence.prompt, written=sequence.written))
         return len(self._slots) - 1
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The most slots and positions of a turn."""
+        return max(self.batch_sizes[-1], self.prompt_rows[-1]), self.buckets.capacity
+
     def sizes(self) -> tuple[int, int] | None:
         """Slots and positions for what waits, where nothing that any slot holds is needed; else None."""
         if not self._waiting or self.prefix or self.free_slots < len(self._slots):
@@ -129,6 +135,7 @@ class Scheduler:
         self._slots = [_Slot() for _ in self._slots]
         for sequence in lost:
             sequence.slot, sequence.computed, sequence.pending = None, 0, 0
+        self.preemptions += len(self._running)
         self._waiting.extendleft(reversed(self._running))
         self._running = []
 
@@ -171,6 +178,10 @@ class Scheduler:
             number, source, length = choice
             if source not in (None, number):
                 copies.append((source, number))
+            if sequence.source is None:
+                sequence.cached = length
+                self.prefix_queries += len(sequence.tokens)
+                self.prefix_hits += length
             self._take(sequence, number, length, self._slots[number if source is None else source])
             self._running.append(sequence)
         return copies
