@@ -97,18 +97,23 @@ class Engine:
         return tickets
 
     def step(self) -> None:
-        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it;
-        and within a budget where it takes prompts, since one that arrives meanwhile may go before them."""
+        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it.
+
+        Within a budget, a turn that takes prompts is read at once: one that arrives meanwhile may go before them.
+        """
         with self.lock:
             try:
                 while self.closing:
                     self.scheduler.close(self.closing.popleft())
                 previous, self._in_flight = self._in_flight, []
-                if any(under_way.chooses or self._yields(under_way) for under_way in previous):
+                if any(under_way.chooses for under_way in previous):
                     self._read(previous)
                     previous = []
                 if self._dispatch():
                     self._read(previous)
+                    if any(map(self._yields, self._in_flight)):
+                        under_way, self._in_flight = self._in_flight, []
+                        self._read(under_way)
             except BaseException:
                 self._discard_state()
                 raise
@@ -144,8 +149,9 @@ class Engine:
         sequence.sink.fail(error)
 
     def _read(self, steps: Iterable[_InFlight]) -> None:
-        for turn, output in steps:
-            token_b = None
+        for under_way in steps:
+            turn, output = under_way
+            token_b = np.asarray(output.token_b1).reshape(-1) if self._yields(under_way) else None  # waits for it
             for row in turn.rows:
                 sink = row.sequence.sink
                 if row.last and row.sequence.drawing is not None and token_b is None:

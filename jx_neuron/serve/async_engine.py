@@ -166,7 +166,7 @@ class AsyncEngine:
                       are first used, while all wait.
 
     A turn takes one token of each answer, then as many tokens of prompts as the model's largest context bucket has. So
-    its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 64 suits a
+    its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 32 suits a
     CPU.
     """
 
@@ -319,7 +319,7 @@ class AsyncEngine:
         running: list[Stream] = []
         try:
             self._warm_up()
-            while not self._stopping:
+            while running or self._model.engine.closing or not self._stopping:
                 if not (running or self._arrived or self._model.engine.closing):
                     self._wake.wait()
                     self._wake.clear()
