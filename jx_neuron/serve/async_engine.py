@@ -187,7 +187,7 @@ class AsyncEngine:
         self._live: dict[Stream, None] = {}  # of the loop
         self._idle = asyncio.Event()
         self._began: deque[float] = deque(maxlen=64)  # when requests were given slots
-        self._ready = self._closing = self._stopping = False
+        self._ready = self._closing = self._stopping = self._watched = False
         self._failure: BaseException | None = None
         self._failures = 0
         self._turn_began: float | None = None
@@ -251,12 +251,12 @@ class AsyncEngine:
         stream = Stream(self, request)
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        if not self._live:
-            self._watch(self._loop)
         if deadline is not None:
             error = DeadlineExceeded(f"the answers had not ended after {deadline:g} s")
             stream.timer = self._loop.call_later(deadline, self.end, stream, error)
         self._live[stream] = None
+        if not self._watched:
+            self._watch(self._loop)
         self._idle.clear()
         self._arrived.append(stream)
         self._wake.set()
@@ -292,7 +292,8 @@ class AsyncEngine:
         """Fails all requests once a turn hangs."""
         if self._hangs:
             self._end_all(self._failed())
-        if self._live:
+        self._watched = bool(self._live)
+        if self._watched:
             loop.call_later(min(1.0, self._seconds_per_turn / 4), self._watch, loop)
 
     def _failed(self) -> EngineFailed:
@@ -331,16 +332,18 @@ class AsyncEngine:
                 for stream in running:
                     if stream.cancelled:
                         _close(stream)
+                running = [stream for stream in running if not stream.cancelled]
                 self._turn_began = time.perf_counter()
                 self._model.engine.step()
                 self._turn_began = None
                 news = [self._news(stream) for stream in running]
-                running = [stream for stream in running if not stream.cancelled]
                 self._send([one for one in news if one.events or one.ended])
                 ended = {one.stream for one in news if one.ended}
                 running = [stream for stream in running if stream not in ended]
         except BaseException as error:
             self._failure = error
+            for stream in running:
+                _close(stream)
             self._send([_News(stream, (), self._failed(), True) for stream in (*running, *self._arrived)])
         finally:
             self._turn_began = None
