@@ -19,7 +19,7 @@ LEVELS = [
     {"runtime"},
     {"engine", "planning"},
     {"llm"},
-    {"integrations"},
+    {"integrations", "serve"},
     {"cli"},
     {"__main__"},
 ]

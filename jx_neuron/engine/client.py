@@ -13,7 +13,7 @@ from jx_neuron.engine import generation, prompts, scoring
 from jx_neuron.engine.answer import Step, steps
 from jx_neuron.engine.defaults import SamplingDefaults
 from jx_neuron.engine.engine import Engine
-from jx_neuron.engine.generation import Generation
+from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.options import Choice, Options, SamplingParams, check_names, criteria_of
 from jx_neuron.engine.rows import LastRows
 from jx_neuron.engine.stopping import Criteria, Detokenizer
@@ -131,19 +131,33 @@ class Client:
     def generations(self, several: Any, sampling: Any) -> list[Generation]:
         """The whole answers to any number of prompts."""
         requests, events = self._generation(several, sampling)
-        return generation.whole([prompt for prompt, _ in requests], [len(choices) for _, choices in requests], events)
+        return generation.whole(requests, events)
 
-    def _generation(
-        self, several: Any, sampling: Any
-    ) -> tuple[list[tuple[list[int], Sequence[Choice]]], Iterator[Event]]:
+    def request(self, prompt: Any, sampling: SamplingParams, prompt_logprobs: int | None = None) -> Request:
+        """A request for answers to one prompt.
+
+        prompt_logprobs: gives the log-probability of each token of the prompt, and those of so many of the most likely
+                         ones; None for none.
+
+        Raises InputError where the model cannot take it.
+        """
+        tokens = self._prompt(prompt, 0)
+        if prompt_logprobs is not None:
+            integer("prompt_logprobs", prompt_logprobs, least=0, most=self.settings.vocab_size)
+            self._require_all_logits("prompt_logprobs")
+        choices = self._choices(tokens, sampling)
+        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs)
+
+    def _generation(self, several: Any, sampling: Any) -> tuple[list[Request], Iterator[Event]]:
         rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts.several(several))]
         samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
         if len(samplings) != len(rows) or not all(isinstance(params, SamplingParams) for params in samplings):
             raise InputError(f"sampling takes a SamplingParams, or {len(rows)}, one for each prompt")
-        requests = [(row, self._choices(row, params)) for row, params in zip(rows, samplings, strict=True)]
-        tokenizer = self._tokenizer_for([choices[0] for _, choices in requests], text=True)
+        choices = [self._choices(row, params) for row, params in zip(rows, samplings, strict=True)]
+        tokenizer = self._tokenizer_for([answers[0] for answers in choices], text=True)
+        requests = [Request(row, answers, tokenizer) for row, answers in zip(rows, choices, strict=True)]
         self.last.close()
-        return requests, generation.events(self.engine(), rows, [choices for _, choices in requests], tokenizer)
+        return requests, generation.events(self.engine(), requests)
 
     def _prompt(self, prompt: Any, number: int) -> list[int]:
         name, capacity = f"prompt {number}", self.limits.capacity
@@ -168,15 +182,18 @@ class Client:
 
     def log_likelihoods(self, rows: Sequence[Any], stride: int | None) -> list[scoring.Parts]:
         """The log-probability of each token of each row, given those before it."""
-        if self.defaults.candidates is not None and not self.settings.all_logits:
-            raise InputError(
-                "scores take the logits of every token, and the programs give the last one's; "
-                "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
-            )
+        self._require_all_logits("scores")
         tokens = [self._row(row, f"row {number}") for number, row in enumerate(rows)]
         stride = scoring.stride_of(stride, self.limits.capacity)
         self.last.close()
         return scoring.log_likelihoods(self.engine(), tokens, stride)
+
+    def _require_all_logits(self, what: str) -> None:
+        if self.defaults.candidates is not None and not self.settings.all_logits:
+            raise InputError(
+                f"{what} take the logits of every token, and the programs give the last one's; "
+                "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
+            )
 
     def keep_prefix(self, input_ids: Any) -> None:
         """Computes one row of tokens and keeps it as a prefix; None drops the kept prefix."""

@@ -46,6 +46,7 @@ class Engine:
     vocab_size: int
     first_not_finite: Callable[[], str | None] = lambda: None
     lock: RLock = field(default_factory=RLock)
+    reserved: bool = False
     closing: deque[Sequence] = field(default_factory=deque)  # any thread may append, without the lock
     _in_flight: list[_InFlight] = field(default_factory=list)
 
@@ -75,14 +76,19 @@ class Engine:
         choices: SequenceOf[Choice],
         row: int = 0,
         tokenizer: Any = None,
+        prompt_logprobs: int | None = None,
     ) -> list[Ticket]:
         """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
-        row:       index of the first answer, for errors.
-        tokenizer: needed where a choice has stop strings.
+        row:             index of the first answer, for errors.
+        tokenizer:       needed where a choice has stop strings.
+        prompt_logprobs: how many of the most likely tokens the first ticket has at each position of the prompt, with
+                         their log-probabilities; None for no log-probabilities of the prompt.
         """
         tokens = [int(token) for token in prompt]
         tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
+        if prompt_logprobs is not None:
+            tickets[0].score_prompt(prompt_logprobs)
         tickets[0].siblings = tickets[1:]
         if tickets[1:]:
             tickets[0].sequence.drawing = None  # the host chooses the first token of each answer
@@ -91,7 +97,10 @@ class Engine:
         return tickets
 
     def step(self) -> None:
-        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it."""
+        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it.
+
+        Within a budget, a turn that takes prompts is read at once: one that arrives meanwhile may go before them.
+        """
         with self.lock:
             try:
                 while self.closing:
@@ -102,13 +111,19 @@ class Engine:
                     previous = []
                 if self._dispatch():
                     self._read(previous)
+                    if any(map(self._yields, self._in_flight)):
+                        under_way, self._in_flight = self._in_flight, []
+                        self._read(under_way)
             except BaseException:
                 self._discard_state()
                 raise
 
+    def _yields(self, under_way: _InFlight) -> bool:
+        return self.scheduler.budget is not None and under_way.turn.step.key.kind != "decode"
+
     def _dispatch(self) -> bool:
         """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
-        if self.runtime.programs is None and (sizes := self.scheduler.sizes()) is not None:
+        if self.runtime.programs is None and not self.reserved and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()
         plan = self.scheduler.plan()
@@ -134,8 +149,9 @@ class Engine:
         sequence.sink.fail(error)
 
     def _read(self, steps: Iterable[_InFlight]) -> None:
-        for turn, output in steps:
-            token_b = None
+        for under_way in steps:
+            turn, output = under_way
+            token_b = np.asarray(output.token_b1).reshape(-1) if self._yields(under_way) else None  # waits for it
             for row in turn.rows:
                 sink = row.sequence.sink
                 if row.last and row.sequence.drawing is not None and token_b is None:
@@ -203,5 +219,21 @@ class Engine:
         """Discards the state table after a fault; every sequence is computed again."""
         self._in_flight = []
         self.scheduler.forget()
-        slots, positions = self.scheduler.sizes() or (1, 1)
-        self.runtime.reset(slots, positions)
+        self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
+
+    def reserve(self, budget: int, candidates: Iterable[int]) -> None:
+        """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
+
+        The state table keeps its largest size from now on, and a turn takes at most `budget` tokens of prompts.
+
+        candidates: the numbers of candidates whose programs are loaded now.
+        """
+        with self.lock:
+            self.scheduler.budget, self.reserved = budget, True
+            self._discard_state()
+            if self.runtime.programs is None:
+                self.runtime.load(key for count in candidates for key in self.scheduler.programs(count))
+            self.compute([sequence := Sequence([0], sink=Collector(self))])
+            self.scheduler.close(sequence)
+            if self.scheduler.batch_sizes[-1] > 1:
+                self.runtime.copy(np.array([0], np.int32), np.array([1], np.int32))

@@ -7,7 +7,7 @@ from typing import Any
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.stopping import Detokenizer
-from jx_neuron.engine.ticket import Event
+from jx_neuron.engine.ticket import Event, Ticket
 
 
 @dataclass(frozen=True)
@@ -50,45 +50,71 @@ class Generation:
         return self.answers[0].ids
 
 
-def events(
-    engine: Engine, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]], tokenizer: Any
-) -> Iterator[Event]:
-    """Yields every token of every answer as it is drawn; several answers run at a time.
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and a Choice for each of its answers.
 
-    choices:   for each prompt, a Choice for each of its answers.
-    tokenizer: None for events without text.
+    tokenizer:       None for events without text.
+    prompt_logprobs: the number of most likely tokens at each position of the prompt; None for no log-probabilities.
     """
-    live = [
-        (prompt, answer, ticket, Detokenizer(tokenizer, tokens, skip_special_tokens=True) if tokenizer else None)
-        for prompt, (tokens, wishes) in enumerate(zip(prompts, choices, strict=True))
-        for answer, ticket in enumerate(engine.submit(tokens, wishes, prompt, tokenizer))
-    ]
+
+    prompt: Sequence[int]
+    choices: Sequence[Choice]
+    tokenizer: Any
+    prompt_logprobs: int | None = None
+
+
+class RunningAnswer:
+    """An answer that an engine computes: the events of its ticket, with text and the indices of prompt and answer."""
+
+    def __init__(self, ticket: Ticket, request: Request, prompt: int, answer: int):
+        tokenizer = request.tokenizer
+        self.ticket, self._at = ticket, (prompt, answer)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt, skip_special_tokens=True) if tokenizer else None
+
+    def next(self) -> Event:
+        """The next event; steps the engine where none is ready. Raises the errors of the answer."""
+        event = next(self.ticket)
+        text = None
+        if self._detokenizer is not None:
+            text = self._detokenizer.add(event.token, last=event.finish_reason is not None)
+        prompt, answer = self._at
+        return replace(event, prompt=prompt, answer=answer, text=text)
+
+
+def start(engine: Engine, request: Request, number: int = 0) -> list[RunningAnswer]:
+    """Submits a request, prompt `number` of its call."""
+    tickets = engine.submit(request.prompt, request.choices, number, request.tokenizer, request.prompt_logprobs)
+    return [RunningAnswer(ticket, request, number, answer) for answer, ticket in enumerate(tickets)]
+
+
+def events(engine: Engine, requests: Sequence[Request]) -> Iterator[Event]:
+    """Yields every token of every answer as it is drawn; several answers run at a time."""
+    live = [answer for number, request in enumerate(requests) for answer in start(engine, request, number)]
     try:
         while live:
-            ready = [entry for entry in live if entry[2].ready]
+            ready = [answer for answer in live if answer.ticket.ready]
             if not ready:
                 engine.step()
                 continue
-            for entry in ready:
-                prompt, answer, ticket, detokenizer = entry
-                event = next(ticket)
-                last = event.finish_reason is not None
-                text = None if detokenizer is None else detokenizer.add(event.token, last=last)
-                if last:
-                    live.remove(entry)
-                yield replace(event, prompt=prompt, answer=answer, text=text)
+            for answer in ready:
+                event = answer.next()
+                if event.finish_reason is not None:
+                    live.remove(answer)
+                yield event
     finally:
-        for _, _, ticket, _ in live:
-            ticket.close()
+        for answer in live:
+            answer.ticket.close()
 
 
-def whole(prompts: Sequence[Sequence[int]], counts: Sequence[int], stream: Iterator[Event]) -> list[Generation]:
-    """Collects events into answers, `counts[i]` for prompt i."""
-    events: list[list[list[Event]]] = [[[] for _ in range(count)] for count in counts]
+def whole(requests: Sequence[Request], stream: Iterator[Event]) -> list[Generation]:
+    """Collects the events of requests into their answers."""
+    events: list[list[list[Event]]] = [[[] for _ in request.choices] for request in requests]
     for event in stream:
         events[event.prompt][event.answer].append(event)
     return [
-        Generation(tuple(tokens), tuple(map(_answer, answers))) for tokens, answers in zip(prompts, events, strict=True)
+        Generation(tuple(request.prompt), tuple(map(_answer, answers)))
+        for request, answers in zip(requests, events, strict=True)
     ]
 
 

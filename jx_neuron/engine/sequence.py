@@ -38,6 +38,7 @@ class Sequence:
     source:       a sequence that begins with the same tokens, to copy them from.
     extents:      of each given token, the length of the sequence that it was computed in, which RoPE may depend on.
     computed:     how many tokens the slot holds, or will once the steps under way have run.
+    cached:       how many of them it took from what slots held when it was given its slot.
     written:      how many it held at most; more than `computed` where tokens were forgotten since.
     pending:      how many tokens were drawn and are not known yet.
     sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
@@ -53,6 +54,7 @@ class Sequence:
     sink: Any = None
     slot: int | None = None
     computed: int = 0
+    cached: int = 0
     written: int = 0
     pending: int = 0
     used: int = 0

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jx_neuron.engine.draw import largest
+from jx_neuron.engine.likelihood import Likelihood, PromptLikelihoods, likelihood
 from jx_neuron.engine.options import Choice
-from jx_neuron.engine.processors import log_softmax
 from jx_neuron.engine.sequence import Row, Sequence
 from jx_neuron.engine.stopping import StopStrings
 from jx_neuron.nn.sampling import NOT_FINITE
@@ -55,6 +54,7 @@ class Ticket:
         self._error: BaseException | None = None
         self.closed = False
         self.siblings: list[Ticket] = []
+        self._of_prompt: PromptLikelihoods | None = None
         self._drawing = None if choice.on_host else choice.draw
         self.sequence = Sequence(list(prompt), len(prompt) + choice.steps, self._drawing, sink=self)
 
@@ -84,6 +84,15 @@ class Ticket:
         if not self.siblings:
             self._engine.closing.append(self.sequence)
 
+    def score_prompt(self, count: int) -> None:
+        """Has the log-probabilities of the prompt's tokens collected, with `count` of the most likely ones."""
+        self._of_prompt, self.sequence.every_logits = PromptLikelihoods(self._prompt, count), True
+
+    @property
+    def prompt_likelihoods(self) -> list[Likelihood | None] | None:
+        """Of each token of the prompt, whole before the first event; None where `score_prompt` was not called."""
+        return None if self._of_prompt is None else self._of_prompt.values
+
     @property
     def on_host(self) -> bool:
         """Whether the next token is chosen from logits that the host reads."""
@@ -91,22 +100,31 @@ class Ticket:
 
     def wants_logits(self, row: Row) -> bool:
         """Whether the logits of a step's row are read."""
-        return row.last and self.on_host and (not self.closed or bool(self.siblings))
+        live = not self.closed or bool(self.siblings)
+        return live and (self.sequence.every_logits or (row.last and self.on_host))
 
-    def take(self, row: Row, token: int, logits_v: np.ndarray | None) -> None:
-        """Takes the outputs of a row: the token that the program drew, and logits [v] where `wants_logits`."""
+    def take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
+        """Takes the outputs of a row: the token that the program drew, and where `wants_logits` the logits [v] of the
+        last token, or [t, v] of each."""
         siblings = self.siblings
-        if not row.last or (self.closed and not siblings):
+        if self.closed and not siblings:
             return
-        if logits_v is not None and not np.isfinite(logits_v).all():
+        if logits is not None and not np.isfinite(logits[: row.count] if logits.ndim == 2 else logits).all():
             token = NOT_FINITE
-        elif logits_v is not None:
+        elif logits is not None and logits.ndim == 2:
+            if self._of_prompt is not None:
+                self._of_prompt.add(row.start, logits[: row.count])
+            logits = logits[row.count - 1]
+        if token != NOT_FINITE and not row.last:
+            return
+        logits_v = logits if self.on_host else None
+        if token != NOT_FINITE and logits_v is not None:
             token = self._choose(logits_v)
         if token == NOT_FINITE:
             self._engine.poison(self.sequence)
             self.fail(self._engine.not_finite(self._row))
             return
-        self.siblings = []
+        self.siblings, self.sequence.every_logits = [], False
         if self.closed:
             self.close()
         else:
@@ -149,17 +167,10 @@ class Ticket:
             ended = True
         full = len(self._answer) >= choice.steps
         reason = "stop" if ended else "length" if full else None
-        logprob, top = _log_probabilities(logits_v, token, choice.logprobs)
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
+        if choice.logprobs is not None and logits_v is not None:
+            logprob, _, top = likelihood(logits_v, token, choice.logprobs)
         self._events.append(Event(token, logprob, top, reason, time.perf_counter() - self._began))
         if reason is not None:
             self.close()
-
-
-def _log_probabilities(
-    logits_v: np.ndarray | None, token: int, count: int | None
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    if count is None or logits_v is None:
-        return None, ()
-    logprobs_v = log_softmax(logits_v)
-    most = largest(logprobs_v, count).tolist() if count else []
-    return float(logprobs_v[token]), tuple((id, float(logprobs_v[id])) for id in most)

@@ -14,7 +14,7 @@ from jx_neuron.engine.answer import Step
 from jx_neuron.engine.client import Client
 from jx_neuron.engine.defaults import SamplingDefaults
 from jx_neuron.engine.engine import Engine
-from jx_neuron.engine.generation import Generation
+from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.options import Options
 from jx_neuron.engine.scoring import Score
 from jx_neuron.engine.ticket import Event
@@ -295,6 +295,13 @@ class NeuronAutoModelForCausalLM:
         if stream:
             return self._client.events(prompts, sampling)
         return self._client.generations(prompts, sampling)
+
+    def request(self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None) -> Request:
+        """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`.
+
+        Raises InputError where the model cannot take it.
+        """
+        return self._client.request(prompt, sampling, prompt_logprobs)
 
     def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.
