@@ -75,9 +75,14 @@ def api_error(error: BaseException) -> APIError:
     return APIError(500, "the server failed; its log says why")
 
 
+def _is_tag(part: str | int) -> bool:
+    """Whether a part of pydantic's location names a branch of a union, and no field."""
+    return isinstance(part, str) and (part in ("str", "int") or not part.islower() or "[" in part)
+
+
 def _validation(error: ValidationError) -> APIError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "extra_forbidden":
         return invalid(f"{where} is no field that this server knows; leave it out", where, "unknown_parameter")
     return invalid(f"{where}: {first['msg']}" if where else first["msg"], where or None)

@@ -90,7 +90,7 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int] | list[str | list[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,7 +31,7 @@ def _protocol(seconds: float) -> type[H11Protocol]:
             self._first = self.loop.call_later(seconds, self._close_unused)
 
         def _close_unused(self) -> None:
-            if not self.scope:
+            if self.conn.their_state is h11.IDLE:
                 self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -48,7 +48,7 @@ class Hermes:
     """
 
     def __init__(self) -> None:
-        self._text, self._inside = "", False
+        self._text, self._inside, self._called = "", False, False
 
     def add(self, text: str, *, last: bool) -> Iterator[str | Call]:
         """Yields content at once, and a call when it is whole. What is no call is content."""
@@ -61,6 +61,7 @@ class Hermes:
                 self._text, self._inside = after, True
             elif tag or (last and self._inside):
                 parts: Sequence[str | Call] = _calls(before)
+                self._called = self._called or bool(parts)
                 yield from parts or [BEGIN + before + tag]
                 self._text, self._inside = after, False
             else:
@@ -69,7 +70,7 @@ class Hermes:
             blank = len(self._text) - len(self._text.rstrip())
             count = 0 if last else max(blank, held_back(self._text, [BEGIN]))
             content, self._text = self._text[: len(self._text) - count], self._text[len(self._text) - count :]
-            if content.strip() or (content and not last):
+            if content.strip() or (content and not self._called):
                 yield content
 
 
