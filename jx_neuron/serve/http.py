@@ -65,7 +65,8 @@ def endpoint(served: Served, handle: Handler) -> Callable[[Request], Coroutine[A
     async def answer(request: Request) -> Response:
         try:
             if served.draining:
-                raise APIError(503, "the server shuts down", code="shutting_down", headers={"Retry-After": "5"})
+                headers = {"Retry-After": "5", "Connection": "close"}
+                raise APIError(503, "the server shuts down", code="shutting_down", headers=headers)
             body = await body_of(request, served)
             fields, ignored = known(body, body.get("n"))
             headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}

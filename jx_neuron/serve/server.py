@@ -17,6 +17,7 @@ from jx_neuron.serve.served import Served
 from jx_neuron.serve.settings import ServerSettings
 
 LOG = logging.getLogger("jx_neuron.serve")
+LINGER = 0.5  # seconds in which requests that are on their way still arrive
 LEEWAY = 5.0  # seconds for the errors of requests that the drain has ended
 HEADERS = 64 * 1024  # bytes of a request's headers
 BACKLOG = 2048
@@ -42,8 +43,8 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """Serves an application of `jx_neuron.serve.app`. SIGTERM or SIGINT drains it: the port closes, accepted requests
-    go on for `drain_seconds`, and what then still runs gets an error.
+    """Serves an application of `jx_neuron.serve.app`. SIGTERM or SIGINT drains it: new requests get status 503, and
+    accepted ones go on for `drain_seconds`; what then still runs gets an error. Then the port closes.
 
     ready: called with the port once it listens.
     again: called on a second SIGINT.
@@ -93,9 +94,12 @@ class Server(uvicorn.Server):
         if self._draining is not None:
             self._again()
             return
-        self._served.draining = self.should_exit = True
-        LOG.info("draining")
-        self._draining = asyncio.ensure_future(self._served.engine.shutdown(self._drain_seconds))
+        self._served.draining = True
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await asyncio.gather(self._served.engine.shutdown(self._drain_seconds), asyncio.sleep(LINGER))
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
