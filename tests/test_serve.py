@@ -3,15 +3,12 @@
 import json
 from collections.abc import Iterator
 
+import httpx
 import numpy as np
 import pytest
 import serving
 
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx")
-
-from jx_neuron import SamplingParams  # noqa: E402
+from jx_neuron import SamplingParams
 
 
 @pytest.fixture(scope="module")

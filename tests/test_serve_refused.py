@@ -5,12 +5,9 @@ import socket
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 import serving
-
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx")
 
 HELLO = [{"role": "user", "content": "hello"}]
 

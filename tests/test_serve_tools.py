@@ -4,12 +4,10 @@ import json
 
 import pytest
 
-pytest.importorskip("starlette")
-
-from jx_neuron.serve.answers import StopFilter, held_back  # noqa: E402
-from jx_neuron.serve.errors import APIError  # noqa: E402
-from jx_neuron.serve.protocol import NamedTool, Tool  # noqa: E402
-from jx_neuron.serve.tools import Call, Forced, Hermes, Llama, forced_schema, parser_of  # noqa: E402
+from jx_neuron.serve.answers import StopFilter, held_back
+from jx_neuron.serve.errors import APIError
+from jx_neuron.serve.protocol import NamedTool, Tool
+from jx_neuron.serve.tools import Call, Forced, Hermes, Llama, forced_schema, parser_of
 
 ONE = '{"name": "f", "arguments": {"a": [1, {"b": "</x>"}]}}'
 TWO = '{"name": "g", "arguments": {}}'

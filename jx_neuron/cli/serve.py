@@ -86,7 +86,9 @@ def command(
     try:
         from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
     except ImportError as error:
-        raise InputError(f"the server cannot be imported ({error}): pip install 'jx-neuron[serve]'") from None
+        raise InputError(
+            f"the server cannot be imported ({error}): pip install starlette uvicorn prometheus-client llguidance"
+        ) from None
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
