@@ -186,9 +186,8 @@ def serve_fields() -> str:
         "`/tokenize`": list(TokenizeRequest.model_fields),
         "`/detokenize`": list(DetokenizeRequest.model_fields),
     }
-    return _table(
-        ("route", "fields"), ((route, ", ".join(f"`{name}`" for name in names)) for route, names in routes.items())
-    )
+    rows = [(route, ", ".join(f"`{name}`" for name in names)) for route, names in routes.items()]
+    return _table(("route", "fields"), rows)
 
 
 def serve_ignored() -> str:

@@ -164,6 +164,14 @@ def test_stop_strings_are_left_out_or_kept(client: httpx.Client) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == before
 
 
+def test_special_tokens_are_left_out_or_kept(client: httpx.Client, model: object) -> None:
+    fields = dict(logit_bias={str(id): 100.0 for id in (96, 97)}, max_tokens=4, return_token_ids=True)
+    choice = complete(client, skip_special_tokens=False, **fields)["choices"][0]
+    assert choice["text"] == "".join(model.tokenizer.convert_ids_to_tokens(choice["token_ids"]))
+    assert choice["text"].startswith("<")
+    assert complete(client, **fields)["choices"][0]["text"] == ""
+
+
 def test_stop_tokens(client: httpx.Client) -> None:
     ids = complete(client, max_tokens=12, return_token_ids=True)["choices"][0]["token_ids"]
     choice = complete(client, max_tokens=12, stop_token_ids=[ids[5]], return_token_ids=True)["choices"][0]

@@ -86,9 +86,8 @@ def command(
     try:
         from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
     except ImportError as error:
-        raise InputError(
-            f"the server cannot be imported ({error}): pip install starlette uvicorn prometheus-client llguidance"
-        ) from None
+        packages = "starlette uvicorn prometheus-client llguidance"
+        raise InputError(f"the server cannot be imported ({error}): pip install {packages}") from None
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jx_neuron.engine.options import SamplingParams
+from jx_neuron.engine.stopping import Detokenizer
 from jx_neuron.engine.ticket import Event
 from jx_neuron.serve.async_engine import Stream
+from jx_neuron.serve.protocol import Sampling
 from jx_neuron.serve.served import Served
 
 BUFFERED = 64  # events of a request with several prompts that wait for its reader
@@ -73,16 +75,25 @@ class Answers:
         samplings: Sequence[SamplingParams],
         *,
         prompt_logprobs: int | None = None,
-        include_stop: bool = False,
-        stop_token_ids: Sequence[int] = (),
+        request: Sampling,
     ):
         self.served, self.prompts = served, prompts
         self.n, self._sampling = samplings[0].n, samplings[0]
-        self._stop_tokens = stop_token_ids
+        self._stop_tokens = request.stop_token_ids or ()
         self.completion_tokens = 0
         self.streams: list[Stream] = []
         strings = [self._sampling.stop] if isinstance(self._sampling.stop, str) else list(self._sampling.stop or ())
-        self._filters = [StopFilter(strings, include_stop) for _ in range(len(prompts) * self.n)]
+        include = bool(request.include_stop_str_in_output)
+        self._filters = [StopFilter(strings, include) for _ in range(len(prompts) * self.n)]
+        self._detokenizers = (
+            None
+            if request.skip_special_tokens is not False
+            else [
+                Detokenizer(served.tokenizer, prompt, skip_special_tokens=False)
+                for prompt in prompts
+                for _ in range(self.n)
+            ]
+        )
         self._counts, self._running = [0] * len(self._filters), [self.n] * len(prompts)
         self._seconds: list[float | None] = [None] * len(self._filters)
         try:
@@ -137,6 +148,8 @@ class Answers:
         self._counts[choice] += 1
         reason, last = event.finish_reason, event.finish_reason is not None
         text, stop_reason = event.text or "", None
+        if self._detokenizers is not None:
+            text = self._detokenizers[choice].add(event.token, last=last)
         if reason == "stop" and event.token in self._stop_tokens:
             stop_reason, text = event.token, text.removesuffix(self.served.token_text(event.token))
         text, string = self._filters[choice].add(text, last=last)

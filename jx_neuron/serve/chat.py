@@ -65,8 +65,7 @@ async def chat_answers(served: Served, request: ChatRequest) -> Answers:
         [prompt],
         [sampling],
         prompt_logprobs=of_prompt,
-        include_stop=bool(request.include_stop_str_in_output),
-        stop_token_ids=request.stop_token_ids or (),
+        request=request,
     )
 
 

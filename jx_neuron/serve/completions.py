@@ -41,8 +41,7 @@ async def completions(served: Served, fields: dict[str, Any]) -> dict[str, Any] 
         prompts,
         samplings,
         prompt_logprobs=wanted_of_prompt,
-        include_stop=bool(request.include_stop_str_in_output),
-        stop_token_ids=request.stop_token_ids or (),
+        request=request,
     )
     completion = _Completion(served, request, answers, texts)
     return completion.chunks() if request.stream else await completion.whole()

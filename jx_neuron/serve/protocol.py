@@ -74,7 +74,7 @@ class Sampling(Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    skip_special_tokens: Literal[True] | None = None
+    skip_special_tokens: bool | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
