@@ -189,6 +189,7 @@ COMPILER = "neuronx-cc, found on PATH, on files that we wrote; a list of argumen
 FROM_PRETRAINED = "jx_neuron.llm.NeuronAutoModelForCausalLM.from_pretrained"
 ALLOWED = {
     "cli/bench.py": {FROM_PRETRAINED: OWN},
+    "cli/chat.py": {FROM_PRETRAINED: OWN, ".input": "a message that is typed in the terminal: text for the model"},
     "cli/compile.py": {FROM_PRETRAINED: OWN},
     "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
     "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},

@@ -81,7 +81,7 @@ class Grammars:
             import llguidance
         except ImportError:
             raise InputError(
-                "grammars take llguidance, which is not installed: pip install 'jx-neuron[serve]'"
+                "grammars take llguidance, which is not installed: pip install llguidance (it is in the extra serve)"
             ) from None
         if not eos_ids:
             raise InputError("grammars take a model with an end token; give one as eos_token_id in a GenerationConfig")
