@@ -122,7 +122,7 @@ def command(
 def _name(path: Any) -> str:
     """The model's name: a hub id as it is, or the name of a folder or file."""
     where = Path(path).expanduser()
-    return where.resolve().name if where.exists() else str(path)
+    return where.resolve().name.removesuffix(".gguf") if where.exists() else str(path)
 
 
 def _announce(name: str, host: str, port: int, keyed: bool, as_json: bool) -> None:

@@ -73,7 +73,7 @@ def endpoint(served: Served, handle: Handler) -> Callable[[Request], Coroutine[A
             result = await unless_disconnected(request.receive, handle(served, fields))
             if isinstance(result, dict):
                 return Response(dumps(result), headers=headers, media_type="application/json")
-            return EventStream(result, served.settings.write_seconds, headers)
+            return EventStream(result, headers)
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
@@ -103,37 +103,32 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. A client that goes away, or takes nothing for `write_seconds`, ends their generator."""
+    """Server-sent events. A client that goes away ends their generator."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Chunks, write_seconds: float, headers: dict[str, str]):
+    def __init__(self, chunks: Chunks, headers: dict[str, str]):
         super().__init__(None, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
-        self._chunks, self._write_seconds = chunks, write_seconds
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of the response."""
-        with suppress(ClientDisconnect, TimeoutError):
+        with suppress(ClientDisconnect):
             async with aclosing(self._chunks):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await unless_disconnected(receive, self._send_all(send))
-                return
-        raise ConnectionAbortedError("the reader of a stream went away, or took nothing of it")
 
     async def _send_all(self, send: Send) -> None:
+        async def write(chunk: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": more})
+
         try:
             async for chunk in self._chunks:
-                await self._send(send, chunk)
-        except TimeoutError:
-            raise
+                await write(chunk)
         except Exception as error:
-            await self._send(send, sse(api_error(error).body) + DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, chunk: str) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+            await write(sse(api_error(error).body) + DONE)
+        await write("", more=False)
 
 
 def plain(value: Any, status: int = 200) -> JSONResponse:

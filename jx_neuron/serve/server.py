@@ -23,20 +23,30 @@ HEADERS = 64 * 1024  # bytes of a request's headers
 BACKLOG = 2048
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with a limit on how long a first request's headers may take to arrive."""
+def _protocol(settings: ServerSettings) -> type[H11Protocol]:
+    """uvicorn's protocol, with limits on how long a first request's headers may take to arrive, and how long a reader
+    may take nothing."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._first = self.loop.call_later(seconds, self._close_unused)
+            self._timers = [self.loop.call_later(settings.body_seconds, self._close_unused)]
 
         def _close_unused(self) -> None:
             if self.conn.their_state is h11.IDLE:
                 self.transport.close()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._timers.append(self.loop.call_later(settings.write_seconds, self.transport.abort))
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._timers.pop().cancel()
+
         def connection_lost(self, exc: Exception | None) -> None:
-            self._first.cancel()
+            for timer in self._timers:
+                timer.cancel()
             super().connection_lost(exc)
 
     return Protocol
@@ -65,7 +75,7 @@ class Server(uvicorn.Server):
                 application,
                 host=host,
                 port=port,
-                http=_protocol(settings.body_seconds),
+                http=_protocol(settings),
                 ws="none",
                 log_config=None,
                 access_log=False,
