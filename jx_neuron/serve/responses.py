@@ -5,7 +5,7 @@ https://platform.openai.com/docs/api-reference/responses
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,12 +141,14 @@ class _Response:
         self._parser = parser(self.served, self.chat)
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
 
-    async def _parts(self) -> Any:
+    async def _parts(self) -> AsyncGenerator[tuple[list[str | Call], str | None], None]:
+        """Yields the parts of the answer that are not empty, or one that is, and the reason for its end."""
         try:
             async for piece in self.answers:
                 last = piece.finish_reason is not None
-                parts = [piece.text] if self._parser is None else list(self._parser.add(piece.text, last=last))
-                yield [part for part in parts if part], piece.finish_reason
+                parts = [piece.text] if self._parser is None else self._parser.add(piece.text, last=last)
+                some: list[str | Call] = [part for part in parts if part]
+                yield some or ([""] if last and not self.output else []), piece.finish_reason
         finally:
             self.answers.close()
 
