@@ -101,8 +101,9 @@ def test_a_call_in_the_templates_format_is_read(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**fields) as stream:
         final = stream.get_final_completion().choices[0]
     assert final.message.tool_calls[0].function.name == "weather"
-    response = client.responses.create(model="tiny", input="hello", tools=[dict(type="function", **WEATHER["function"])],
-        tool_choice="required", parallel_tool_calls=False, max_output_tokens=120)  # fmt: skip
+    fields = dict(tools=[dict(type="function", **WEATHER["function"])], tool_choice="required")
+    fields |= dict(parallel_tool_calls=False, max_output_tokens=120)
+    response = client.responses.create(model="tiny", input="hello", **fields)
     assert response.output[0].type == "function_call"
     assert set(json.loads(response.output[0].arguments)) == {"city"}
 

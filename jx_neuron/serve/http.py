@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import from_json
@@ -15,11 +16,20 @@ from jx_neuron.serve.errors import APIError, api_error, invalid
 from jx_neuron.serve.fields import known
 from jx_neuron.serve.served import Served
 
-Chunks = AsyncGenerator[str, None]
-Handler = Callable[[Served, dict[str, Any]], Awaitable[dict[str, Any] | Chunks]]
 IGNORED_HEADER = "X-Ignored-Fields"
 READ_ON = 4  # times the limit that is read of a body, so that its sender reads the error
 DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The server-sent events of answers; `close` cancels these."""
+
+    events: AsyncIterator[str]
+    close: Callable[[], None]
+
+
+Handler = Callable[[Served, dict[str, Any]], Awaitable[dict[str, Any] | Chunks]]
 
 
 def dumps(value: Any) -> str:
@@ -103,7 +113,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. A client that goes away ends their generator."""
+    """Server-sent events. A client that goes away cancels the answers."""
 
     media_type = "text/event-stream"
 
@@ -114,17 +124,19 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of the response."""
-        with suppress(ClientDisconnect):
-            async with aclosing(self._chunks):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with suppress(ClientDisconnect):
                 await unless_disconnected(receive, self._send_all(send))
+        finally:
+            self._chunks.close()
 
     async def _send_all(self, send: Send) -> None:
         async def write(chunk: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": chunk.encode(), "more_body": more})
 
         try:
-            async for chunk in self._chunks:
+            async for chunk in self._chunks.events:
                 await write(chunk)
         except Exception as error:
             await write(sse(api_error(error).body) + DONE)

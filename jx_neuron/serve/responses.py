@@ -5,7 +5,7 @@ https://platform.openai.com/docs/api-reference/responses
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ async def responses(served: Served, fields: dict[str, Any]) -> dict[str, Any] | 
     if request.truncation == "auto":
         chat = chat.model_copy(update=dict(truncate_prompt_tokens=served.capacity - (request.max_output_tokens or 1)))
     response = _Response(served, request, chat, await chat_answers(served, chat))
-    return response.chunks() if request.stream else await response.whole()
+    return Chunks(response.chunks(), response.answers.close) if request.stream else await response.whole()
 
 
 def _chat_request(request: ResponsesRequest) -> ChatRequest:
@@ -219,7 +219,7 @@ class _Response:
         self.events += 1
         return sse(dict(type=kind, sequence_number=self.events - 1, **fields), kind)
 
-    async def chunks(self) -> Chunks:
+    async def chunks(self) -> AsyncIterator[str]:
         """The response as server-sent events."""
         yield self._event("response.created", response=self._body(None, "in_progress"))
         yield self._event("response.in_progress", response=self._body(None, "in_progress"))
