@@ -27,7 +27,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    model = serving.model(serving.checkpoint(tmp_path_factory.mktemp("tiny")), n_positions=192)
+    model = serving.model(serving.checkpoint(tmp_path_factory.mktemp("tiny")), n_positions=448)
     with serving.running(model) as url:
         yield url
 
@@ -69,7 +69,7 @@ def test_a_schema_is_parsed_by_the_client(client: openai.OpenAI) -> None:
 
     parsed = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=City, max_tokens=120, seed=1)
     assert isinstance(parsed.choices[0].message.parsed, City)
-    response = client.responses.parse(model="tiny", input="hello", text_format=City, max_output_tokens=120)
+    response = client.responses.parse(model="tiny", input="hello", text_format=City, max_output_tokens=400)
     assert isinstance(response.output_parsed, City)
 
 
@@ -102,7 +102,7 @@ def test_a_call_in_the_templates_format_is_read(client: openai.OpenAI) -> None:
         final = stream.get_final_completion().choices[0]
     assert final.message.tool_calls[0].function.name == "weather"
     fields = dict(tools=[dict(type="function", **WEATHER["function"])], tool_choice="required")
-    fields |= dict(parallel_tool_calls=False, max_output_tokens=120)
+    fields |= dict(parallel_tool_calls=False, max_output_tokens=400)
     response = client.responses.create(model="tiny", input="hello", **fields)
     assert response.output[0].type == "function_call"
     assert set(json.loads(response.output[0].arguments)) == {"city"}
