@@ -79,6 +79,13 @@ class Process:
         self.about = json.loads(line)
         self.url = self.about["url"]
 
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=60)

@@ -33,7 +33,6 @@ def memory(pid: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read of /proc")
 def test_each_answer_is_that_of_its_request_alone(tmp_path: Path) -> None:
     folder = serving.checkpoint(tmp_path / "tiny")
-    server = serving.Process(folder, "--batch-size", "8", "--n-positions", "96", "--most-waiting", "1000")
 
     async def answer(client: httpx.AsyncClient, kind: int) -> list[list[int]]:
         response = await client.post("/v1/completions", json=shape(kind))
@@ -52,7 +51,7 @@ def test_each_answer_is_that_of_its_request_alone(tmp_path: Path) -> None:
         response = await client.post("/v1/completions", json=shape(kind) | bad)
         assert response.status_code == 400, response.text
 
-    async def run() -> None:
+    async def run(server: serving.Process) -> None:
         limits = httpx.Limits(max_connections=AT_ONCE)
         async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
             alone = [await answer(client, kind) for kind in range(KINDS)]
@@ -77,5 +76,6 @@ def test_each_answer_is_that_of_its_request_alone(tmp_path: Path) -> None:
             assert after < GROWTH * before, (before, after)
             assert [await answer(client, kind) for kind in range(KINDS)] == alone
 
-    asyncio.run(run())
-    assert server.end()[0] == 0
+    with serving.Process(folder, "--batch-size", "8", "--n-positions", "96", "--most-waiting", "1000") as server:
+        asyncio.run(run(server))
+        assert server.end()[0] == 0

@@ -102,9 +102,14 @@ def test_many_at_once_each_as_alone(client: httpx.Client) -> None:
     wait_until_idle(client)
 
 
+@pytest.fixture
+def server(folder: Path) -> Iterator[serving.Process]:
+    with serving.Process(folder, "--batch-size", "4", "--n-positions", "96", "--drain-seconds", "20") as server:
+        yield server
+
+
 @pytest.mark.slow
-def test_sigterm_under_load_ends_all_and_exits_with_0(folder: Path) -> None:
-    server = serving.Process(folder, "--batch-size", "4", "--n-positions", "96", "--drain-seconds", "20")
+def test_sigterm_under_load_ends_all_and_exits_with_0(server: serving.Process, folder: Path) -> None:
     assert server.about["model"] == folder.name
     statuses: list[object] = []
 
@@ -149,12 +154,11 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_of_a_client_and_a_thousand_idle_connections(folder: Path) -> None:
+def test_kill_9_of_a_client_and_a_thousand_idle_connections(server: serving.Process) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    server = serving.Process(folder, "--batch-size", "4", "--n-positions", "96")
     code = f"import httpx; httpx.post({server.url!r} + '/v1/completions', json={LONG!r} | dict(n=4), timeout=60)"
     with httpx.Client(base_url=server.url, timeout=60) as client:
         address = (client.base_url.host, client.base_url.port)
