@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import tiny
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -45,6 +47,13 @@ def model(folder: Path, **options: object) -> LlamaForSampling:
     return LlamaForSampling.from_pretrained(folder, **{"batch_size": 4, "n_positions": 96, **options})
 
 
+def wait_until_ready(url: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while httpx.get(f"{url}/health").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @contextmanager
 def running(model: object, *, most_waiting: int = 64, **settings: object) -> Iterator[str]:
     """Yields the server's address."""
@@ -60,8 +69,10 @@ def running(model: object, *, most_waiting: int = 64, **settings: object) -> Ite
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     assert listening.wait(60)
+    url = f"http://127.0.0.1:{port[0]}"
+    wait_until_ready(url)
     try:
-        yield f"http://127.0.0.1:{port[0]}"
+        yield url
     finally:
         server.should_exit = True
         thread.join(60)
@@ -78,6 +89,7 @@ class Process:
         assert line, self.process.stderr.read()
         self.about = json.loads(line)
         self.url = self.about["url"]
+        wait_until_ready(self.url)
 
     def __enter__(self) -> "Process":
         return self
