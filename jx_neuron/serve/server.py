@@ -99,10 +99,11 @@ class Server(uvicorn.Server):
             raise InputError(f"{where} cannot be listened on; name another --host or --port") from None
         self._ready(self.servers[0].sockets[0].getsockname()[1])
 
-    def drain(self) -> None:
-        """Begins to end the server. To be called on the event loop."""
+    def drain(self, number: int = signal.SIGTERM) -> None:
+        """Begins to end the server, by a signal. To be called on the event loop."""
         if self._draining is not None:
-            self._again()
+            if number == signal.SIGINT:
+                self._again()
             return
         self._served.draining = True
         self._draining = asyncio.ensure_future(self._drain())
@@ -117,7 +118,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.drain)
+                loop.add_signal_handler(number, self.drain, number)
         except (ValueError, RuntimeError):  # not the main thread
             LOG.debug("signals are not handled")
         yield
