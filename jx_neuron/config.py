@@ -171,7 +171,7 @@ class QuantizationConfig:
 
     quant_dtype:      "s8" or "f8e4m3fn": each output channel has a float32 scale, its largest magnitude over 127 or
                       240, which multiplies the result of a product. Or "int4", which is this package's own: groups of
-                      `group_size` inputs have a scale each.
+                      `group_size` inputs have a scale and an offset each.
     dequant_dtype:    f32, f16 or bf16, to which a scaled result is rounded before a bias is added; None for the dtype
                       of activations.
     quantize_method:  "vector_dynamic", or with f8e4m3fn "direct_cast": scales are 1, and weights are cast.

@@ -57,15 +57,25 @@ def test_codes_and_scales_are_transformers_neuronxs(kind: Any, most: float, dtyp
 def test_int4_is_the_nearest_of_sixteen_numbers_of_a_group() -> None:
     parts = Form("int4", 1, group=8).encode(MATRIX, np.float32)
     pairs = parts["codes"].reshape(4, 8, 5, 6)
-    codes = np.stack([pairs & 15, pairs >> 4], axis=1).astype(np.float32) - 8
-    scales = parts["scales"].astype(np.float32)
-    decoded = (codes.reshape(8, 8, 5, 6) * scales[:, None]).reshape(MATRIX.shape)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=1).astype(np.float32)
+    scales, offsets = (parts[name].astype(np.float32)[:, None] for name in ("scales", "offsets"))
+    decoded = (codes.reshape(8, 8, 5, 6) * scales + offsets).reshape(MATRIX.shape)
     wide = np.asarray(quantized(Form("int4", 1, group=8)).widened(jnp.float32))
     np.testing.assert_array_equal(wide, decoded)
     amax = np.abs(MATRIX).reshape(8, 8, 5, 6).max(1)
     plain = np.clip(np.rint(MATRIX.reshape(8, 8, 5, 6) / (amax / 7)[:, None]), -8, 7) * (amax / 7)[:, None]
     error, of_plain = (np.square(x.reshape(MATRIX.shape) - MATRIX).sum() for x in (decoded, plain))
     assert error < 0.9 * of_plain
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_int4_has_the_very_numbers_of_gguf_blocks(kind: str) -> None:
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    matrix = np.random.default_rng(0).standard_normal((96, 256)).astype(np.float32)
+    wide = gguf.dequantize(gguf.quantize(matrix, number), number)
+    np.testing.assert_array_equal(quantized(Form("int4", 1, group=32), wide.T).widened(jnp.float32).T, wide)
 
 
 @pytest.mark.parametrize("result", [None, "float16"])
@@ -86,10 +96,12 @@ def test_a_cpu_computes_the_same(kind: Any, dot: Any, rows: int) -> None:
     form, formulation = Form(kind, 1, group=8 if kind == "int4" else 0), Formulation((), 8, dot)
     matrices = MATRIX, MATRIX[:, :3, 2]
     parts = [form.encode(matrix, np.float32) for matrix in matrices]
-    arrays = [jnp.asarray(cpu.pack_part([p[name] for p in parts], form, name)) for name in ("codes", "scales")]
+    arrays = [jnp.asarray(cpu.pack_part([p[name] for p in parts], form, name)) for name in form.parts]
     assert [(a.shape, a.dtype) for a in arrays] == [(s.shape, s.dtype) for s in cpu.shapes((33, 64), form).values()]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 64)), jnp.float32)
-    packed = cpu.PackedCodes(*arrays, [matrix.shape for matrix in matrices], form, formulation)
+    packed = cpu.PackedCodes(
+        dict(zip(form.parts, arrays, strict=True)), [matrix.shape for matrix in matrices], form, formulation
+    )
     for y, matrix in zip(packed.matmul(x), matrices, strict=True):
         (expected,) = quantized(form, matrix).matmul(x)
         np.testing.assert_allclose(np.asarray(y), np.asarray(expected), rtol=0, atol=1e-3 if rows > 8 else 1e-4)
@@ -244,7 +256,7 @@ def test_layers_and_patterns_that_the_model_does_not_have_are_refused(checkpoint
 def test_a_plan_counts_bytes_as_they_are_stored() -> None:
     from jx_neuron.planning.outline import Outline
 
-    for name, config in CONFIGS.items():
+    for name, config in (CONFIGS | {"int4": replace(INT4, group_size=8)}).items():
         coded = decoder("llama", replace(config, lm_head=True))
         arrays, partition = coded.abstract_params(jnp.bfloat16), coded.partition
         stored = sum(a.size * a.dtype.itemsize // (2 if "tp" in partition(path) else 1) for path, a in arrays.items())
@@ -255,7 +267,10 @@ def test_a_plan_counts_bytes_as_they_are_stored() -> None:
 
 
 @pytest.mark.slow
-def test_int8_costs_under_half_a_percent_of_perplexity(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("quant", "most"), [("int8", 1.005), ("int4", 1.08)])
+def test_what_quantization_costs_in_perplexity(
+    quant: str, most: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import json
     import pydoc_data.topics
 
@@ -264,11 +279,11 @@ def test_int8_costs_under_half_a_percent_of_perplexity(tmp_path: Path, capfd: py
     text = tmp_path / "text.txt"
     text.write_text("\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)))
     perplexities = []
-    for quant in ([], ["--quant", "int8"]):
-        arguments = ["score", "--demo", str(text), "--tokens", "20000", "--n-positions", "512", "--json", *quant]
+    for option in ([], ["--quant", quant]):
+        arguments = ["score", "--demo", str(text), "--tokens", "20000", "--n-positions", "512", "--json", *option]
         assert run(arguments) == 0
         perplexities.append(json.loads(capfd.readouterr().out.splitlines()[-1])["perplexity"])
-    assert perplexities[1] < 1.005 * perplexities[0]
+    assert perplexities[1] < most * perplexities[0]
 
 
 def test_forms_that_do_not_exist_are_refused_on_the_command_line(tmp_path: Path) -> None:

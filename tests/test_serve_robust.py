@@ -102,26 +102,14 @@ def test_many_at_once_each_as_alone(client: httpx.Client) -> None:
     wait_until_idle(client)
 
 
-class Process:
-    """jx-neuron serve as a process of its own."""
-
-    def __init__(self, folder: Path, *options: str):
-        command = [sys.executable, "-m", "jx_neuron", "serve", str(folder), "--port", "0", "--json", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        assert line, self.process.stderr.read()
-        self.about = json.loads(line)
-        self.url = self.about["url"]
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, errors
+@pytest.fixture
+def server(folder: Path) -> Iterator[serving.Process]:
+    with serving.Process(folder, "--batch-size", "4", "--n-positions", "96", "--drain-seconds", "20") as server:
+        yield server
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_ends_all_and_exits_with_0(folder: Path) -> None:
-    server = Process(folder, "--batch-size", "4", "--n-positions", "96", "--drain-seconds", "20")
+def test_sigterm_under_load_ends_all_and_exits_with_0(server: serving.Process, folder: Path) -> None:
     assert server.about["model"] == folder.name
     statuses: list[object] = []
 
@@ -152,7 +140,7 @@ def test_sigterm_under_load_ends_all_and_exits_with_0(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_drains_too(folder: Path) -> None:
-    assert Process(folder).end(signal.SIGINT)[0] == 0
+    assert serving.Process(folder).end(signal.SIGINT)[0] == 0
 
 
 @pytest.mark.slow
@@ -166,12 +154,11 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_of_a_client_and_a_thousand_idle_connections(folder: Path) -> None:
+def test_kill_9_of_a_client_and_a_thousand_idle_connections(server: serving.Process) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    server = Process(folder, "--batch-size", "4", "--n-positions", "96")
     code = f"import httpx; httpx.post({server.url!r} + '/v1/completions', json={LONG!r} | dict(n=4), timeout=60)"
     with httpx.Client(base_url=server.url, timeout=60) as client:
         address = (client.base_url.host, client.base_url.port)

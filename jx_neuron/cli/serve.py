@@ -1,6 +1,8 @@
 """jx-neuron serve: an HTTP server that OpenAI's clients know."""
 
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from jx_neuron.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 KEY = "JX_NEURON_API_KEY"
+EXTRA = "starlette uvicorn prometheus-client llguidance"
 
 
 def command(
@@ -83,14 +86,13 @@ def command(
     keys = api_key or [key for key in [os.environ.get(KEY, "")] if key]
     if not all(keys):
         raise InputError("--api-key is empty; give a key, or leave it out")
-    try:
-        from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
-    except ImportError as error:
-        packages = "starlette uvicorn prometheus-client llguidance"
-        raise InputError(f"the server cannot be imported ({error}): pip install {packages}") from None
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
+    try:
+        from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
+    except ImportError as error:
+        raise InputError(f"the server cannot be imported ({error}): pip install {EXTRA}") from None
     path = demo_model() if demo else options.model(argument)
     model = NeuronAutoModelForCausalLM.from_pretrained(
         path,
@@ -122,12 +124,10 @@ def command(
 def _name(path: Any) -> str:
     """The model's name: a hub id as it is, or the name of a folder or file."""
     where = Path(path).expanduser()
-    return where.resolve().name if where.exists() else str(path)
+    return where.resolve().name.removesuffix(".gguf") if where.exists() else str(path)
 
 
 def _announce(name: str, host: str, port: int, keyed: bool, as_json: bool) -> None:
-    import json
-
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if as_json:
         typer.echo(json.dumps(dict(url=url, model=name)))
@@ -135,8 +135,6 @@ def _announce(name: str, host: str, port: int, keyed: bool, as_json: bool) -> No
         key = f" -H 'Authorization: Bearer '${KEY}" if keyed else ""
         message = json.dumps({"messages": [{"role": "user", "content": "Why is the sky blue?"}]})
         typer.echo(f"{name} listens on {url}. Try:\n  curl {url}/v1/chat/completions{key} -d '{message}'")
-    import sys
-
     sys.stdout.flush()
     if host not in (LOOPBACK, "localhost", "::1") and not keyed:
         print_message(f"Whoever reaches {host} may use it; --api-key would ask them for a key.", err=True)

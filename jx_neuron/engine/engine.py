@@ -97,13 +97,14 @@ class Engine:
         return tickets
 
     def step(self) -> None:
-        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it."""
+        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it;
+        and within a budget where it takes prompts, since one that arrives meanwhile may go before them."""
         with self.lock:
             try:
                 while self.closing:
                     self.scheduler.close(self.closing.popleft())
                 previous, self._in_flight = self._in_flight, []
-                if any(under_way.chooses for under_way in previous):
+                if any(under_way.chooses or self._yields(under_way) for under_way in previous):
                     self._read(previous)
                     previous = []
                 if self._dispatch():
@@ -111,6 +112,9 @@ class Engine:
             except BaseException:
                 self._discard_state()
                 raise
+
+    def _yields(self, under_way: _InFlight) -> bool:
+        return self.scheduler.budget is not None and under_way.turn.step.key.kind != "decode"
 
     def _dispatch(self) -> bool:
         """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
@@ -211,8 +215,19 @@ class Engine:
         self.scheduler.forget()
         self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
 
-    def reserve(self) -> None:
-        """Has the state table keep the largest size from now on, so that no program is compiled for another one."""
+    def reserve(self, budget: int, candidates: Iterable[int]) -> None:
+        """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
+
+        The state table keeps its largest size from now on, and a turn takes at most `budget` tokens of prompts.
+
+        candidates: the numbers of candidates whose programs are loaded now.
+        """
         with self.lock:
-            self.reserved = True
+            self.scheduler.budget, self.reserved = budget, True
             self._discard_state()
+            if self.runtime.programs is None:
+                self.runtime.load(key for count in candidates for key in self.scheduler.programs(count))
+            self.compute([sequence := Sequence([0], sink=Collector(self))])
+            self.scheduler.close(sequence)
+            if self.scheduler.batch_sizes[-1] > 1:
+                self.runtime.copy(np.array([0], np.int32), np.array([1], np.int32))

@@ -80,9 +80,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            raise InputError(
-                "grammars take llguidance, which is not installed: pip install llguidance (it is in the extra serve)"
-            ) from None
+            raise InputError("grammars take llguidance, which is not installed: pip install llguidance") from None
         if not eos_ids:
             raise InputError("grammars take a model with an end token; give one as eos_token_id in a GenerationConfig")
         self._llguidance, self._vocab_size, self._eos_ids = llguidance, vocab_size, list(eos_ids)

@@ -5,6 +5,7 @@ turn may be planned before the tokens of the one before it are known: a decode s
 last".
 """
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence as SequenceOf
@@ -17,6 +18,9 @@ from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
+
+MOST_PASSED_OVER = 3
+"""Turns that a prompt waits at most while others, of fewer remaining tokens, go before it; then it is next."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Scheduler:
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
-        self._candidates, self._rotations, self._window, self._budget = candidates, rotations, window, budget
+        self._candidates, self._rotations, self._window, self.budget = candidates, rotations, window, budget
         self._slots = [_Slot() for _ in range(batch_sizes[-1])]
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -254,7 +258,7 @@ class Scheduler:
         written = source.written if source.sequence is None else source.sequence.written
         self._slots[number] = _Slot(weakref.ref(sequence))
         sequence.slot, sequence.computed, sequence.pending, sequence.source = number, computed, 0, None
-        sequence.written = written if computed else 0
+        sequence.written, sequence.used = written if computed else 0, self._clock
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
@@ -305,21 +309,50 @@ class Scheduler:
         return self._turn("decode", rows, 1, positions, slots, dict.fromkeys(slots, 1))
 
     def _prefill(self, sequences: SequenceOf[Sequence], decoding: int) -> Turn:
-        """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens."""
+        """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
+
+        The boundaries of a prompt's chunks are its own, whatever others there are.
+        """
+        sequences = sorted(sequences, key=self._precedence)
         first = sequences[0]
         alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (first.computed > 0, first.every_logits)]
-        chosen = alike[: self.prompt_rows[-1]]
         sizes = self._chunk_sizes if first.computed else [t for t in self.buckets.context if t > 1]
+        chosen = self._within_budget(alike[: self.prompt_rows[-1]], sizes, decoding)
         t = fit(sizes, max(map(self._count, chosen)))
-        if self._budget is not None:
-            chosen = chosen[: max(1, (self._budget - decoding) // t)]
-            t = fit(sizes, max(map(self._count, chosen)))
         counts = [min(t, self._count(sequence)) for sequence in chosen]
         ends = [sequence.computed + count for sequence, count in zip(chosen, counts, strict=True)]
         positions = self._positions(max(ends), t) if first.computed else t
         rows = fit(self.prompt_rows, len(chosen))
         kind: Kind = "score" if first.every_logits else "prefill"
         return self._turn(kind, rows, t, positions, dict(enumerate(chosen)), dict(enumerate(counts)))
+
+    def _precedence(self, sequence: Sequence) -> tuple[int, int]:
+        """Prompts that others went before for long come first, then those of the fewest remaining tokens."""
+        passed_over = self._clock - sequence.used > MOST_PASSED_OVER
+        return (0, sequence.used) if passed_over else (1, sequence.remaining)
+
+    def _within_budget(
+        self, sequences: SequenceOf[Sequence], sizes: SequenceOf[int], decoding: int
+    ) -> SequenceOf[Sequence]:
+        """The first of `sequences`, and those after it whose step exceeds neither the budget nor its own. Chunks behind
+        others take the fewest rows, so that there are few programs."""
+        if self.budget is None:
+            return sequences
+        if sequences[0].computed:
+            return sequences[: self.prompt_rows[0]]
+        counts = list(map(self._count, sequences))
+        tokens = [fit(self.prompt_rows, n) * fit(sizes, max(counts[:n])) for n in range(1, len(counts) + 1)]
+        most = max(self.budget - decoding, tokens[0])
+        return sequences[: sum(n <= most for n in tokens)]
+
+    def programs(self, candidates: int) -> list[ProgramKey]:
+        """The programs of every turn within the budget that draws from so many candidates, without scores."""
+        least, tokens = self.prompt_rows[0], self.buckets.tokens
+        room = max(self.budget or math.inf, least * self.buckets.context[-1])
+        whole = [(rows, t, t) for rows in self.prompt_rows for t in self.buckets.context if t > 1 and rows * t <= room]
+        behind = [(least, t, s) for t in self._chunk_sizes for s in tokens if s > t]
+        decode = [ProgramKey("decode", rows, 1, s, candidates) for rows in self.batch_sizes for s in tokens]
+        return decode + [ProgramKey("prefill", *sizes, candidates) for sizes in (*whole, *behind)]
 
     def _turn(
         self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]

@@ -172,7 +172,8 @@ class Ticket:
             ended = True
         full = len(self._answer) >= choice.steps
         reason = "stop" if ended else "length" if full else None
-        logprob, top = None, ()
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
         if choice.logprobs is not None and logits_v is not None:
             logprob, _, top = likelihood(logits_v, token, choice.logprobs)
         self._events.append(Event(token, logprob, top, reason, time.perf_counter() - self._began))

@@ -28,7 +28,7 @@ from jx_neuron.nn import quantizing
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
 from jx_neuron.nn.positions import Positions
-from jx_neuron.nn.quantized import PARTS, Form
+from jx_neuron.nn.quantized import Form
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.nn.state import State
 from jx_neuron.util.pages import gc_paused
@@ -315,12 +315,14 @@ class Decoder:
 
     @cached_property
     def _stored(self) -> dict[str, tuple[str, str | None]]:
-        """The parameter of each array that is stored, by path, and which part of a quantized one it is."""
-        return {
+        """The parameter of each array that is stored, by path, and which part of a quantized one it is; in order of
+        paths, as programs take them."""
+        stored = {
             f"{path}.{part}" if part else path: (path, part)
             for path in self.shapes
-            for part in (PARTS if path in self.forms else (None,))
+            for part in (self.forms[path].parts if path in self.forms else (None,))
         }
+        return dict(sorted(stored.items()))
 
     def bind(self, params: Params) -> DecoderModule:
         """The module that holds `params`."""

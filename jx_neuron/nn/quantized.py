@@ -1,13 +1,13 @@
 """Weights in 8 and 4 bits: codes, and the scales that they are multiplied by.
 
     int8, fp8:  x · W = (x · codes) · scales, a scale an output channel
-    int4:       x · W = x · (codes · scales), a scale a group of inputs
+    int4:       x · W = x · (codes · scales + offsets), a scale and an offset a group of inputs
 
-Codes of int8 are integers within ±127, of fp8 float8_e4m3 within ±240, and of int4 two in a byte, each + 8: the low
-bits have a group's, and the high bits those of the group behind it.
+Codes of int8 are integers within ±127, of fp8 float8_e4m3 within ±240, and of int4 0 to 15, two in a byte: the low bits
+have a group's, and the high bits those of the group behind it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ CODES: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3, "int4": 
 MOST = {"int8": 127.0, "fp8": 240.0}
 """The code of the largest magnitude of a channel."""
 
-DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
-"""Codes that the number of the largest magnitude in a group of int4 is tried as; what is beyond 7 and -8 is clipped."""
+STEPS = (15.0, 15.7, 16.4)
+"""Steps of a scale that the numbers of a group of int4 are tried to span; what is beyond 15 is clipped."""
 
-PARTS = ("codes", "scales")
+DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
+"""Codes, with an offset of -8 scales, that the number of the largest magnitude in such a group is tried as."""
 
 SLICE = 2**24
 """Bytes of a matrix that are encoded at a time."""
@@ -50,36 +51,43 @@ class Form:
     cast: bool = False
     result: str | None = None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the arrays of a matrix."""
+        return ("codes", "scales", "offsets") if self.kind == "int4" else ("codes", "scales")
+
     def shapes(self, shape: tuple[int, ...], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Codes and scales of a matrix of `shape` in a model of `dtype`."""
+        """The arrays of a matrix of `shape` in a model of `dtype`."""
         codes, scales = list(shape), [n for axis, n in enumerate(shape) if axis not in self.contracted]
         scale: Any = dtype if self.rows else np.float32
         if self.kind == "int4":
-            axis, scales, scale = self.contracted[-1], list(shape), ml_dtypes.bfloat16
+            axis, scales, scale = self.contracted[-1], list(shape), np.float16
             codes[axis], scales[axis] = codes[axis] // 2, codes[axis] // self.group
         return {
-            "codes": jax.ShapeDtypeStruct(tuple(codes), CODES[self.kind]),
-            "scales": jax.ShapeDtypeStruct(tuple(scales), scale),
+            name: jax.ShapeDtypeStruct(tuple(codes), CODES[self.kind])
+            if name == "codes"
+            else jax.ShapeDtypeStruct(tuple(scales), scale)
+            for name in self.parts
         }
 
     def partition(self, part: str, spec: PartitionSpec) -> PartitionSpec:
-        """How codes or scales of a matrix of partition `spec` are split: codes as it is, and scales with their outputs,
-        or groups."""
+        """How an array of a matrix of partition `spec` is split: codes as it is, and others with their outputs, or
+        groups."""
         if part == "codes" or self.kind == "int4":
             return spec
         return PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in self.contracted))
 
     def encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
-        """Codes and scales of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes."""
+        """The arrays of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes."""
         axis = 0 if self.rows or self.lead else -1
         count = min(matrix.shape[axis], 1 + matrix.nbytes // SLICE)
         parts = [self._encode(part, dtype) for part in np.array_split(matrix, count, axis)]
-        return {name: np.concatenate([part[name] for part in parts], axis) for name in PARTS}
+        return {name: np.concatenate([part[name] for part in parts], axis) for name in self.parts}
 
     def _encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
         wide = matrix.astype(np.float32, copy=False)
         if self.kind == "int4":
-            return dict(zip(PARTS, self._encode_groups(wide), strict=True))
+            return dict(zip(self.parts, self._encode_groups(wide), strict=True))
         scale: Any = dtype if self.rows else np.float32
         axes, most = self.contracted, MOST[self.kind]
         largest = np.maximum(wide.max(axis=axes, keepdims=True), -wide.min(axis=axes, keepdims=True))
@@ -89,16 +97,20 @@ class Form:
             codes = np.clip(np.rint(codes, out=codes), -128, 127, out=codes)
         return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
 
-    def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of 4 bits, two in a byte, and scales."""
+    def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes of 4 bits, two in a byte, scales and offsets."""
         axis = self.contracted[-1]
         split = wide.reshape(*wide.shape[:axis], -1, self.group, *wide.shape[axis + 1 :])
-        numbers, scales = group_codes(split, axis + 1, ml_dtypes.bfloat16)
-        codes = (numbers + 8).astype(np.uint8)
+        low, high = split.min(axis + 1, keepdims=True), split.max(axis + 1, keepdims=True)
+        tried = [((high - low) / steps, low + (high - low) * (steps - 15) / (2 * steps)) for steps in STEPS]
+        tried += [(scale, -8 * scale) for scale in _symmetric(split, axis + 1)]
+        scales, offsets = _least_error(split, axis + 1, tried, np.dtype(np.float16))
+        codes = _nearest(split, scales, offsets).astype(np.uint8)
         pairs = codes.reshape(*split.shape[:axis], -1, 2, *split.shape[axis + 1 :])
-        low, high = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
+        even, odd = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
         shape = *wide.shape[:axis], wide.shape[axis] // 2, *wide.shape[axis + 1 :]
-        return (low | high << 4).reshape(shape), scales
+        scales, offsets = (np.squeeze(array, axis + 1).astype(np.float16) for array in (scales, offsets))
+        return (even | odd << 4).reshape(shape), scales, offsets
 
     @property
     def contracted(self) -> tuple[int, ...]:
@@ -107,24 +119,38 @@ class Form:
         return tuple(range(first, first + self.inputs))
 
 
-def group_codes(split: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Codes -8 to 7 of groups along `axis`, and for each group that of the scales tried, the number of the largest
-    magnitude over one of DIVISORS, in `dtype`, whose squared error is least."""
-    at = np.argmax(np.abs(split), axis=axis, keepdims=True)
-    largest = np.take_along_axis(split, at, axis)
-    best, scales = np.full_like(largest, np.inf), np.zeros_like(largest)
-    for divisor in DIVISORS:
-        tried = (largest / np.float32(divisor)).astype(dtype).astype(np.float32)
-        error = np.square(_nearest(split, tried) * tried - split).sum(axis, keepdims=True)
-        scales = np.where(error < best, tried, scales)
+def symmetric_codes(split: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Codes -8 to 7 of groups along `axis`, and a scale in `dtype` a group, without offsets."""
+    tried = [(scale, -8 * scale) for scale in _symmetric(split, axis)]
+    scales, offsets = _least_error(split, axis, tried, np.dtype(dtype))
+    return _nearest(split, scales, offsets) - 8, np.squeeze(scales, axis).astype(dtype)
+
+
+def _symmetric(split: np.ndarray, axis: int) -> Iterator[np.ndarray]:
+    """Scales by which the number of the largest magnitude is one of DIVISORS."""
+    largest = np.take_along_axis(split, np.argmax(np.abs(split), axis=axis, keepdims=True), axis)
+    return (largest / np.float32(divisor) for divisor in DIVISORS)
+
+
+def _least_error(
+    split: np.ndarray, axis: int, tried: Iterable[tuple[np.ndarray, np.ndarray]], dtype: np.dtype[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales and offsets, rounded to `dtype`, whose squared error is least; of equals the first."""
+    shape = *split.shape[:axis], 1, *split.shape[axis + 1 :]
+    best, scales, offsets = np.full(shape, np.inf, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for numbers in tried:
+        scale, offset = (array.astype(dtype).astype(np.float32) for array in numbers)
+        error = np.square(_nearest(split, scale, offset) * scale + offset - split).sum(axis, keepdims=True)
+        better = error < best
+        scales, offsets = np.where(better, scale, scales), np.where(better, offset, offsets)
         best = np.minimum(error, best)
-    return _nearest(split, scales), np.squeeze(scales, axis).astype(dtype)
+    return scales, offsets
 
 
-def _nearest(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _nearest(wide: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The code of 4 bits whose number is nearest."""
-    codes = _over(wide, scales)
-    return np.clip(np.rint(codes, out=codes), -8, 7, out=codes)
+    codes = _over(wide - offsets, scales)
+    return np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
 
 
 def _over(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -133,11 +159,16 @@ def _over(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 class Quantized(nnx.Module):
-    """A matrix as codes and scales, in the place of a parameter."""
+    """A matrix as the arrays of a `form`, in the place of a parameter."""
 
-    def __init__(self, form: Form, codes: Any, scales: Any):
+    codes: Any
+    scales: Any
+    offsets: Any  # of int4
+
+    def __init__(self, form: Form, **parts: Any):
         self.form = form
-        self.codes, self.scales = nnx.Param(codes), nnx.Param(scales)
+        for name in form.parts:
+            setattr(self, name, nnx.Param(parts.get(name)))
 
     def get_value(self) -> "Quantized":
         """Itself, as a parameter gives its array."""
@@ -163,11 +194,13 @@ class Quantized(nnx.Module):
 
     def widened(self, dtype: Any, part: Callable[[Array], Array] = lambda array: array) -> Array:
         """The matrix in `dtype`, of the entries of lead axes that `part` takes."""
-        codes, scales = part(self.codes[...]), part(self.scales[...])
-        form, more = self.form, codes.ndim - self.codes.ndim
-        axes = tuple(axis + more for axis in form.contracted)
+        form = self.form
+        codes, *factors = (part(getattr(self, name)[...]) for name in form.parts)
+        axes = tuple(axis + codes.ndim - self.codes.ndim for axis in form.contracted)
         if form.kind == "int4":
-            return unpack(codes, scales, axes[-1], dtype)
+            scales, offsets = factors
+            return unpack(codes, scales, offsets, axes[-1], dtype)
+        (scales,) = factors
         return codes.astype(dtype) * jnp.expand_dims(scales, axes).astype(dtype)
 
     def rows(self, index: Array) -> Array:
@@ -176,10 +209,10 @@ class Quantized(nnx.Module):
         return codes.astype(scales.dtype) * scales[..., None]
 
 
-def unpack(codes: Array, scales: Array, axis: int, dtype: Any) -> Array:
-    """The matrix of codes of 4 bits, two in a byte along `axis`, and a scale a group."""
+def unpack(codes: Array, scales: Array, offsets: Array, axis: int, dtype: Any) -> Array:
+    """The matrix of codes of 4 bits, two in a byte along `axis`, and a scale and an offset a group."""
     before, after, groups = codes.shape[:axis], codes.shape[axis + 1 :], scales.shape[axis]
     pairs = codes.reshape(*before, groups // 2, -1, *after)
     low_high = jnp.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis + 1).reshape(*before, groups, -1, *after)
-    wide = (low_high.astype(dtype) - 8) * jnp.expand_dims(scales, axis + 1).astype(dtype)
-    return wide.reshape(*before, -1, *after)
+    scales, offsets = (jnp.expand_dims(array, axis + 1).astype(dtype) for array in (scales, offsets))
+    return (low_high.astype(dtype) * scales + offsets).reshape(*before, -1, *after)

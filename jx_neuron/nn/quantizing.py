@@ -97,7 +97,7 @@ def replace(module: Any, forms: Mapping[str, Form]) -> None:
     for path, node in list(nnx.iter_graph(module)):
         for name in ("kernel", "embedding"):
             if (form := forms.get(".".join(map(str, (*path, name))))) is not None:
-                setattr(node, name, Quantized(form, None, None))
+                setattr(node, name, Quantized(form))
 
 
 def _layer(path: Path) -> int | None:

@@ -23,23 +23,26 @@ MOST_FAILURES = 3
 """Turns in a row that fail before the engine counts as unhealthy."""
 
 
-class QueueFull(JxNeuronError):
-    """As many requests wait as may. `retry_after`: seconds until those that wait will have begun, at the recent rate."""
+class QueueFull(JxNeuronError):  # noqa: N818
+    """As many requests wait as may.
+
+    retry_after: seconds in which as many would begin at the recent rate, 1 to 60.
+    """
 
     def __init__(self, waiting: int, retry_after: float):
         super().__init__(f"{waiting} requests wait, as many as may; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
-class ShuttingDown(JxNeuronError):
+class ShuttingDown(JxNeuronError):  # noqa: N818
     """The engine takes no more requests, or has ended this one, since it shuts down."""
 
 
-class DeadlineExceeded(JxNeuronError):
+class DeadlineExceeded(JxNeuronError):  # noqa: N818
     """The request's deadline passed before its answers ended."""
 
 
-class EngineFailed(JxNeuronError):
+class EngineFailed(JxNeuronError):  # noqa: N818
     """A turn failed for good, or hangs."""
 
 
@@ -159,9 +162,23 @@ class AsyncEngine:
 
     most_waiting:     requests that may wait for a slot before `submit` raises QueueFull.
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
+    readied:          sampling parameters whose programs are loaded before the first turn; others load theirs when they
+                      are first used, while all wait.
+
+    A turn takes one token of each answer, then as many tokens of prompts as the model's largest context bucket has. So
+    its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 64 suits a
+    CPU.
     """
 
-    def __init__(self, model: "NeuronAutoModelForCausalLM", *, most_waiting: int = 256, seconds_per_turn: float = 60.0):
+    def __init__(
+        self,
+        model: "NeuronAutoModelForCausalLM",
+        *,
+        most_waiting: int = 256,
+        seconds_per_turn: float = 60.0,
+        readied: Sequence[SamplingParams] = (SamplingParams(), SamplingParams(temperature=1.0)),
+    ):
+        self._readied = readied
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
@@ -263,7 +280,7 @@ class AsyncEngine:
         self._stopping = True
         self._wake.set()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, self._seconds_per_turn if not self._hangs else 0)
+            await asyncio.to_thread(self._thread.join, 0 if self._hangs else self._seconds_per_turn)
 
     def _retry_after(self, waiting: int) -> float:
         if len(self._began) < 2:
@@ -301,9 +318,9 @@ class AsyncEngine:
     def _run(self) -> None:
         running: list[Stream] = []
         try:
-            self._ready = True
+            self._warm_up()
             while not self._stopping:
-                if not running and not self._arrived:
+                if not (running or self._arrived or self._model.engine.closing):
                     self._wake.wait()
                     self._wake.clear()
                 while self._arrived:
@@ -327,6 +344,12 @@ class AsyncEngine:
             self._send([_News(stream, (), self._failed(), True) for stream in (*running, *self._arrived)])
         finally:
             self._turn_began = None
+
+    def _warm_up(self) -> None:
+        model = self._model
+        candidates = {model.request([0], sampling).choices[0].draw.candidates for sampling in self._readied}
+        model.engine.reserve(model.buckets.context[-1], sorted(candidates))
+        self._ready = True
 
     def _send(self, news: Sequence[_News]) -> None:
         if news and self._loop is not None:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ async def chat_completions(served: Served, fields: dict[str, Any]) -> dict[str, 
     request = ChatRequest.model_validate(fields)
     answers = await chat_answers(served, request)
     chat = _Chat(served, request, answers)
-    return chat.chunks() if request.stream else await chat.whole()
+    return Chunks(chat.chunks(), chat.answers.close) if request.stream else await chat.whole()
 
 
 async def chat_answers(served: Served, request: ChatRequest) -> Answers:
@@ -162,36 +162,33 @@ class _Chat:
         fields |= dict(finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)
         return fields | (dict(token_ids=choice.ids) if self.request.return_token_ids else {})
 
-    async def chunks(self) -> Chunks:
+    async def chunks(self) -> AsyncIterator[str]:
         """The response as server-sent events."""
         options = self.request.stream_options or StreamOptions()
         usage = bool(options.continuous_usage_stats)
-        try:
-            async for piece in self.answers:
-                choice, ends = self._choices[piece.choice], piece.finish_reason is not None
-                if not choice.begun:
-                    choice.begun = True
-                    prompt = dict(prompt_token_ids=self.answers.prompts[0]) if self.request.return_token_ids else {}
-                    delta = dict(role="assistant", content=self._echo())
-                    yield sse(self._chunk([self._delta(piece, delta)], usage) | prompt)
-                deltas = list(choice.deltas(piece))
-                logprobs = self._logprob(piece)
-                if not deltas and (logprobs or usage or ends or self.request.return_token_ids):
-                    deltas = [{}]
-                for number, delta in enumerate(deltas, 1):
-                    final = ends and number == len(deltas)
-                    entry = self._delta(piece, delta, logprobs if number == 1 else [])
-                    if final:
-                        reason = finish_reason(self.request, piece.finish_reason, bool(choice.calls))
-                        entry |= dict(finish_reason=reason, stop_reason=piece.stop_reason)
-                    if self.request.return_token_ids and number == 1:
-                        entry["token_ids"] = [piece.event.token]
-                    yield sse(self._chunk([entry], usage))
-            if options.include_usage:
-                yield sse(self._chunk([], True))
-            yield DONE
-        finally:
-            self.answers.close()
+        async for piece in self.answers:
+            choice, ends = self._choices[piece.choice], piece.finish_reason is not None
+            if not choice.begun:
+                choice.begun = True
+                prompt = dict(prompt_token_ids=self.answers.prompts[0]) if self.request.return_token_ids else {}
+                delta = dict(role="assistant", content=self._echo())
+                yield sse(self._chunk([self._delta(piece, delta)], usage) | prompt)
+            deltas = list(choice.deltas(piece))
+            logprobs = self._logprob(piece)
+            if not deltas and (logprobs or usage or ends or self.request.return_token_ids):
+                deltas = [{}]
+            for number, delta in enumerate(deltas, 1):
+                final = ends and number == len(deltas)
+                entry = self._delta(piece, delta, logprobs if number == 1 else [])
+                if final:
+                    reason = finish_reason(self.request, piece.finish_reason, bool(choice.calls))
+                    entry |= dict(finish_reason=reason, stop_reason=piece.stop_reason)
+                if self.request.return_token_ids and number == 1:
+                    entry["token_ids"] = [piece.event.token]
+                yield sse(self._chunk([entry], usage))
+        if options.include_usage:
+            yield sse(self._chunk([], True))
+        yield DONE
 
     def _delta(
         self, piece: Piece, delta: dict[str, Any], logprobs: list[dict[str, Any]] | None = None

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ async def completions(served: Served, fields: dict[str, Any]) -> dict[str, Any] 
         request=request,
     )
     completion = _Completion(served, request, answers, texts)
-    return completion.chunks() if request.stream else await completion.whole()
+    return Chunks(completion.chunks(), completion.answers.close) if request.stream else await completion.whole()
 
 
 async def _prompts(served: Served, request: CompletionRequest) -> tuple[list[str | None], list[list[int]]]:
@@ -137,34 +137,31 @@ class _Completion:
             usage |= dict(completion_tokens=0, total_tokens=usage["prompt_tokens"])
         return usage
 
-    async def chunks(self) -> Chunks:
+    async def chunks(self) -> AsyncIterator[str]:
         """The response as server-sent events."""
         options = self.request.stream_options or StreamOptions()
         begun = [False] * len(self._logprobs)
-        try:
-            async for piece in self.answers:
-                at, logprobs = piece.choice, self._logprobs[piece.choice]
-                text, parts = "", []
-                if not begun[at]:
-                    text, echoed = self._echo(at)
-                    parts += [echoed] if echoed else []
-                if self._answered:
-                    text += piece.text
-                    parts += [logprobs.of(piece.event)] if logprobs else []
-                shown = text or parts or piece.finish_reason or self.request.return_token_ids
-                if shown or options.continuous_usage_stats:
-                    choice: dict[str, Any] = dict(index=at, text=text, logprobs=joined(parts) if parts else None)
-                    choice |= dict(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
-                    if self.request.return_token_ids:
-                        prompt = None if begun[at] else self.answers.prompts[at // self.answers.n]
-                        choice |= dict(prompt_token_ids=prompt, token_ids=[piece.event.token])
-                    yield sse(self._chunk([choice], bool(options.continuous_usage_stats)))
-                begun[at] = True
-            if options.include_usage:
-                yield sse(self._chunk([], True))
-            yield DONE
-        finally:
-            self.answers.close()
+        async for piece in self.answers:
+            at, logprobs = piece.choice, self._logprobs[piece.choice]
+            text, parts = "", []
+            if not begun[at]:
+                text, echoed = self._echo(at)
+                parts += [echoed] if echoed else []
+            if self._answered:
+                text += piece.text
+                parts += [logprobs.of(piece.event)] if logprobs else []
+            shown = text or parts or piece.finish_reason or self.request.return_token_ids
+            if shown or options.continuous_usage_stats:
+                choice: dict[str, Any] = dict(index=at, text=text, logprobs=joined(parts) if parts else None)
+                choice |= dict(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+                if self.request.return_token_ids:
+                    prompt = None if begun[at] else self.answers.prompts[at // self.answers.n]
+                    choice |= dict(prompt_token_ids=prompt, token_ids=[piece.event.token])
+                yield sse(self._chunk([choice], bool(options.continuous_usage_stats)))
+            begun[at] = True
+        if options.include_usage:
+            yield sse(self._chunk([], True))
+        yield DONE
 
     def _chunk(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
         return dict(self._head, choices=choices) | (dict(usage=self._usage()) if usage else {})

@@ -2,32 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+
+from jx_neuron.engine.grammar import Grammar
 
 
 @dataclass
 class Constraints:
     """Limits of one answer's tokens, beside a grammar.
 
-    grammar:    a `jx_neuron.engine.grammar.Grammar`; None for none.
+    grammar:    None for none.
     allowed:    the only tokens that may be drawn; None for all.
     ends:       tokens that may not be drawn among the first `min_tokens`.
     bad_words:  sequences of tokens that may not be drawn.
     """
 
-    grammar: Any = None
+    grammar: Grammar | None = None
     allowed: np.ndarray | None = None
     ends: Sequence[int] = ()
     min_tokens: int = 0
     bad_words: Sequence[Sequence[int]] = ()
     answer: list[int] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        """Whether only an end token may follow."""
-        return self.grammar is not None and bool(self.grammar.done)
 
     def copy(self) -> Self:
         """A copy that goes on alone."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jx_neuron.engine.grammar import Grammar
 from jx_neuron.serve.errors import invalid
 from jx_neuron.serve.protocol import Sampling
 from jx_neuron.serve.served import Served
@@ -13,7 +14,7 @@ from jx_neuron.serve.served import Served
 SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
 
 
-async def grammar_of(served: Served, request: Sampling) -> Any:
+async def grammar_of(served: Served, request: Sampling) -> Grammar | None:
     """A Grammar, or None where any text may be the answer. Raises APIError for more than one."""
     makers = [maker for maker in (_of_format(served, request), _of_structured(served, request)) if maker is not None]
     if len(makers) > 1:
@@ -21,12 +22,12 @@ async def grammar_of(served: Served, request: Sampling) -> Any:
     return await asyncio.to_thread(makers[0]) if makers else None
 
 
-async def schema_grammar(served: Served, schema: Mapping[str, Any]) -> Any:
+async def schema_grammar(served: Served, schema: Mapping[str, Any]) -> Grammar | None:
     """The Grammar of a JSON schema."""
     return await asyncio.to_thread(served.grammars.json_schema, dict(schema))
 
 
-def _of_format(served: Served, request: Sampling) -> Callable[[], Any] | None:
+def _of_format(served: Served, request: Sampling) -> Callable[[], Grammar] | None:
     how = request.response_format
     if how is None or how.type == "text":
         return None
@@ -38,7 +39,7 @@ def _of_format(served: Served, request: Sampling) -> Callable[[], Any] | None:
     return lambda: served.grammars.json_schema(schema)
 
 
-def _of_structured(served: Served, request: Sampling) -> Callable[[], Any] | None:
+def _of_structured(served: Served, request: Sampling) -> Callable[[], Grammar] | None:
     how = request.structured_outputs
     if how is None:
         return None

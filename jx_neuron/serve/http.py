@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import from_json
@@ -15,11 +16,20 @@ from jx_neuron.serve.errors import APIError, api_error, invalid
 from jx_neuron.serve.fields import known
 from jx_neuron.serve.served import Served
 
-Chunks = AsyncGenerator[str, None]
-Handler = Callable[[Served, dict[str, Any]], Awaitable[dict[str, Any] | Chunks]]
 IGNORED_HEADER = "X-Ignored-Fields"
 READ_ON = 4  # times the limit that is read of a body, so that its sender reads the error
 DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The server-sent events of answers; `close` cancels these."""
+
+    events: AsyncIterator[str]
+    close: Callable[[], None]
+
+
+Handler = Callable[[Served, dict[str, Any]], Awaitable[dict[str, Any] | Chunks]]
 
 
 def dumps(value: Any) -> str:
@@ -73,7 +83,7 @@ def endpoint(served: Served, handle: Handler) -> Callable[[Request], Coroutine[A
             result = await unless_disconnected(request.receive, handle(served, fields))
             if isinstance(result, dict):
                 return Response(dumps(result), headers=headers, media_type="application/json")
-            return EventStream(result, served.settings.write_seconds, headers)
+            return EventStream(result, headers)
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
@@ -103,37 +113,34 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. A client that goes away, or takes nothing for `write_seconds`, ends their generator."""
+    """Server-sent events. A client that goes away cancels the answers."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Chunks, write_seconds: float, headers: dict[str, str]):
+    def __init__(self, chunks: Chunks, headers: dict[str, str]):
         super().__init__(None, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
-        self._chunks, self._write_seconds = chunks, write_seconds
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of the response."""
-        with suppress(ClientDisconnect, TimeoutError):
-            async with aclosing(self._chunks):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with suppress(ClientDisconnect):
                 await unless_disconnected(receive, self._send_all(send))
-                return
-        raise ConnectionAbortedError("the reader of a stream went away, or took nothing of it")
+        finally:
+            self._chunks.close()
 
     async def _send_all(self, send: Send) -> None:
-        try:
-            async for chunk in self._chunks:
-                await self._send(send, chunk)
-        except TimeoutError:
-            raise
-        except Exception as error:
-            await self._send(send, sse(api_error(error).body) + DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def write(chunk: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": more})
 
-    async def _send(self, send: Send, chunk: str) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        try:
+            async for chunk in self._chunks.events:
+                await write(chunk)
+        except Exception as error:
+            await write(sse(api_error(error).body) + DONE)
+        await write("", more=False)
 
 
 def plain(value: Any, status: int = 200) -> JSONResponse:

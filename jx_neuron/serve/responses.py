@@ -5,7 +5,7 @@ https://platform.openai.com/docs/api-reference/responses
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ async def responses(served: Served, fields: dict[str, Any]) -> dict[str, Any] | 
     if request.truncation == "auto":
         chat = chat.model_copy(update=dict(truncate_prompt_tokens=served.capacity - (request.max_output_tokens or 1)))
     response = _Response(served, request, chat, await chat_answers(served, chat))
-    return response.chunks() if request.stream else await response.whole()
+    return Chunks(response.chunks(), response.answers.close) if request.stream else await response.whole()
 
 
 def _chat_request(request: ResponsesRequest) -> ChatRequest:
@@ -141,12 +141,14 @@ class _Response:
         self._parser = parser(self.served, self.chat)
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
 
-    async def _parts(self) -> Any:
+    async def _parts(self) -> AsyncGenerator[tuple[list[str | Call], str | None], None]:
+        """Yields the parts of the answer that are not empty, or one that is, and the reason for its end."""
         try:
             async for piece in self.answers:
                 last = piece.finish_reason is not None
-                parts = [piece.text] if self._parser is None else list(self._parser.add(piece.text, last=last))
-                yield [part for part in parts if part], piece.finish_reason
+                parts = [piece.text] if self._parser is None else self._parser.add(piece.text, last=last)
+                some: list[str | Call] = [part for part in parts if part]
+                yield some or ([""] if last and not self.output else []), piece.finish_reason
         finally:
             self.answers.close()
 
@@ -217,7 +219,7 @@ class _Response:
         self.events += 1
         return sse(dict(type=kind, sequence_number=self.events - 1, **fields), kind)
 
-    async def chunks(self) -> Chunks:
+    async def chunks(self) -> AsyncIterator[str]:
         """The response as server-sent events."""
         yield self._event("response.created", response=self._body(None, "in_progress"))
         yield self._event("response.in_progress", response=self._body(None, "in_progress"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jx_neuron.engine.grammar import Grammar, Grammars
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.errors import JxNeuronError
 from jx_neuron.serve.async_engine import AsyncEngine
@@ -62,10 +63,8 @@ class Served:
             raise invalid(f"this model has no tokenizer; give prompts as token ids ({error})") from error
 
     @cached_property
-    def grammars(self) -> Any:
+    def grammars(self) -> Grammars:
         """What makes grammars."""
-        from jx_neuron.engine.grammar import Grammars
-
         return Grammars(self.tokenizer, self.vocab_size, self.model.eos_token_ids)
 
     async def encode(self, text: str, special: bool = True) -> list[int]:
@@ -113,7 +112,7 @@ class Served:
         return prompt[-(self.capacity - 1 if most == -1 else most) :] if most else []
 
     def sampling(
-        self, request: Sampling, *, max_tokens: int, logprobs: int | None, grammar: Any = None
+        self, request: Sampling, *, max_tokens: int, logprobs: int | None, grammar: Grammar | None = None
     ) -> SamplingParams:
         """The sampling parameters of a request. What it lacks is as in generation_config.json, or else as at OpenAI:
         temperature 1 and the whole vocabulary."""
@@ -124,10 +123,9 @@ class Served:
             value = self._defaults.get(name) if value is None else value
             return neutral if value is None else value
 
-        ends = [] if request.ignore_eos else list(self.model.eos_token_ids)
+        endless = request.ignore_eos and grammar is None
+        ends = [] if endless else list(self.model.eos_token_ids)
         ends += [id for id in request.stop_token_ids or () if id not in ends]
-        constraints = self._constraints(request, ends, grammar)
-        fields: dict[str, Any] = {} if constraints is None else {"grammar": constraints}
         top_k = default("top_k", compiled or 0)
         return SamplingParams(
             max_tokens=max_tokens,
@@ -146,10 +144,10 @@ class Served:
             stop=stops(request) or None,
             eos_token_id=ends or -1,
             logprobs=logprobs,
-            **fields,
+            grammar=self._constraints(request, ends, grammar),
         )
 
-    def _constraints(self, request: Sampling, ends: Sequence[int], grammar: Any) -> Constraints | None:
+    def _constraints(self, request: Sampling, ends: Sequence[int], grammar: Grammar | None) -> Constraints | None:
         allowed = None
         if request.allowed_token_ids:
             allowed = np.zeros(self.vocab_size, bool)

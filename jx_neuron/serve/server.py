@@ -23,20 +23,30 @@ HEADERS = 64 * 1024  # bytes of a request's headers
 BACKLOG = 2048
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with a limit on how long a first request's headers may take to arrive."""
+def _protocol(settings: ServerSettings) -> type[H11Protocol]:
+    """uvicorn's protocol, with limits on how long a first request's headers may take to arrive, and how long a reader
+    may take nothing."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._first = self.loop.call_later(seconds, self._close_unused)
+            self._timers = [self.loop.call_later(settings.body_seconds, self._close_unused)]
 
         def _close_unused(self) -> None:
             if self.conn.their_state is h11.IDLE:
                 self.transport.close()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._timers.append(self.loop.call_later(settings.write_seconds, self.transport.abort))
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._timers.pop().cancel()
+
         def connection_lost(self, exc: Exception | None) -> None:
-            self._first.cancel()
+            for timer in self._timers:
+                timer.cancel()
             super().connection_lost(exc)
 
     return Protocol
@@ -65,7 +75,7 @@ class Server(uvicorn.Server):
                 application,
                 host=host,
                 port=port,
-                http=_protocol(settings.body_seconds),
+                http=_protocol(settings),
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -89,10 +99,11 @@ class Server(uvicorn.Server):
             raise InputError(f"{where} cannot be listened on; name another --host or --port") from None
         self._ready(self.servers[0].sockets[0].getsockname()[1])
 
-    def drain(self) -> None:
-        """Begins to end the server. To be called on the event loop."""
+    def drain(self, number: int = signal.SIGTERM) -> None:
+        """Begins to end the server, by a signal. To be called on the event loop."""
         if self._draining is not None:
-            self._again()
+            if number == signal.SIGINT:
+                self._again()
             return
         self._served.draining = True
         self._draining = asyncio.ensure_future(self._drain())
@@ -107,7 +118,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.drain)
+                loop.add_signal_handler(number, self.drain, number)
         except (ValueError, RuntimeError):  # not the main thread
             LOG.debug("signals are not handled")
         yield

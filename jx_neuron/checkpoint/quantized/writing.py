@@ -13,7 +13,7 @@ import numpy as np
 from jx_neuron.checkpoint.quantized.codes import E4M3, words
 from jx_neuron.checkpoint.quantized.compressed_tensors import METHOD
 from jx_neuron.checkpoint.tensor_files import Array
-from jx_neuron.nn.quantized import Form, group_codes
+from jx_neuron.nn.quantized import Form, symmetric_codes
 
 AT_ONCE = 2**22  # numbers encoded at once
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
@@ -64,7 +64,7 @@ class Stored:
         """Codes [rows, inputs], int8 or e4m3, and scales [rows, groups]."""
         if self.kind == "int4":
             split = rows.astype(np.float32, copy=False).reshape(len(rows), -1, self.group or rows.shape[1])
-            codes, scales = group_codes(split, 2, dtype)
+            codes, scales = symmetric_codes(split, 2, dtype)
             return codes.reshape(rows.shape).astype(np.int8), scales
         parts = Form(self.kind, 1, rows=True).encode(rows, dtype)
         # float8_e4m3 and e4m3fn have the same bits up to 240

@@ -6,7 +6,7 @@ integers are summed: an error of 2^-16 of a row's largest magnitude. Shape suffi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,22 +19,24 @@ from jax import Array
 from jx_neuron.nn.kernel import outputs_first
 from jx_neuron.nn.ops import barrier
 from jx_neuron.nn.quantized import Form
-from jx_neuron.runtime.cpu.kernel import FEW, STREAMS, Formulation, PackedExperts, sums, widen
+from jx_neuron.runtime.cpu.kernel import FEW, STREAMS, Formulation, PackedExperts, from_bits, sums, widen
 
 BITS = 254
 """The second code's steps in one of the first: it is within ±127, and the rest that it has within half a step."""
 
 
 class PackedCodes(nnx.Module):
-    """Matrices of one input as codes [n, k], of int4 [n, g / 2, bytes], and scales [n] or [n, g].
+    """Matrices of one input as codes [n, k] and scales [n]; of int4 as codes [n, k / 2], scales and offsets [n, g].
 
-    shapes: of each matrix, [*inputs, *outputs]. `form` is theirs.
+    parts:  these, by the names of `form`, which is that of the matrices.
+    shapes: of each matrix, [*inputs, *outputs].
     """
 
     def __init__(
-        self, codes: Any, scales: Any, shapes: Sequence[tuple[int, ...]], form: Form, formulation: Formulation
+        self, parts: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], form: Form, formulation: Formulation
     ):
-        self.codes, self.scales = nnx.Param(codes), nnx.Param(scales)
+        for name in form.parts:
+            setattr(self, name, nnx.Param(parts[name]))
         self.shapes, self.form, self.formulation = tuple(shapes), form, formulation
 
     def get_value(self) -> "PackedCodes":
@@ -44,9 +46,10 @@ class PackedCodes(nnx.Module):
     def matmul(self, x: Array) -> list[Array]:
         """x · W of each matrix, rounded to the form's `result`, or else the dtype of x."""
         axes, rows = self.form.inputs, x.shape[: x.ndim - self.form.inputs]
-        x_mk, codes = x.reshape(math.prod(rows), -1), self.codes[...]
+        x_mk = x.reshape(math.prod(rows), -1)
+        codes, *factors = (getattr(self, name)[...] for name in self.form.parts)
         alone = codes if self.formulation.in_passes(len(x_mk)) else barrier(codes)
-        y_mn = matmul_codes(x_mk, alone, self.scales[...], self.form, self.formulation)
+        y_mn = matmul_codes(x_mk, alone, factors, self.form, self.formulation)
         ends = list(accumulate(math.prod(shape[axes:]) for shape in self.shapes))[:-1]
         return [
             y.reshape(*rows, *shape[axes:]).astype(self.form.result or x.dtype)
@@ -55,11 +58,12 @@ class PackedCodes(nnx.Module):
 
 
 class PackedExpertCodes(nnx.Module):
-    """A matrix of each expert as codes [e, n, k], of int4 [e, n, g / 2, bytes], and scales [e, n] or [e, n, g]; or
-    with a first axis of layers of a stack."""
+    """A matrix of each expert: the arrays of `PackedCodes` with a first axis of experts, and in a stack one of layers
+    before it."""
 
-    def __init__(self, codes: Any, scales: Any, form: Form, formulation: Formulation):
-        self.codes, self.scales = (nnx.Param(PackedExperts(array, None, formulation)) for array in (codes, scales))
+    def __init__(self, parts: Mapping[str, Any], form: Form, formulation: Formulation):
+        for name in form.parts:
+            setattr(self, name, nnx.Param(PackedExperts(parts[name], None, formulation)))
         self.form, self.formulation = form, formulation
 
     def get_value(self) -> "PackedExpertCodes":
@@ -68,13 +72,13 @@ class PackedExpertCodes(nnx.Module):
 
     def matmul_one(self, x_rk: Array, expert: Array) -> Array:
         """x · W of one expert, [r, n], whose matrix alone is read."""
-        codes, scales = (part.get_value().one(expert) for part in (self.codes, self.scales))
-        y_rn = matmul_codes(x_rk, codes, scales, self.form, self.formulation)
+        codes, *factors = (getattr(self, name).get_value().one(expert) for name in self.form.parts)
+        y_rn = matmul_codes(x_rk, codes, factors, self.form, self.formulation)
         return y_rn.astype(self.form.result or x_rk.dtype)
 
 
 def pack_part(parts: Sequence[np.ndarray], form: Form, part: str) -> np.ndarray:
-    """`PackedCodes.codes` or `.scales` of those that `Form.encode` gives for matrices of one input."""
+    """A part of `PackedCodes`, of those that `Form.encode` gives for matrices of one input."""
     return np.concatenate([_outputs_first(array, form, part) for array in parts])
 
 
@@ -88,44 +92,39 @@ def shapes(shape: Sequence[int], form: Form) -> dict[str, jax.ShapeDtypeStruct]:
     """What `pack_part` gives, for outputs and inputs of [n, k]."""
     n, k = shape
     if form.kind == "int4":
-        codes, scales = [n, k // form.group // 2, form.group], [n, k // form.group]
-    else:
-        codes, scales = [n, k], [n]
-    dtype = jnp.int8 if form.kind == "int8" else jnp.uint8
+        groups = jax.ShapeDtypeStruct((n, k // form.group), jnp.uint16)
+        return {"codes": jax.ShapeDtypeStruct((n, k // 2), jnp.uint8), "scales": groups, "offsets": groups}
     return {
-        "codes": jax.ShapeDtypeStruct(tuple(codes), dtype),
-        "scales": jax.ShapeDtypeStruct(tuple(scales), jnp.float32),
+        "codes": jax.ShapeDtypeStruct((n, k), jnp.int8 if form.kind == "int8" else jnp.uint8),
+        "scales": jax.ShapeDtypeStruct((n,), jnp.float32),
     }
 
 
 def _outputs_first(array: np.ndarray, form: Form, part: str) -> np.ndarray:
-    """[n, k] or [n, g / 2, bytes] of codes, and [n] or [n, g] of scales, of one matrix; fp8 as bytes."""
+    """A part of one matrix; fp8 as bytes, and float16 as its bits."""
     if part == "scales" and form.kind != "int4":
         return array.reshape(-1)
     turned = outputs_first(array, form.inputs).reshape(-1, math.prod(array.shape[: form.inputs]))
-    if part == "scales":
-        return turned.astype(np.float32)
-    if form.kind == "int4":
-        return np.ascontiguousarray(turned.reshape(len(turned), -1, form.group))
-    return np.ascontiguousarray(turned.view(np.int8 if form.kind == "int8" else np.uint8))
+    dtype = np.uint16 if part != "codes" else np.int8 if form.kind == "int8" else np.uint8
+    return np.ascontiguousarray(turned.view(dtype))
 
 
-def matmul_codes(x_mk: Array, codes: Array, scales: Array, form: Form, formulation: Formulation) -> Array:
-    """x · Wᵀ, float32 [m, n]."""
+def matmul_codes(x_mk: Array, codes: Array, factors: Sequence[Array], form: Form, formulation: Formulation) -> Array:
+    """x · Wᵀ, float32 [m, n]. `factors` are scales, and of int4 offsets."""
     wide_mk = widen(x_mk)
     if formulation.in_passes(len(x_mk)):
-        one_pass, most = (_int4_pass, FEW // 2) if form.kind == "int4" else (_pass, FEW)
-        parts = [wide_mk[i : i + most] for i in range(0, len(x_mk), most)]
-        y_mn = jnp.concatenate([one_pass(part, codes, scales, form) for part in parts])
+        one_pass = _int4_pass if form.kind == "int4" else _pass
+        parts = [wide_mk[i : i + FEW] for i in range(0, len(x_mk), FEW)]
+        y_mn = jnp.concatenate([one_pass(part, codes, factors, form) for part in parts])
     elif form.kind == "int8" and formulation.dot == "ynnpack":
         y_mn = _exact_dots(wide_mk, codes)
     else:  # a matrix is widened once x is there, or XLA would widen those of all layers first
         codes, wide_mk = barrier((codes, wide_mk))
-        y_mn = barrier(_widened(codes, scales, form) @ wide_mk.T).T
-    return y_mn if form.kind == "int4" else y_mn * scales.astype(jnp.float32)
+        y_mn = barrier(_widened(codes, factors, form) @ wide_mk.T).T
+    return y_mn if form.kind == "int4" else y_mn * factors[0].astype(jnp.float32)
 
 
-def _pass(x_mk: Array, codes_nk: Array, scales_n: Array, form: Form) -> Array:
+def _pass(x_mk: Array, codes_nk: Array, factors: Sequence[Array], form: Form) -> Array:
     """x · codesᵀ in one reduction, which reads codes once, and widens them in registers."""
     n, m, streams = len(codes_nk), len(x_mk), STREAMS[1]
     size = -(-n // streams)
@@ -137,21 +136,28 @@ def _pass(x_mk: Array, codes_nk: Array, scales_n: Array, form: Form) -> Array:
     return jnp.concatenate(pieces).reshape(m, n)
 
 
-def _int4_pass(x_mk: Array, codes_npi: Array, scales_ng: Array, form: Form) -> Array:
-    """Σ_g scale Σ_i code · x, with the sums of each group of a pair, p, in one reduction."""
-    _, p, size = codes_npi.shape
-    x_mpji = barrier(x_mk.reshape(len(x_mk), p, 2, size))
-    low, high = _nibbles(codes_npi)
-    of_groups = barrier(sums([code * x_pji[:, j] for x_pji in x_mpji for j, code in enumerate((low, high))]))
-    scales_npj = scales_ng.reshape(-1, p, 2)
-    pairs = zip(of_groups[::2], of_groups[1::2], strict=True)
-    return jnp.stack(sums([low_np * scales_npj[..., 0] + high_np * scales_npj[..., 1] for low_np, high_np in pairs]))
+def _int4_pass(x_mk: Array, codes_nk: Array, factors: Sequence[Array], form: Form) -> Array:
+    """x · (codes · scales + offsets)ᵀ in one reduction over bytes, of which each has the codes of two inputs."""
+    x_mpji = x_mk.reshape(len(x_mk), -1, 2, form.group)
+    x_jmk = barrier(tuple(x_mpji[:, :, j].reshape(len(x_mk), -1) for j in range(2)))
+    w_jnk = _two_in_a_byte(codes_nk, factors, form)
+    return jnp.stack(sums([w_jnk[0] * low_k + w_jnk[1] * high_k for low_k, high_k in zip(*x_jmk, strict=True)]))
 
 
-def _nibbles(codes: Array) -> tuple[Array, Array]:
-    """The numbers of bytes' low and high bits, -8 to 7."""
-    low, high = codes & np.uint8(15), codes >> np.uint8(4)
-    return low.astype(jnp.int8).astype(jnp.float32) - 8, high.astype(jnp.int8).astype(jnp.float32) - 8
+def _two_in_a_byte(codes_nk: Array, factors: Sequence[Array], form: Form) -> list[Array]:
+    """The numbers of bytes' low, and of their high bits, [n, k / 2] each."""
+
+    def each(factor_ng: Array, j: int) -> Array:
+        of_pairs = from_bits(factor_ng.reshape(len(factor_ng), -1, 2)[..., j], jnp.float16).astype(jnp.float32)
+        return jnp.broadcast_to(of_pairs[..., None], (*of_pairs.shape, form.group)).reshape(codes_nk.shape)
+
+    scales_ng, offsets_ng = factors
+    nibbles = codes_nk & np.uint8(15), codes_nk >> np.uint8(4)
+    # as signed numbers, which vectors convert
+    return [
+        code.astype(jnp.int8).astype(jnp.float32) * each(scales_ng, j) + each(offsets_ng, j)
+        for j, code in enumerate(nibbles)
+    ]
 
 
 def _wide(codes: Array, form: Form) -> Array:
@@ -164,12 +170,12 @@ def _wide(codes: Array, form: Form) -> Array:
     return half.astype(jnp.float32) * 256
 
 
-def _widened(codes: Array, scales: Array, form: Form) -> Array:
+def _widened(codes_nk: Array, factors: Sequence[Array], form: Form) -> Array:
     """Codes, or of int4 the matrix, in float32 [n, k]."""
     if form.kind != "int4":
-        return _wide(codes, form)
-    groups = jnp.stack(_nibbles(codes), 2).reshape(*scales.shape, -1)
-    return (groups * scales[..., None]).reshape(len(codes), -1)
+        return _wide(codes_nk, form)
+    halves = [half.reshape(len(half), -1, form.group) for half in _two_in_a_byte(codes_nk, factors, form)]
+    return jnp.stack(halves, 2).reshape(len(codes_nk), -1)
 
 
 def _exact_dots(x_mk: Array, codes_nk: Array) -> Array:

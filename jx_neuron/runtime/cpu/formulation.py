@@ -85,9 +85,8 @@ def of_codes(kind: str) -> Formulation:
     tiles = "amx_int8" in names
     multiplies = xla_options.HAS_YNNPACK and not names.isdisjoint(("amx_int8", "avx512_vnni", "avx_vnni"))
     dots = kind == "int8" and multiplies
-    return pinned or Formulation(
-        CLASSES if tiles else (), FEW // 2 if dots and tiles else FEW, "ynnpack" if dots else "eigen"
-    )
+    wide = CLASSES if tiles or (kind == "int4" and "avx512f" in names) else ()
+    return pinned or Formulation(wide, FEW // 2 if dots and tiles else FEW, "ynnpack" if dots else "eigen")
 
 
 @cache

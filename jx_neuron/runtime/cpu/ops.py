@@ -56,7 +56,7 @@ class CpuOps(Ops):
     def matmul_scaled_rows(self, x: Array, codes_nk: Array, scales_n: Array) -> Array:
         alone_nk = barrier(codes_nk)
         y_mn = matmul_codes(
-            x.reshape(-1, x.shape[-1]), alone_nk, scales_n, Form("int8", 1), self.of_codes or self.formulation
+            x.reshape(-1, x.shape[-1]), alone_nk, [scales_n], Form("int8", 1), self.of_codes or self.formulation
         )
         return y_mn.reshape(*x.shape[:-1], -1).astype(x.dtype)
 

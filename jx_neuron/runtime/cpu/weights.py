@@ -66,7 +66,7 @@ class OneCPU(Sharded):
             part = stacks[stack][index, ...]
             part[...] = array
             # XLA would copy the bits to take them as what they are
-            is_bits = name in packed and array.dtype == np.uint16
+            is_bits = name in packed and getattr(packed[name].stored, "dtype", None) == self._dtype
             return part.view(self._dtype) if is_bits and self.formulation.dot == "ynnpack" else part
 
         def stored(arrays: Params) -> Params:
@@ -118,7 +118,7 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
             form = kernels[0].form
             whole = tuple(kernel.shape for kernel in kernels)
             arrays = codes.shapes(_sizes(whole, axes), form)
-            return codes.PackedCodes(arrays["codes"], arrays["scales"], whole, form, of_codes(form.kind)), {
+            return codes.PackedCodes(arrays, whole, form, of_codes(form.kind)), {
                 f"{target}.{part}": _Packed(
                     array, [f"{path}.{part}" for path in paths], partial(codes.pack_part, form=form, part=part)
                 )
@@ -150,7 +150,7 @@ def _pack(module: nnx.Module, dtype: Any, formulation: Formulation) -> Iterator[
                 part: jax.ShapeDtypeStruct((e, *array.shape), array.dtype)
                 for part, array in codes.shapes((n, k), form).items()
             }
-            node.kernel = codes.PackedExpertCodes(shapes["codes"], shapes["scales"], form, of_codes(form.kind))
+            node.kernel = codes.PackedExpertCodes(shapes, form, of_codes(form.kind))
             for part in shapes:
                 name, how = f"{prefix}.kernel.{part}", partial(codes.pack_expert_part, form=form, part=part)
                 yield name, _Packed(getattr(node.kernel, part).get_value(), [name], how)
