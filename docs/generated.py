@@ -24,6 +24,10 @@ from jx_neuron.lowering.verify.rules import TARGETS, Rule
 from jx_neuron.models import family, model_types
 from jx_neuron.models.known import KNOWN
 from jx_neuron.planning import INSTANCES
+from jx_neuron.serve.fields import IGNORED, REFUSED
+from jx_neuron.serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from jx_neuron.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
+from jx_neuron.serve.responses import ResponsesRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,11 +175,49 @@ def rates() -> str:
     return _by_engine(rate)
 
 
+def serve_fields() -> str:
+    """The fields of requests, by the routes that take them."""
+    common = list(Sampling.model_fields)
+    routes = {
+        "`/v1/completions` and `/v1/chat/completions`": common,
+        "`/v1/completions`": [name for name in CompletionRequest.model_fields if name not in common],
+        "`/v1/chat/completions`": [name for name in ChatRequest.model_fields if name not in common],
+        "`/v1/responses`": list(ResponsesRequest.model_fields),
+        "`/tokenize`": list(TokenizeRequest.model_fields),
+        "`/detokenize`": list(DetokenizeRequest.model_fields),
+    }
+    rows = [(route, ", ".join(f"`{name}`" for name in names)) for route, names in routes.items()]
+    return _table(("route", "fields"), rows)
+
+
+def serve_ignored() -> str:
+    """The fields of requests that are ignored."""
+    return ", ".join(f"`{name}`" for name in IGNORED)
+
+
+def serve_refused() -> str:
+    """The fields of requests that are refused, and why."""
+    return _table(("field", "instead, or why"), ((f"`{name}`", why) for name, why in REFUSED.items()))
+
+
+def serve_metrics() -> str:
+    """The metrics of a server."""
+    rows = [(f"`vllm:{name}`", "gauge", text) for name, _, text in GAUGES]
+    rows += [(f"`vllm:{name}_total`", "counter", text) for name, _, text in COUNTERS]
+    rows += [
+        ("`vllm:request_success_total`", "counter", "Answers that ended, by `finished_reason`."),
+        ("`vllm:prompt_tokens_cached_total`", "counter", "Tokens of prompts found in slots."),
+        ("`vllm:cache_config_info`", "info", "`block_size` and `num_gpu_blocks`."),
+    ]
+    rows += [(f"`vllm:{name}`", "histogram", text) for name, (text, _) in HISTOGRAMS.items()]
+    return _table(("metric", "kind", "meaning"), rows)
+
+
 PARTS = {
     part.__name__: part
     for part in (
         command_line, compiler_errors, config_fields, families, gguf, instances, known, models, neuron_config, peers,
-        rates, rooms, rules, targets,
+        rates, rooms, rules, serve_fields, serve_ignored, serve_metrics, serve_refused, targets,
     )
 }  # fmt: skip
 

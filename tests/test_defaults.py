@@ -34,16 +34,18 @@ def table(first_title: str) -> dict[str, list[str]]:
 
 def options(name: str) -> list[object]:
     """The default of an option in each command that has it."""
-    return [o.default for command in COMMANDS.values() for o in command.params if o.name == name]
+    serves = {"batch_size"}  # many callers are what a server is for
+    commands = [command for key, command in COMMANDS.items() if key != "serve" or name not in serves]
+    return [o.default for command in commands for o in command.params if o.name == name]
 
 
 ENTRY = re.compile(r"(\w+(?:, \w+)*): +\S")
 MADE = [getattr(NeuronAutoModelForCausalLM, name) for name in ("from_pretrained", "from_module", "from_config")]
 
 
-@pytest.mark.parametrize(("name", "commands"), [("amp", 5), ("batch_size", 4)])
+@pytest.mark.parametrize(("name", "commands"), [("amp", 7), ("batch_size", 4)])
 def test_what_is_the_same_everywhere(name: str, commands: int) -> None:
-    on_the_command_line, in_python, in_plans = (cell.strip("`") for cell in table("")[f"`{name}`"])
+    on_the_command_line, in_python, in_plans = (cell.partition(";")[0].strip("`") for cell in table("")[f"`{name}`"])
     assert len(options(name)) == commands
     assert {str(default) for default in options(name)} == {on_the_command_line}
     assert {str(inspect.signature(made).parameters[name].default) for made in MADE} == {in_python}
@@ -72,7 +74,7 @@ def test_from_pretrained_documents_each_of_its_options() -> None:
 def test_degrees() -> None:
     assert table("")["tensor-parallel degree"] == ["`1`; `plan` picks the fastest", "`1`", "the fastest"]
     degrees = {name: o.default for name, of in COMMANDS.items() for o in of.params if o.name == "tp"}
-    assert degrees == {"sample": 1, "score": 1, "compile": 1, "bench": 1, "plan": None}
+    assert degrees == {"sample": 1, "chat": 1, "serve": 1, "score": 1, "compile": 1, "bench": 1, "plan": None}
     assert {inspect.signature(made).parameters["tp_degree"].default for made in MADE} == {1}
     assert inspect.signature(plan).parameters["tp_degree"].default is None
 
@@ -154,7 +156,7 @@ def test_how_tokens_are_chosen(tmp_path: Path) -> None:
     typed = ",".join(map(str, ids[0]))
     done = run("sample", folder, "--ids", typed, "--max-new-tokens", 20)
     assert done.stdout == ",".join(map(str, expected[0])) + "\n", done.stderr
-    assert chosen["`jx-neuron sample`"] == "greedily"
+    assert chosen["`jx-neuron sample`, `jx-neuron chat`"] == "greedily"
 
 
 def test_help_and_docstrings_lead_to_the_table() -> None:

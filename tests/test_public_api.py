@@ -41,6 +41,10 @@ PUBLIC = {
     "jx_neuron.nn.rope": """
         RopeScaling Rotation by_layer_type inverse_frequencies query_scale rope_half rope_interleaved rotation
     """,
+    "jx_neuron.serve": """
+        AsyncEngine DeadlineExceeded EngineFailed QueueFull Server ServerSettings ShuttingDown Stats Stream Timings app
+        raise_file_limit
+    """,
     "jx_neuron.integrations.parity": "ModelTensors Parity parity",
 }
 WITH_TORCH = {"HuggingFaceGenerationModelAdapter"}  # of jx_neuron, and not among what `import *` brings

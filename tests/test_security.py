@@ -189,11 +189,14 @@ COMPILER = "neuronx-cc, found on PATH, on files that we wrote; a list of argumen
 FROM_PRETRAINED = "jx_neuron.llm.NeuronAutoModelForCausalLM.from_pretrained"
 ALLOWED = {
     "cli/bench.py": {FROM_PRETRAINED: OWN},
+    "cli/chat.py": {FROM_PRETRAINED: OWN, ".input": "a message that is typed in the terminal: text for the model"},
     "cli/compile.py": {FROM_PRETRAINED: OWN},
     "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
     "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "cli/sample.py": {FROM_PRETRAINED: OWN},
     "cli/score.py": {FROM_PRETRAINED: OWN},
+    "cli/serve.py": {FROM_PRETRAINED: OWN},
+    "serve/conversation.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "checkpoint/demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
         "subprocess.DEVNULL": "closes its input",

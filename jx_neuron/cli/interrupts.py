@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ received = threading.Event()
 at_end: list[Callable[[], object]] = []
 """Functions called before the process ends, the last first, possibly in another thread than the work."""
 _due = threading.Event()  # the handler should raise KeyboardInterrupt
+_instead: Callable[[], object] | None = None  # what Ctrl-C does, where it does not end the process
 _leaving = threading.Event()  # the process ends: nothing raises it any more
 _swallowed: queue.SimpleQueue[int] = queue.SimpleQueue()  # the threads whose KeyboardInterrupt was lost
 
@@ -63,7 +64,21 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+@contextmanager
+def instead(call: Callable[[], object]) -> Iterator[None]:
+    """Has Ctrl-C call `call` in the main thread, and not end the process."""
+    global _instead  # noqa: PLW0603
+    _instead = call
+    try:
+        yield
+    finally:
+        _instead = None
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    if _instead is not None:
+        _instead()
+        return
     received.set()
     # a second Ctrl-C does not interrupt the cleanup of the first
     if _due.is_set() and not _leaving.is_set() and not _importing(frame):
@@ -80,7 +95,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 def _watch(reading: int) -> None:
     """Waits for the signal in a thread, since the main thread may be in C code."""
-    while signal.SIGINT not in os.read(reading, 64):
+    while signal.SIGINT not in os.read(reading, 64) or _instead is not None:
         pass
     deadline = time.monotonic() + GRACE_SECONDS
     received.set()

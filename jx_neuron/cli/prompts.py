@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ def from_text(model: Any, text: str, chat: bool) -> Prompt:
         tokenizer = model.tokenizer if chat else model.text_tokenizer
     except JxNeuronError as error:
         raise InputError(f"{error}\nA prompt may be given as token ids: --ids 1,2,3") from error
-    rendered = _through_template(tokenizer, text) if chat else text
+    message = {"role": "user", "content": text}
+    rendered = rendered_by_template(tokenizer, [message], "leave --chat out") if chat else text
     ids: list[int] = tokenizer(rendered, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise InputError(f"the prompt {text!r} has no tokens; give it some text")
@@ -56,7 +57,12 @@ def typed() -> bool:
 
 
 def lines() -> Iterator[str]:
-    """Yields the lines of standard input that are not blank, after a prompt sign in a terminal.
+    """Yields the lines of standard input that are not blank, after a prompt sign in a terminal. Raises InputError."""
+    return (line for line in every_line() if line.strip())
+
+
+def every_line() -> Iterator[str]:
+    """Yields the lines of standard input, after a prompt sign in a terminal.
 
     Raises InputError where standard input is closed, and for a line that is not UTF-8.
     """
@@ -67,9 +73,7 @@ def lines() -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"line {number} of standard input is not UTF-8 text: {error}; convert it first") from error
-        text = text.removesuffix("\n").removesuffix("\r")
-        if text.strip():
-            yield text
+        yield text.removesuffix("\n").removesuffix("\r")
 
 
 def _line() -> bytes:
@@ -82,14 +86,19 @@ def _line() -> bytes:
     return line
 
 
-def _through_template(tokenizer: Any, text: str) -> str:
-    if not tokenizer.chat_template:
-        raise InputError("this tokenizer has no chat template; leave --chat out")
-    message = {"role": "user", "content": text}
+def rendered_by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], instead: str) -> str:
+    """Messages as the tokenizer's chat template writes them, ready for an answer.
+
+    Raises InputError, which says what to do `instead`, where there is none, or it fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"this tokenizer has no chat template; {instead}")
     try:
-        rendered: str = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        rendered: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         rendered.encode()  # raises for half a surrogate pair
     except Exception as error:  # a template is a program of its own, in jinja
         what = str(error) or type(error).__name__
-        raise InputError(f"the tokenizer's chat template fails: {what}\nLeave --chat out, or mend it") from error
+        raise InputError(
+            f"the tokenizer's chat template fails: {what}\n{instead[0].upper()}{instead[1:]}, or mend it"
+        ) from error
     return rendered

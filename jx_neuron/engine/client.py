@@ -178,7 +178,9 @@ class Client:
         room = self.limits.capacity - len(prompt)
         steps = room if sampling.max_tokens is None else min(room, integer("max_tokens", sampling.max_tokens))
         answers = integer("n", sampling.n, most=MOST_ROWS)
-        return self.defaults.choices(sampling.options, answers, steps, samples=False, logprobs=sampling.logprobs)
+        return self.defaults.choices(
+            sampling.options, answers, steps, samples=False, logprobs=sampling.logprobs, grammar=sampling.grammar
+        )
 
     def log_likelihoods(self, rows: Sequence[Any], stride: int | None) -> list[scoring.Parts]:
         """The log-probability of each token of each row, given those before it."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from jx_neuron.config import GenerationConfig
 from jx_neuron.engine.options import Choice, Options, choices, pad_of
+from jx_neuron.engine.processors import Constraint
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import integers, shown
 
@@ -66,7 +67,14 @@ class SamplingDefaults:
         return pad_of(self.token_ids.get("pad_token_id"), choice.eos, self.vocab_size)
 
     def choices(
-        self, options: Options, rows: int, steps: int, *, samples: bool, logprobs: int | None = None
+        self,
+        options: Options,
+        rows: int,
+        steps: int,
+        *,
+        samples: bool,
+        logprobs: int | None = None,
+        grammar: Constraint | None = None,
     ) -> Sequence[Choice]:
         """The Choice of each row by `options`, with these defaults."""
         return choices(
@@ -78,4 +86,5 @@ class SamplingDefaults:
             compiled=self.candidates,
             eos=self.eos_token_ids,
             logprobs=logprobs,
+            grammar=grammar,
         )

@@ -11,7 +11,7 @@ import numpy as np
 from jx_neuron.config import READ, GenerationConfig
 from jx_neuron.engine import draw as drawing
 from jx_neuron.engine.draw import Draw
-from jx_neuron.engine.processors import Processors
+from jx_neuron.engine.processors import Constraint, Processors
 from jx_neuron.errors import InputError
 from jx_neuron.util.arguments import FLOAT32, integer, integers, per_row, plain, real, shown
 
@@ -70,6 +70,7 @@ class SamplingParams:
     stop:       a text or several that end an answer that comes to hold one; takes a tokenizer.
     eos_token_id: the token or tokens that end an answer, instead of the checkpoint's; -1 for none.
     logprobs:   gives the log-probability of each token, and those of so many of the most likely ones; None for none.
+    grammar:    what the answers may be, by `jx_neuron.engine.grammar.Grammars`; each answer has a copy. None for any.
 
     The others are those of `jx_neuron.engine.options.Options`.
     """
@@ -90,12 +91,13 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     eos_token_id: int | Sequence[int] | None = None
     logprobs: int | None = None
+    grammar: Constraint | None = None
 
     @property
     def options(self) -> "Options":
         """These parameters as the options of `sample`."""
         names = {"stop": "stop_strings", "eos_token_id": "eos_token_override"}
-        others = ("max_tokens", "n", "logprobs")
+        others = ("max_tokens", "n", "logprobs", "grammar")
         fields = {names.get(name, name): value for name, value in vars(self).items() if name not in others}
         return cast(Options, {name: value for name, value in fields.items() if value is not None})
 
@@ -107,6 +109,7 @@ class Choice:
     steps:    the most tokens to draw.
     eos:      the tokens that end the sequence.
     logprobs: the number of most likely tokens with log-probabilities, beside the drawn token; None for none at all.
+    grammar:  masks logits after `processors`; None for none.
     """
 
     draw: Draw
@@ -115,11 +118,13 @@ class Choice:
     eos: Sequence[int]
     stop_strings: Sequence[str]
     logprobs: int | None
+    grammar: Constraint | None = None
 
     @property
     def on_host(self) -> bool:
         """Whether the host chooses tokens from logits, and not the program."""
-        return self.processors.active or self.logprobs is not None or not self.draw.fused
+        observed = self.logprobs is not None or self.grammar is not None
+        return observed or self.processors.active or not self.draw.fused
 
 
 def check_names(options: Options) -> None:
@@ -138,6 +143,7 @@ def choices(
     compiled: int | None,
     eos: Sequence[int],
     logprobs: int | None = None,
+    grammar: Constraint | None = None,
 ) -> list[Choice]:
     """The Choice of each row by `options`.
 
@@ -152,9 +158,9 @@ def choices(
     if logprobs is not None:
         logprobs = integer("logprobs", logprobs, least=0, most=vocab_size)
     strings = _stop_strings(options.get("stop_strings"))
-    in_program = [logprobs is None and not processors[row].active for row in range(rows)]
+    in_program = [logprobs is None and grammar is None and not processors[row].active for row in range(rows)]
     draws = _draws(options, fallback, rows, vocab_size, [compiled if fused else None for fused in in_program])
-    return [Choice(draw, processors[row], steps, eos, strings, logprobs) for row, draw in enumerate(draws)]
+    return [Choice(draw, processors[row], steps, eos, strings, logprobs, grammar) for row, draw in enumerate(draws)]
 
 
 def pad_of(pad: int | None, eos: Sequence[int], vocab_size: int) -> int:

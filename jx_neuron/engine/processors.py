@@ -2,10 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import numpy as np
 
 from jx_neuron.util.arguments import FLOAT32
+
+
+class Constraint(Protocol):
+    """What may follow in one answer, such as a `jx_neuron.engine.grammar.Grammar`."""
+
+    def mask_logits(self, logits_v: np.ndarray) -> np.ndarray:
+        """Logits float32 [v], -inf for tokens that may not follow."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Takes the next token of the answer."""
+        ...
+
+    def copy(self) -> Self:
+        """A copy in the same state, which goes on alone."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Ticket:
         self.closed = False
         self.siblings: list[Ticket] = []
         self._of_prompt: PromptLikelihoods | None = None
+        self._grammar = None if choice.grammar is None else choice.grammar.copy()
         self._drawing = None if choice.on_host else choice.draw
         self.sequence = Sequence(list(prompt), len(prompt) + choice.steps, self._drawing, sink=self)
 
@@ -157,7 +158,11 @@ class Ticket:
         choice = self._choice
         if choice.processors.active:
             logits_v = choice.processors(logits_v, self._prompt, self._answer)
-        return choice.draw.choose(logits_v, len(self._answer))
+        if self._grammar is None:
+            return choice.draw.choose(logits_v, len(self._answer))
+        token = choice.draw.choose(self._grammar.mask_logits(logits_v), len(self._answer))
+        self._grammar.accept(token)
+        return token
 
     def _add(self, token: int, logits_v: np.ndarray | None) -> None:
         choice = self._choice

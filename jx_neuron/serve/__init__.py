@@ -1,1 +1,13 @@
-"""Serving a model to many callers at once."""
+"""Serving a model to many callers at once: over HTTP, or on an event loop. HTTP takes the extra `serve`."""
+
+from jx_neuron.util.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "application": "app",
+        "async_engine": "AsyncEngine DeadlineExceeded EngineFailed QueueFull ShuttingDown Stats Stream Timings",
+        "server": "Server raise_file_limit",
+        "settings": "ServerSettings",
+    },
+)

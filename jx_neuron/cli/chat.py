@@ -1,0 +1,224 @@
+"""jx-neuron chat: a conversation in a terminal."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jx_neuron.cli import interrupts, options
+from jx_neuron.cli.prompts import SIGN, every_line, rendered_by_template, typed
+from jx_neuron.cli.terminal import print_message
+from jx_neuron.errors import InputError, JxNeuronError
+from jx_neuron.util.durable import write_file
+
+HELP = """/reset         begin a new conversation
+/system TEXT   begin one with this system message; without TEXT, with none
+/save FILE     write the conversation to a file, as JSON
+/help          show this
+/exit          leave, as Ctrl-D does
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines.
+Ctrl-C stops an answer."""
+
+
+@dataclass
+class _Interrupt:
+    """What Ctrl-C does: it discards what is being typed, or stops an answer."""
+
+    typing: bool = False
+    stopped: bool = False
+
+    def __call__(self) -> None:
+        if self.typing:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+
+@dataclass
+class _Chat:
+    model: Any
+    sampling: Any
+    conversation: Any
+    interrupt: _Interrupt
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def begin(self, system: str = "") -> None:
+        """A new conversation, with a system message or none."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def say(self, text: str) -> None:
+        """Prints the answer to a message, and remembers both. Raises InputError where no position is left."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = rendered_by_template(self.model.tokenizer, messages, "use jx-neuron sample")
+        ids = self.model.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        capacity = self.model.buckets.capacity
+        if len(ids) >= capacity:
+            raise InputError(
+                f"the conversation would have {len(ids)} tokens, and n_positions={capacity} leaves no room for an "
+                "answer: say less, /reset, or start with a larger --n-positions"
+            )
+        self.interrupt.stopped, answer, reason = False, "", None
+        with closing(self.conversation.answer(self.model.request(ids, self.sampling))) as events:
+            for event in events:
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+                answer, reason = answer + event.text, event.finish_reason
+                if self.interrupt.stopped:
+                    break
+        typer.echo()
+        if self.interrupt.stopped and reason is None:
+            print_message("(stopped)", err=True)
+        elif reason == "length":
+            print_message("(cut short by --max-new-tokens, or by n_positions)", err=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def save(self, name: str) -> None:
+        """Writes the messages to a file. Raises InputError without a name, OSError where it cannot be written."""
+        if not name:
+            raise InputError("/save takes the name of a file")
+        path = Path(options.path(name)).expanduser()
+        write_file(path, json.dumps(self.messages, ensure_ascii=False, indent=1).encode() + b"\n")
+        print_message(f"{len(self.messages)} messages in {path}", err=True)
+
+    def obey(self, line: str) -> bool:
+        """Does what a line says, a command or a message. Returns whether to go on."""
+        name, _, rest = line.partition(" ")
+        commands: dict[str, Callable[[str], object]] = {
+            "/reset": lambda _: self.begin(),
+            "/system": self.begin,
+            "/save": self.save,
+            "/help": lambda _: print_message(HELP, err=True),
+        }
+        if name == "/exit":
+            return False
+        if name in commands:
+            commands[name](rest.strip())
+        elif name.startswith("/") and name[1:].isalpha():
+            raise InputError(f"there is no {name}; /help lists what there is")
+        else:
+            self.say(line)
+        return True
+
+
+def command(
+    argument: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
+            show_default=False,
+            autocompletion=options.models,
+        ),
+    ] = None,
+    demo: options.Demo = False,
+    system: Annotated[
+        str, typer.Option(metavar="TEXT", help="The system message.", show_default="the chat template's, or none")
+    ] = "",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Longest answer, in tokens.", show_default="as many as there is room"),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
+    amp: options.Amp = "f32",
+    quant: options.Quant = None,
+    kv_quant: options.KvQuant = None,
+    tp: options.Tp = 1,
+    n_positions: options.NPositions = None,
+    revision: options.Revision = None,
+) -> None:
+    """Talk with a model in the terminal.
+
+    /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is no terminal, each line
+    is a message. Each answer continues from the one before it: only what is new is computed.
+
+        jx-neuron chat --demo
+
+        jx-neuron chat ./my-llama --temperature 0.7 --system "Answer in one sentence."
+    """
+    from jx_neuron.checkpoint.demo import demo_model
+    from jx_neuron.engine.conversation import Conversation
+    from jx_neuron.engine.options import SamplingParams
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
+
+    if demo == (argument is not None):
+        raise InputError("name a checkpoint folder, .gguf file or hub id, or use --demo alone")
+    model = NeuronAutoModelForCausalLM.from_pretrained(
+        demo_model() if demo else options.model(argument),
+        n_positions=n_positions,
+        tp_degree=tp,
+        amp=amp,
+        neuron_config=options.neuron_config(quant, kv_quant),
+        revision=revision,
+    )
+    rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
+    greedy = temperature is None and top_k is None and top_p is None
+    sampling = SamplingParams(
+        max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
+    )
+    interrupt = _Interrupt()
+    chat = _Chat(model.to_neuron(), sampling, Conversation(model.engine), interrupt)
+    chat.begin(system)
+    if not typed():
+        for message in _messages(every_line()):
+            if message.strip() and not chat.obey(message):
+                break
+        return
+    print_message("/help lists what can be typed; Ctrl-D leaves.", err=True)
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() takes lines by it
+    with interrupts.instead(interrupt):
+        while (going := _turn(chat)) is not None and going:
+            pass
+
+
+def _turn(chat: _Chat) -> bool | None:
+    """Obeys what is typed next. Returns whether to go on; None at the end of the input."""
+    try:
+        chat.interrupt.typing = True
+        try:
+            message = next(_messages(_typed_lines()), None)
+        finally:
+            chat.interrupt.typing = False
+        return message if message is None else not message.strip() or chat.obey(message)
+    except KeyboardInterrupt:
+        typer.echo(err=True)
+    except (JxNeuronError, OSError) as error:
+        print_message(f"jx-neuron: {error}", err=True)
+    return True
+
+
+def _typed_lines() -> Iterator[str]:
+    with suppress(EOFError):
+        while True:
+            yield input(SIGN)
+    typer.echo(err=True)
+
+
+def _messages(lines: Iterator[str]) -> Iterator[str]:
+    r"""Joins lines that end in a backslash with the next, and those between triple quotes.
+
+    >>> list(_messages(iter(["a\\", "b", '\"\"\"c', "", 'd\"\"\"'])))
+    ['a\nb', 'c\n\nd']
+    """
+    for line in lines:
+        text = line
+        if text.startswith('"""'):
+            text = text[3:]
+            while not text.endswith('"""') and (further := next(lines, None)) is not None:
+                text += "\n" + further
+            yield text.removesuffix('"""').strip("\n")
+            continue
+        while text.endswith("\\") and (further := next(lines, None)) is not None:
+            text = text[:-1] + "\n" + further
+        yield text
