@@ -247,7 +247,7 @@ def test_peers_make_the_tokens_of_hf(
 def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path) -> None:
     model = tiny.model("llama")
     path = tmp_path / "llama.gguf"
-    sys.modules["engines"]._write_gguf(model, path)
+    sys.modules["engines"]._write_gguf(model, path, "F32")
     read = open_checkpoint(path)
     for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size"):
         assert read.config[field] == getattr(model.config, field)
@@ -261,7 +261,7 @@ def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path)
 def test_the_file_for_llama_cpp_holds_a_gpt2(peers: ModuleType, tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     path = tmp_path / "gpt2.gguf"
-    sys.modules["engines"]._write_gguf(model, path)
+    sys.modules["engines"]._write_gguf(model, path, "F32")
     read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     assert len(read) == len(list(model.parameters()))
     block = model.transformer.h[1]
