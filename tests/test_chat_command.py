@@ -147,6 +147,7 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
 
+@pytest.mark.slow  # a terminal and signals: it waits in vain at times
 def test_control_c_stops_the_answer_and_not_the_program(program: Path) -> None:  # noqa: F811
     terminal = Terminal(program, "chat", "--demo", "--n-positions", 1024)
     terminal.until("> ")
