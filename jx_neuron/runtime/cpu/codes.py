@@ -78,7 +78,7 @@ class PackedExpertCodes(nnx.Module):
 
 
 def pack_part(parts: Sequence[np.ndarray], form: Form, part: str) -> np.ndarray:
-    """A part of `PackedCodes`, of those that `Form.encode` gives for matrices of one input."""
+    """A part of `PackedCodes`: that part of each matrix of one input, as `Form.encode` gives it."""
     return np.concatenate([_outputs_first(array, form, part) for array in parts])
 
 
