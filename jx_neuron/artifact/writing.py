@@ -70,7 +70,7 @@ def write(
     if unknown := sorted(set(neffs) - {program.name for program in programs}):
         raise ArtifactError(f"there is a NEFF of {unknown[0]!r}, but no such program")
     check_replaceable(directory, overwrite)
-    with _writing(directory), replacing(directory) as folder:
+    with writing(directory), replacing(directory) as folder:
         stage = _Stage(folder)
         for program in programs:
             stage.put(hlo_file(program.name), hlo(program.name))
@@ -181,12 +181,12 @@ def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
         if foreign:
             raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
 
-    with _writing(directory):
+    with writing(directory):
         retry_if_replaced(directory, check)
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> Iterator[None]:
     """Converts an OSError of the disk into an ArtifactError."""
     try:
         yield

@@ -1,7 +1,7 @@
 """A row of a weight table: one parameter of a model, and where it comes from."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -10,7 +10,7 @@ from einops import EinopsError
 from jax.sharding import PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.layout import Layout, parse
+from jx_neuron.checkpoint.layout import Layout, parse, restored
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.sharding import AXIS, Padding
 
@@ -195,3 +195,11 @@ class W:
     def _split(self) -> list[bool]:
         spec = tuple(self.partition)
         return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]
+
+
+def tensors_of(rows: Sequence[W], parameters: Sequence[np.ndarray], config: HFConfig) -> dict[str, np.ndarray]:
+    """HF's tensors that `rows`, all rows of one name, read unpadded `parameters` from: the inverse of `W.read`."""
+    row = rows[0]
+    sizes = row.sizes(config)
+    array = restored([each._layout for each in rows], parameters, sizes)
+    return dict(zip(row.names(sizes), array if row.stacked else [array], strict=True))

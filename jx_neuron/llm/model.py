@@ -178,6 +178,22 @@ class NeuronAutoModelForCausalLM:
         save_tokenizer = self._origin.save_tokenizer
         return deploy.save(os.fspath(directory), self.lowered(), self.config, parameters, save_tokenizer)
 
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+        """Writes a checkpoint of what is loaded, for transformers and `from_pretrained`, and returns its folder.
+
+        config.json, generation_config.json, the tokenizer's files, and weights as safetensors: HF's tensors in the
+        dtype `amp`, widened where the checkpoint's are quantized. Of a multimodal model it is the text model. The
+        folder, new or empty, is whole or absent, whenever the process ends.
+
+        max_shard_size: most bytes of a file of weights, a number or a text such as "5GB".
+
+        Raises ConfigError where the model was loaded with `quant` (`jx-neuron quantize` writes such checkpoints),
+        ArtifactError for a folder that is not empty or cannot be written, and for a model that `save` wrote.
+        """
+        from jx_neuron.llm.saving import save_pretrained
+
+        return save_pretrained(self._origin, directory, max_shard_size)
+
     def load(self, directory: str | os.PathLike[str]) -> Self:
         """Takes the programs that `save` wrote, so that `to_neuron` need not lower and compile them.
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -113,6 +113,13 @@ class SavedModel:
     def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
         """Each rank's part of each parameter, read at access. Raises ArtifactError where they were not saved."""
         return self.artifact.parameters()
+
+    def hf_tensors(self) -> NoReturn:
+        """Raises ArtifactError: a saved model has each core's part of each parameter, and no weight table."""
+        raise ArtifactError(
+            f"artifact {self.path} holds weights as programs take them, of which no checkpoint is written; "
+            "make the model from its checkpoint"
+        )
 
     def first_not_finite(self) -> str | None:
         """The first parameter that holds a NaN or an infinity; None where none does."""
