@@ -202,7 +202,7 @@ def test_adapter(tmp_path, whole):
     (tmp_path / "adapter_config.json").write_text("{}")
     if not whole:
         (tmp_path / "model.safetensors").unlink()
-    refused(tmp_path, "PEFT", "merge_and_unload")
+    refused(tmp_path, "PEFT", "base model", "adapter=")
 
 
 @pytest.mark.parametrize(

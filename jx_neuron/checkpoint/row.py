@@ -145,6 +145,13 @@ class W:
         """The letters of the last axis of HF's tensor."""
         return self._layout.groups[-1]
 
+    @property
+    def has_inputs_first(self) -> bool:
+        """Whether HF's matrix is [inputs, outputs], as of transformers' Conv1D, and not [outputs, inputs]."""
+        lead = len(self.stacked)
+        first = self._layout.groups[lead]
+        return self.target.endswith(".kernel") and self.letters[lead : lead + len(first)] == first
+
     def at(self, layer: int) -> "W":
         source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)

@@ -136,6 +136,7 @@ def command(
     tp: options.Tp = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -160,6 +161,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
     greedy = temperature is None and top_k is None and top_p is None

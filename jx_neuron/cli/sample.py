@@ -67,6 +67,7 @@ def command(
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
     """Answer prompts with a model.
@@ -95,6 +96,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     greedy = temperature is None and top_k is None and top_p is None
     sampling = SamplingParams(

@@ -86,6 +86,8 @@ class NeuronAutoModelForCausalLM:
                                  devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
                                  is one, else xla.
         revision, token, local_files_only, cache_dir: huggingface-hub's, for a hub id.
+        adapter:                 a LoRA adapter, a folder of PEFT or a hub id, merged into the weights in float32 before
+                                 they are cast or quantized.
         context_unroll, unroll:  of transformers-neuronx; have no effect: programs for Neuron have every layer.
 
         Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
@@ -99,6 +101,8 @@ class NeuronAutoModelForCausalLM:
             return cls(checkpoint, backend, options["neuron_config"])
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
+        if options["adapter"] is not None:
+            raise ArtifactError("a saved model takes no adapter; save it anew, from its checkpoint with the adapter")
         saved = SavedModel.open(os.fspath(path))
         require_saved(options, saved.settings)
         cls._check_family(saved.settings.model_type)

@@ -189,6 +189,7 @@ class CheckpointOrigin(DecoderOrigin):
 
         check_family: is given the config's model_type, to refuse it before anything is made of it.
         """
+        from jx_neuron.llm.adapters import adapted
         from jx_neuron.models import Decoder, text_model
 
         dtype = dtype_of(options["amp"])
@@ -204,6 +205,7 @@ class CheckpointOrigin(DecoderOrigin):
         decoder = as_stored(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
+        tensors = adapted(decoder, tensors, options)
         return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint, tensors)
 
     @property
