@@ -244,6 +244,7 @@ class CheckpointOrigin(DecoderOrigin):
 class ModuleOrigin(DecoderOrigin):
     """A module with its parameters in memory."""
 
+    source: "Source"
     params: "Params"
 
     @classmethod
@@ -258,11 +259,13 @@ class ModuleOrigin(DecoderOrigin):
             Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"])), options
         )
         settings = settings_of(decoder, options, backend)
-        return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, flatten(module))
+        params = flatten(module)
+        source = decoder.source_of(params, settings.dtype)
+        return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source, params)
 
     def weights(self) -> "Source":
         """Where its parameters come from."""
-        return self.decoder.source_of(self.params, self.settings.dtype)
+        return self.source
 
     def hf_tensors(self) -> "HFTensors":
         """Its parameters, by the first row of its weight table for each. Raises ConfigError where one has none."""
