@@ -22,20 +22,27 @@ HELP = """/reset         begin a new conversation
 /help          show this
 /exit          leave, as Ctrl-D does
 A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines.
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer, or discards what is typed; twice where nothing is typed, it leaves."""
 
 
 @dataclass
 class _Interrupt:
-    """What Ctrl-C does: it discards what is being typed, or stops an answer."""
+    """What Ctrl-C does: it stops an answer, or ends the typing of a message.
+
+    idle: how often in a row it came where nothing was typed.
+    """
 
     typing: bool = False
     stopped: bool = False
+    idle: int = 0
 
     def __call__(self) -> None:
-        if self.typing:
-            raise KeyboardInterrupt
-        self.stopped = True
+        if not self.typing:
+            self.stopped = True
+            return
+        readline = sys.modules.get("readline")
+        self.idle = 0 if readline is not None and readline.get_line_buffer() else self.idle + 1
+        raise KeyboardInterrupt
 
 
 @dataclass
@@ -177,22 +184,29 @@ def command(
     print_message("/help lists what can be typed; Ctrl-D leaves.", err=True)
     with suppress(ImportError):
         import readline  # noqa: F401  input() takes lines by it
-    with interrupts.instead(interrupt):
-        while (going := _turn(chat)) is not None and going:
-            pass
+    interrupts.replace(interrupt)
+    while _turn(chat):
+        pass
 
 
-def _turn(chat: _Chat) -> bool | None:
-    """Obeys what is typed next. Returns whether to go on; None at the end of the input."""
+def _turn(chat: _Chat) -> bool:
+    """Obeys what is typed next. Returns whether to go on."""
+    interrupt = chat.interrupt
     try:
-        chat.interrupt.typing = True
+        interrupt.typing = True
         try:
             message = next(_messages(_typed_lines()), None)
         finally:
-            chat.interrupt.typing = False
-        return message if message is None else not message.strip() or chat.obey(message)
+            interrupt.typing = False
+        interrupt.idle = 0
+        return message is not None and (not message.strip() or chat.obey(message))
     except KeyboardInterrupt:
         typer.echo(err=True)
+        if interrupt.idle == 1:
+            print_message("Ctrl-C again, or Ctrl-D, leaves.", err=True)
+        return interrupt.idle < 2
+    except UnicodeDecodeError as error:
+        print_message(f"jx-neuron: what was typed is not UTF-8 text: {error}", err=True)
     except (JxNeuronError, OSError) as error:
         print_message(f"jx-neuron: {error}", err=True)
     return True
