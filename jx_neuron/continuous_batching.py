@@ -8,7 +8,7 @@ from jx_neuron.util.arguments import flag, integer
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousBatchingConfig:
-    """Calls of the model name the sequence of each row and its positions (docs/continuous-batching.md).
+    """Calls of the model name the sequence of each row, and its positions.
 
     max_num_seqs:                 the number of sequences, at most batch_size; None for batch_size.
     batch_size_for_shared_caches: the same.

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from families import OPTIONS
+from test_families import random_model
 
 from jx_neuron import (
     ContinuousBatchingConfig,
@@ -78,13 +80,8 @@ class Driver:
         return logits_nv
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"),
-    [("llama", "xla"), ("gpt2", "xla"), ("llama", "host"), pytest.param("gpt2", "host", marks=pytest.mark.slow)],
-)
-def test_rows_come_and_go(family: str, backend: str, tmp_path: Path) -> None:
+def come_and_go(driver: Driver) -> None:
     random = np.random.default_rng(0)
-    driver = Driver(made(tiny.saved(family, tmp_path), backend), tiny.model(family))
     for turn in range(24):
         live = [number for number, tokens in driver.tokens.items() if len(tokens) < POSITIONS]
         if turn % 4 == 0:  # into slots that were never used, that have ended, or whose sequence is aborted
@@ -92,7 +89,26 @@ def test_rows_come_and_go(family: str, backend: str, tmp_path: Path) -> None:
             driver.prefill({n: random.integers(0, tiny.VOCAB, random.integers(1, 12)).tolist() for n in numbers})
             continue
         numbers = random.permutation(live)[: random.integers(1, len(live) + 1)].tolist()  # the others stay idle
+        if turn % 4 == 3:
+            del driver.tokens[numbers[0]][random.integers(len(driver.tokens[numbers[0]])) :]
         driver.decode({number: int(random.integers(tiny.VOCAB)) for number in numbers})
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("llama", "xla"), ("gpt2", "xla"), ("llama", "host"), pytest.param("gpt2", "host", marks=pytest.mark.slow)],
+)
+def test_rows_come_and_go(family: str, backend: str, tmp_path: Path) -> None:
+    come_and_go(Driver(made(tiny.saved(family, tmp_path), backend), tiny.model(family)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xla", "host"])
+@pytest.mark.parametrize("family", ["lfm2", "mistral"])
+def test_rows_come_and_go_where_layers_forget(family: str, backend: str, tmp_path: Path) -> None:
+    hf = random_model(family, OPTIONS[family][0])
+    hf.save_pretrained(tmp_path)
+    come_and_go(Driver(made(tmp_path, backend), hf))
 
 
 def test_greedy_tokens_are_those_of_generate(model: NeuronAutoModelForCausalLM) -> None:
