@@ -112,15 +112,7 @@ class _Chat:
 
 
 def command(
-    argument: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
-            show_default=False,
-            autocompletion=options.models,
-        ),
-    ] = None,
+    argument: options.Model = None,
     demo: options.Demo = False,
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="The system message.", show_default="the chat template's, or none")
@@ -129,14 +121,10 @@ def command(
         int | None,
         typer.Option(min=1, metavar="N", help="Longest answer, in tokens.", show_default="as many as there is room"),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -155,13 +143,12 @@ def command(
     """
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.engine.conversation import Conversation
-    from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     if demo == (argument is not None):
         raise InputError("name a checkpoint folder, .gguf file or hub id, or use --demo alone")
     model = NeuronAutoModelForCausalLM.from_pretrained(
-        demo_model() if demo else options.model(argument),
+        argument or demo_model(),
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
@@ -169,10 +156,7 @@ def command(
         revision=revision,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
-    greedy = temperature is None and top_k is None and top_p is None
-    sampling = SamplingParams(
-        max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
-    )
+    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
     interrupt = _Interrupt()
     chat = _Chat(model.to_neuron(), sampling, Conversation(model.engine), interrupt)
     chat.begin(system)
