@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.hub import local_path
-from jx_neuron.checkpoint.row import Tensors, W
+from jx_neuron.checkpoint.row import Tensors, W, slices
 from jx_neuron.checkpoint.tensor_files import Tensor, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
@@ -216,6 +216,10 @@ class Merged:
         """A tensor."""
         array = self.tensors.read(name)
         return array.astype(np.float32) + self.added[name]() if name in self.added else array
+
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """The same in parts along its first axis, where it can be read so and nothing is added to it."""
+        return iter([self.read(name)]) if name in self.added else slices(self.tensors, name)
 
 
 def merged(
