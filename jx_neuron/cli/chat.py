@@ -199,10 +199,14 @@ def _turn(chat: _Chat) -> bool:
 
 
 def _typed_lines() -> Iterator[str]:
-    with suppress(EOFError):
-        while True:
-            yield input(SIGN)
-    typer.echo(err=True)
+    while True:
+        try:
+            line = input(SIGN)
+        except (EOFError, OSError):  # Ctrl-D, or the terminal is gone
+            break
+        yield line
+    with suppress(OSError):
+        typer.echo(err=True)
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:
