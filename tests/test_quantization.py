@@ -180,10 +180,7 @@ def test_neuron_takes_it_and_scales_are_no_collective(name: str, form: str) -> N
     programs = [list(lower_model(each, keys, 3, 96, jnp.bfloat16)) for each in (plain, coded)]
     for before, after in zip(*programs, strict=True):
         of_plain, of_coded = (list(program.collectives()) for program in (before, after))
-        assert Counter(c.opcode for c in of_coded) == Counter(c.opcode for c in of_plain)
-        # behind a scale, XLA sums in float32, and not in bfloat16, what a norm widens at once
-        nbytes = (sorted(c.bytes for c in collectives) for collectives in (of_coded, of_plain))
-        assert all(coded <= 2 * plain for coded, plain in zip(*nbytes, strict=True))
+        assert Counter((c.opcode, c.bytes) for c in of_coded) == Counter((c.opcode, c.bytes) for c in of_plain)
         for target in TARGETS:
             assert after.verify(target) == []
 

@@ -1,7 +1,7 @@
 """all_reduce(x) · s → all_reduce(x · s): products of codes are scaled on each core, and their sum is one collective.
 
 s is a parameter that every core has whole, so each core multiplies its part by the same numbers. Conversions of the
-scaled sum go with it: what is reduced has the type that is used.
+scaled sum to fewer bytes go with it: what is reduced is rounded, as it is where nothing is scaled.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ def scale_before_all_reduces(module: Any, computation: Any, whole: frozenset[int
                     return
         elif i.opcode == "convert":
             (collective,) = rewriter.operands(i)
-            if scaled.get(collective.id) == 1:
+            if scaled.get(collective.id) == 1 and proto.nbytes(i.shape) < proto.nbytes(collective.shape):
                 emit(rewriter, i, rewriter.emit("convert", i.shape, rewriter.operands(collective)), collective)
 
     def emit(rewriter: Rewriter, old: Any, part: Any, like: Any) -> None:
