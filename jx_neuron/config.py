@@ -185,7 +185,7 @@ class QuantizationConfig:
     group_size:       inputs of a group of int4, an even number, 32 by default. A matrix whose inputs on a core are no
                       multiple of twice as many is stored as s8.
     lm_head:          whether the head is stored as s8 with a scale a token; with it the table of embeddings, where the
-                      two are tied and one core has the model.
+                      two are tied.
     keep:             patterns of paths of parameters that are not quantized, such as "layers.0.*" or "*.down_proj.*".
 
     Raises ConfigError for a value that is not legal.

@@ -24,12 +24,10 @@ HEADS = ("lm_head", "embed_tokens")
 Path = tuple[Any, ...]
 
 
-def forms(
-    module: Any, config: QuantizationConfig, on_core: Callable[[str], tuple[int, ...]], cores: int
-) -> dict[str, Form]:
+def forms(module: Any, config: QuantizationConfig, on_core: Callable[[str], tuple[int, ...]]) -> dict[str, Form]:
     """How each parameter that `config` quantizes is stored, by path.
 
-    on_core: the shape of a parameter's part on one of `cores`.
+    on_core: the shape of a parameter's part on one core.
 
     Raises ConfigError for layers of no_quantize_list, and patterns of keep, that the module does not have.
     """
@@ -63,7 +61,7 @@ def forms(
             name = ".".join(map(str, (*path, "kernel")))
             if (config.quantize_attn or _within(path, mlps)) and not is_kept(name):
                 yield name, of_matrix(name, path, node)
-        if config.lm_head and (head := head_of(nodes, cores)) and not is_kept(head):
+        if config.lm_head and (head := _head(nodes)) and not is_kept(head):
             yield head, Form("int8", 1, rows=True)
 
     found = dict(sorted(quantized()))
@@ -83,13 +81,12 @@ def notes(forms: Mapping[str, Form], config: QuantizationConfig | None) -> Itera
             f"a core are no multiple of two groups of {config.group_size}; a smaller group_size may fit"
         )
     if config.lm_head and not any(form.rows for form in forms.values()):
-        yield "the head is not quantized: keep names it, or it is the table of embeddings too, on several cores"
+        yield "the head is not quantized: keep names it, or the model calls it otherwise"
 
 
-def head_of(nodes: Mapping[Path, Any], cores: int = 1) -> str | None:
-    """The path of the head's table; None where it is tied to embeddings on several cores, or called otherwise."""
-    name = next((name for name in HEADS if isinstance(nodes.get((name,)), Embedding)), None)
-    return None if name is None or (name == HEADS[1] and cores > 1) else f"{name}.embedding"
+def _head(nodes: Mapping[Path, Any]) -> str | None:
+    """The path of the head's table; None where it is called otherwise."""
+    return next((f"{name}.embedding" for name in HEADS if isinstance(nodes.get((name,)), Embedding)), None)
 
 
 def replace(module: Any, forms: Mapping[str, Form]) -> None:
