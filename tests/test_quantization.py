@@ -230,13 +230,14 @@ def test_every_runtime_and_degree_answers_the_same(form: str, checkpoint: Path) 
     assert all(answer == answers[0] for answer in answers)
 
 
-def test_an_artifact_keeps_codes(checkpoint: Path, tmp_path: Path) -> None:
-    model = load(checkpoint, S8, tp_degree=2, backend="host")
+@pytest.mark.parametrize(("quant", "dtype"), [(S8, "int8"), (F8, "float8_e4m3")])
+def test_an_artifact_keeps_codes(quant: QuantizationConfig, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint, quant, tp_degree=2, backend="host")
     saved = NeuronAutoModelForCausalLM.from_pretrained(model.save(tmp_path / "saved", sharded_weights=True))
-    assert saved.settings.quant == S8
+    assert saved.settings.quant == quant
     assert greedy(saved) == greedy(model)
     dtypes = {name: parts[0].dtype for name, parts in saved._origin.parameters().items() if ".o_proj." in name}
-    assert {str(dtype) for dtype in dtypes.values()} == {"int8", "float32"}
+    assert {str(dtype) for dtype in dtypes.values()} == {dtype, "float32"}
     with pytest.raises(ArtifactError, match="quant=QuantizationConfig"):
         load(checkpoint, None, tp_degree=2, backend="host").load(tmp_path / "saved")
 

@@ -13,8 +13,6 @@ from jx_neuron.nn.layers import Embedding, LinearParams
 from jx_neuron.nn.quantized import Form, Quantized
 from jx_neuron.nn.sublayers import MLP, GatedMLP
 
-KINDS: Mapping[str, Any] = {"s8": "int8", "f8e4m3fn": "fp8", "int4": "int4"}
-
 EXEMPT = frozenset(("logits", "gate", "dt", "a", "b"))
 """Layers with an output an expert or a head: those of routers, of gates, and of a recurrence's steps and decays."""
 
@@ -49,7 +47,7 @@ def forms(module: Any, config: QuantizationConfig, on_core: Callable[[str], tupl
         inputs, lead = (1, 1) if isinstance(node, ExpertLinear) else (node.axes, 0)
         is_mlp = _within(path, mlps)
         cast = config.quantize_method == "direct_cast" or (is_mlp and _layer(path) in config.cast_layers)
-        kind, group = KINDS[config.quant_dtype], config.group_size or 0
+        kind, group = config.kind, config.group_size or 0
         if group and on_core(name)[lead + inputs - 1] % (2 * group):  # a byte has codes of two groups
             kind, group = "int8", 0
         return Form(kind, inputs, lead, group, cast=cast, result=config.dequant_dtype)
@@ -67,6 +65,8 @@ def forms(module: Any, config: QuantizationConfig, on_core: Callable[[str], tupl
     found = dict(sorted(quantized()))
     if unused:
         raise ConfigError(f"keep has {sorted(unused)[0]!r}, which no parameter matches that would be quantized")
+    if not found:
+        raise ConfigError("quantize_attn=False and keep leave no matrix to quantize; quantize more, or leave quant out")
     return found
 
 
@@ -74,7 +74,7 @@ def notes(forms: Mapping[str, Form], config: QuantizationConfig | None) -> Itera
     """What `forms` stores otherwise than `config` says, and why."""
     if config is None:
         return
-    wider = [path for path, form in forms.items() if not form.rows and form.kind != KINDS[config.quant_dtype]]
+    wider = [path for path, form in forms.items() if not form.rows and form.kind != config.kind]
     if wider:
         yield (
             f"{len(wider)} of {len(forms)} quantized matrices are stored in int8, such as {wider[0]}: their inputs on "
