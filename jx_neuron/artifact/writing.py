@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import ValidationError
 
-from jx_neuron.artifact.folder import check_layout, check_names, resolved, retry_if_replaced
+from jx_neuron.artifact.folder import check_layout, check_names, in_file, resolved, retry_if_replaced
 from jx_neuron.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -125,7 +125,7 @@ class _Stage:
     ) -> tuple[str, ...]:
         """Writes one file a rank, parameter by parameter."""
         paths = tuple(f"weights/rank-{rank:02d}.safetensors" for rank in range(ranks))
-        layouts = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+        layouts = {name: (in_file(spec.dtype), spec.shape) for name, spec in specs.items()}
         check_names(specs, parameters, "weights")
 
         def parts(name: str) -> list[np.ndarray]:

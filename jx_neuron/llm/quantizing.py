@@ -25,7 +25,7 @@ from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.models import Decoder
 from jx_neuron.nn.quantized import Form
-from jx_neuron.nn.quantizing import HEADS, KINDS
+from jx_neuron.nn.quantizing import HEADS
 from jx_neuron.util.durable import replacing, sync
 from jx_neuron.util.progress import prefetch, track
 
@@ -63,7 +63,7 @@ def quantize(
     folder = resolved(Path(directory))
     named = QuantizationConfig.named(quant)
     config = named if group_size is None else replace(named, group_size=group_size)
-    stored = Stored(KINDS[config.quant_dtype], config.group_size)
+    stored = Stored(config.kind, config.group_size)
     check_replaceable(folder, overwrite=False)
     checkpoint = open_checkpoint(model, revision=revision)
     chosen, ignore = _choice(checkpoint)

@@ -297,7 +297,7 @@ class Decoder:
             names = zip_longest(self._shape(path), self.partition(path))
             return tuple(size // self.tp_degree if name else size for size, name in names)
 
-        return quantizing.forms(self._module, self.quant, on_core, self.tp_degree)
+        return quantizing.forms(self._module, self.quant, on_core)
 
     @property
     def kinds(self) -> frozenset[str]:

@@ -78,6 +78,7 @@ class SavedModel:
                     state_dtypes=settings.state_dtypes,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
+                    quant=settings.quant,
                 )
         files = self.artifact.manifest.files
         neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}
