@@ -109,6 +109,7 @@ def gptq(bits: int, group_size: int, shapes: tuple[tuple[int, int], ...] = (), *
         groups = 1 if group_size == -1 else math.ceil(columns / group_size)
         codes = integers(0, 2**bits - 1, (columns, rows), rng)
         zeros = integers(1 if first else 0, 2**bits - 1, (groups, rows), rng)
+        zeros = torch.full_like(zeros, 2 ** (bits - 1)) if config["sym"] else zeros
         scales = ((0.2 + 0.1 * torch.rand((groups, rows), generator=rng)) / 2**bits).half()
         group_c = torch.arange(columns) // (columns if group_size == -1 else group_size)
         if config["desc_act"]:

@@ -100,6 +100,12 @@ class Checkpoint:
         with boundary(self.path):
             return self._tensor(name).load()
 
+    def affine(self, name: str) -> tuple[Array, Array] | None:
+        """The scale and the offset that each number of tensor `name` is stored with; None where it is not so stored."""
+        with boundary(self.path):
+            read = self._tensor(name).affine
+            return read and read()
+
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.
 

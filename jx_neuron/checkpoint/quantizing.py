@@ -15,7 +15,7 @@ from jx_neuron.nn.quantized import Form
 def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np.dtype[Any]) -> Source:
     """`source`, with codes, scales and offsets in the place of the parameters of `forms`, for a model of `dtype`.
 
-    wide: the same parameters in float32, of which codes are made.
+    wide: the same parameters in float32, of which codes are made: those that are stored, where the form has them.
     """
     parts = {f"{path}.{part}": (path, part) for path, form in forms.items() for part in form.parts}
     locks, made = {path: Lock() for path in forms}, dict[str, np.ndarray]()
@@ -27,7 +27,7 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
         with locks[path]:  # codes are read first, and the matrix once
             if (array := made.pop(name, None)) is not None:
                 return array
-            arrays = forms[path].encode(wide.read(path), dtype)
+            arrays = forms[path].encode(wide.read(path), dtype, wide.affine(path))
             if part == "codes":
                 made.update({f"{path}.{other}": arrays[other] for other in forms[path].parts[1:]})
         return arrays[part]

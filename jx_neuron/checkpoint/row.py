@@ -1,7 +1,7 @@
 """A row of a weight table: one parameter of a model, and where it comes from."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -181,7 +181,20 @@ class W:
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
         sizes = self.sizes(config)
-        arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))]
+        return self._laid_out(
+            [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))], sizes
+        )
+
+    def affine(self, config: HFConfig, tensors: Tensors) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number, as `read` lays these out; None where a tensor does not have them."""
+        sizes, of_tensor = self.sizes(config), getattr(tensors, "affine", None)
+        pairs = [of_tensor(name) for name in self.names(sizes)] if of_tensor else []
+        if not pairs or any(pair is None for pair in pairs):
+            return None
+        scales, offsets = zip(*pairs, strict=True)
+        return self._laid_out(scales, sizes), self._laid_out(offsets, sizes)
+
+    def _laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:

@@ -62,11 +62,15 @@ TORCH_DTYPES = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its shape and dtype, and how to read it."""
+    """A tensor in a file: its shape and dtype, and how to read it.
+
+    affine: reads the scale and the offset of each number, where these are code · scale + offset with codes from 0.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
+    affine: Callable[[], tuple[Array, Array]] | None = None
 
     @property
     def nbytes(self) -> int:

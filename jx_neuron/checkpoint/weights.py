@@ -181,16 +181,18 @@ Packing = Mapping[str, tuple[Sequence[str], Callable[[Sequence[np.ndarray]], np.
 class Source:
     """The source of a model's parameters, read one at a time: rearranged, padded and cast on the host.
 
-    paths: the parameters, in the order in which reading is fastest.
-    read:  returns a whole parameter, in any memory order.
-    split: returns its partition.
-    name:  returns its name in the checkpoint.
+    paths:  the parameters, in the order in which reading is fastest.
+    read:   returns a whole parameter, in any memory order.
+    split:  returns its partition.
+    name:   returns its name in the checkpoint.
+    affine: returns the scale and the offset that each of its numbers is stored with, or None.
     """
 
     paths: Sequence[str]
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
     name: Callable[[str], str] = str
+    affine: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda path: None
 
     def place(
         self,
@@ -246,7 +248,12 @@ def from_checkpoint(
         row = by_path[path]
         return row.pad(row.read(config, tensors), padding).astype(row.dtype(dtype), copy=False)
 
-    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name)
+    def affine(path: str) -> tuple[np.ndarray, np.ndarray] | None:
+        row = by_path[path]
+        pair = row.affine(config, tensors)
+        return pair and (row.pad(pair[0], padding), row.pad(pair[1], padding))
+
+    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name, affine)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

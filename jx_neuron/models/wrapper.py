@@ -80,6 +80,11 @@ class TextTensors:
         """A tensor."""
         return self.tensors.read(self.theirs[name])
 
+    def affine(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number of a tensor, where it is stored so."""
+        of_tensor = getattr(self.tensors, "affine", None)
+        return of_tensor and of_tensor(self.theirs[name])
+
 
 def warn(raw: Mapping[str, Any], text: Mapping[str, Any], others: Iterable[str]) -> None:
     """Warns that of a multimodal model the text model alone is loaded, without `others`."""

@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from jx_neuron.checkpoint.quantized.codes import (
     E4M3,
     FLOATS,
-    Coded,
     Codes,
     checked_groups,
+    coded,
     described,
     part,
     read_small,
@@ -214,9 +214,10 @@ def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tenso
             block=(block[0], block[1]),
             zeros=None if offsets is None else offsets.reshape(blocks),
             group_c=None if order is None else checked_groups(f"{module}.weight_g_idx", order.load(), blocks[1]),
+            lowest=-(1 << (weights.num_bits - 1)),
         )
 
-    return Coded.of(shape, stored)
+    return coded(shape, stored)
 
 
 def _signed(packed: Array, bits: int, count: int) -> Array:

@@ -47,10 +47,13 @@ class Stored:
             "ignore": list(ignore),
         }
 
-    def parts(self, matrix: Array, dtype: Any) -> Mapping[str, Array]:
-        """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`."""
-        step = max(1, AT_ONCE // matrix.shape[1])
-        encoded = [self._encoded(matrix[at : at + step], dtype) for at in range(0, len(matrix), step)]
+    def parts(self, matrix: Array, dtype: Any, affine: tuple[Array, Array] | None = None) -> Mapping[str, Array]:
+        """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`.
+
+        affine: the scale and the offset that each number is stored with, as Form.encode takes them.
+        """
+        arrays, step = (matrix, *(affine or ())), max(1, AT_ONCE // matrix.shape[1])
+        encoded = [self._encoded(dtype, *(a[at : at + step] for a in arrays)) for at in range(0, len(matrix), step)]
         codes, scales = map(np.concatenate, zip(*encoded, strict=True))
         if self.kind == "fp8":
             return {"weight": codes, "weight_scale": scales}
@@ -60,13 +63,14 @@ class Stored:
             "weight_shape": np.array(matrix.shape, np.int64),
         }
 
-    def _encoded(self, rows: Array, dtype: Any) -> tuple[Array, Array]:
+    def _encoded(self, dtype: Any, rows: Array, *affine: Array) -> tuple[Array, Array]:
         """Codes [rows, inputs], int8 or e4m3, and scales [rows, groups]."""
         if self.kind == "int4":
-            split = rows.astype(np.float32, copy=False).reshape(len(rows), -1, self.group or rows.shape[1])
-            codes, scales = symmetric_codes(split, 2, dtype)
+            arrays = (rows.astype(np.float32, copy=False), *affine[:1])
+            split = (array.reshape(len(rows), -1, self.group or rows.shape[1]) for array in arrays)
+            codes, scales = symmetric_codes(next(split), 2, dtype, next(split, None))
             return codes.reshape(rows.shape).astype(np.int8), scales
-        parts = Form(self.kind, 1, rows=True).encode(rows, dtype)
+        parts = Form(self.kind, 1, rows=True).encode(rows, dtype, (affine[0], affine[1]) if affine else None)
         # float8_e4m3 and e4m3fn have the same bits up to 240
         codes = parts["codes"].view(E4M3) if self.kind == "fp8" else parts["codes"]
         return codes, parts["scales"][:, None]
