@@ -64,11 +64,9 @@ def test_a_form_that_has_the_stored_numbers_gives_them_exactly(name: str, tmp_pa
 def test_offsets_that_float16_rounds_are_its_nearest(name: str, tmp_path: Path) -> None:
     """(code - zero) · scale has scale in float16, and zero · scale four bits more."""
     for quantized, plain in matrices(OFFSETS_ROUNDED[name], tmp_path, GROUPS):
-        axis = quantized.form.contracted[-1]
-        scales = np.asarray(quantized.scales[...], np.float32).repeat(GROUPS.group_size, axis)
+        scales = np.abs(np.asarray(quantized.scales[...], np.float32))
         error = np.abs(np.asarray(quantized.widened(jnp.float32)) - plain)
-        assert (error <= 15 * np.abs(scales) * 2.0**-11).all()
-        assert error.max() > 0
+        assert 0 < error.max() <= 15 * scales.max() * 2.0**-11
 
 
 @pytest.mark.parametrize("name", ["float8-channel", "float8-tensor", "fp8-tensor"])
