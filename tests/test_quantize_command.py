@@ -154,11 +154,9 @@ def test_w8a8_has_the_same_weights_and_transformers_rounds_activations(
     assert weights.names() == w8a8.names()
     for name in weights.names():
         np.testing.assert_array_equal(weights.read(name), w8a8.read(name))
-    of_weights = transformers.CompressedTensorsConfig(dequantize=True)
-    plain, rounded = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
-        for config in (of_weights, None)
-    )
+    dequantize = transformers.CompressedTensorsConfig(dequantize=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=dequantize).eval()
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     found = ours(folder)
     np.testing.assert_allclose(found, tiny.logits(plain, IDS), atol=1e-4)
     difference = found - tiny.logits(rounded, IDS)
@@ -192,8 +190,7 @@ def test_experts_are_matrices_of_their_own(name: str, form: str, tmp_path: Path)
     experts = [name for name in load_file(after / "model.safetensors") if re.search(r"experts\.\d\..*scale$", name)]
     assert len(experts) % (3 * 4) == 0
     assert experts
-    dequantize = transformers.CompressedTensorsConfig(dequantize=True)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(after, quantization_config=dequantize).eval()
+    hf = transformers.AutoModelForCausalLM.from_pretrained(after).eval()
     expected = tiny.logits(hf, IDS)
     np.testing.assert_allclose(ours(after), expected, atol=1e-4 * np.abs(expected).max())
 

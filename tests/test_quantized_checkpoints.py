@@ -110,7 +110,7 @@ def logits(folder: Path) -> np.ndarray:
 
 
 ONE_A_METHOD = ("packed-4-group", "gptq-4-act-order", "awq", "fp8-tensor", "nf4-nested", "llm-int8")
-FITTING = [name for name in LAYOUTS if name != "packed-4-groups-of-11"]
+FITTING = [name for name in LAYOUTS if name not in ("packed-4-groups-of-11", "awq-groups-of-11")]
 
 
 @pytest.mark.parametrize(

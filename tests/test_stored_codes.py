@@ -98,6 +98,12 @@ def test_blocks_of_a_gguf_file_that_no_rounding_would_give(kind: gguf.GGMLQuanti
     np.testing.assert_array_equal(parts["scales"].T, numbers[:, 0].reshape(48, 4))
 
 
+def test_codes_of_bitsandbytes_are_kept(tmp_path: Path) -> None:
+    """Its numbers are rounded twice in float32."""
+    for quantized, plain in matrices(LAYOUTS["llm-int8"], tmp_path, S8):
+        np.testing.assert_allclose(quantized.widened(jnp.float32), plain, rtol=3e-7)
+
+
 def test_groups_that_the_form_cannot_have_are_rounded_anew(tmp_path: Path) -> None:
     """Act-order: neighbours have scales of their own."""
     for quantized, plain in matrices(LAYOUTS["gptq-4-act-order"], tmp_path, GROUPS):

@@ -23,7 +23,7 @@ CODES: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3, "int4": 
 MOST = {"int8": 127.0, "fp8": 240.0}
 """The code of the largest magnitude of a channel."""
 
-LEGAL = {"int8": (-128, 127), "int4": (0, 15)}
+LEGAL = {"int8": (-128, 127), "int4": (0, 15), "symmetric int4": (-8, 7)}
 NO_OFFSET = np.zeros((), np.float32)
 
 STEPS = (15.0, 15.7, 16.4)
@@ -150,9 +150,9 @@ def symmetric_codes(
     stored: the scale that a checkpoint has for each number, as Form.encode takes it.
     """
     kept = [] if stored is None else [_largest(stored, axis)]
-    tried = [(scale, -8 * scale) for scale in (*kept, *_symmetric(split, axis))]
-    scales, offsets = _least_error("int4", split, axis, tried, np.dtype(dtype))
-    return _nearest("int4", split, scales, offsets) - 8, np.squeeze(scales, axis).astype(dtype)
+    kind, tried = "symmetric int4", [(scale, NO_OFFSET) for scale in (*kept, *_symmetric(split, axis))]
+    scales, offsets = _least_error(kind, split, axis, tried, np.dtype(dtype))
+    return _nearest(kind, split, scales, offsets), np.squeeze(scales, axis).astype(dtype)
 
 
 def _symmetric(split: np.ndarray, axis: int) -> Iterator[np.ndarray]:
