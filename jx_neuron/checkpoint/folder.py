@@ -100,11 +100,16 @@ class Checkpoint:
         with boundary(self.path):
             return self._tensor(name).load()
 
-    def affine(self, name: str) -> tuple[Array, Array] | None:
-        """The scale and the offset that each number of tensor `name` is stored with; None where it is not so stored."""
+    def affine(self, name: str, grouped: bool = True) -> tuple[Array, Array] | None:
+        """The scale and the offset that each number of tensor `name` is stored with.
+
+        None where it is not so stored, or where `grouped` is false and a row has several scales.
+        """
+        tensor = self._tensor(name)
+        if tensor.affine is None or (tensor.grouped and not grouped):
+            return None
         with boundary(self.path):
-            read = self._tensor(name).affine
-            return read and read()
+            return tensor.affine()
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.

@@ -27,7 +27,8 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
         with locks[path]:  # codes are read first, and the matrix once
             if (array := made.pop(name, None)) is not None:
                 return array
-            arrays = forms[path].encode(wide.read(path), dtype, wide.affine(path))
+            form = forms[path]
+            arrays = form.encode(wide.read(path), dtype, wide.affine(path, form.kind == "int4"))
             if part == "codes":
                 made.update({f"{path}.{other}": arrays[other] for other in forms[path].parts[1:]})
         return arrays[part]

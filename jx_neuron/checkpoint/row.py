@@ -185,10 +185,11 @@ class W:
             [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))], sizes
         )
 
-    def affine(self, config: HFConfig, tensors: Tensors) -> tuple[np.ndarray, np.ndarray] | None:
-        """The scale and the offset of each number, as `read` lays these out; None where a tensor does not have them."""
+    def affine(self, config: HFConfig, tensors: Tensors, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number, as `read` lays these out; None where a tensor does not have them, or
+        not as `grouped` says (Checkpoint.affine)."""
         sizes, of_tensor = self.sizes(config), getattr(tensors, "affine", None)
-        pairs = [of_tensor(name) for name in self.names(sizes)] if of_tensor else []
+        pairs = [of_tensor(name, grouped) for name in self.names(sizes)] if of_tensor else []
         if not pairs or any(pair is None for pair in pairs):
             return None
         scales, offsets = zip(*pairs, strict=True)

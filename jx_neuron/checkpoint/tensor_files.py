@@ -64,13 +64,15 @@ TORCH_DTYPES = (
 class Tensor:
     """A tensor in a file: its shape and dtype, and how to read it.
 
-    affine: reads the scale and the offset of each number, where these are code · scale + offset with codes from 0.
+    affine:  reads the scale and the offset of each number, where these are code · scale + offset with codes from 0.
+    grouped: whether numbers of a row have several scales.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
     affine: Callable[[], tuple[Array, Array]] | None = None
+    grouped: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -185,14 +185,14 @@ class Source:
     read:   returns a whole parameter, in any memory order.
     split:  returns its partition.
     name:   returns its name in the checkpoint.
-    affine: returns the scale and the offset that each of its numbers is stored with, or None.
+    affine: returns the scales and offsets that its numbers are stored with, or None, as Checkpoint.affine does.
     """
 
     paths: Sequence[str]
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
     name: Callable[[str], str] = str
-    affine: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda path: None
+    affine: Callable[[str, bool], tuple[np.ndarray, np.ndarray] | None] = lambda path, grouped: None
 
     def place(
         self,
@@ -248,9 +248,9 @@ def from_checkpoint(
         row = by_path[path]
         return row.pad(row.read(config, tensors), padding).astype(row.dtype(dtype), copy=False)
 
-    def affine(path: str) -> tuple[np.ndarray, np.ndarray] | None:
+    def affine(path: str, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
         row = by_path[path]
-        pair = row.affine(config, tensors)
+        pair = row.affine(config, tensors, grouped)
         return pair and (row.pad(pair[0], padding), row.pad(pair[1], padding))
 
     return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name, affine)

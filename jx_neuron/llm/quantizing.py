@@ -85,7 +85,10 @@ def quantize(
         if not np.isfinite(array).all():
             raise CheckpointError(f"{checkpoint.path}: tensor {name} holds a NaN or an infinity, which has no code")
         module = name.removesuffix("weight")
-        return {module + part: found for part, found in stored.parts(array, dtype, checkpoint.affine(name)).items()}
+        return {
+            module + part: found
+            for part, found in stored.parts(array, dtype, checkpoint.affine(name, stored.kind == "int4")).items()
+        }
 
     with replacing(folder) as fresh:
         names = list(checkpoint.tensors)

@@ -80,10 +80,10 @@ class TextTensors:
         """A tensor."""
         return self.tensors.read(self.theirs[name])
 
-    def affine(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """The scale and the offset of each number of a tensor, where it is stored so."""
+    def affine(self, name: str, grouped: bool = True) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number of a tensor, as Checkpoint.affine gives them."""
         of_tensor = getattr(self.tensors, "affine", None)
-        return of_tensor and of_tensor(self.theirs[name])
+        return of_tensor and of_tensor(self.theirs[name], grouped)
 
 
 def warn(raw: Mapping[str, Any], text: Mapping[str, Any], others: Iterable[str]) -> None:

@@ -192,7 +192,8 @@ def _least_error(
 
 def _nearest(kind: str, wide: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The code whose number is nearest, float32; 0 where a scale is 0."""
-    codes = np.divide(wide - offsets, scales, out=np.zeros_like(wide), where=scales != 0)
+    moved = wide - offsets if offsets.any() else wide
+    codes = np.divide(moved, scales, out=np.zeros_like(wide), where=scales != 0)
     if kind == "fp8":
         return codes.astype(CODES[kind]).astype(np.float32)
     return np.clip(np.rint(codes, out=codes), *LEGAL[kind], out=codes)

@@ -217,6 +217,7 @@ class Model:
             dtype,
             lambda: edited(load(path, entry), n, k),
             scales_and_offsets if entry.type in AFFINE and edit is not without_one else None,
+            grouped=True,
         )
 
     def tokenizer(self, plain: bool) -> Any:

@@ -68,7 +68,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, group_size: int) -> Tens
         codes, offsets = (_in_order(unpacked(words.load(), 4, rows)).T for words in (packed, zeros))
         return Codes(codes, scales.load().T, (1, size), offsets)
 
-    return coded((rows, columns), stored)
+    return coded((rows, columns), stored, groups > 1)
 
 
 def _in_order(numbers: Array) -> Array:

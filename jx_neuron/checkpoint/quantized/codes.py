@@ -70,9 +70,9 @@ class Codes:
         return of_rows.take(group_c, axis=1)
 
 
-def coded(shape: tuple[int, ...], stored: Callable[[], Codes]) -> Tensor:
-    """The tensor of what `stored` reads, float32."""
-    return Tensor(shape, np.dtype(np.float32), lambda: stored().widened(), lambda: stored().affine())
+def coded(shape: tuple[int, ...], stored: Callable[[], Codes], grouped: bool) -> Tensor:
+    """The tensor of what `stored` reads, float32; `grouped` as in Tensor."""
+    return Tensor(shape, np.dtype(np.float32), lambda: stored().widened(), lambda: stored().affine(), grouped)
 
 
 def unpacked(words: Array, bits: int, count: int) -> Array:

@@ -226,7 +226,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tenso
             lowest=-(1 << (weights.num_bits - 1)),
         )
 
-    return coded(shape, stored)
+    return coded(shape, stored, blocks[1] > 1)
 
 
 def _signed(packed: Array, bits: int, count: int) -> Array:

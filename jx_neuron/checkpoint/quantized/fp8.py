@@ -61,4 +61,4 @@ def _weight(name: str, codes: Tensor, scale: str, scales: Tensor | None, block: 
     def stored() -> Codes:
         return Codes(codes.load(), scales.load().reshape(grid), (high, wide))
 
-    return coded(codes.shape, stored)
+    return coded(codes.shape, stored, grid[1] > 1)
