@@ -18,6 +18,15 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
     wide: the same parameters in float32, of which codes are made: those that are stored, where the form has them.
     """
     parts = {f"{path}.{part}": (path, part) for path, form in forms.items() for part in form.parts}
+
+    def encoded(path: str) -> dict[str, np.ndarray]:
+        form = forms[path]
+        stored = wide.affine(path, form.kind == "int4")
+        if stored is not None or not form.rows or wide.slices is None:
+            return form.encode(wide.read(path), dtype, stored)
+        parts = [form.encode(part, dtype) for part in wide.slices(path)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in form.parts}
+
     locks, made = {path: Lock() for path in forms}, dict[str, np.ndarray]()
 
     def read(name: str) -> np.ndarray:
@@ -27,8 +36,7 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
         with locks[path]:  # codes are read first, and the matrix once
             if (array := made.pop(name, None)) is not None:
                 return array
-            form = forms[path]
-            arrays = form.encode(wide.read(path), dtype, wide.affine(path, form.kind == "int4"))
+            arrays = encoded(path)
             if part == "codes":
                 made.update({f"{path}.{other}": arrays[other] for other in forms[path].parts[1:]})
         return arrays[part]

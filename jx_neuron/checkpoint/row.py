@@ -26,6 +26,18 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
+def slices(tensors: Tensors, name: str) -> Iterator[np.ndarray]:
+    """A tensor in parts along its first axis, where `tensors` has a method of this name; else whole."""
+    read: Callable[[str], Iterator[np.ndarray]] = getattr(tensors, "slices", lambda name: iter([tensors.read(name)]))
+    return read(name)
+
+
+def affine(tensors: Tensors, name: str, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """The scale and the offset of each number of a tensor, where `tensors` has a method of this name; else None."""
+    read: Callable[..., tuple[np.ndarray, np.ndarray] | None] = getattr(tensors, "affine", lambda name, grouped: None)
+    return read(name, grouped)
+
+
 @dataclass(frozen=True)
 class W:
     """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
@@ -188,8 +200,8 @@ class W:
     def affine(self, config: HFConfig, tensors: Tensors, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """The scale and the offset of each number, as `read` lays these out; None where a tensor does not have them, or
         not as `grouped` says (Checkpoint.affine)."""
-        sizes, of_tensor = self.sizes(config), getattr(tensors, "affine", None)
-        pairs = [of_tensor(name, grouped) for name in self.names(sizes)] if of_tensor else []
+        sizes = self.sizes(config)
+        pairs = [affine(tensors, name, grouped) for name in self.names(sizes)]
         if not pairs or any(pair is None for pair in pairs):
             return None
         scales, offsets = zip(*pairs, strict=True)
@@ -197,6 +209,13 @@ class W:
 
     def _laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
+
+    def slices(self, config: HFConfig, tensors: Tensors) -> Iterator[np.ndarray]:
+        """The parameter, unpadded, in parts along its first axis, where its tensor can be read so and is as it is."""
+        if self.is_computed or self.stacked or not self._layout.changes_nothing:
+            yield self.read(config, tensors)
+        else:
+            yield from slices(tensors, self.name)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
         """Our layout, padded where it is split."""

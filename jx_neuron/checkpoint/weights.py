@@ -185,6 +185,7 @@ class Source:
     read:   returns a whole parameter, in any memory order.
     split:  returns its partition.
     name:   returns its name in the checkpoint.
+    slices: returns a whole parameter in parts along its first axis; None where all are read whole.
     affine: returns the scales and offsets that its numbers are stored with, or None, as Checkpoint.affine does.
     """
 
@@ -192,6 +193,7 @@ class Source:
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
     name: Callable[[str], str] = str
+    slices: Callable[[str], Iterator[np.ndarray]] | None = None
     affine: Callable[[str, bool], tuple[np.ndarray, np.ndarray] | None] = lambda path, grouped: None
 
     def place(
@@ -253,7 +255,18 @@ def from_checkpoint(
         pair = row.affine(config, tensors, grouped)
         return pair and (row.pad(pair[0], padding), row.pad(pair[1], padding))
 
-    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name, affine)
+    def slices(path: str) -> Iterator[np.ndarray]:
+        row = by_path[path]
+        for part in row.slices(config, tensors):
+            yield part.astype(row.dtype(dtype), copy=False)
+
+    def split(path: str) -> PartitionSpec:
+        return by_path[path].partition
+
+    def name(path: str) -> str:
+        return by_path[path].name
+
+    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices, affine)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

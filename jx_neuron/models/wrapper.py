@@ -2,13 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jx_neuron.checkpoint.weights import Tensors
+from jx_neuron.checkpoint.row import Tensors, affine, slices
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
@@ -82,8 +82,11 @@ class TextTensors:
 
     def affine(self, name: str, grouped: bool = True) -> tuple[np.ndarray, np.ndarray] | None:
         """The scale and the offset of each number of a tensor, as Checkpoint.affine gives them."""
-        of_tensor = getattr(self.tensors, "affine", None)
-        return of_tensor and of_tensor(self.theirs[name], grouped)
+        return affine(self.tensors, self.theirs[name], grouped)
+
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """The same in parts along its first axis, where it can be read so."""
+        return slices(self.tensors, self.theirs[name])
 
 
 def warn(raw: Mapping[str, Any], text: Mapping[str, Any], others: Iterable[str]) -> None:

@@ -2,16 +2,25 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Any
 
-import gguf
 import numpy as np
 
 from jx_neuron.checkpoint.gguf.architecture import ROWS, Architecture, Edit, Names, transposed, without_one
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
-from jx_neuron.checkpoint.gguf.format import AFFINE, GGUF, NO_TOKEN, PLAIN, Entry, Metadata, affine, load, read_gguf
+from jx_neuron.checkpoint.gguf.format import (
+    AFFINE,
+    GGUF,
+    NO_TOKEN,
+    PLAIN,
+    Entry,
+    Metadata,
+    affine,
+    load,
+    part,
+    read_gguf,
+)
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.checkpoint.tokenizer import PlainTokenizer
@@ -175,8 +184,8 @@ class Model:
             edit = without_one
         if block in ROWS and (edit or isinstance(hf, tuple)):
             self._check_rows(name, entry, ROWS[block](header.keys.heads, header.kv_heads) * header.head_dim)
-        for one, part in self._parts(entry, hf):
-            yield f"{one.replace('{i}', layer[1] if layer else '')}.{suffix}", self._tensor(part, edit)
+        for one, piece in self._parts(entry, hf):
+            yield f"{one.replace('{i}', layer[1] if layer else '')}.{suffix}", self._tensor(piece, edit)
 
     def _check_rows(self, name: str, entry: Entry, rows: int) -> None:
         if entry.shape[0] != rows:
@@ -188,17 +197,15 @@ class Model:
 
     def _parts(self, entry: Entry, hf: str | tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
         """HF's names of parts of a tensor, and where the rows of each are."""
-        block, size = gguf.GGML_QUANT_SIZES[entry.type]
-        row_bytes = prod(entry.shape[1:]) // block * size
         if isinstance(hf, tuple):
             n, k, h = self.header.keys.heads, self.header.kv_heads, self.header.head_dim
             start = 0
             for name, rows in zip(hf, (n * h, k * h, k * h), strict=True):
-                yield name, Entry((rows, *entry.shape[1:]), entry.type, entry.offset + start * row_bytes)
+                yield name, part(entry, start, start + rows)
                 start += rows
         elif "{r}" in hf:
             for row in range(entry.shape[0]):
-                yield hf.replace("{r}", str(row)), Entry(entry.shape[1:], entry.type, entry.offset + row * row_bytes)
+                yield hf.replace("{r}", str(row)), replace(part(entry, row, row + 1), shape=entry.shape[1:])
         else:
             yield hf, entry
 
@@ -212,12 +219,14 @@ class Model:
             scales, offsets = affine(path, entry)
             return edited(scales, n, k), edited(offsets, n, k)
 
+        is_affine = entry.type in AFFINE and edit is not without_one
         return Tensor(
             shape,
             dtype,
             lambda: edited(load(path, entry), n, k),
-            scales_and_offsets if entry.type in AFFINE and edit is not without_one else None,
-            grouped=True,
+            rows=None if edit or len(shape) < 2 else lambda start, stop: load(path, part(entry, start, stop)),
+            affine=scales_and_offsets if is_affine else None,
+            grouped=is_affine,
         )
 
     def tokenizer(self, plain: bool) -> Any:

@@ -102,7 +102,7 @@ def _int8(tensors: Mapping[str, Tensor], module: str) -> Tensor:
         shape = rows, columns
         return np.broadcast_to((scales.load() * PER_127)[:, None], shape), np.broadcast_to(np.float16(0), shape)
 
-    return Tensor((rows, columns), F32, load, affine)
+    return Tensor((rows, columns), F32, load, affine=affine)
 
 
 def _four_bits(tensors: Mapping[str, Tensor], weight: str, name: str) -> Tensor:

@@ -72,7 +72,9 @@ class Codes:
 
 def coded(shape: tuple[int, ...], stored: Callable[[], Codes], grouped: bool) -> Tensor:
     """The tensor of what `stored` reads, float32; `grouped` as in Tensor."""
-    return Tensor(shape, np.dtype(np.float32), lambda: stored().widened(), lambda: stored().affine(), grouped)
+    return Tensor(
+        shape, np.dtype(np.float32), lambda: stored().widened(), affine=lambda: stored().affine(), grouped=grouped
+    )
 
 
 def unpacked(words: Array, bits: int, count: int) -> Array:
