@@ -109,6 +109,7 @@ def gptq(bits: int, group_size: int, shapes: tuple[tuple[int, int], ...] = (), *
         groups = 1 if group_size == -1 else math.ceil(columns / group_size)
         codes = integers(0, 2**bits - 1, (columns, rows), rng)
         zeros = integers(1 if first else 0, 2**bits - 1, (groups, rows), rng)
+        zeros = torch.full_like(zeros, 2 ** (bits - 1)) if config["sym"] else zeros
         scales = ((0.2 + 0.1 * torch.rand((groups, rows), generator=rng)) / 2**bits).half()
         group_c = torch.arange(columns) // (columns if group_size == -1 else group_size)
         if config["desc_act"]:
@@ -131,7 +132,7 @@ def gptq(bits: int, group_size: int, shapes: tuple[tuple[int, int], ...] = (), *
 # AWQ: https://github.com/casper-hansen/AutoAWQ/blob/v0.2.9/awq/modules/linear/gemm.py (from_linear)
 
 
-def awq(group_size: int, **options: Any) -> Layout:
+def awq(group_size: int, shapes: tuple[tuple[int, int], ...] = (), **options: Any) -> Layout:
     config = {
         "quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": None,
@@ -156,7 +157,7 @@ def awq(group_size: int, **options: Any) -> Layout:
 
         return {"qweight": interleaved(codes), "qzeros": interleaved(zeros), "scales": scales}, weight
 
-    return Layout(config, quantized)
+    return Layout(config, quantized, shapes or Layout.shapes)
 
 
 # FP8 a tensor: https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/integrations/finegrained_fp8.py
@@ -264,12 +265,15 @@ LAYOUTS = {
     "gptq-4-act-order": gptq(4, 16, desc_act=True),
     "gptq-4-v2": gptq(4, 64, checkpoint_format="gptq_v2"),
     "gptq-4-groups-cut": gptq(4, 40),
+    "gptq-4-odd": gptq(4, 16, shapes=((40, 56), (8, 24), (24, 8))),
+    "gptq-8-odd": gptq(8, 24, shapes=((36, 52), (4, 28), (20, 4)), checkpoint_format="gptq_v2", desc_act=True),
     "gptq-2": gptq(2, -1),
     "gptq-3": gptq(3, 32),
     "gptq-3-v2-act-order": gptq(3, 32, checkpoint_format="gptq_v2", desc_act=True),
     "gptq-8": gptq(8, 32, desc_act=True),
     "awq": awq(32),
-    "awq-one-group": awq(-1),
+    "awq-one-group": awq(-1, shapes=((96, 64), (32, 96), (8, 33), (40, 7))),
+    "awq-groups-of-11": awq(11, shapes=((40, 33), (8, 11))),
     "fp8-tensor": fp8("weight_scale", ignored_layers=["lm_head"]),
     "fp8-tensor-inverse": fp8("weight_scale_inv", modules_to_not_convert=["lm_head"], dequantize=False),
     "nf4": bitsandbytes_4bit("nf4", nested=False),

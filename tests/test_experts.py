@@ -251,7 +251,15 @@ def test_an_mxfp4_checkpoint_is_read(tmp_path: Path) -> None:
     whole = mxfp4.widen(tensors[f"{layer}_blocks"], tensors[f"{layer}_scales"]).astype(np.float32)
     np.testing.assert_array_equal(source.read("layers.0.mlp.experts.gate_proj.kernel"), whole[..., 0::2])
     np.testing.assert_array_equal(source.read("layers.0.mlp.experts.up_proj.kernel"), whole[..., 1::2])
-    del tensors[f"{layer}_scales"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="gate_up_proj_blocks and lacks"):
-        open_checkpoint(tmp_path)
+    blocks, scales = tensors[f"{layer}_blocks"], tensors.pop(f"{layer}_scales")
+    for lies, message in (
+        ({}, "gate_up_proj_blocks and lacks"),
+        ({"scales": scales[:, 1:]}, r"_scales uint8\[.*legal are uint8 \[experts, rows, blocks, 16\]"),
+        ({"scales": scales.astype(np.int8)}, "_scales int8"),
+        ({"scales": scales, "blocks": blocks[..., :8]}, "legal are uint8"),
+        ({"scales": scales, "blocks": blocks[0]}, "legal are uint8"),
+    ):
+        parts = {f"{layer}_{part}": np.ascontiguousarray(array) for part, array in lies.items()}
+        save_file(tensors | parts, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path)

@@ -16,6 +16,7 @@ from doubles import neuronx_cc
 from test_neuronx_cc import alive, compilers, eventually
 
 from jx_neuron.artifact import folder as artifact
+from jx_neuron.checkpoint import open_checkpoint
 
 # as the installed command does, but that a line says when it begins; a shell may have had SIGINT ignored
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -78,6 +79,7 @@ def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:
         "compile": ("compile", checkpoint, "--tp", 2, "--hlo-only", "--n-positions", 64, "-o", out),
         "sample": ("sample", checkpoint, "abc", "--max-new-tokens", 60),
         "plan": ("plan", checkpoint, "--exact"),
+        "quantize": ("quantize", checkpoint, "-o", out),
     }[command]
 
     def running() -> Running:
@@ -100,16 +102,16 @@ def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:
         if out.parent.is_dir():
             assert {path.name for path in out.parent.iterdir()} <= {out.name}
         if out.exists():
-            artifact.read(out)
+            (open_checkpoint if command == "quantize" else artifact.read)(out)
 
 
-@pytest.mark.parametrize("command", ["compile", "sample"])
+@pytest.mark.parametrize("command", ["compile", "sample", "quantize"])
 def test_a_few_interrupts(command: str, checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path, command, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["compile", "sample", "plan"])
+@pytest.mark.parametrize("command", ["compile", "sample", "plan", "quantize"])
 def test_forty_interrupts(command: str, checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path, command, 40)
 

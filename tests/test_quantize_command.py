@@ -2,6 +2,8 @@
 read them."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,89 @@ def test_the_tokenizer_and_the_generation_config_come_along(source: Path, writte
     assert after == before
 
 
+def test_the_named_chat_templates_come_along_and_json_says_what_was_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tmp_path / "before"
+    shutil.copytree(source, before)
+    texts = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tools.jinja": "{{ tools }}"}
+    for name, text in texts.items():
+        (before / name).parent.mkdir(exist_ok=True)
+        (before / name).write_text(text)
+    capsys.readouterr()
+    assert run(["quantize", str(before), "-o", str(tmp_path / "after"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    files = (tmp_path / "after").glob("*.safetensors")
+    nbytes = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    kept = len(open_checkpoint(before).names()) - MATRICES
+    assert said == dict(directory=str(tmp_path / "after"), quant="int8", quantized=MATRICES, kept=kept, bytes=nbytes)
+    for name, text in texts.items():
+        assert (tmp_path / "after" / name).read_text() == text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantized_checkpoint_is_written_again_with_the_same_codes(
+    form: str, written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert run(["quantize", str(written(form)), "-o", str(tmp_path / "again"), "--quant", form, *FORMS[form]]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (written(form), tmp_path / "again"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.filterwarnings("ignore:quantization_config quantizes activations")
+def test_w8a8_has_the_same_weights_and_transformers_rounds_activations(
+    form: str, source: Path, written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "w8a8"
+    assert run(["quantize", str(source), "-o", str(folder), "--quant", form, "--w8a8"]) == 0
+    weights, w8a8 = open_checkpoint(written(form)), open_checkpoint(folder)
+    assert weights.names() == w8a8.names()
+    for name in weights.names():
+        np.testing.assert_array_equal(weights.read(name), w8a8.read(name))
+    dequantize = transformers.CompressedTensorsConfig(dequantize=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=dequantize).eval()
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = ours(folder)
+    np.testing.assert_allclose(found, tiny.logits(plain, IDS), atol=1e-4)
+    difference = found - tiny.logits(rounded, IDS)
+    assert 1e-3 * found.std() < difference.std() < FARTHEST[form] * found.std()
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=tiny.VOCAB)
+MIXTURES = {
+    "mixtral": dict(intermediate_size=48, num_local_experts=4),
+    "qwen3_moe": dict(
+        intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=16,
+        mlp_only_layers=[0],
+    ),
+    "deepseek_v2": dict(
+        intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+        first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16,
+        v_head_dim=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_matrices_of_their_own(name: str, form: str, tmp_path: Path) -> None:
+    """transformers stacks the experts of such a checkpoint as it reads it, in the model's dtype."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **(tiny.SPECIAL | SIZES | MIXTURES[name]))
+    before, after = tmp_path / "before", tmp_path / "after"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(before)
+    assert run(["quantize", str(before), "-o", str(after), "--quant", form, *FORMS[form]]) == 0
+    experts = [name for name in load_file(after / "model.safetensors") if re.search(r"experts\.\d\..*scale$", name)]
+    assert len(experts) % (3 * 4) == 0
+    assert experts
+    hf = transformers.AutoModelForCausalLM.from_pretrained(after).eval()
+    expected = tiny.logits(hf, IDS)
+    np.testing.assert_allclose(ours(after), expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_half_precision_and_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales are of the model's dtype, to which the others would round them."""
     monkeypatch.setattr(quantizing, "SHARD", 30_000)
@@ -134,10 +219,15 @@ def gpt2(folder: Path) -> None:
     tiny.saved("gpt2", folder)
 
 
-def mixtral(folder: Path) -> None:
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    config = transformers.MixtralConfig(**(tiny.SPECIAL | sizes), num_key_value_heads=2, num_local_experts=2)
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+def granite(folder: Path) -> None:
+    config = transformers.GraniteMoeConfig(**(tiny.SPECIAL | SIZES), intermediate_size=32, num_local_experts=2)
+    transformers.GraniteMoeForCausalLM(config).save_pretrained(folder)
+
+
+def multimodal(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": config}))
 
 
 def not_finite(folder: Path) -> None:
@@ -155,10 +245,12 @@ def plain(folder: Path) -> None:
     ("make", "options", "said"),
     [
         (gpt2, [], ["transformer.h.0.attn.c_attn.weight", "[outputs, inputs]", "--quant"]),
-        (mixtral, [], ["mixtral's experts", "Linear"]),
+        (granite, [], ["block_sparse_moe.input_linear.weight", "'e ([m] + m) d -> e d m'", "Linear"]),
+        (multimodal, [], ["is multimodal", "text_config"]),
         (not_finite, [], ["model.layers.1.mlp.up_proj.weight holds a NaN"]),
         (plain, ["--quant", "int4", "--group-size", "32"], ["group_size=32", "80 inputs", "divisors of 16"]),
         (plain, ["--quant", "int3"], ["quant='int3'", "int8, fp8, int4"]),
+        (plain, ["--quant", "int4", "--group-size", "16", "--w8a8"], ["w8a8", "'int8' or 'fp8', not 'int4'"]),
         (plain, ["--group-size", "16"], ["--group-size goes with --quant int4"]),
         (plain, ["--quant", "int4", "--group-size", "15"], ["group_size=15"]),
         (plain, ["--demo"], ["name one model, or --demo"]),

@@ -17,7 +17,6 @@ from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig
 from jx_neuron.checkpoint import load_config, open_checkpoint, tensor_files
 from jx_neuron.checkpoint.folder import Checkpoint
 from jx_neuron.checkpoint.quantized import bitsandbytes, codes
-from jx_neuron.checkpoint.quantized.codes import Coded, Codes
 from jx_neuron.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:quantization_config quantizes")
@@ -111,7 +110,7 @@ def logits(folder: Path) -> np.ndarray:
 
 
 ONE_A_METHOD = ("packed-4-group", "gptq-4-act-order", "awq", "fp8-tensor", "nf4-nested", "llm-int8")
-FITTING = [name for name in LAYOUTS if name != "packed-4-groups-of-11"]
+FITTING = [name for name in LAYOUTS if name not in ("packed-4-groups-of-11", "awq-groups-of-11")]
 
 
 @pytest.mark.parametrize(
@@ -166,15 +165,22 @@ def test_parts_of_a_weight_may_be_in_several_files(tmp_path: Path) -> None:
     assert_is(open_checkpoint(folder), weight)
 
 
-def test_a_weight_can_be_had_as_it_is_stored(tmp_path: Path) -> None:
-    folder, weight = checkpoint_of(LAYOUTS["awq"], tmp_path, 96, 64)
-    tensor = open_checkpoint(folder).tensors[WEIGHT]
-    assert isinstance(tensor, Coded)
-    stored = tensor.stored()
-    assert (stored.codes.dtype, stored.codes.shape) == (np.uint8, (96, 64))
-    assert stored.scales.shape == (96, 2)
-    assert isinstance(stored, Codes)
-    np.testing.assert_array_equal(stored.widened(), weight(True).numpy())
+@pytest.mark.parametrize(
+    "name", ["packed-4-group", "packed-4-groups-of-11", "gptq-4-act-order", "gptq-8", "awq", "int8-channel-asymmetric"]
+)
+def test_the_scales_and_offsets_of_numbers_can_be_had(name: str, tmp_path: Path) -> None:
+    """Each number is code · scale + offset, and codes are from 0 to what their bits hold."""
+    layout = LAYOUTS[name]
+    folder, _ = checkpoint_of(layout, tmp_path, *layout.shapes[0])
+    checkpoint = open_checkpoint(folder)
+    wide, pair = checkpoint.read(WEIGHT), checkpoint.affine(WEIGHT)
+    assert pair is not None
+    scales, offsets = (each.astype(np.float32) for each in pair)
+    assert wide.shape == scales.shape == offsets.shape
+    found = (wide - offsets) / scales
+    np.testing.assert_allclose(found, found.round(), atol=0.13)  # of 255, float16 rounds 1/2^12 away
+    assert found.round().min() >= 0
+    assert found.round().max() <= (255 if "8" in name else 15)
 
 
 def test_a_plan_reads_no_weights(tmp_path: Path) -> None:

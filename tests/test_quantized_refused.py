@@ -11,6 +11,7 @@ from quantized import LAYOUTS, Layout, write
 from test_quantized_checkpoints import WEIGHT, weights
 
 from jx_neuron.checkpoint import open_checkpoint
+from jx_neuron.checkpoint.quantized import compressed_tensors
 from jx_neuron.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:quantization_config quantizes")
@@ -73,6 +74,17 @@ def changed(layout: Layout, folder: Path, config: dict[str, Any], edit: Any = No
 )  # fmt: skip
 def test_options_that_cannot_be_read(name: str, config: dict[str, Any], words: str, tmp_path: Path) -> None:
     refused(changed(LAYOUTS[name], tmp_path, config), *words.split(".*"))
+
+
+@pytest.mark.parametrize("pattern", [r"(?=(\w|\w\w|\.)*!)", "a" * 1001, "(" * 400 + "a" + ")*" * 400])
+def test_a_pattern_that_would_take_for_ever(pattern: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Names are the checkpoint's too, so they may be as long as it likes."""
+    monkeypatch.setattr(compressed_tensors, "SECONDS", 0.1)
+    layout = LAYOUTS["packed-4-group"]
+    parts, _ = layout.quantized(96, 64, torch.Generator().manual_seed(0))
+    tensors = {f"model.{60 * 'a'}.{name}": part for name, part in parts.items()}
+    write(tmp_path, tensors, {"quantization_config": layout.config | {"ignore": [f"re:{pattern}"]}})
+    refused(tmp_path, "targets or ignore=", "a regular expression after re: that takes no time")
 
 
 def test_a_quantization_config_that_is_no_object(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ class Checkpoint:
         with boundary(self.path):
             return self._tensor(name).load()
 
+    def affine(self, name: str, grouped: bool = True) -> tuple[Array, Array] | None:
+        """The scale and the offset that each number of tensor `name` is stored with.
+
+        None where it is not so stored, or where `grouped` is false and a row has several scales.
+        """
+        tensor = self._tensor(name)
+        if tensor.affine is None or (tensor.grouped and not grouped):
+            return None
+        with boundary(self.path):
+            return tensor.affine()
+
     def slices(self, name: str) -> Iterator[Array]:
         """The same in parts along its first axis, where the file can be read so."""
         with boundary(self.path):
@@ -120,7 +131,7 @@ class Checkpoint:
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the tokenizer's files into `folder` and returns their paths; an empty list where there are none."""
         if self.path.is_dir():
-            return [Path(shutil.copy(file, folder)) for file in self.tokenizer_files]
+            return _copy_tokenizer(self.path, folder)
         return [Path(file) for file in self.tokenizer().save_pretrained(folder)]
 
     def _tensor(self, name: str) -> Tensor:
@@ -324,22 +335,27 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _auto_tokenizer(folder: Path, plain: bool) -> Any:
     from jx_neuron.checkpoint.tokenizer import load_plain_tokenizer, load_tokenizer
 
-    files = [file for name in TOKENIZER_FILES if (file := folder / name).is_file()]
-    if not files:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}. "
             "Use token ids, or copy the tokenizer's files there."
         )
     config = read_json_file(folder / CONFIG)
+    load = load_plain_tokenizer if plain else load_tokenizer
+    return load(folder, config, lambda into: _copy_tokenizer(folder, into))
 
-    def save_files(into: Path) -> None:
-        for file in files:
-            shutil.copy(file, into)
-        for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja"):
-            (into / NAMED_TEMPLATES).mkdir(exist_ok=True)
-            shutil.copy(file, into / NAMED_TEMPLATES)
 
-    return (load_plain_tokenizer if plain else load_tokenizer)(folder, config, save_files)
+def _copy_tokenizer(folder: Path, into: Path) -> list[Path]:
+    """Copies a tokenizer's files, and its named templates in their folder, and returns the copies."""
+    copies = []
+    for name in (
+        *TOKENIZER_FILES,
+        *(f"{NAMED_TEMPLATES}/{file.name}" for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja")),
+    ):
+        if (folder / name).is_file():
+            (into / name).parent.mkdir(exist_ok=True)
+            copies.append(Path(shutil.copy(folder / name, into / name)))
+    return copies
 
 
 def _files_to_download(repo: str, files: Collection[str]) -> list[str]:

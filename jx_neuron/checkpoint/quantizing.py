@@ -15,14 +15,15 @@ from jx_neuron.nn.quantized import Form
 def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np.dtype[Any]) -> Source:
     """`source`, with codes, scales and offsets in the place of the parameters of `forms`, for a model of `dtype`.
 
-    wide: the same parameters in float32, of which codes are made.
+    wide: the same parameters in float32, of which codes are made: those that are stored, where the form has them.
     """
     parts = {f"{path}.{part}": (path, part) for path, form in forms.items() for part in form.parts}
 
     def encoded(path: str) -> dict[str, np.ndarray]:
         form = forms[path]
-        if not form.rows or wide.slices is None:
-            return form.encode(wide.read(path), dtype)
+        stored = wide.affine(path, form.kind == "int4")
+        if stored is not None or not form.rows or wide.slices is None:
+            return form.encode(wide.read(path), dtype, stored)
         parts = [form.encode(part, dtype) for part in wide.slices(path)]
         return {name: np.concatenate([part[name] for part in parts]) for name in form.parts}
 

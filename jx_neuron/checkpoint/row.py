@@ -32,6 +32,12 @@ def slices(tensors: Tensors, name: str) -> Iterator[np.ndarray]:
     return read(name)
 
 
+def affine(tensors: Tensors, name: str, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """The scale and the offset of each number of a tensor, where `tensors` has a method of this name; else None."""
+    read: Callable[..., tuple[np.ndarray, np.ndarray] | None] = getattr(tensors, "affine", lambda name, grouped: None)
+    return read(name, grouped)
+
+
 @dataclass(frozen=True)
 class W:
     """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
@@ -194,7 +200,21 @@ class W:
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
         sizes = self.sizes(config)
-        arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))]
+        return self._laid_out(
+            [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))], sizes
+        )
+
+    def affine(self, config: HFConfig, tensors: Tensors, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number, as `read` lays these out; None where a tensor does not have them, or
+        not as `grouped` says (Checkpoint.affine)."""
+        sizes = self.sizes(config)
+        pairs = [affine(tensors, name, grouped) for name in self.names(sizes)]
+        if not pairs or any(pair is None for pair in pairs):
+            return None
+        scales, offsets = zip(*pairs, strict=True)
+        return self._laid_out(scales, sizes), self._laid_out(offsets, sizes)
+
+    def _laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 
     def slices(self, config: HFConfig, tensors: Tensors) -> Iterator[np.ndarray]:

@@ -65,13 +65,17 @@ TORCH_DTYPES = (
 class Tensor:
     """A tensor in a file: its shape and dtype, and how to read it.
 
-    rows: reads entries of the first axis, from the first number to before the second; None where only all can be read.
+    rows:    reads entries of the first axis, from the first number to before the second; None where only all are read.
+    affine:  reads the scale and the offset of each number, where these are code · scale + offset with codes from 0.
+    grouped: whether numbers of a row have several scales.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
     rows: Callable[[int, int], Array] | None = field(default=None, kw_only=True)
+    affine: Callable[[], tuple[Array, Array]] | None = field(default=None, kw_only=True)
+    grouped: bool = field(default=False, kw_only=True)
 
     @property
     def nbytes(self) -> int:

@@ -181,11 +181,12 @@ Packing = Mapping[str, tuple[Sequence[str], Callable[[Sequence[np.ndarray]], np.
 class Source:
     """The source of a model's parameters, read one at a time: rearranged, padded and cast on the host.
 
-    paths: the parameters, in the order in which reading is fastest.
-    read:  returns a whole parameter, in any memory order.
-    split: returns its partition.
-    name:  returns its name in the checkpoint.
+    paths:  the parameters, in the order in which reading is fastest.
+    read:   returns a whole parameter, in any memory order.
+    split:  returns its partition.
+    name:   returns its name in the checkpoint.
     slices: returns a whole parameter in parts along its first axis; None where all are read whole.
+    affine: returns the scales and offsets that its numbers are stored with, or None, as Checkpoint.affine does.
     """
 
     paths: Sequence[str]
@@ -193,6 +194,7 @@ class Source:
     split: Callable[[str], PartitionSpec]
     name: Callable[[str], str] = str
     slices: Callable[[str], Iterator[np.ndarray]] | None = None
+    affine: Callable[[str, bool], tuple[np.ndarray, np.ndarray] | None] = lambda path, grouped: None
 
     def place(
         self,
@@ -248,6 +250,11 @@ def from_checkpoint(
         row = by_path[path]
         return row.pad(row.read(config, tensors), padding).astype(row.dtype(dtype), copy=False)
 
+    def affine(path: str, grouped: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        row = by_path[path]
+        pair = row.affine(config, tensors, grouped)
+        return pair and (row.pad(pair[0], padding), row.pad(pair[1], padding))
+
     def slices(path: str) -> Iterator[np.ndarray]:
         row = by_path[path]
         for part in row.slices(config, tensors):
@@ -259,7 +266,7 @@ def from_checkpoint(
     def name(path: str) -> str:
         return by_path[path].name
 
-    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices)
+    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices, affine)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

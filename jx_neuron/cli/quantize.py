@@ -31,6 +31,9 @@ def command(
         int | None,
         typer.Option("--group-size", min=2, metavar="N", help="Inputs that share a scale of int4.", show_default="32"),
     ] = None,
+    w8a8: Annotated[
+        bool, typer.Option("--w8a8", help="Have vLLM and transformers round activations to 8 bits too.")
+    ] = False,
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -51,7 +54,7 @@ def command(
     if group_size is not None and quant != "int4":
         raise InputError("--group-size goes with --quant int4; leave it out")
     interrupts.at_end.append(durable.abandon)
-    written = quantize(model or demo_model(), output, quant, group_size, revision)
+    written = quantize(model or demo_model(), output, quant, group_size, w8a8, revision)
     if as_json:
         counts = dict(quantized=written.quantized, kept=written.kept, bytes=written.nbytes)
         typer.echo(json.dumps(dict(directory=str(written.folder), quant=quant) | counts))

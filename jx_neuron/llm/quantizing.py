@@ -30,7 +30,10 @@ from jx_neuron.util.durable import replacing, sync
 from jx_neuron.util.progress import prefetch, track
 
 SHARD = 2**30  # bytes of a file of weights, and of the tensors that wait for it
-LEGAL = "Legal are models whose layers are matrices [outputs, inputs], one a tensor, as Hugging Face's Linear has them"
+LEGAL = (
+    "Legal are models whose layers and experts are matrices [outputs, inputs], one a tensor, as Hugging Face's Linear "
+    "has them"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def quantize(
     directory: str | os.PathLike[str],
     quant: str = "int8",
     group_size: int | None = None,
+    w8a8: bool = False,
     revision: str | None = None,
 ) -> Written:
     """Writes `model` into a new folder, with the matrices of its layers in the compressed-tensors format.
@@ -56,6 +60,8 @@ def quantize(
 
     model, revision: as open_checkpoint takes them.
     quant:           "int8" or "fp8", with a scale an output channel, or "int4", with one for each `group_size` inputs.
+    w8a8:            whether the config tells other programs to round activations to 8 bits too, a scale a token; of
+                     int8 and fp8.
 
     Raises ConfigError for options that are not legal, CheckpointError for a model that cannot be stored so, and
     ArtifactError for a folder that is not empty or cannot be written.
@@ -63,7 +69,9 @@ def quantize(
     folder = resolved(Path(directory))
     named = QuantizationConfig.named(quant)
     config = named if group_size is None else replace(named, group_size=group_size)
-    stored = Stored(config.kind, config.group_size)
+    stored = Stored(config.kind, config.group_size, w8a8)
+    if w8a8 and stored.group:
+        raise ConfigError(f"w8a8, 8 bits for weights and activations, goes with quant='int8' or 'fp8', not {quant!r}")
     check_replaceable(folder, overwrite=False)
     checkpoint = open_checkpoint(model, revision=revision)
     chosen, ignore = _choice(checkpoint)
@@ -77,7 +85,10 @@ def quantize(
         if not np.isfinite(array).all():
             raise CheckpointError(f"{checkpoint.path}: tensor {name} holds a NaN or an infinity, which has no code")
         module = name.removesuffix("weight")
-        return {module + part: found for part, found in stored.parts(array, dtype).items()}
+        return {
+            module + part: found
+            for part, found in stored.parts(array, dtype, checkpoint.affine(name, stored.kind == "int4")).items()
+        }
 
     with writing(folder), replacing(folder) as fresh:
         names = list(checkpoint.tensors)
@@ -103,19 +114,28 @@ def _choice(checkpoint: Checkpoint) -> tuple[frozenset[str], list[str]]:
     if "text_config" in raw:
         raise CheckpointError(f"{checkpoint.path} is multimodal (config.json has a text_config). {LEGAL}")
     decoder = replace(Decoder.from_config(raw, 1, checkpoint), quant=QuantizationConfig())
-    rows = decoder.match(checkpoint)
-    of_tensor = defaultdict[str, list[W]](list)
-    for row in rows:
+    of_tensor, names = defaultdict[str, list[W]](list), defaultdict[str, set[str]](set)
+    for row in decoder.match(checkpoint):
         if row.target in decoder.forms:
             _check_linear(row, decoder.forms[row.target], decoder)
-        of_tensor[row.name].append(row)
+        for name in row.names(row.sizes(decoder.config)):
+            of_tensor[name].append(row)
     chosen = {name for name, parts in of_tensor.items() if all(row.target in decoder.forms for row in parts)}
     if not chosen:
         raise CheckpointError(f"{checkpoint.path} has no matrix to quantize. {LEGAL}")
-    names = {row.target: row.name for row in decoder.rows}  # a checkpoint of the base model lacks a prefix
+    for row in decoder.rows:  # a checkpoint of the base model lacks a prefix, and routers have two names
+        names[row.target] |= set(row.names(row.sizes(decoder.config)))
+    kept = {
+        row.target
+        for name, parts in of_tensor.items()
+        if name not in chosen
+        for row in parts
+        if _is_matrix(row, decoder)
+    }
     heads = {row.name for row in decoder.table if row.target == f"{HEADS[0]}.embedding"}
-    others = {names[row.target] for row in rows if row.name not in chosen and _is_matrix(row, decoder)}
-    return frozenset(chosen), sorted(name.removesuffix(".weight") for name in heads | others)
+    return frozenset(chosen), sorted(
+        name.removesuffix(".weight") for name in heads.union(*(names[path] for path in kept))
+    )
 
 
 def _is_matrix(row: W, decoder: Decoder) -> bool:
@@ -123,13 +143,8 @@ def _is_matrix(row: W, decoder: Decoder) -> bool:
 
 
 def _check_linear(row: W, form: Form, decoder: Decoder) -> None:
-    if row.stacked == "e" or form.lead:
-        raise CheckpointError(
-            f"{row.name} is of {decoder.model_type}'s experts, which Hugging Face's classes have in one tensor and not "
-            f"as Linear. {LEGAL}. `--quant` of other commands quantizes experts as they are read"
-        )
-    inputs = row.letters[: form.inputs]
-    if row.stacked or not _is_matrix(row, decoder) or row.last != inputs:
+    inputs = row.letters[form.lead : form.lead + form.inputs]
+    if row.stacked not in ("", "e") or not _is_matrix(row, decoder) or row.last != inputs:
         raise CheckpointError(
             f"{row.name} of {decoder.model_type} is laid out {row.layout!r}, and compressed-tensors has "
             f"[outputs, inputs] alone. {LEGAL}. `--quant` of other commands quantizes it as it is read"

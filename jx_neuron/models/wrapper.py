@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.checkpoint.row import Tensors, slices
+from jx_neuron.checkpoint.row import Tensors, affine, slices
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
@@ -79,6 +79,10 @@ class TextTensors:
     def read(self, name: str) -> np.ndarray:
         """A tensor."""
         return self.tensors.read(self.theirs[name])
+
+    def affine(self, name: str, grouped: bool = True) -> tuple[np.ndarray, np.ndarray] | None:
+        """The scale and the offset of each number of a tensor, as Checkpoint.affine gives them."""
+        return affine(self.tensors, self.theirs[name], grouped)
 
     def slices(self, name: str) -> Iterator[np.ndarray]:
         """The same in parts along its first axis, where it can be read so."""

@@ -23,11 +23,17 @@ CODES: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3, "int4": 
 MOST = {"int8": 127.0, "fp8": 240.0}
 """The code of the largest magnitude of a channel."""
 
+LEGAL = {"int8": (-128, 127), "int4": (0, 15), "symmetric int4": (-8, 7)}
+NO_OFFSET = np.zeros((), np.float32)
+
 STEPS = (15.0, 15.7, 16.4)
 """Steps of a scale that the numbers of a group of int4 are tried to span; what is beyond 15 is clipped."""
 
 DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
 """Codes, with an offset of -8 scales, that the number of the largest magnitude in such a group is tried as."""
+
+STORED = {"int8": (1.0,), "fp8": (1.0, 2.0)}
+"""What a checkpoint's scales are multiplied by to be tried: e4m3fn, which fp8 checkpoints have, reaches 448."""
 
 SLICE = 2**20
 """Bytes of a matrix that are encoded at a time."""
@@ -79,39 +85,52 @@ class Form:
             return PartitionSpec()
         return PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in self.contracted))
 
-    def encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
-        """The arrays of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes."""
+    def encode(
+        self, matrix: np.ndarray, dtype: Any, stored: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a matrix in float32, for a model of `dtype`; temporary arrays are of `SLICE` bytes.
+
+        stored: the scale and the offset that a checkpoint has for each number. They are kept where no others have a
+        lesser error, so where this form can express them.
+        """
         axis = 0 if self.rows or self.lead else -1
         count = min(matrix.shape[axis], 1 + matrix.nbytes // SLICE)
         arrays = {name: np.empty(part.shape, part.dtype) for name, part in self.shapes(matrix.shape, dtype).items()}
         of_slices = {name: np.array_split(array, count, axis) for name, array in arrays.items()}
-        for number, part in enumerate(np.array_split(matrix, count, axis)):
-            for name, array in self._encode(part, dtype).items():
+        for number, part in enumerate(
+            zip(*(np.array_split(a, count, axis) for a in (matrix, *(stored or ()))), strict=True)
+        ):
+            for name, array in self._encode(dtype, *part).items():
                 of_slices[name][number][...] = array
         return arrays
 
-    def _encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:
+    def _encode(self, dtype: Any, matrix: np.ndarray, *stored: np.ndarray) -> dict[str, np.ndarray]:
         wide = matrix.astype(np.float32, copy=False)
         if self.kind == "int4":
-            return dict(zip(self.parts, self._encode_groups(wide), strict=True))
+            return dict(zip(self.parts, self._encode_groups(wide, *stored), strict=True))
         scale: Any = dtype if self.rows else np.float32
-        axes, most = self.contracted, MOST[self.kind]
-        largest = np.maximum(wide.max(axis=axes, keepdims=True), -wide.min(axis=axes, keepdims=True))
-        scales = np.ones_like(largest) if self.cast else (largest / np.float32(most)).astype(scale)
-        codes = _over(wide, scales.astype(np.float32))
-        if self.kind == "int8":
-            codes = np.clip(np.rint(codes, out=codes), -128, 127, out=codes)
+        axes = self.contracted
+        scales = np.abs(_largest(wide, axes)) / np.float32(MOST[self.kind])
+        if self.cast:
+            scales = np.ones_like(scales)
+        elif stored:
+            kept = _largest(stored[0], axes)
+            tried = [(kept * np.float32(factor), NO_OFFSET) for factor in STORED[self.kind]] + [(scales, NO_OFFSET)]
+            scales, _ = _least_error(self.kind, wide, axes, tried, np.dtype(scale))
+        scales = scales.astype(scale)
+        codes = _nearest(self.kind, wide, scales.astype(np.float32), NO_OFFSET)
         return {"codes": codes.astype(CODES[self.kind]), "scales": np.squeeze(scales, axes)}
 
-    def _encode_groups(self, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode_groups(self, wide: np.ndarray, *stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes of 4 bits, two in a byte, scales and offsets."""
         axis = self.contracted[-1]
-        split = wide.reshape(*wide.shape[:axis], -1, self.group, *wide.shape[axis + 1 :])
+        split, *kept = (a.reshape(*a.shape[:axis], -1, self.group, *a.shape[axis + 1 :]) for a in (wide, *stored))
         low, high = split.min(axis + 1, keepdims=True), split.max(axis + 1, keepdims=True)
-        tried = [((high - low) / steps, low + (high - low) * (steps - 15) / (2 * steps)) for steps in STEPS]
+        tried = [(_largest(kept[0], axis + 1), _largest(kept[1], axis + 1))] if kept else []
+        tried += [((high - low) / steps, low + (high - low) * (steps - 15) / (2 * steps)) for steps in STEPS]
         tried += [(scale, -8 * scale) for scale in _symmetric(split, axis + 1)]
-        scales, offsets = _least_error(split, axis + 1, tried, np.dtype(np.float16))
-        codes = _nearest(split, scales, offsets).astype(np.uint8)
+        scales, offsets = _least_error("int4", split, axis + 1, tried, np.dtype(np.float16))
+        codes = _nearest("int4", split, scales, offsets).astype(np.uint8)
         pairs = codes.reshape(*split.shape[:axis], -1, 2, *split.shape[axis + 1 :])
         even, odd = np.take(pairs, 0, axis + 1), np.take(pairs, 1, axis + 1)
         shape = *wide.shape[:axis], wide.shape[axis] // 2, *wide.shape[axis + 1 :]
@@ -125,43 +144,61 @@ class Form:
         return tuple(range(first, first + self.inputs))
 
 
-def symmetric_codes(split: np.ndarray, axis: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Codes -8 to 7 of groups along `axis`, and a scale in `dtype` a group, without offsets."""
-    tried = [(scale, -8 * scale) for scale in _symmetric(split, axis)]
-    scales, offsets = _least_error(split, axis, tried, np.dtype(dtype))
-    return _nearest(split, scales, offsets) - 8, np.squeeze(scales, axis).astype(dtype)
+def symmetric_codes(
+    split: np.ndarray, axis: int, dtype: Any, stored: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes -8 to 7 of groups along `axis`, and a scale in `dtype` a group, without offsets.
+
+    stored: the scale that a checkpoint has for each number, as Form.encode takes it.
+    """
+    kept = [] if stored is None else [_largest(stored, axis)]
+    kind, tried = "symmetric int4", [(scale, NO_OFFSET) for scale in (*kept, *_symmetric(split, axis))]
+    scales, offsets = _least_error(kind, split, axis, tried, np.dtype(dtype))
+    return _nearest(kind, split, scales, offsets), np.squeeze(scales, axis).astype(dtype)
 
 
 def _symmetric(split: np.ndarray, axis: int) -> Iterator[np.ndarray]:
     """Scales by which the number of the largest magnitude is one of DIVISORS."""
-    largest = np.take_along_axis(split, np.argmax(np.abs(split), axis=axis, keepdims=True), axis)
+    largest = _largest(split, axis)
     return (largest / np.float32(divisor) for divisor in DIVISORS)
 
 
+def _largest(array: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
+    """The number of the largest magnitude, float32; of -x and x, -x."""
+    low, high = (reduced(array, axis=axes, keepdims=True).astype(np.float32) for reduced in (np.min, np.max))
+    return np.where(-low < high, high, low)
+
+
 def _least_error(
-    split: np.ndarray, axis: int, tried: Iterable[tuple[np.ndarray, np.ndarray]], dtype: np.dtype[Any]
+    kind: str,
+    split: np.ndarray,
+    axes: int | tuple[int, ...],
+    tried: Iterable[tuple[np.ndarray, np.ndarray]],
+    dtype: np.dtype[Any],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scales and offsets, rounded to `dtype`, whose squared error is least; of equals the first."""
-    shape = *split.shape[:axis], 1, *split.shape[axis + 1 :]
+    shape = np.min(split, axis=axes, keepdims=True).shape
     best, scales, offsets = np.full(shape, np.inf, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for numbers in tried:
-        scale, offset = (array.astype(dtype).astype(np.float32) for array in numbers)
-        error = np.square(_nearest(split, scale, offset) * scale + offset - split).sum(axis, keepdims=True)
+        with np.errstate(over="ignore", invalid="ignore"):  # a checkpoint's scale may be beyond `dtype`
+            scale, offset = (array.astype(dtype).astype(np.float32) for array in numbers)
+            decoded = _nearest(kind, split, scale, offset) * scale + offset
+            error = np.square(decoded - split).sum(axes, keepdims=True)
         better = error < best
         scales, offsets = np.where(better, scale, scales), np.where(better, offset, offsets)
-        best = np.minimum(error, best)
+        best = np.where(better, error, best)
+        if not best.any():
+            break
     return scales, offsets
 
 
-def _nearest(wide: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The code of 4 bits whose number is nearest."""
-    codes = _over(wide - offsets, scales)
-    return np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
-
-
-def _over(wide: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """wide / scales, and 0 where a scale is 0."""
-    return np.divide(wide, scales, out=np.zeros_like(wide), where=scales != 0)
+def _nearest(kind: str, wide: np.ndarray, scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The code whose number is nearest, float32; 0 where a scale is 0."""
+    moved = wide - offsets if offsets.any() else wide
+    codes = np.divide(moved, scales, out=np.zeros_like(wide), where=scales != 0)
+    if kind == "fp8":
+        return codes.astype(CODES[kind]).astype(np.float32)
+    return np.clip(np.rint(codes, out=codes), *LEGAL[kind], out=codes)
 
 
 class Quantized(nnx.Module):

@@ -142,7 +142,7 @@ def save(
     save_tokenizer: writes the tokenizer's files into a folder and returns their paths.
     """
     with temporary_folder() as folder:
-        extra = {path.name: path.read_bytes() for path in save_tokenizer(folder)}
+        extra = {path.relative_to(folder).as_posix(): path.read_bytes() for path in save_tokenizer(folder)}
     extra[CONFIG] = json.dumps(dict(config), indent=1).encode()
     return artifact.write(
         directory,

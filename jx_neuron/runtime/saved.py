@@ -14,7 +14,7 @@ from jx_neuron.artifact.fit import check_fit
 from jx_neuron.artifact.folder import Artifact
 from jx_neuron.artifact.manifest import neff_file
 from jx_neuron.artifact.settings import Settings
-from jx_neuron.checkpoint.folder import TOKENIZER_FILES
+from jx_neuron.checkpoint.folder import NAMED_TEMPLATES, TOKENIZER_FILES
 from jx_neuron.errors import ArtifactError
 from jx_neuron.lowering.signature import ProgramSpec
 from jx_neuron.runtime.base import Runtime
@@ -142,7 +142,12 @@ class SavedModel:
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Writes the tokenizer's files into `folder`, once their hashes are checked, and returns their paths."""
-        paths = [folder / name for name in TOKENIZER_FILES if name in self.artifact.manifest.files]
-        for path in paths:
-            path.write_bytes(self.artifact.file(path.name))
-        return paths
+        names = [
+            name
+            for name in self.artifact.manifest.files
+            if name in TOKENIZER_FILES or name.startswith(f"{NAMED_TEMPLATES}/")
+        ]
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(self.artifact.file(name))
+        return [folder / name for name in names]

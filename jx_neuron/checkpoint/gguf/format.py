@@ -49,6 +49,7 @@ SCALARS: Mapping[int, str] = {  # to struct and numpy alike
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
+AFFINE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
 MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
@@ -258,3 +259,14 @@ def load(path: Path, entry: Entry) -> Array:
         raw = read_bytes(path, entry.offset + at // block * size, out.size // block * size)
         out[:] = gguf.dequantize(raw.reshape(1, -1), entry.type)[0]
     return array.reshape(entry.shape)
+
+
+def affine(path: Path, entry: Entry) -> tuple[Array, Array]:
+    """The scale and the offset of each number of a tensor whose type is one of AFFINE: float16, [rows, columns]."""
+    block, size = gguf.GGML_QUANT_SIZES[entry.type]
+    raw = read_bytes(path, entry.offset, _nbytes(entry)).reshape(-1, size)
+    # block_q4_0 is a scale and 16 bytes, block_q4_1 a scale, a minimum and 16 bytes: ggml/src/ggml-common.h
+    header = np.ascontiguousarray(raw[:, : size - block // 2]).view(np.float16)
+    offsets = header[:, 1] if entry.type == GGMLQuantizationType.Q4_1 else header[:, 0] * np.float16(-8)
+    scales, offsets = (array.repeat(block).reshape(entry.shape) for array in (header[:, 0], offsets))
+    return scales, offsets

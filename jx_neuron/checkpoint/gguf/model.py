@@ -3,16 +3,26 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jx_neuron.checkpoint.gguf.architecture import ROWS, Architecture, Edit, Names, transposed, without_one
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
-from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load, part, read_gguf
+from jx_neuron.checkpoint.gguf.format import (
+    AFFINE,
+    GGUF,
+    NO_TOKEN,
+    PLAIN,
+    Entry,
+    Metadata,
+    affine,
+    load,
+    part,
+    read_gguf,
+)
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
-from jx_neuron.checkpoint.tensor_files import Tensor
+from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.checkpoint.tokenizer import PlainTokenizer
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
@@ -202,11 +212,22 @@ class Model:
     def _tensor(self, entry: Entry, edit: Edit | None) -> Tensor:
         path, n, k = self.header.file.path, self.header.keys.heads, self.header.kv_heads
         dtype = np.dtype(np.float32 if edit is without_one else PLAIN.get(entry.type, np.float32))
-        if edit is None:
-            rows = None if len(entry.shape) < 2 else lambda start, stop: load(path, part(entry, start, stop))
-            return Tensor(entry.shape, dtype, partial(load, path, entry), rows=rows)
+        edited = edit or (lambda array, n, k: array)
         shape = entry.shape[::-1] if edit is transposed else entry.shape
-        return Tensor(shape, dtype, lambda: edit(load(path, entry), n, k))
+
+        def scales_and_offsets() -> tuple[Array, Array]:
+            scales, offsets = affine(path, entry)
+            return edited(scales, n, k), edited(offsets, n, k)
+
+        is_affine = entry.type in AFFINE and edit is not without_one
+        return Tensor(
+            shape,
+            dtype,
+            lambda: edited(load(path, entry), n, k),
+            rows=None if edit or len(shape) < 2 else lambda start, stop: load(path, part(entry, start, stop)),
+            affine=scales_and_offsets if is_affine else None,
+            grouped=is_affine,
+        )
 
     def tokenizer(self, plain: bool) -> Any:
         """HF's tokenizer, or a PlainTokenizer. Raises CheckpointError for a file without one, or of an unknown kind."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from jx_neuron.checkpoint.quantized.codes import (
     FLOATS,
-    Coded,
     Codes,
+    coded,
     described,
     from_qweights,
     part,
@@ -68,7 +68,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, group_size: int) -> Tens
         codes, offsets = (_in_order(unpacked(words.load(), 4, rows)).T for words in (packed, zeros))
         return Codes(codes, scales.load().T, (1, size), offsets)
 
-    return Coded.of((rows, columns), stored)
+    return coded((rows, columns), stored, groups > 1)
 
 
 def _in_order(numbers: Array) -> Array:

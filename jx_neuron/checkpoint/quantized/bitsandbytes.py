@@ -98,7 +98,11 @@ def _int8(tensors: Mapping[str, Tensor], module: str) -> Tensor:
         np.multiply(codes.load(), scales.load()[:, None], out=wide, dtype=F32)
         return np.multiply(wide, PER_127, out=wide)
 
-    return Tensor((rows, columns), F32, load)
+    def affine() -> tuple[Array, Array]:
+        shape = rows, columns
+        return np.broadcast_to((scales.load() * PER_127)[:, None], shape), np.broadcast_to(np.float16(0), shape)
+
+    return Tensor((rows, columns), F32, load, affine=affine)
 
 
 def _four_bits(tensors: Mapping[str, Tensor], weight: str, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ class Codes:
     zeros:   the same shape; None where all are 0.
     block:   rows and columns that share a scale. The last may be cut.
     group_c: [columns], the group of each column, where groups are not of neighbours.
+    lowest:  the least code that there may be.
     """
 
     codes: Array
@@ -33,40 +34,47 @@ class Codes:
     block: tuple[int, int]
     zeros: Array | None = None
     group_c: Array | None = None
+    lowest: int = 0
 
     def widened(self) -> Array:
         """W, float32 [rows, columns]: exact where scales have 16 bits, so that rounded to the dtype of the scales it is
         what a library gives that multiplies in that dtype."""
         rows, columns = self.codes.shape
-        high, wide = self.block
-        group_c = np.arange(columns) // wide if self.group_c is None else self.group_c
         scales, zeros = self.scales.astype(np.float32), None if self.zeros is None else self.zeros.astype(np.float32)
         whole = allocate((rows, columns), np.float32)
         step = max(1, AT_ONCE // max(1, columns))
-
-        def each(of_groups: Array, block_r: Array) -> Array:
-            of_rows = of_groups[block_r]
-            return of_rows if of_rows.shape[1] == 1 else of_rows.take(group_c, axis=1)
-
         for at in range(0, rows, step):
             part = whole[at : at + step]
-            block_r = np.arange(at, at + len(part)) // high
+            row_r = np.arange(at, at + len(part))
             part[...] = self.codes[at : at + step]
             if zeros is not None:
-                part -= each(zeros, block_r)
-            part *= each(scales, block_r)
+                part -= self._each(zeros, row_r)
+            part *= self._each(scales, row_r)
         return whole
 
+    def affine(self) -> tuple[Array, Array]:
+        """The scale and the offset of each number, [rows, columns], offsets in float16."""
+        zeros = np.float32(0) if self.zeros is None else self.zeros.astype(np.float32)
+        with np.errstate(over="ignore"):
+            offsets = ((self.lowest - zeros) * self.scales.astype(np.float32)).astype(np.float16)
+        row_r = np.arange(len(self.codes))
+        scales, offsets = (self._each(array, row_r) for array in (self.scales, offsets))
+        return np.broadcast_to(scales, self.codes.shape), np.broadcast_to(offsets, self.codes.shape)
 
-@dataclass(frozen=True)
-class Coded(Tensor):
-    """A tensor that `load` widens to float32, and `stored` reads as it is."""
+    def _each(self, of_groups: Array, row_r: Array) -> Array:
+        """An array of groups, repeated for the columns of rows; with one column where it has one."""
+        of_rows = of_groups[row_r // self.block[0]]
+        if of_rows.shape[1] == 1:
+            return of_rows
+        group_c = np.arange(self.codes.shape[1]) // self.block[1] if self.group_c is None else self.group_c
+        return of_rows.take(group_c, axis=1)
 
-    stored: Callable[[], Codes]
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...], stored: Callable[[], Codes]) -> Self:
-        return cls(shape, np.dtype(np.float32), lambda: stored().widened(), stored)
+def coded(shape: tuple[int, ...], stored: Callable[[], Codes], grouped: bool) -> Tensor:
+    """The tensor of what `stored` reads, float32; `grouped` as in Tensor."""
+    return Tensor(
+        shape, np.dtype(np.float32), lambda: stored().widened(), affine=lambda: stored().affine(), grouped=grouped
+    )
 
 
 def unpacked(words: Array, bits: int, count: int) -> Array:

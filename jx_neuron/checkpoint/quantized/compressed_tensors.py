@@ -5,19 +5,21 @@ quantization/lifecycle/forward_helpers.py (_dequantize).
 """
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from jx_neuron.checkpoint.quantized.codes import (
     E4M3,
     FLOATS,
-    Coded,
     Codes,
     checked_groups,
+    coded,
     described,
     part,
     read_small,
@@ -34,6 +36,9 @@ I8, I32, I64 = map(np.dtype, (np.int8, np.int32, np.int64))
 CLASSES = ("Embedding", "Linear")
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 OF_CACHES = tuple(f".{of}_{what}" for of in "qkv" for what in ("scale", "zero_point"))
+
+MOST_PATTERN = 1000  # characters
+SECONDS = 1.0  # of all patterns on all modules, which take milliseconds unless they backtrack
 
 Format = Literal["int-quantized", "naive-quantized", "float-quantized", "pack-quantized"]
 
@@ -146,15 +151,16 @@ class _Schemes:
             raise refusal("config_groups", "Linear and Embedding apart", "one scheme for both", METHOD)
         self.usual = of_classes[0] if of_classes else None
         self.ordered = sorted(self.group, key=lambda target: ("re:" in target, target))
+        self.deadline = time.monotonic() + SECONDS
 
     def of(self, module: str) -> Scheme:
-        if any(_matches(module, target) for target in self.config.ignore or ()):
+        if any(self._matches(module, target) for target in self.config.ignore or ()):
             raise CheckpointError(
                 f"quantization_config: `ignore` has {module}, and the checkpoint has {module}.weight_scale. They are "
                 "not of the same model: download both again"
             )
         names = [".".join(module.split(".")[i:]) for i in range(module.count(".") + 1)]  # prefixes vary
-        target = next((t for name in names for t in self.ordered if _matches(name, t)), None)
+        target = next((t for name in names for t in self.ordered if self._matches(name, t)), None)
         group = self.usual if target is None else self.group[target]
         if group is None or group.weights is None:
             raise CheckpointError(
@@ -166,14 +172,17 @@ class _Schemes:
             raise refusal("format", kind, "a format in each of config_groups beside it", METHOD)
         return Scheme(group.weights, kind, bool(group.input_activations or group.output_activations))
 
-
-def _matches(module: str, target: str) -> bool:
-    if not target.startswith("re:"):
-        return module == target
-    try:
-        return re.match(target.removeprefix("re:"), module) is not None
-    except re.error as error:
-        raise refusal("targets or ignore", target, f"a regular expression after re: ({error})", METHOD) from error
+    def _matches(self, module: str, target: str) -> bool:
+        if not target.startswith("re:"):
+            return module == target
+        pattern, timeout = target.removeprefix("re:"), max(0.1, self.deadline - time.monotonic())
+        try:
+            if len(pattern) > MOST_PATTERN:
+                raise OverflowError(f"it has {len(pattern):,} characters, and {MOST_PATTERN:,} are legal")
+            return regex.match(pattern, module, timeout=timeout) is not None
+        except (regex.error, RecursionError, OverflowError, TimeoutError) as error:
+            legal = f"a regular expression after re: that takes no time ({str(error) or 'it takes too long'})"
+            raise refusal("targets or ignore", target, legal, METHOD) from error
 
 
 def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tensor:
@@ -214,9 +223,10 @@ def _weight(tensors: Mapping[str, Tensor], module: str, scheme: Scheme) -> Tenso
             block=(block[0], block[1]),
             zeros=None if offsets is None else offsets.reshape(blocks),
             group_c=None if order is None else checked_groups(f"{module}.weight_g_idx", order.load(), blocks[1]),
+            lowest=-(1 << (weights.num_bits - 1)),
         )
 
-    return Coded.of(shape, stored)
+    return coded(shape, stored, blocks[1] > 1)
 
 
 def _signed(packed: Array, bits: int, count: int) -> Array:

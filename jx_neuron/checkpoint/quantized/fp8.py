@@ -9,7 +9,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from jx_neuron.checkpoint.quantized.codes import E4M3, FLOATS, Coded, Codes, described
+from jx_neuron.checkpoint.quantized.codes import E4M3, FLOATS, Codes, coded, described
 from jx_neuron.checkpoint.quantized.options import Options, TwoSizes, warn_of_activations
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.errors import CheckpointError
@@ -61,4 +61,4 @@ def _weight(name: str, codes: Tensor, scale: str, scales: Tensor | None, block: 
     def stored() -> Codes:
         return Codes(codes.load(), scales.load().reshape(grid), (high, wide))
 
-    return Coded.of(codes.shape, stored)
+    return coded(codes.shape, stored, grid[1] > 1)

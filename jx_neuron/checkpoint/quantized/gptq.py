@@ -10,9 +10,9 @@ import numpy as np
 
 from jx_neuron.checkpoint.quantized.codes import (
     FLOATS,
-    Coded,
     Codes,
     checked_groups,
+    coded,
     described,
     from_qweights,
     part,
@@ -80,7 +80,7 @@ def _weight(tensors: Mapping[str, Tensor], module: str, config: Config) -> Tenso
             group_c=None if order is None else checked_groups(f"{module}.g_idx", order.load(), groups),
         )
 
-    return Coded.of((rows, columns), stored)
+    return coded((rows, columns), stored, groups > 1)
 
 
 def _zeros(packed: Array, bits: int, count: int, first: bool) -> Array:

@@ -13,6 +13,7 @@ from jx_neuron.checkpoint.tensor_files import Array, Tensor
 from jx_neuron.errors import CheckpointError
 
 BLOCKS, SCALES = "_blocks", "_scales"
+BYTES = 16  # of a block
 # e2m1: a sign, two bits of exponent, one of mantissa
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -39,12 +40,12 @@ def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 def _pair(name: str, blocks: Tensor, scales: Tensor | None) -> Tensor:
     if scales is None:
         raise CheckpointError(f"the checkpoint has {name + BLOCKS} and lacks {name + SCALES}; download it again")
-    legal = len(blocks.shape) == 4 and blocks.shape[:-1] == scales.shape
+    legal = len(blocks.shape) == 4 and blocks.shape == (*scales.shape, BYTES)
     if not legal or not blocks.dtype == scales.dtype == np.uint8:
         raise CheckpointError(
             f"{name + BLOCKS} is {blocks.dtype.name}{list(blocks.shape)} and {name + SCALES} "
-            f"{scales.dtype.name}{list(scales.shape)}; legal are uint8 [experts, rows, blocks, bytes], and the same "
-            "without bytes"
+            f"{scales.dtype.name}{list(scales.shape)}; legal are uint8 [experts, rows, blocks, {BYTES}], and the "
+            f"same without {BYTES}"
         )
     experts, rows, count, size = blocks.shape
     return Tensor(

@@ -1,6 +1,6 @@
 """Matrices as compressed-tensors stores them: what compressed_tensors.widened reads.
 
-Integers are packed in 8 bits too, which is how vLLM reads weights that are quantized without activations
+Integers of 8 bits are packed too where activations are not quantized, since vLLM reads them so
 (model_executor/layers/quantization/compressed_tensors/compressed_tensors.py, _get_scheme_from_parts).
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jx_neuron.checkpoint.quantized.codes import E4M3, words
-from jx_neuron.checkpoint.quantized.compressed_tensors import METHOD
+from jx_neuron.checkpoint.quantized.compressed_tensors import METHOD, Format
 from jx_neuron.checkpoint.tensor_files import Array
 from jx_neuron.nn.quantized import Form, symmetric_codes
 
@@ -21,38 +21,48 @@ BITS = {"int8": 8, "fp8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Stored:
-    """How matrices are stored: int8 and fp8 with a scale a row, int4 with one for each `group` inputs of a row."""
+    """How matrices are stored: int8 and fp8 with a scale a row, int4 with one for each `group` inputs of a row.
+
+    activations: of int8 and fp8, whether the config has activations rounded to 8 bits, with a scale a token.
+    """
 
     kind: Literal["int8", "fp8", "int4"]
     group: int | None = None
+    activations: bool = False
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """The quantization_config of a model whose linear layers are stored so, but for the modules of `ignore`."""
-        is_float = self.kind == "fp8"
-        kind = "float-quantized" if is_float else "pack-quantized"
-        weights = {
-            "num_bits": BITS[self.kind],
-            "type": "float" if is_float else "int",
-            "symmetric": True,
-            "strategy": "group" if self.group else "channel",
-            "group_size": self.group,
-            "dynamic": False,
+        numbers = {"num_bits": BITS[self.kind], "type": "float" if self.kind == "fp8" else "int", "symmetric": True}
+        strategy = "group" if self.group else "channel"
+        group = {
+            "targets": ["Linear"],
+            "weights": numbers | {"strategy": strategy, "group_size": self.group, "dynamic": False},
+            "input_activations": numbers | {"strategy": "token", "dynamic": True} if self.activations else None,
+            "output_activations": None,
         }
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         return {
             "quant_method": METHOD,
             "quantization_status": "compressed",
-            "format": kind,
+            "format": self._format,
             "config_groups": {"group_0": group},
             "ignore": list(ignore),
         }
 
-    def parts(self, matrix: Array, dtype: Any) -> Mapping[str, Array]:
-        """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`."""
-        step = max(1, AT_ONCE // matrix.shape[1])
-        encoded = [self._encoded(matrix[at : at + step], dtype) for at in range(0, len(matrix), step)]
-        codes, scales = map(np.concatenate, zip(*encoded, strict=True))
+    @property
+    def _format(self) -> Format:
         if self.kind == "fp8":
+            return "float-quantized"
+        return "int-quantized" if self.activations else "pack-quantized"
+
+    def parts(self, matrix: Array, dtype: Any, affine: tuple[Array, Array] | None = None) -> Mapping[str, Array]:
+        """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`.
+
+        affine: the scale and the offset that each number is stored with, as Form.encode takes them.
+        """
+        arrays, step = (matrix, *(affine or ())), max(1, AT_ONCE // matrix.shape[1])
+        encoded = [self._encoded(dtype, *(a[at : at + step] for a in arrays)) for at in range(0, len(matrix), step)]
+        codes, scales = map(np.concatenate, zip(*encoded, strict=True))
+        if self._format != "pack-quantized":
             return {"weight": codes, "weight_scale": scales}
         return {
             "weight_packed": _packed(codes, BITS[self.kind]),
@@ -60,13 +70,14 @@ class Stored:
             "weight_shape": np.array(matrix.shape, np.int64),
         }
 
-    def _encoded(self, rows: Array, dtype: Any) -> tuple[Array, Array]:
+    def _encoded(self, dtype: Any, rows: Array, *affine: Array) -> tuple[Array, Array]:
         """Codes [rows, inputs], int8 or e4m3, and scales [rows, groups]."""
         if self.kind == "int4":
-            split = rows.astype(np.float32, copy=False).reshape(len(rows), -1, self.group or rows.shape[1])
-            codes, scales = symmetric_codes(split, 2, dtype)
+            arrays = (rows.astype(np.float32, copy=False), *affine[:1])
+            split = (array.reshape(len(rows), -1, self.group or rows.shape[1]) for array in arrays)
+            codes, scales = symmetric_codes(next(split), 2, dtype, next(split, None))
             return codes.reshape(rows.shape).astype(np.int8), scales
-        parts = Form(self.kind, 1, rows=True).encode(rows, dtype)
+        parts = Form(self.kind, 1, rows=True).encode(rows, dtype, (affine[0], affine[1]) if affine else None)
         # float8_e4m3 and e4m3fn have the same bits up to 240
         codes = parts["codes"].view(E4M3) if self.kind == "fp8" else parts["codes"]
         return codes, parts["scales"][:, None]
