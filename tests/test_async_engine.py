@@ -14,7 +14,8 @@ import tiny
 import jx_neuron
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.errors import InputError
-from jx_neuron.serve.async_engine import AsyncEngine, DeadlineExceeded, EngineFailed, QueueFull, ShuttingDown
+from jx_neuron.serve.async_engine import AsyncEngine
+from jx_neuron.serve.stream import DeadlineExceeded, EngineFailed, QueueFull, ShuttingDown
 
 SHORT = SamplingParams(max_tokens=4)
 LONG = SamplingParams(max_tokens=80)
@@ -40,7 +41,7 @@ def run(model, test, **options) -> None:
         await engine.shutdown(10)
         assert len(asyncio.all_tasks()) == 1
         assert engine.stats().running == engine.stats().waiting == 0
-        assert model.engine.scheduler.free_slots >= 4
+        assert model.engine.scheduler.slots.free >= 4
         assert not model.engine.scheduler.busy
 
     asyncio.run(main())

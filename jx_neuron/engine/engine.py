@@ -188,12 +188,12 @@ class Engine:
     def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
         """Computes tokens once, for the sequences that start with them; None drops the kept prefix."""
         with self.lock:
-            self.scheduler.keep_prefix(None, aside=False)
+            self.scheduler.slots.keep_prefix(None, aside=False)
             if tokens is None:
                 return
             sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
             self.compute([sequence])
-            target_slot = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            target_slot = self.scheduler.slots.keep_prefix(sequence, aside=self.runtime.programs is None)
             if target_slot is not None:
                 self.runtime.copy(np.array([sequence.slot], np.int32), np.array([target_slot], np.int32))
             self.scheduler.close(sequence)
