@@ -5,12 +5,13 @@ turn may be planned before the tokens of the one before it are known: a decode s
 last".
 """
 
-import math
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from jx_neuron.engine.readiness import Readiness
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.engine.slots import Copy, Slots
@@ -32,7 +33,8 @@ class Scheduler:
     rotations:    how RoPE depends on a prompt's length, None where it does not.
     window:       how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
                   that can go back by one token; by none where the window is 0, as with recurrent layers.
-    budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
+    budget:       most tokens of prompts in a turn, where one row does not take more; None for no limit. Within a
+                  budget, chunks behind others take the fewest rows.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Scheduler:
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
+        self._whole_sizes = [t for t in buckets.context if t > 1]
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
         self._candidates, self._rotations, self.budget = candidates, rotations, budget
         self.slots = Slots(batch_sizes[-1], buckets.context[-1], rotations, window)
@@ -55,6 +58,22 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._clock = 0
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
+        self._readiness: Readiness | None = None
+
+    def reserve(self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool]) -> Readiness:
+        """Plans for callers that come and go, from now on: turns within a budget, of programs that are `loaded`.
+
+        All draw from so many candidates. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
+        at least: a slot's owner may be another caller, whose chunks have other boundaries, and who drew some of them.
+
+        Returns the programs to load.
+        """
+        self.budget, self._candidates = budget, candidates
+        self.slots.take_any(self._whole_sizes[0] if self._whole_sizes else 1)
+        self._readiness = Readiness.of(
+            self.buckets, self.batch_sizes, self.prompt_rows, self._chunk_sizes, budget, candidates, loaded
+        )
+        return self._readiness
 
     def submit(self, sequence: Sequence, *, first: bool = False) -> None:
         """Has a sequence computed, and its tokens drawn; `first`, before all that wait."""
@@ -118,7 +137,7 @@ class Scheduler:
         copies += self.slots.compact(stepwise, self.batch_sizes)
         turns = [self._decode(stepwise)] if stepwise else []
         if chunked := [sequence for sequence in ready if self._count(sequence) > 1]:
-            turns.append(self._prefill(chunked, len(stepwise)))
+            turns.append(self._prefill(chunked))
         return Plan(tuple(copies), tuple(turns))
 
     def upcoming(self, turn: Turn) -> list[ProgramKey]:
@@ -164,7 +183,7 @@ class Scheduler:
     def _count(self, sequence: Sequence) -> int:
         """How many tokens the next step takes of a sequence, at most; 1 in a decode step."""
         count = self._extent(sequence) - sequence.computed
-        sizes = self._chunk_sizes if sequence.computed else [t for t in self.buckets.context if t > 1]
+        sizes = self._chunk_sizes if sequence.computed else self._whole_sizes
         return min(count, sizes[-1]) if sizes else 1
 
     def _positions(self, length: int, tokens: int) -> int:
@@ -176,60 +195,45 @@ class Scheduler:
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
         positions = self.buckets.positions(1 + max(sequence.computed for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
-        return self._turn("decode", rows, 1, positions, slots, dict.fromkeys(slots, 1))
+        wanted = self._key("decode", rows, 1, positions, sequences)
+        return self._turn(self._fitting(wanted, behind=True) or wanted, slots, dict.fromkeys(slots, 1))
 
-    def _prefill(self, sequences: SequenceOf[Sequence], decoding: int) -> Turn:
+    def _prefill(self, sequences: SequenceOf[Sequence]) -> Turn:
         """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
 
         The boundaries of a prompt's chunks are its own, whatever others there are.
         """
         sequences = sorted(sequences, key=self._precedence)
         first = sequences[0]
-        alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (first.computed > 0, first.every_logits)]
-        sizes = self._chunk_sizes if first.computed else [t for t in self.buckets.context if t > 1]
-        chosen = self._within_budget(alike[: self.prompt_rows[-1]], sizes, decoding)
-        t = fit(sizes, max(map(self._count, chosen)))
-        counts = [min(t, self._count(sequence)) for sequence in chosen]
-        ends = [sequence.computed + count for sequence, count in zip(chosen, counts, strict=True)]
-        positions = self._positions(max(ends), t) if first.computed else t
-        rows = fit(self.prompt_rows, len(chosen))
+        behind = first.computed > 0
         kind: Kind = "score" if first.every_logits else "prefill"
-        return self._turn(kind, rows, t, positions, dict(enumerate(chosen)), dict(enumerate(counts)))
+        alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (behind, first.every_logits)]
+        sizes = self._chunk_sizes if behind else self._whole_sizes
+        for n in range(min(len(alike), self.prompt_rows[0 if behind and self.budget else -1]), 0, -1):
+            counts = list(map(self._count, alike[:n]))
+            t, rows = fit(sizes, max(counts)), fit(self.prompt_rows, n)
+            end = max(sequence.computed + count for sequence, count in zip(alike, counts, strict=False))
+            wanted = self._key(kind, rows, t, self._positions(end, t) if behind else t, alike[:n])
+            key = self._fitting(wanted, behind=behind)
+            if n == 1 or (key is not None and (self.budget is None or rows * t <= self.budget)):
+                break
+        return self._turn(key or wanted, dict(enumerate(alike[:n])), dict(enumerate(counts)))
 
     def _precedence(self, sequence: Sequence) -> tuple[int, int]:
         """Prompts that others went before for long come first, then those of the fewest remaining tokens."""
         passed_over = self._clock - sequence.used > MOST_PASSED_OVER
         return (0, sequence.used) if passed_over else (1, sequence.remaining)
 
-    def _within_budget(
-        self, sequences: SequenceOf[Sequence], sizes: SequenceOf[int], decoding: int
-    ) -> SequenceOf[Sequence]:
-        """The first of `sequences`, and those after it whose step exceeds neither the budget nor its own. Chunks behind
-        others take the fewest rows, so that there are few programs."""
-        if self.budget is None:
-            return sequences
-        if sequences[0].computed:
-            return sequences[: self.prompt_rows[0]]
-        counts = list(map(self._count, sequences))
-        tokens = [fit(self.prompt_rows, n) * fit(sizes, max(counts[:n])) for n in range(1, len(counts) + 1)]
-        most = max(self.budget - decoding, tokens[0])
-        return sequences[: sum(n <= most for n in tokens)]
+    def _key(self, kind: Kind, rows: int, tokens: int, positions: int, sequences: SequenceOf[Sequence]) -> ProgramKey:
+        """The smallest program for a step of `sequences`."""
+        candidates = [s.drawing.candidates for s in sequences if s.drawing is not None]
+        return ProgramKey(kind, rows, tokens, positions, self._candidates or max(candidates, default=1))
 
-    def programs(self, candidates: int) -> list[ProgramKey]:
-        """The programs of every turn within the budget that draws from so many candidates, without scores."""
-        least, tokens = self.prompt_rows[0], self.buckets.tokens
-        room = max(self.budget or math.inf, least * self.buckets.context[-1])
-        whole = [(rows, t, t) for rows in self.prompt_rows for t in self.buckets.context if t > 1 and rows * t <= room]
-        behind = [(least, t, s) for t in self._chunk_sizes for s in tokens if s > t]
-        decode = [ProgramKey("decode", rows, 1, s, candidates) for rows in self.batch_sizes for s in tokens]
-        return decode + [ProgramKey("prefill", *sizes, candidates) for sizes in (*whole, *behind)]
+    def _fitting(self, wanted: ProgramKey, *, behind: bool) -> ProgramKey | None:
+        return wanted if self._readiness is None else self._readiness.fitting(wanted, behind=behind)
 
-    def _turn(
-        self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]
-    ) -> Turn:
+    def _turn(self, key: ProgramKey, sequences: dict[int, Sequence], counts: dict[int, int]) -> Turn:
         """A step of sequences by row, which count as computed from now on."""
-        wanted = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
-        key = ProgramKey(kind, rows, t, positions, self._candidates or max(wanted, default=1))
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
         for name in ("temperature_b", "top_k_b", "top_p_b"):
             if name in arrays:
@@ -237,7 +241,7 @@ class Scheduler:
         if "slot_b" in arrays:
             taken = {sequence.slot for sequence in sequences.values()}
             others = iter([number for number in range(len(self.slots)) if number not in taken])
-            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(rows)]
+            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(key.rows)]
             arrays["slot_b"][:] = np.array(slot_b, np.int32)
         turn_rows = []
         for index, sequence in sequences.items():

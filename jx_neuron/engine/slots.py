@@ -41,13 +41,14 @@ class _Choice(NamedTuple):
 
     number: int
     source: int | None
-    count: int
+    held: int
 
 
 class Slots:
     """As many slots as a decode step has rows at most; one more may hold a kept prefix.
 
-    chunk:     a prompt that another began takes a multiple of so many tokens from it, as it would compute them itself.
+    chunk:     a prompt takes a multiple of so many tokens from another that begins like it, as it would compute them
+               itself, unless `take_any` was called.
     rotations: how RoPE depends on a prompt's length, None where it does not.
     window:    how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
                that can go back by one token; by none where the window is 0, as with recurrent layers.
@@ -55,6 +56,7 @@ class Slots:
 
     def __init__(self, count: int, chunk: int, rotations: Rotations | None = None, window: int | None = None):
         self._count, self._chunk, self._rotations, self._window = count, chunk, rotations, window
+        self._least: int | None = None
         self._slots = [Slot() for _ in range(count)]
         self.prefix: list[int] = []
         """Tokens that are kept for sequences that start with them: their slot is taken by others last."""
@@ -64,6 +66,11 @@ class Slots:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def take_any(self, least: int) -> None:
+        """Has a sequence take any number of tokens from another that begins like it, drawn ones too, but not fewer than
+        `least`, which are sooner computed than copied."""
+        self._least = least
 
     @property
     def free(self) -> int:
@@ -97,12 +104,12 @@ class Slots:
         choice = self._choose(sequence, running)
         if choice is None:
             return None
-        number, source, count = choice
+        number, source, held = choice
         written = self._slots[number if source is None else source].written
         self._slots[number] = Slot(weakref.ref(sequence))
-        sequence.slot, sequence.computed, sequence.pending, sequence.source = number, count, 0, None
-        sequence.written, sequence.used = written if count else 0, clock
-        return [(source, number)] if source not in (None, number) else [], count
+        sequence.slot, sequence.computed, sequence.pending, sequence.source = number, held, 0, None
+        sequence.written, sequence.used = written if held else 0, clock
+        return [] if source in (None, number) else [(source, number)], held
 
     def release(self, sequence: Sequence) -> None:
         """Ends a sequence's ownership; what its slot holds may serve others."""
@@ -138,7 +145,7 @@ class Slots:
     def reusable(self, sequence: Sequence, slot: Slot) -> int:
         """How many tokens of a sequence may be taken from a slot.
 
-        Of its source or the kept prefix any number; else whole chunks of a prompt, as it would compute them itself.
+        Of its source or the kept prefix any number; else whole chunks of a prompt, or what `take_any` says.
         None where the slot has lost what would follow on them.
         """
         count = self._shared(sequence, slot)
@@ -184,7 +191,10 @@ class Slots:
         prefix = min(len(self.prefix), valid)
         if prefix and sequence.tokens[: len(self.prefix)] == self.prefix and tokens[:prefix] == self.prefix[:prefix]:
             return prefix
-        return _common(tokens, sequence.tokens, min(valid, prompt, sequence.prompt)) // self._chunk * self._chunk
+        if self._least is None:
+            return _common(tokens, sequence.tokens, min(valid, prompt, sequence.prompt)) // self._chunk * self._chunk
+        count = _common(tokens, sequence.tokens, valid)
+        return count if count >= self._least else 0
 
     def _keeps_prefix(self, slot: Slot) -> bool:
         return bool(self.prefix) and slot.tokens[: len(self.prefix)] == self.prefix

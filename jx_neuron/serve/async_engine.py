@@ -1,6 +1,7 @@
 """Many callers on one event loop: one thread steps the engine, and sends what each turn gave to the loop at once."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,10 +15,13 @@ from jx_neuron.engine.generation import start
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.engine.ticket import Event
 from jx_neuron.serve.stream import DeadlineExceeded, EngineFailed, News, QueueFull, ShuttingDown, Stream
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.util.progress import track
 
 if TYPE_CHECKING:
     from jx_neuron.llm.model import NeuronAutoModelForCausalLM
 
+LOG = logging.getLogger("jx_neuron.serve")
 MOST_FAILURES = 3
 """Turns in a row that fail before the engine counts as unhealthy."""
 
@@ -50,12 +54,13 @@ class AsyncEngine:
 
     most_waiting:     requests that may wait for a slot before `submit` raises QueueFull.
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
-    readied:          sampling parameters whose programs are loaded before the first turn; others load theirs when they
-                      are first used, while all wait.
+    tokens_per_turn:  most tokens of prompts in a turn.
 
-    A turn takes one token of each answer, then as many tokens of prompts as the model's largest context bucket has. So
-    its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 32 suits a
-    CPU.
+    A turn takes one token of each answer, then the first chunk of as many prompts as `tokens_per_turn` permits, or a
+    later chunk of one. A chunk is as long as the model's largest context bucket, so its `context_length_estimate` is
+    how long a prompt may stall others: 16 and 32 suit a CPU.
+
+    It is ready once it has programs that fit every turn. A thread then loads those that are faster.
     """
 
     def __init__(
@@ -64,12 +69,14 @@ class AsyncEngine:
         *,
         most_waiting: int = 256,
         seconds_per_turn: float = 60.0,
-        readied: Sequence[SamplingParams] = (SamplingParams(), SamplingParams(temperature=1.0)),
+        tokens_per_turn: int = 256,
     ):
-        self._readied = readied
+        self._tokens_per_turn = tokens_per_turn
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
+        self._loader = Thread(target=self._load_faster, name="jx-neuron-loader", daemon=True)
+        self._faster: Sequence[ProgramKey] = ()
         self._wake = Flag()
         self._arrived = deque[Stream]()  # the loop appends, the thread takes
         self._live: dict[Stream, None] = {}  # of the loop
@@ -235,12 +242,23 @@ class AsyncEngine:
             self._send([News(stream, (), self._failed(), True) for stream in (*running, *self._arrived)])
         finally:
             self._turn_began = None
+            if self._loader.ident is not None:
+                self._loader.join()
 
     def _warm_up(self) -> None:
-        model = self._model
-        candidates = {model.request([0], sampling).choices[0].draw.candidates for sampling in self._readied}
-        model.engine.reserve(model.buckets.context[-1], sorted(candidates))
+        engine, chunk = self._model.engine, self._model.buckets.context[-1]
+        self._faster = engine.reserve(max(chunk, self._tokens_per_turn))
+        self._loader.start()
         self._ready = True
+
+    def _load_faster(self) -> None:
+        try:
+            for program in track(self._faster, "compiling", len(self._faster)):
+                if self._stopping:
+                    return
+                self._model.runtime.load([program])
+        except Exception:  # those that are loaded serve
+            LOG.exception("a program cannot be compiled")
 
     def _send(self, news: Sequence[News]) -> None:
         if news and self._loop is not None:
