@@ -174,6 +174,55 @@ def test_a_kept_prefix_is_computed_once() -> None:
         assert min(starts) >= len(prefix)
 
 
+def test_turns_run_what_is_loaded_while_the_rest_is_loaded() -> None:
+    rng, engine = random.Random(0), engine_of()
+    rest = list(engine.reserve(16))
+    assert sorted(key.kind for key in engine.runtime.ready) == ["decode", "prefill", "score"]
+    callers: list[tuple[list[int], Choice, Ticket]] = []
+    while rest or engine.scheduler.busy:
+        if rest:
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+            choice = choice_of(rng, 20)
+            scored = rng.choice([None, None, 0])
+            callers.append((prompt, choice, engine.submit(prompt, [choice], prompt_logprobs=scored)[0]))
+            engine.runtime.load([rest.pop(rng.randrange(len(rest)))])
+        for _ in range(8):
+            ready, before = set(engine.runtime.ready), len(engine.runtime.runs)
+            engine.step()
+            assert {step.key for step in engine.runtime.runs[before:]} <= ready
+    for prompt, choice, ticket in callers:
+        assert drain(ticket) == alone(prompt, choice)
+    (ticket,) = engine.submit([1, 2, 3], [CHOICE])
+    assert drain(ticket) == alone([1, 2, 3], CHOICE)
+    assert [step.key.name for step in engine.runtime.runs[-8:]] == [
+        f"context4-b1-s4-k{VOCAB}",
+        *[f"decode-b1-s16-k{VOCAB}"] * 7,
+    ]
+
+
+def test_several_prompts_go_through_together_within_a_budget() -> None:
+    for budget, rows in ((16, [2, 2]), (32, [4]), (1, [1] * 4)):
+        engine = engine_of()
+        engine.runtime.load(engine.reserve(budget))
+        tickets = [engine.submit([n] * 7, [CHOICE])[0] for n in range(4)]
+        assert [drain(ticket) for ticket in tickets] == [alone([n] * 7, CHOICE) for n in range(4)]
+        assert [step.key.rows for step in engine.runtime.runs if step.key.tokens == 8] == rows
+
+
+def test_a_conversation_goes_on_from_the_tokens_that_were_drawn() -> None:
+    engine = engine_of()
+    engine.reserve(16)
+    prompt = list(range(1, 12))
+    answer = drain(engine.submit(prompt, [CHOICE])[0])
+    longer = [*prompt, *answer, 5, 6, 7]
+    (ticket,) = engine.submit(longer, [CHOICE])
+    assert drain(ticket) == alone(longer, CHOICE)
+    assert ticket.sequence.cached == len(prompt) + len(answer) - 1  # the last that was drawn was not computed
+    (ticket,) = engine.submit([1, 2, 3, 9], [CHOICE])
+    assert drain(ticket) == alone([1, 2, 3, 9], CHOICE)
+    assert ticket.sequence.cached == 0
+
+
 def test_rows_go_on_in_any_order_and_are_computed_again_where_they_lost_their_slots() -> None:
     engine = engine_of(batch_sizes=(3,))
     rows = Rows(engine, [np.array(row) for row in ([5, 6, 7], [8], [9] * 12)])

@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("decode", "prefill", "score")
 class Readiness:
     """The programs of turns, `loaded` or not.
 
-    first: one of each kind, which can run in place of any other; no turn waits once these are loaded.
+    first: the largest of each kind, which can run in place of any other; no turn waits once these are loaded.
     rest:  those of fewer rows, tokens or positions, by what they read.
     """
 
@@ -43,11 +43,13 @@ class Readiness:
         keys = [ProgramKey("decode", rows, 1, s, candidates) for rows in batch_sizes for s in buckets.tokens]
         keys += [ProgramKey("prefill", *sizes, candidates) for sizes in (*one, *several)]
         keys += [ProgramKey("score", *sizes, candidates) for sizes in one]
-        first = []
+        first: list[ProgramKey] = []
         for kind in KINDS:
             rows = batch_sizes[-1] if kind == "decode" else least
             alike = [key for key in keys if (key.kind, key.rows) == (kind, rows)]
-            first += [max(alike, key=lambda key: (key.tokens, key.positions))] if alike else []
+            behind = [key for key in alike if key.positions > key.tokens]
+            largest = [max(some, key=lambda key: (key.tokens, key.positions)) for some in (alike, behind) if some]
+            first += dict.fromkeys(largest)
         rest = [key for key in keys if key not in first]
         rest.sort(key=lambda key: (key.kind == "score", key.positions, key.rows * key.tokens))
         return cls(first, rest[: MOST - len(first)], loaded)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
-from threading import Thread
+from threading import Thread, main_thread
 from typing import TYPE_CHECKING
 
 from jx_neuron.engine.generation import start
@@ -75,7 +75,7 @@ class AsyncEngine:
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
-        self._loader = Thread(target=self._load_faster, name="jx-neuron-loader", daemon=True)
+        self._loader = Thread(target=self._load_faster, name="jx-neuron-loader")
         self._faster: Sequence[ProgramKey] = ()
         self._wake = Flag()
         self._arrived = deque[Stream]()  # the loop appends, the thread takes
@@ -254,7 +254,7 @@ class AsyncEngine:
     def _load_faster(self) -> None:
         try:
             for program in track(self._faster, "compiling", len(self._faster)):
-                if self._stopping:
+                if self._stopping or not main_thread().is_alive():  # a compilation has to end before the process does
                     return
                 self._model.runtime.load([program])
         except Exception:  # those that are loaded serve
