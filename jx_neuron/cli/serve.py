@@ -108,7 +108,7 @@ def command(
     path = demo_model() if demo else options.model(argument)
     model = NeuronAutoModelForCausalLM.from_pretrained(
         path,
-        **_sizes(path, batch_size, n_positions, context_length_estimate),
+        **sizes(path, batch_size, n_positions, context_length_estimate),
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
@@ -133,7 +133,7 @@ def command(
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
 
 
-def _sizes(path: Any, batch_size: int | None, n_positions: int | None, context: list[int] | None) -> dict[str, Any]:
+def sizes(path: Any, batch_size: int | None, n_positions: int | None, context: list[int] | None) -> dict[str, Any]:
     """The batch and context buckets of the programs; a saved model has its own where these are not given."""
     import jax
 
@@ -143,7 +143,7 @@ def _sizes(path: Any, batch_size: int | None, n_positions: int | None, context: 
     where = Path(path).expanduser()
     if where.exists() and is_artifact(where):
         given = dict(batch_size=batch_size, context_length_estimate=context)
-        return {name: sizes for name, sizes in given.items() if sizes is not None}
+        return {name: value for name, value in given.items() if value is not None}
     if context is None and choose_backend(None) == "xla" and jax.default_backend() == "cpu":
         context = [t for t in CONTEXT if n_positions is None or t <= n_positions] or None
     return dict(batch_size=powers_of_two(batch_size or BATCH), context_length_estimate=context)

@@ -18,7 +18,7 @@ class Readiness:
     """The programs of turns, `loaded` or not.
 
     first: the largest of each kind, which can run in place of any other; no turn waits once these are loaded.
-    rest:  those of fewer rows, tokens or positions, by what they read.
+    rest:  those of fewer rows, tokens or positions, in the order of what they save.
     """
 
     first: SequenceOf[ProgramKey]
@@ -51,7 +51,7 @@ class Readiness:
             largest = [max(some, key=lambda key: (key.tokens, key.positions)) for some in (alike, behind) if some]
             first += dict.fromkeys(largest)
         rest = [key for key in keys if key not in first]
-        rest.sort(key=lambda key: (key.kind == "score", key.positions, key.rows * key.tokens))
+        rest.sort(key=lambda key: (KINDS.index(key.kind), key.positions, key.rows * key.tokens))
         return cls(first, rest[: MOST - len(first)], loaded)
 
     def fitting(self, wanted: ProgramKey, *, behind: bool) -> ProgramKey | None:
