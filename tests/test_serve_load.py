@@ -11,7 +11,6 @@ import serving
 
 REQUESTS, AT_ONCE, KINDS = 10_000, 64, 60
 WARM, GROWTH = 1_000, 1.02  # requests after which memory is measured, and what it may grow by since
-IDLE = 15  # hundredths of a second that an idle server takes in 3 s, at most
 
 
 def shape(kind: int) -> dict:
@@ -30,17 +29,10 @@ def memory(pid: int) -> int:
     return int(found[1])
 
 
-async def loaded(pid: int) -> None:
-    """Waits until a server compiles no more: it then takes next to no time."""
-
-    def ticks() -> int:
-        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15]))
-
-    before = ticks()
-    await asyncio.sleep(3)
-    while ticks() - before > IDLE:
-        before = ticks()
-        await asyncio.sleep(3)
+async def loaded(client: httpx.AsyncClient) -> None:
+    """Waits until the server compiles no more."""
+    while not re.search(r"^vllm:programs_to_load{.*} 0\.0$", (await client.get("/metrics")).text, re.MULTILINE):
+        await asyncio.sleep(1)
 
 
 @pytest.mark.slow
@@ -69,7 +61,7 @@ def test_each_answer_is_that_of_its_request_alone(tmp_path: Path) -> None:
         limits = httpx.Limits(max_connections=AT_ONCE)
         async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
             alone = [await answer(client, kind) for kind in range(KINDS)]
-            await loaded(server.process.pid)
+            await loaded(client)
             kinds, before = iter(range(REQUESTS)), 0
 
             async def caller() -> None:

@@ -37,6 +37,7 @@ class Stats:
     prefix_queries:    tokens of prompts that were looked for in slots.
     prefix_hits:       tokens of those that were found.
     preemptions:       answers that lost their slot, and were computed again.
+    to_load:           programs that are yet to be compiled; answers are slower until there are none.
     """
 
     running: int
@@ -47,6 +48,7 @@ class Stats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    to_load: int
 
 
 class AsyncEngine:
@@ -77,6 +79,7 @@ class AsyncEngine:
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
         self._loader = Thread(target=self._load_faster, name="jx-neuron-loader")
         self._faster: Sequence[ProgramKey] = ()
+        self._to_load = 0
         self._wake = Flag()
         self._arrived = deque[Stream]()  # the loop appends, the thread takes
         self._live: dict[Stream, None] = {}  # of the loop
@@ -118,6 +121,7 @@ class AsyncEngine:
             scheduler.prefix_queries,
             scheduler.prefix_hits,
             scheduler.preemptions,
+            self._to_load,
         )
 
     def submit(
@@ -248,6 +252,7 @@ class AsyncEngine:
     def _warm_up(self) -> None:
         engine, chunk = self._model.engine, self._model.buckets.context[-1]
         self._faster = engine.reserve(max(chunk, self._tokens_per_turn))
+        self._to_load = len(self._faster)
         self._loader.start()
         self._ready = True
 
@@ -257,6 +262,7 @@ class AsyncEngine:
                 if self._stopping or not main_thread().is_alive():  # a compilation has to end before the process does
                     return
                 self._model.runtime.load([program])
+                self._to_load -= 1
         except Exception:  # those that are loaded serve
             LOG.exception("a program cannot be compiled")
 

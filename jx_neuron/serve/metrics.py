@@ -21,6 +21,7 @@ GAUGES = (
     ("num_requests_running", "running", "Answers with a slot."),
     ("num_requests_waiting", "waiting", "Answers without a slot yet."),
     ("kv_cache_usage_perc", "kv_cache_usage", "Share of the slots that are taken; 1 is all."),
+    ("programs_to_load", "to_load", "Programs yet to be compiled; answers are slower until there are none."),
 )
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),

@@ -32,7 +32,7 @@ def _protocol(settings: ServerSettings) -> type[H11Protocol]:
             self._timers = [self.loop.call_later(settings.body_seconds, self._close_unused)]
 
         def _close_unused(self) -> None:
-            if self.cycle is None:  # no headers have arrived
+            if not self.cycle:  # no headers have arrived
                 self.transport.close()
 
         def pause_writing(self) -> None:
