@@ -311,8 +311,8 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
 
 
 def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None) -> Ask:
-    """Starts a server that has /health, and ends it with this process. Gives a function that posts JSON to a path of it,
-    or gets its text where there is none to post."""
+    """Starts a server that has /health, and ends it with this process. Gives a function that posts JSON to a path, or
+    gets the path's text where there is none to post."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
