@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jx_neuron.continuous_batching import ContinuousBatchingConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
@@ -19,6 +20,7 @@ from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
 __all__ = [
     "AMP",
     "GQA",
+    "ContinuousBatchingConfig",
     "GenerationConfig",
     "KVCacheQuantizationConfig",
     "NeuronConfig",
@@ -286,7 +288,6 @@ _REFUSED: dict[str, Sequence[Any]] = dict(
     all_reduce_dtype=(None, "float32"),
     bf16_rms_norm=(False, None),
     cast_logits_dtype=("float32", None),
-    continuous_batching=(None,),
     has_pre_attention_norm=(True, None),
     is_eagle_draft=(False, None),
     is_eagle_target=(False, None),
@@ -306,10 +307,12 @@ class NeuronConfig:
     on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
     quant:                     a `QuantizationConfig`: weights are stored in 8 or 4 bits.
     output_all_logits:         calling the model returns the logits of every token of the prompt.
-    padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding.
+    padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding; the right one
+                               with continuous_batching.
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
     kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
+    continuous_batching:       a `ContinuousBatchingConfig`: calls of the model name sequences.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """
@@ -322,6 +325,7 @@ class NeuronConfig:
     compilation_worker_count: int | None
     strict_sharding: bool
     kv_cache_quant: KVCacheQuantizationConfig | None
+    continuous_batching: ContinuousBatchingConfig | None
 
     def __init__(
         self,
@@ -334,6 +338,7 @@ class NeuronConfig:
         compilation_worker_count: int | None = None,
         strict_sharding: bool = False,
         kv_cache_quant: KVCacheQuantizationConfig | None = None,
+        continuous_batching: ContinuousBatchingConfig | None = None,
         **others: Any,
     ):
         try:
@@ -345,12 +350,12 @@ class NeuronConfig:
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
         if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
             warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
-        kinds = {
-            "on_device_generation": GenerationConfig,
-            "quant": QuantizationConfig,
-            "kv_cache_quant": KVCacheQuantizationConfig,
-        }
-        for (name, kind), given in zip(kinds.items(), (on_device_generation, quant, kv_cache_quant), strict=True):
+        for name, given, kind in (
+            ("on_device_generation", on_device_generation, GenerationConfig),
+            ("quant", quant, QuantizationConfig),
+            ("kv_cache_quant", kv_cache_quant, KVCacheQuantizationConfig),
+            ("continuous_batching", continuous_batching, ContinuousBatchingConfig),
+        ):
             if given is not None and not isinstance(given, kind):
                 raise ConfigError(f"{name}={shown(given)} is not legal; it is a jx_neuron.{kind.__name__}")
         if (workers := compilation_worker_count) is not None:
@@ -360,10 +365,11 @@ class NeuronConfig:
             on_device_generation=on_device_generation,
             quant=quant,
             output_all_logits=flag("output_all_logits", output_all_logits, error=ConfigError),
-            padding_side=padding_side,
+            padding_side=padding_side if continuous_batching is None else "right",
             compilation_worker_count=workers,
             strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
             kv_cache_quant=kv_cache_quant,
+            continuous_batching=continuous_batching,
         ).items():
             object.__setattr__(self, name, value)
         _check(others)

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, Unpack, overload
 
-import numpy as np
-
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step
@@ -49,6 +47,8 @@ class NeuronAutoModelForCausalLM:
     def __init__(self, origin: Origin, backend: str, neuron_config: NeuronConfig | None = None):
         self.settings, self.config = origin.settings, dict(origin.config)
         self.backend, self.neuron_config = backend, neuron_config or NeuronConfig()
+        if (batching := self.neuron_config.continuous_batching) is not None:
+            batching.require_fit(self.settings.slots, self.settings.buckets.capacity)
         self._origin = origin
         self._deployment = Once(lambda: origin.deployment)
         self._engine = Once(self._start)
@@ -204,7 +204,7 @@ class NeuronAutoModelForCausalLM:
             "Threads may share it; another process makes its own with from_pretrained"
         )
 
-    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> np.ndarray:
+    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> Any:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
@@ -212,9 +212,16 @@ class NeuronAutoModelForCausalLM:
                    on from what this thread's last call left.
         start_ids: [b], the first real position of each left-padded row; where `cache_ids` go on, that of its prompt.
 
+        With `NeuronConfig(continuous_batching=…)`, start_ids [n] or [n, 1] are the sequences of the rows, and cache_ids
+        [n, t] the positions of their tokens, followed by 0 for padding. A sequence begins at position 0, and goes on
+        where it ends or before. Rows that go on by several tokens have logits after each, [n, t, v]. A model that has
+        on_device_generation gives the tokens drawn, int64 [n, 1]. Torch tensors of ids have torch tensors returned.
+
         Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
         """
-        return self._client.logits(input_ids, cache_ids, start_ids)
+        return self._client.forward(input_ids, cache_ids, start_ids)
+
+    forward = __call__
 
     def sample(
         self,
