@@ -88,12 +88,13 @@ def choice_of(rng: random.Random, room: int) -> Choice:
 
 
 @pytest.mark.parametrize("compiled", [None, 8], ids=["on demand", "compiled"])
-@pytest.mark.parametrize("budget", [None, 5, 40])
+@pytest.mark.parametrize("budget", [None, 5, 40, "reserved"])
 @pytest.mark.parametrize("window", [None, 9, 0])
 @pytest.mark.parametrize("turns", [700, pytest.param(17_000, marks=pytest.mark.slow)])
 def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, window, turns) -> None:
     rng = random.Random(f"{compiled} {budget}")
-    engine = engine_of(compiled=compiled, budget=budget, window=window)
+    engine = engine_of(compiled=compiled, budget=None if budget == "reserved" else budget, window=window)
+    rest = list(engine.reserve(40)) if budget == "reserved" else []
     capacity = engine.scheduler.buckets.capacity
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(3)]
     callers: list[Caller] = []
@@ -106,6 +107,8 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
             callers += [Caller(prompt, c, t, [], turn) for c, t in zip(choices, tickets, strict=True)]
         if rng.random() < 0.02:
             engine.keep_prefix(rng.choice([None, *prefixes]))
+        if rest and rng.random() < 0.1:
+            engine.runtime.load([rest.pop()])
         engine.step()
         owners = [slot.sequence for slot in engine.scheduler.slots if slot.sequence is not None]
         assert len({id(owner) for owner in owners}) == len(owners)
