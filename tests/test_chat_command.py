@@ -16,7 +16,7 @@ from test_cli import run
 from test_terminal import PLAIN, environment
 
 from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
-from jx_neuron.cli.chat import _messages
+from jx_neuron.cli.chat import _messages, _typed_lines
 from jx_neuron.engine.conversation import Conversation
 
 TEMPLATE = (  # the tiny tokenizer has no newline
@@ -121,6 +121,14 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
 def test_messages_of_several_lines() -> None:
     lines = ["a\\", "b", '"""c', "", 'd"""', '"""e"""', "f", "g\\"]
     assert list(_messages(iter(lines))) == ["a\nb", "c\n\nd", "e", "f", "g\\"]
+
+
+def test_a_terminal_that_is_gone_ends_what_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(sign: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.input", gone)
+    assert list(_typed_lines()) == []
 
 
 # a shell may have had SIGINT ignored; the first terminal that a session's leader opens is where Ctrl-C comes from

@@ -131,6 +131,7 @@ def command(
     tp: options.Tp = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -154,6 +155,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -197,10 +199,14 @@ def _turn(chat: _Chat) -> bool:
 
 
 def _typed_lines() -> Iterator[str]:
-    with suppress(EOFError):
-        while True:
-            yield input(SIGN)
-    typer.echo(err=True)
+    while True:
+        try:
+            line = input(SIGN)
+        except (EOFError, OSError):  # Ctrl-D, or the terminal is gone
+            break
+        yield line
+    with suppress(OSError):
+        typer.echo(err=True)
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:

@@ -159,4 +159,8 @@ Target = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Merge a LoRA adapter, a folder of PEFT or a hub id.", show_default=False),
+]
 Demo = Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")]

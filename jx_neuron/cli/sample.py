@@ -63,6 +63,7 @@ def command(
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
     """Answer prompts with a model.
@@ -90,6 +91,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
 
