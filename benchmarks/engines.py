@@ -311,7 +311,8 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
 
 
 def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None) -> Ask:
-    """Starts a server that has /health, and ends it with this process. Gives a function that posts to a path of it."""
+    """Starts a server that has /health, and ends it with this process. Gives a function that posts JSON to a path, or
+    gets the path's text where there is none to post."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -328,6 +329,9 @@ def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: 
         time.sleep(0.1)
 
     def ask(path: str, asked: Any) -> Any:
+        if asked is None:
+            with urllib.request.urlopen(f"{url}/{path}") as answer:
+                return answer.read().decode()
         body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", body, headers)) as answer:
             return json.load(answer)

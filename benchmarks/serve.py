@@ -15,6 +15,7 @@ first_token_…:     seconds to a short request's answer of one token: alone, an
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -69,7 +70,10 @@ def server(task: Task) -> Ask:
     """The server of this package."""
     command = [sys.executable, "-m", "jx_neuron", "serve", task.folder]
     options = {"batch-size": task.batch, "n-positions": task.length}
-    return served(command, options, task.folder / "jx_neuron.log")
+    ask = served(command, options, task.folder / "jx_neuron.log")
+    while not re.search(r"^vllm:programs_to_load{.*} 0\.0$", ask("metrics", None), re.MULTILINE):
+        time.sleep(1)
+    return ask
 
 
 def engine(task: Task, options: argparse.Namespace) -> Callable[[list[list[int]]], object]:

@@ -40,12 +40,17 @@ class Arithmetic:
         self.table = np.full((0, positions), NOTHING)
         self.last, self.end = np.full(0, NOTHING), np.zeros(0, np.int64)
         self.runs: list[StepInput] = []
+        self.ready: set[ProgramKey] = set()
         if programs is not None:
             self._grow(slots)
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
         for key in programs:
+            self.ready.add(key)
             assert self.programs is None or key in self.programs, key.name
+
+    def loaded(self, program: ProgramKey) -> bool:
+        return program in self.ready
 
     def run(self, step: StepInput) -> StepOutput:
         key, arrays = step.key, step.arrays

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from jx_neuron.nn.sampling import Sampling, candidates, greedy, sample
+from jx_neuron.nn.sampling import NOT_FINITE, Sampling, candidates, greedy, sample
 from jx_neuron.nn.sharding import mesh
+from jx_neuron.runtime.cpu import sampling as cpu_sampling
 
 DRAWS = 20_000
 VOCAB = 48
@@ -106,6 +107,32 @@ def test_greedy_and_candidates_take_the_first_of_equals(shards: int) -> None:
     expected = np.argsort(-x, axis=-1, kind="stable")[:, :5]
     np.testing.assert_array_equal(np.asarray(token), expected)
     np.testing.assert_array_equal(np.asarray(value), np.take_along_axis(x, expected, -1))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [8, 64, 5000])
+def test_a_cpu_draws_the_same_tokens(count: int, ties: bool) -> None:
+    rng = np.random.default_rng(count + ties)
+    plain, fast = (jax.jit(function, static_argnums=2) for function in (sample, cpu_sampling.sample))
+    differing = 0
+    for spread in (0.01, 1, 4, 12):
+        x = rng.normal(0, spread, (64, 5000)).astype(np.float32)
+        x = np.abs(np.round(x * 2) / 2) if ties else x
+        by = Sampling(
+            rng.choice(np.float32([0.5, 1, 2]), 64),
+            rng.choice(np.int32([0, 1, 5, 50, 600]), 64),
+            rng.choice(np.float32([0.3, 0.9, 1]), 64),
+            rng.random(64, np.float32),
+        )
+        expected, got = (np.asarray(function(x, by, count)) for function in (plain, fast))
+        row = np.flatnonzero(expected != got)
+        differing += len(row)  # where the sums of weights are rounded to another side of the uniform number
+        assert (np.abs(x[row, expected[row]] - x[row, got[row]]) < 0.01).all()
+        reversed_rows = Sampling(*(field[::-1] for field in by))
+        np.testing.assert_array_equal(np.asarray(fast(x[::-1], reversed_rows, count))[::-1], got)
+    assert differing <= 2
+    x[3, 7], x[5, 9] = np.nan, np.inf
+    assert np.flatnonzero(np.asarray(fast(x, by, count)) == NOT_FINITE).tolist() == [3, 5]
 
 
 def test_a_uniform_number_of_almost_one_stays_inside() -> None:

@@ -88,12 +88,13 @@ def choice_of(rng: random.Random, room: int) -> Choice:
 
 
 @pytest.mark.parametrize("compiled", [None, 8], ids=["on demand", "compiled"])
-@pytest.mark.parametrize("budget", [None, 5, 40])
+@pytest.mark.parametrize("budget", [None, 5, 40, "reserved"])
 @pytest.mark.parametrize("window", [None, 9, 0])
 @pytest.mark.parametrize("turns", [700, pytest.param(17_000, marks=pytest.mark.slow)])
 def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, window, turns) -> None:
     rng = random.Random(f"{compiled} {budget}")
-    engine = engine_of(compiled=compiled, budget=budget, window=window)
+    engine = engine_of(compiled=compiled, budget=None if budget == "reserved" else budget, window=window)
+    rest = list(engine.reserve(40)) if budget == "reserved" else []
     capacity = engine.scheduler.buckets.capacity
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(3)]
     callers: list[Caller] = []
@@ -106,8 +107,10 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
             callers += [Caller(prompt, c, t, [], turn) for c, t in zip(choices, tickets, strict=True)]
         if rng.random() < 0.02:
             engine.keep_prefix(rng.choice([None, *prefixes]))
+        if rest and rng.random() < 0.1:
+            engine.runtime.load([rest.pop()])
         engine.step()
-        owners = [slot.sequence for slot in engine.scheduler._slots if slot.sequence is not None]
+        owners = [slot.sequence for slot in engine.scheduler.slots if slot.sequence is not None]
         assert len({id(owner) for owner in owners}) == len(owners)
         for caller in list(callers):
             while caller.ticket.ready:
@@ -127,7 +130,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
         assert caller.answer + drain(caller.ticket) == alone(caller.prompt, caller.choice)
     engine.step()
     assert not engine.scheduler.busy
-    assert engine.scheduler.free_slots >= 4
+    assert engine.scheduler.slots.free >= 4
     assert finished > turns / 20
     assert cancelled > turns / 500
 
@@ -172,6 +175,55 @@ def test_a_kept_prefix_is_computed_once() -> None:
             assert drain(engine.submit([*prefix, n, n], [CHOICE])[0]) == alone([*prefix, n, n], CHOICE)
         starts = [int(run.arrays["start_b"].max()) for run in engine.runtime.runs[before:]]
         assert min(starts) >= len(prefix)
+
+
+def test_turns_run_what_is_loaded_while_the_rest_is_loaded() -> None:
+    rng, engine = random.Random(0), engine_of()
+    rest = list(engine.reserve(16))
+    assert sorted(key.kind for key in engine.runtime.ready) == ["decode", "prefill", "score"]
+    callers: list[tuple[list[int], Choice, Ticket]] = []
+    while rest or engine.scheduler.busy:
+        if rest:
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+            choice = choice_of(rng, 20)
+            scored = rng.choice([None, None, 0])
+            callers.append((prompt, choice, engine.submit(prompt, [choice], prompt_logprobs=scored)[0]))
+            engine.runtime.load([rest.pop(rng.randrange(len(rest)))])
+        for _ in range(8):
+            ready, before = set(engine.runtime.ready), len(engine.runtime.runs)
+            engine.step()
+            assert {step.key for step in engine.runtime.runs[before:]} <= ready
+    for prompt, choice, ticket in callers:
+        assert drain(ticket) == alone(prompt, choice)
+    (ticket,) = engine.submit([1, 2, 3], [CHOICE])
+    assert drain(ticket) == alone([1, 2, 3], CHOICE)
+    assert [step.key.name for step in engine.runtime.runs[-8:]] == [
+        f"context4-b1-s4-k{VOCAB}",
+        *[f"decode-b1-s16-k{VOCAB}"] * 7,
+    ]
+
+
+def test_several_prompts_go_through_together_within_a_budget() -> None:
+    for budget, rows in ((16, [2, 2]), (32, [4]), (1, [1] * 4)):
+        engine = engine_of()
+        engine.runtime.load(engine.reserve(budget))
+        tickets = [engine.submit([n] * 7, [CHOICE])[0] for n in range(4)]
+        assert [drain(ticket) for ticket in tickets] == [alone([n] * 7, CHOICE) for n in range(4)]
+        assert [step.key.rows for step in engine.runtime.runs if step.key.tokens == 8] == rows
+
+
+def test_a_conversation_goes_on_from_the_tokens_that_were_drawn() -> None:
+    engine = engine_of()
+    engine.reserve(16)
+    prompt = list(range(1, 12))
+    answer = drain(engine.submit(prompt, [CHOICE])[0])
+    longer = [*prompt, *answer, 5, 6, 7]
+    (ticket,) = engine.submit(longer, [CHOICE])
+    assert drain(ticket) == alone(longer, CHOICE)
+    assert ticket.sequence.cached == len(prompt) + len(answer) - 1  # the last that was drawn was not computed
+    (ticket,) = engine.submit([1, 2, 3, 9], [CHOICE])
+    assert drain(ticket) == alone([1, 2, 3, 9], CHOICE)
+    assert ticket.sequence.cached == 0
 
 
 def test_rows_go_on_in_any_order_and_are_computed_again_where_they_lost_their_slots() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import serving
 
 from jx_neuron import SamplingParams
+from jx_neuron.artifact.folder import MANIFEST
+from jx_neuron.cli.serve import sizes
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> object:
 def client(model: object) -> Iterator[httpx.Client]:
     with serving.running(model) as url, httpx.Client(base_url=url, timeout=120) as client:
         yield client
+
+
+def test_programs_are_for_many_callers_and_short_turns(tmp_path: Path) -> None:
+    assert sizes("org/model", None, None, None) == dict(batch_size=(1, 2, 4, 8), context_length_estimate=[16, 32])
+    assert sizes(tmp_path, 6, 20, None) == dict(batch_size=(1, 2, 4, 6), context_length_estimate=[16])
+    assert sizes(tmp_path, 1, None, [64]) == dict(batch_size=(1,), context_length_estimate=[64])
+    (tmp_path / MANIFEST).write_text("{}")  # a saved model, which has its own
+    assert sizes(tmp_path, None, None, None) == {}
+    assert sizes(tmp_path, 4, None, [64]) == dict(batch_size=4, context_length_estimate=[64])
 
 
 def post(client: httpx.Client, path: str, status: int = 200, **fields: object) -> dict:

@@ -140,6 +140,15 @@ def test_what_is_sent_by_half_ends_in_time(sent: bytes, begins: bytes, client: h
     assert time.monotonic() - began < 5
 
 
+def test_a_connection_in_use_outlives_the_time_for_headers(client: httpx.Client) -> None:
+    url = client.base_url
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(1.5)
+
+
 def test_a_key_is_asked_for(model: object) -> None:
     with serving.running(model, api_keys=("one", "two")) as url, httpx.Client(base_url=url, timeout=60) as client:
         for header in ({}, {"Authorization": "Bearer on"}, {"Authorization": "one"}, {"Authorization": "Bearer \xff"}):

@@ -14,6 +14,7 @@ from jx_neuron.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 KEY = "JX_NEURON_API_KEY"
+BATCH, CONTEXT = 8, (16, 32)
 EXTRA = "starlette uvicorn prometheus-client llguidance"
 
 
@@ -40,8 +41,19 @@ def command(
             show_default=f"${KEY}, or none",
         ),
     ] = None,
-    batch_size: options.BatchSize = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Prompts answered at once.", show_default="8")
+    ] = None,
     n_positions: options.NPositions = None,
+    context_length_estimate: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of a prompt that a turn takes; more than once for several buckets.",
+            show_default="16 and 32 on a CPU",
+        ),
+    ] = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -89,7 +101,7 @@ def command(
     path = demo_model() if demo else options.model(argument)
     model = NeuronAutoModelForCausalLM.from_pretrained(
         path,
-        batch_size=batch_size,
+        **sizes(path, batch_size, n_positions, context_length_estimate),
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
@@ -113,6 +125,22 @@ def command(
 
     application = app(model, AsyncEngine(model, most_waiting=most_waiting), settings)
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
+
+
+def sizes(path: Any, batch_size: int | None, n_positions: int | None, context: list[int] | None) -> dict[str, Any]:
+    """The batch and context buckets of the programs; a saved model has its own where these are not given."""
+    import jax
+
+    from jx_neuron.runtime.deployment import choose_backend, is_artifact
+    from jx_neuron.step.buckets import powers_of_two
+
+    where = Path(path).expanduser()
+    if where.exists() and is_artifact(where):
+        given = dict(batch_size=batch_size, context_length_estimate=context)
+        return {name: value for name, value in given.items() if value is not None}
+    if context is None and choose_backend(None) == "xla" and jax.default_backend() == "cpu":
+        context = [t for t in CONTEXT if n_positions is None or t <= n_positions] or None
+    return dict(batch_size=powers_of_two(batch_size or BATCH), context_length_estimate=context)
 
 
 def _name(path: Any) -> str:

@@ -19,6 +19,7 @@ from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
 from jx_neuron.runtime.base import Runtime
 from jx_neuron.step.buckets import powers_of_two
+from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepOutput
 
 
@@ -131,7 +132,7 @@ class Engine:
             self.runtime.copy(np.array([source], np.int32), np.array([target], np.int32))
         for turn in plan.turns:
             try:
-                if turn.step.key.kind != "decode":
+                if turn.step.key.kind != "decode" and not self.reserved:
                     self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
                 output = self.runtime.run(turn.step)
                 if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # the next run may overwrite them
@@ -188,12 +189,12 @@ class Engine:
     def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
         """Computes tokens once, for the sequences that start with them; None drops the kept prefix."""
         with self.lock:
-            self.scheduler.keep_prefix(None, aside=False)
+            self.scheduler.slots.keep_prefix(None, aside=False)
             if tokens is None:
                 return
             sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
             self.compute([sequence])
-            target_slot = self.scheduler.keep_prefix(sequence, aside=self.runtime.programs is None)
+            target_slot = self.scheduler.slots.keep_prefix(sequence, aside=self.runtime.programs is None)
             if target_slot is not None:
                 self.runtime.copy(np.array([sequence.slot], np.int32), np.array([target_slot], np.int32))
             self.scheduler.close(sequence)
@@ -221,19 +222,26 @@ class Engine:
         self.scheduler.forget()
         self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
 
-    def reserve(self, budget: int, candidates: Iterable[int]) -> None:
+    def reserve(self, budget: int) -> SequenceOf[ProgramKey]:
         """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
 
-        The state table keeps its largest size from now on, and a turn takes at most `budget` tokens of prompts.
+        The state table keeps its largest size from now on, a turn takes at most `budget` tokens of prompts, and where
+        the runtime compiles on demand, every program draws from the whole vocabulary.
 
-        candidates: the numbers of candidates whose programs are loaded now.
+        Returns programs that are faster than those in use, for `runtime.load`; another thread may load them.
         """
         with self.lock:
-            self.scheduler.budget, self.reserved = budget, True
-            self._discard_state()
+            self.reserved = True
             if self.runtime.programs is None:
-                self.runtime.load(key for count in candidates for key in self.scheduler.programs(count))
+                readiness = self.scheduler.reserve(budget, self.vocab_size, self.runtime.loaded)
+                first, rest = readiness.first, readiness.rest
+            else:
+                self.scheduler.budget = budget
+                first, rest = sorted(self.runtime.programs), []
+            self._discard_state()
+            self.runtime.load(first)
             self.compute([sequence := Sequence([0], sink=Collector(self))])
             self.scheduler.close(sequence)
             if self.scheduler.batch_sizes[-1] > 1:
                 self.runtime.copy(np.array([0], np.int32), np.array([1], np.int32))
+            return rest

@@ -5,37 +5,22 @@ turn may be planned before the tokens of the one before it are known: a decode s
 last".
 """
 
-import math
-import weakref
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from jx_neuron.engine.readiness import Readiness
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
+from jx_neuron.engine.slots import Copy, Slots
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
 MOST_PASSED_OVER = 3
 """Turns that a prompt waits at most while others, of fewer remaining tokens, go before it; then it is next."""
-
-
-@dataclass
-class _Slot:
-    """A slot's owner; without one, what it holds and whose that was."""
-
-    owner: "weakref.ref[Sequence] | None" = None
-    tokens: list[int] = field(default_factory=list)
-    prompt: int = 0
-    former: "weakref.ref[Sequence] | None" = None
-    written: int = 0
-
-    @property
-    def sequence(self) -> Sequence | None:
-        return self.owner() if self.owner is not None else None
 
 
 class Scheduler:
@@ -48,7 +33,8 @@ class Scheduler:
     rotations:    how RoPE depends on a prompt's length, None where it does not.
     window:       how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
                   that can go back by one token; by none where the window is 0, as with recurrent layers.
-    budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
+    budget:       most tokens of prompts in a turn, where one row does not take more; None for no limit. Within a
+                  budget, chunks behind others take the fewest rows.
     """
 
     def __init__(
@@ -64,15 +50,30 @@ class Scheduler:
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
+        self._whole_sizes = [t for t in buckets.context if t > 1]
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
-        self._candidates, self._rotations, self._window, self.budget = candidates, rotations, window, budget
-        self._slots = [_Slot() for _ in range(batch_sizes[-1])]
+        self._candidates, self._rotations, self.budget = candidates, rotations, budget
+        self.slots = Slots(batch_sizes[-1], buckets.context[-1], rotations, window)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._clock = 0
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
-        self.prefix: list[int] = []
-        """Tokens that are kept for sequences that start with them: their slot is taken by others last."""
+        self._readiness: Readiness | None = None
+
+    def reserve(self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool]) -> Readiness:
+        """Plans for callers that come and go, from now on: turns within a budget, of programs that are `loaded`.
+
+        All draw from so many candidates. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
+        at least: a slot's owner may be another caller, whose chunks have other boundaries, and who drew some of them.
+
+        Returns the programs to load.
+        """
+        self.budget, self._candidates = budget, candidates
+        self.slots.take_any(self._whole_sizes[0] if self._whole_sizes else 1)
+        self._readiness = Readiness.of(
+            self.buckets, self.batch_sizes, self.prompt_rows, self._chunk_sizes, budget, candidates, loaded
+        )
+        return self._readiness
 
     def submit(self, sequence: Sequence, *, first: bool = False) -> None:
         """Has a sequence computed, and its tokens drawn; `first`, before all that wait."""
@@ -93,29 +94,12 @@ class Scheduler:
     def close(self, sequence: Sequence) -> None:
         """Ends a sequence; its slot is free, and what it holds may serve another."""
         self.pause(sequence)
-        self._release(sequence)
+        self.slots.release(sequence)
 
     @property
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
-
-    @property
-    def free_slots(self) -> int:
-        """Slots without an owner."""
-        return sum(slot.sequence is None for slot in self._slots)
-
-    def keep_prefix(self, sequence: Sequence | None, *, aside: bool) -> int | None:
-        """Keeps the tokens of a computed sequence, or None, for those that start with them, in its slot.
-
-        aside: in a slot behind those that decode, whose number is given: it is to be copied there.
-        """
-        del self._slots[self.batch_sizes[-1] :]
-        self.prefix = [] if sequence is None else list(sequence.tokens)
-        if sequence is None or not aside:
-            return None
-        self._slots.append(_Slot(None, self.prefix, sequence.prompt, written=sequence.written))
-        return len(self._slots) - 1
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -124,21 +108,19 @@ class Scheduler:
 
     def sizes(self) -> tuple[int, int] | None:
         """Slots and positions for what waits, where nothing that any slot holds is needed; else None."""
-        if not self._waiting or self.prefix or self.free_slots < len(self._slots):
+        slots = self.slots
+        if not self._waiting or slots.prefix or slots.free < len(slots):
             return None
-        if any(self._reusable(sequence, slot) for sequence in self._waiting for slot in self._slots):
+        if any(slots.reusable(sequence, slot) for sequence in self._waiting for slot in slots):
             return None
-        most = min(len(self._waiting), len(self._slots))
+        most = min(len(self._waiting), len(slots))
         longest = max(sequence.length for sequence in list(self._waiting)[:most])
-        slots = max(fit(self.batch_sizes, most), fit(self.prompt_rows, most))
-        return slots, self.buckets.positions(min(longest + 1, self.buckets.capacity))
+        rows = max(fit(self.batch_sizes, most), fit(self.prompt_rows, most))
+        return rows, self.buckets.positions(min(longest + 1, self.buckets.capacity))
 
     def forget(self) -> None:
         """Has no slot hold anything, as after a fault: sequences with slots are computed again."""
-        lost = [sequence for slot in self._slots if (sequence := slot.sequence) is not None]
-        self._slots = [_Slot() for _ in self._slots]
-        for sequence in lost:
-            sequence.slot, sequence.computed, sequence.pending = None, 0, 0
+        self.slots.forget()
         self.preemptions += len(self._running)
         self._waiting.extendleft(reversed(self._running))
         self._running = []
@@ -148,14 +130,14 @@ class Scheduler:
         self._clock += 1
         copies = self._admit()
         for sequence in self._running:
-            if self._is_lost(sequence.computed, sequence.written):
+            if self.slots.is_lost(sequence.computed, sequence.written):
                 sequence.computed = 0
         ready = [sequence for sequence in self._running if sequence.remaining > 0]
         stepwise = [sequence for sequence in ready if self._count(sequence) == 1]
-        copies += self._compact(stepwise)
+        copies += self.slots.compact(stepwise, self.batch_sizes)
         turns = [self._decode(stepwise)] if stepwise else []
         if chunked := [sequence for sequence in ready if self._count(sequence) > 1]:
-            turns.append(self._prefill(chunked, len(stepwise)))
+            turns.append(self._prefill(chunked))
         return Plan(tuple(copies), tuple(turns))
 
     def upcoming(self, turn: Turn) -> list[ProgramKey]:
@@ -174,115 +156,22 @@ class Scheduler:
             keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
         return keys
 
-    def _admit(self) -> list[tuple[int, int]]:
+    def _admit(self) -> list[Copy]:
         """Gives waiting sequences slots, and says what is to be copied there."""
         copies = []
-        while self._waiting and (choice := self._choose(self._waiting[0])) is not None:
-            sequence = self._waiting.popleft()
-            number, source, length = choice
-            if source not in (None, number):
-                copies.append((source, number))
-            if sequence.source is None:
-                sequence.cached = length
+        while self._waiting:
+            sequence = self._waiting[0]
+            fresh = sequence.source is None
+            if (admitted := self.slots.admit(sequence, self._running, self._clock)) is None:
+                break
+            copied, held = admitted
+            copies += copied
+            if fresh:
+                sequence.cached = held
                 self.prefix_queries += len(sequence.tokens)
-                self.prefix_hits += length
-            self._take(sequence, number, length, self._slots[number if source is None else source])
-            self._running.append(sequence)
+                self.prefix_hits += held
+            self._running.append(self._waiting.popleft())
         return copies
-
-    def _choose(self, sequence: Sequence) -> tuple[int, int | None, int] | None:
-        """A slot for a sequence, the slot to copy from (None for nothing) and how many tokens it then holds."""
-        reusable = [self._reusable(sequence, slot) for slot in self._slots]
-        places = range(self.batch_sizes[-1])
-        free = [number for number in places if self._slots[number].sequence is None]
-        source = max(range(len(reusable)), key=lambda number: (reusable[number], number in free))
-        if reusable[source] and source in free:
-            return source, source, reusable[source]
-        if not free:
-            owners = [owner for slot in self._slots if (owner := slot.sequence) is not None]
-            idle = [owner for owner in owners if owner not in self._running]
-            if not idle:
-                return None
-            oldest = min(idle, key=lambda owner: owner.used)
-            free = [number for number, slot in enumerate(self._slots) if slot.sequence is oldest]
-            self._release(oldest)
-            oldest.computed = 0
-            reusable[free[0]] = 0
-        number = min(free, key=lambda number: (self._keeps_prefix(self._slots[number]), number))
-        return number, source if reusable[source] else None, reusable[source]
-
-    def _is_lost(self, count: int, written: int) -> bool:
-        """Whether a slot that was written up to `written` holds no longer what follows on `count` tokens."""
-        if self._window is None or written <= self._window:
-            return False
-        return count < written - (1 if self._window else 0)
-
-    def _reusable(self, sequence: Sequence, slot: _Slot) -> int:
-        """How many tokens of a sequence may be taken from a slot.
-
-        Of its source or the kept prefix any number; else whole chunks of a prompt, as it would compute them itself.
-        None where the slot has lost what would follow on them.
-        """
-        written = slot.written if slot.sequence is None else slot.sequence.written
-        count = self._common(sequence, slot)
-        return 0 if self._is_lost(count, written) else count
-
-    def _common(self, sequence: Sequence, slot: _Slot) -> int:
-        if sequence.every_logits and sequence.source is None:
-            return 0
-        owner = slot.sequence
-        if owner is None:
-            tokens, valid, prompt = slot.tokens, len(slot.tokens), slot.prompt
-        else:
-            tokens, valid, prompt = owner.tokens, min(owner.computed, len(owner.tokens)), owner.prompt
-        valid = min(valid, len(sequence.tokens) - 1)
-        if valid < 1:
-            return 0
-        former = slot.former() if slot.former is not None else None
-        if sequence.source is not None and sequence.source in (owner, former):
-            return _common(tokens, sequence.tokens, valid)
-        if self._rotations is not None:
-            if not self._rotations.same(prompt, sequence.prompt):
-                return 0
-            valid = min(valid, prompt, sequence.prompt)
-        prefix = min(len(self.prefix), valid)
-        if prefix and sequence.tokens[: len(self.prefix)] == self.prefix and tokens[:prefix] == self.prefix[:prefix]:
-            return prefix
-        chunk = self.buckets.context[-1]
-        return _common(tokens, sequence.tokens, min(valid, prompt, sequence.prompt)) // chunk * chunk
-
-    def _keeps_prefix(self, slot: _Slot) -> bool:
-        return bool(self.prefix) and slot.tokens[: len(self.prefix)] == self.prefix
-
-    def _take(self, sequence: Sequence, number: int, computed: int, source: _Slot) -> None:
-        written = source.written if source.sequence is None else source.sequence.written
-        self._slots[number] = _Slot(weakref.ref(sequence))
-        sequence.slot, sequence.computed, sequence.pending, sequence.source = number, computed, 0, None
-        sequence.written, sequence.used = written if computed else 0, self._clock
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.slot is not None:
-            valid = min(sequence.computed, len(sequence.tokens))
-            self._slots[sequence.slot] = _Slot(
-                None, sequence.tokens[:valid], sequence.prompt, weakref.ref(sequence), sequence.written
-            )
-            sequence.slot = None
-
-    def _compact(self, stepwise: SequenceOf[Sequence]) -> list[tuple[int, int]]:
-        """Moves sequences to lower slots where a smaller decode step then takes all."""
-        owned = [slot.sequence for slot in self._slots if slot.sequence is not None]
-        least = fit(self.batch_sizes, len(owned))
-        if not stepwise or fit(self.batch_sizes, 1 + max(s.slot or 0 for s in stepwise)) <= least:
-            return []
-        moves = []
-        free = [number for number in range(least) if self._slots[number].sequence is None]
-        for sequence in owned:
-            if sequence is not None and sequence.slot is not None and sequence.slot >= least:
-                source, target = sequence.slot, free.pop(0)
-                self._slots[source], self._slots[target] = _Slot(), self._slots[source]
-                sequence.slot = target
-                moves.append((source, target))
-        return moves
 
     def _extent(self, sequence: Sequence) -> int:
         """The length of the sequence that the next token is computed in."""
@@ -294,7 +183,7 @@ class Scheduler:
     def _count(self, sequence: Sequence) -> int:
         """How many tokens the next step takes of a sequence, at most; 1 in a decode step."""
         count = self._extent(sequence) - sequence.computed
-        sizes = self._chunk_sizes if sequence.computed else [t for t in self.buckets.context if t > 1]
+        sizes = self._chunk_sizes if sequence.computed else self._whole_sizes
         return min(count, sizes[-1]) if sizes else 1
 
     def _positions(self, length: int, tokens: int) -> int:
@@ -306,68 +195,53 @@ class Scheduler:
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
         positions = self.buckets.positions(1 + max(sequence.computed for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
-        return self._turn("decode", rows, 1, positions, slots, dict.fromkeys(slots, 1))
+        wanted = self._key("decode", rows, 1, positions, sequences)
+        return self._turn(self._fitting(wanted, behind=True) or wanted, slots, dict.fromkeys(slots, 1))
 
-    def _prefill(self, sequences: SequenceOf[Sequence], decoding: int) -> Turn:
+    def _prefill(self, sequences: SequenceOf[Sequence]) -> Turn:
         """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
 
         The boundaries of a prompt's chunks are its own, whatever others there are.
         """
         sequences = sorted(sequences, key=self._precedence)
         first = sequences[0]
-        alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (first.computed > 0, first.every_logits)]
-        sizes = self._chunk_sizes if first.computed else [t for t in self.buckets.context if t > 1]
-        chosen = self._within_budget(alike[: self.prompt_rows[-1]], sizes, decoding)
-        t = fit(sizes, max(map(self._count, chosen)))
-        counts = [min(t, self._count(sequence)) for sequence in chosen]
-        ends = [sequence.computed + count for sequence, count in zip(chosen, counts, strict=True)]
-        positions = self._positions(max(ends), t) if first.computed else t
-        rows = fit(self.prompt_rows, len(chosen))
+        behind = first.computed > 0
         kind: Kind = "score" if first.every_logits else "prefill"
-        return self._turn(kind, rows, t, positions, dict(enumerate(chosen)), dict(enumerate(counts)))
+        alike = [s for s in sequences if (s.computed > 0, s.every_logits) == (behind, first.every_logits)]
+        sizes = self._chunk_sizes if behind else self._whole_sizes
+        for n in range(min(len(alike), self.prompt_rows[0 if behind and self.budget else -1]), 0, -1):
+            counts = list(map(self._count, alike[:n]))
+            t, rows = fit(sizes, max(counts)), fit(self.prompt_rows, n)
+            end = max(sequence.computed + count for sequence, count in zip(alike, counts, strict=False))
+            wanted = self._key(kind, rows, t, self._positions(end, t) if behind else t, alike[:n])
+            key = self._fitting(wanted, behind=behind)
+            if n == 1 or (key is not None and (self.budget is None or rows * t <= self.budget)):
+                break
+        return self._turn(key or wanted, dict(enumerate(alike[:n])), dict(enumerate(counts)))
 
     def _precedence(self, sequence: Sequence) -> tuple[int, int]:
         """Prompts that others went before for long come first, then those of the fewest remaining tokens."""
         passed_over = self._clock - sequence.used > MOST_PASSED_OVER
         return (0, sequence.used) if passed_over else (1, sequence.remaining)
 
-    def _within_budget(
-        self, sequences: SequenceOf[Sequence], sizes: SequenceOf[int], decoding: int
-    ) -> SequenceOf[Sequence]:
-        """The first of `sequences`, and those after it whose step exceeds neither the budget nor its own. Chunks behind
-        others take the fewest rows, so that there are few programs."""
-        if self.budget is None:
-            return sequences
-        if sequences[0].computed:
-            return sequences[: self.prompt_rows[0]]
-        counts = list(map(self._count, sequences))
-        tokens = [fit(self.prompt_rows, n) * fit(sizes, max(counts[:n])) for n in range(1, len(counts) + 1)]
-        most = max(self.budget - decoding, tokens[0])
-        return sequences[: sum(n <= most for n in tokens)]
+    def _key(self, kind: Kind, rows: int, tokens: int, positions: int, sequences: SequenceOf[Sequence]) -> ProgramKey:
+        """The smallest program for a step of `sequences`."""
+        candidates = [s.drawing.candidates for s in sequences if s.drawing is not None]
+        return ProgramKey(kind, rows, tokens, positions, self._candidates or max(candidates, default=1))
 
-    def programs(self, candidates: int) -> list[ProgramKey]:
-        """The programs of every turn within the budget that draws from so many candidates, without scores."""
-        least, tokens = self.prompt_rows[0], self.buckets.tokens
-        room = max(self.budget or math.inf, least * self.buckets.context[-1])
-        whole = [(rows, t, t) for rows in self.prompt_rows for t in self.buckets.context if t > 1 and rows * t <= room]
-        behind = [(least, t, s) for t in self._chunk_sizes for s in tokens if s > t]
-        decode = [ProgramKey("decode", rows, 1, s, candidates) for rows in self.batch_sizes for s in tokens]
-        return decode + [ProgramKey("prefill", *sizes, candidates) for sizes in (*whole, *behind)]
+    def _fitting(self, wanted: ProgramKey, *, behind: bool) -> ProgramKey | None:
+        return wanted if self._readiness is None else self._readiness.fitting(wanted, behind=behind)
 
-    def _turn(
-        self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]
-    ) -> Turn:
+    def _turn(self, key: ProgramKey, sequences: dict[int, Sequence], counts: dict[int, int]) -> Turn:
         """A step of sequences by row, which count as computed from now on."""
-        wanted = [s.drawing.candidates for s in sequences.values() if s.drawing is not None]
-        key = ProgramKey(kind, rows, t, positions, self._candidates or max(wanted, default=1))
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
         for name in ("temperature_b", "top_k_b", "top_p_b"):
             if name in arrays:
                 arrays[name][:] = 1
         if "slot_b" in arrays:
             taken = {sequence.slot for sequence in sequences.values()}
-            others = iter([number for number in range(len(self._slots)) if number not in taken])
-            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(rows)]
+            others = iter([number for number in range(len(self.slots)) if number not in taken])
+            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(key.rows)]
             arrays["slot_b"][:] = np.array(slot_b, np.int32)
         turn_rows = []
         for index, sequence in sequences.items():
@@ -393,10 +267,3 @@ class Scheduler:
         if sequence.drawing is not None:
             sequence.pending -= 1
         sequence.tokens.append(token)
-
-
-def _common(a: SequenceOf[int], b: SequenceOf[int], most: int) -> int:
-    """How many tokens two sequences have in common from their beginning, up to `most`."""
-    if a[:most] == b[:most]:
-        return most
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

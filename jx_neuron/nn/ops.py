@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jx_neuron.nn import blocks
+from jx_neuron.nn import blocks, sampling
 from jx_neuron.nn.encoded import Entries, codes, scaled
+from jx_neuron.nn.sampling import Sampling
 
 T = TypeVar("T")
 
@@ -78,6 +79,10 @@ class Ops:
         if self.IN_BLOCKS and blocks.pay(b * t, c, layer.count, layer.width // self.cores):
             return layer.in_blocks(x_btd, weight_btc, index_btc, self.cores)
         return layer.dense(x_btd, weight_btc, index_btc)
+
+    def sample(self, logits_bv: Array, by: Sampling, count: int, shards: int) -> Array:
+        """A token of each row; see `jx_neuron.nn.sampling.sample`."""
+        return sampling.sample(logits_bv, by, count, shards)
 
 
 PLAIN = Ops()

@@ -65,9 +65,14 @@ def candidates(logits_bv: Array, count: int, shards: int = 1) -> tuple[Array, Ar
 
 def _largest_if_finite(logits_bv: Array, count: int) -> tuple[Array, Array]:
     value_bk, token_bk = _largest(logits_bv, count)
+    return value_bk, jnp.where(are_finite(logits_bv)[:, None], token_bk, NOT_FINITE)
+
+
+def are_finite(logits_bv: Array) -> Array:
+    """Whether all logits of a row are finite, bool [b]."""
     # comparisons, since backends differ in what a maximum makes of NaN
     finite_bv = (jnp.abs(logits_bv) <= jnp.finfo(logits_bv.dtype).max).astype(jnp.float32)
-    return value_bk, jnp.where(finite_bv.min(-1, keepdims=True) > 0, token_bk, NOT_FINITE)
+    return finite_bv.min(-1) > 0
 
 
 def _largest(x_bv: Array, count: int) -> tuple[Array, Array]:

@@ -18,7 +18,11 @@ class Runtime(Protocol):
         ...
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
-        """Loads or compiles programs, so that their first run does not wait."""
+        """Loads or compiles programs, so that their first run does not wait; a thread may, while another runs steps."""
+        ...
+
+    def loaded(self, program: ProgramKey) -> bool:
+        """Whether the program's first run does not wait."""
         ...
 
     def run(self, step: StepInput) -> StepOutput:

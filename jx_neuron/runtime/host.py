@@ -39,6 +39,9 @@ class HostRuntime:
         missing = [key for name, key in by_name.items() if name not in self._executables]
         map_concurrently(self._executable, missing, "compiling for the host")
 
+    def loaded(self, program: ProgramKey) -> bool:
+        return self._bundle.find(program).name in self._executables
+
     def run(self, step: StepInput) -> StepOutput:
         program, executable = self._bundle.find(step.key), self._executable(step.key)
         params, state = iter(self._params), iter(self._state)

@@ -68,6 +68,9 @@ class NeuronRuntime:
         for program in track(missing, "loading programs", len(missing)):
             self._executor(program)
 
+    def loaded(self, program: ProgramKey) -> bool:
+        return self._bundle.find(program).name in self._executors
+
     def run(self, step: StepInput) -> StepOutput:
         program = self._bundle.find(step.key)
         executor = self._executor(program)

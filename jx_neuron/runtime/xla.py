@@ -67,8 +67,12 @@ class XlaRuntime:
     def load(self, programs: Iterable[ProgramKey]) -> None:
         keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
         missing = [key for key in keys if key not in self._compiled]
-        for key in track(missing, "compiling", len(missing)):  # two at once take more memory and, on two cores, as long
+        shown = track(missing, "compiling", len(missing)) if missing[1:] else missing
+        for key in shown:  # two at once take more memory and, on two cores, as long
             self._program(*key)
+
+    def loaded(self, program: ProgramKey) -> bool:
+        return (program, *self._sizes_for(program)) in self._compiled
 
     def run(self, step: StepInput) -> StepOutput:
         key = step.key

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "application": "app",
-        "async_engine": "AsyncEngine DeadlineExceeded EngineFailed QueueFull ShuttingDown Stats Stream Timings",
+        "async_engine": "AsyncEngine Stats",
+        "stream": "DeadlineExceeded EngineFailed QueueFull ShuttingDown Stream Timings",
         "server": "Server raise_file_limit",
         "settings": "ServerSettings",
     },

@@ -9,9 +9,9 @@ from typing import Any
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.engine.stopping import Detokenizer
 from jx_neuron.engine.ticket import Event
-from jx_neuron.serve.async_engine import Stream
 from jx_neuron.serve.protocol import Sampling
 from jx_neuron.serve.served import Served
+from jx_neuron.serve.stream import Stream
 
 BUFFERED = 64  # events of a request with several prompts that wait for its reader
 

@@ -1,67 +1,29 @@
 """Many callers on one event loop: one thread steps the engine, and sends what each turn gave to the loop at once."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
-from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple
+from threading import Thread, main_thread
+from typing import TYPE_CHECKING
 
-from jx_neuron.engine.generation import Request, RunningAnswer, start
-from jx_neuron.engine.likelihood import Likelihood
+from jx_neuron.engine.generation import start
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.engine.ticket import Event
-from jx_neuron.errors import JxNeuronError
+from jx_neuron.serve.stream import DeadlineExceeded, EngineFailed, News, QueueFull, ShuttingDown, Stream
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.util.progress import track
 
 if TYPE_CHECKING:
     from jx_neuron.llm.model import NeuronAutoModelForCausalLM
 
+LOG = logging.getLogger("jx_neuron.serve")
 MOST_FAILURES = 3
 """Turns in a row that fail before the engine counts as unhealthy."""
-
-
-class QueueFull(JxNeuronError):  # noqa: N818
-    """As many requests wait as may.
-
-    retry_after: seconds in which as many would begin at the recent rate, 1 to 60.
-    """
-
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests wait, as many as may; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
-
-
-class ShuttingDown(JxNeuronError):  # noqa: N818
-    """The engine takes no more requests, or has ended this one, since it shuts down."""
-
-
-class DeadlineExceeded(JxNeuronError):  # noqa: N818
-    """The request's deadline passed before its answers ended."""
-
-
-class EngineFailed(JxNeuronError):  # noqa: N818
-    """A turn failed for good, or hangs."""
-
-
-@dataclass
-class Timings:
-    """When a request went through its stages, by `time.perf_counter()`; None for stages ahead.
-
-    arrived:       it was submitted.
-    started:       it was given a slot.
-    first_token:   its first token was drawn.
-    finished:      its last answer ended.
-    cached_tokens: tokens of the prompt whose state was found in a slot.
-    """
-
-    arrived: float
-    started: float | None = None
-    first_token: float | None = None
-    finished: float | None = None
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +37,7 @@ class Stats:
     prefix_queries:    tokens of prompts that were looked for in slots.
     prefix_hits:       tokens of those that were found.
     preemptions:       answers that lost their slot, and were computed again.
+    to_load:           programs that are yet to be compiled; answers are slower until there are none.
     """
 
     running: int
@@ -85,76 +48,7 @@ class Stats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
-
-
-class _News(NamedTuple):
-    """What a turn gave for a stream; `ended` once nothing follows."""
-
-    stream: "Stream"
-    events: Sequence[Event]
-    error: BaseException | None
-    ended: bool
-
-
-class Stream:
-    """The events of a request's answers, as an asynchronous iterator; it raises the request's error.
-
-    timings: when the request went through its stages.
-    """
-
-    def __init__(self, engine: "AsyncEngine", request: Request):
-        self._engine, self.request = engine, request
-        self.timings = Timings(time.perf_counter())
-        self.answers: list[RunningAnswer] = []  # of the engine's thread
-        self.cancelled = False  # written on the loop, and read by the thread
-        self._events = deque[Event]()
-        self._error: BaseException | None = None
-        self._ended = False
-        self._reader: asyncio.Future[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def prompt_logprobs(self) -> list[Likelihood | None] | None:
-        """The likelihood of each token of the prompt, None for the first; known once there is an event. None where
-        they were not requested."""
-        return self.answers[0].ticket.prompt_likelihoods if self.answers else None
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Event:
-        while not self._events:
-            if self._error is not None:
-                error, self._error = self._error, None
-                raise error
-            if self._ended:
-                raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        return self._events.popleft()
-
-    def cancel(self) -> None:
-        """Ends the answers; their slots are free at the next turn. Nothing happens where they have ended."""
-        self._engine.end(self, None)
-
-    def receive(self, events: Iterable[Event], error: BaseException | None, ended: bool) -> None:
-        """Takes what a turn gave, on the loop."""
-        if self._ended:
-            return
-        self._events.extend(events)
-        self._error, self._ended = error, ended
-        if ended and self.timer is not None:
-            self.timer.cancel()
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    @property
-    def ended(self) -> bool:
-        """Whether no event will be added."""
-        return self._ended
+    to_load: int
 
 
 class AsyncEngine:
@@ -162,12 +56,13 @@ class AsyncEngine:
 
     most_waiting:     requests that may wait for a slot before `submit` raises QueueFull.
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
-    readied:          sampling parameters whose programs are loaded before the first turn; others load theirs when they
-                      are first used, while all wait.
+    tokens_per_turn:  most tokens of prompts in a turn.
 
-    A turn takes one token of each answer, then as many tokens of prompts as the model's largest context bucket has. So
-    its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 32 suits a
-    CPU.
+    A turn takes one token of each answer, then the first chunk of as many prompts as `tokens_per_turn` permits, or a
+    later chunk of one. A chunk is as long as the model's largest context bucket, so its `context_length_estimate` is
+    how long a prompt may stall others: 16 and 32 suit a CPU.
+
+    It is ready once it has programs that fit every turn. A thread then loads those that are faster.
     """
 
     def __init__(
@@ -176,12 +71,15 @@ class AsyncEngine:
         *,
         most_waiting: int = 256,
         seconds_per_turn: float = 60.0,
-        readied: Sequence[SamplingParams] = (SamplingParams(), SamplingParams(temperature=1.0)),
+        tokens_per_turn: int = 256,
     ):
-        self._readied = readied
+        self._tokens_per_turn = tokens_per_turn
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
+        self._loader = Thread(target=self._load_faster, name="jx-neuron-loader")
+        self._faster: Sequence[ProgramKey] = ()
+        self._to_load = 0
         self._wake = Flag()
         self._arrived = deque[Stream]()  # the loop appends, the thread takes
         self._live: dict[Stream, None] = {}  # of the loop
@@ -217,12 +115,13 @@ class AsyncEngine:
         return Stats(
             running,
             answers - running,
-            min(slots - scheduler.free_slots, slots) / slots,
+            min(slots - scheduler.slots.free, slots) / slots,
             self._prompt_tokens,
             self._generation_tokens,
             scheduler.prefix_queries,
             scheduler.prefix_hits,
             scheduler.preemptions,
+            self._to_load,
         )
 
     def submit(
@@ -248,7 +147,7 @@ class AsyncEngine:
         waiting = sum(stream.timings.started is None for stream in self._live)
         if waiting >= self._most_waiting:
             raise QueueFull(waiting, self._retry_after(waiting))
-        stream = Stream(self, request)
+        stream = Stream(request, self.end)
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         if deadline is not None:
@@ -262,11 +161,11 @@ class AsyncEngine:
         self._wake.set()
         return stream
 
-    def end(self, stream: Stream, error: BaseException | None) -> None:
+    def end(self, stream: Stream, error: BaseException | None = None) -> None:
         """Ends a stream before its answers have ended, on the loop."""
         if not stream.ended:
             stream.cancelled = True
-            self._receive([_News(stream, (), error, True)])
+            self._receive([News(stream, (), error, True)])
             self._wake.set()
 
     async def shutdown(self, seconds: float | None = None) -> None:
@@ -305,7 +204,7 @@ class AsyncEngine:
         for stream in list(self._live):
             self.end(stream, error)
 
-    def _receive(self, news: Iterable[_News]) -> None:
+    def _receive(self, news: Iterable[News]) -> None:
         """Takes what a turn gave, on the loop."""
         for stream, events, error, ended in news:
             stream.receive(events, error, ended)
@@ -344,22 +243,35 @@ class AsyncEngine:
             self._failure = error
             for stream in running:
                 _close(stream)
-            self._send([_News(stream, (), self._failed(), True) for stream in (*running, *self._arrived)])
+            self._send([News(stream, (), self._failed(), True) for stream in (*running, *self._arrived)])
         finally:
             self._turn_began = None
+            if self._loader.ident is not None:
+                self._loader.join()
 
     def _warm_up(self) -> None:
-        model = self._model
-        candidates = {model.request([0], sampling).choices[0].draw.candidates for sampling in self._readied}
-        model.engine.reserve(model.buckets.context[-1], sorted(candidates))
+        engine, chunk = self._model.engine, self._model.buckets.context[-1]
+        self._faster = engine.reserve(max(chunk, self._tokens_per_turn))
+        self._to_load = len(self._faster)
+        self._loader.start()
         self._ready = True
 
-    def _send(self, news: Sequence[_News]) -> None:
+    def _load_faster(self) -> None:
+        try:
+            for program in track(self._faster, "compiling", len(self._faster)):
+                if self._stopping or not main_thread().is_alive():  # a compilation has to end before the process does
+                    return
+                self._model.runtime.load([program])
+                self._to_load -= 1
+        except Exception:  # those that are loaded serve
+            LOG.exception("a program cannot be compiled")
+
+    def _send(self, news: Sequence[News]) -> None:
         if news and self._loop is not None:
             with suppress(RuntimeError):  # of a loop that is closed
                 self._loop.call_soon_threadsafe(self._receive, news)
 
-    def _news(self, stream: Stream) -> _News:
+    def _news(self, stream: Stream) -> News:
         """What the last turn gave for a stream."""
         timings, now = stream.timings, time.perf_counter()
         if timings.started is None and (sequence := stream.answers[0].ticket.sequence).slot is not None:
@@ -383,7 +295,7 @@ class AsyncEngine:
         ended = error is not None or all(answer.ticket.closed and not answer.ticket.ready for answer in stream.answers)
         if ended:
             timings.finished = now
-        return _News(stream, events, error, ended)
+        return News(stream, events, error, ended)
 
 
 def _close(stream: Stream) -> None:

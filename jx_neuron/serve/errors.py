@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from jx_neuron.errors import JxNeuronError, NonFiniteError
-from jx_neuron.serve.async_engine import DeadlineExceeded, EngineFailed, QueueFull, ShuttingDown
+from jx_neuron.serve.stream import DeadlineExceeded, EngineFailed, QueueFull, ShuttingDown
 
 LOG = logging.getLogger("jx_neuron.serve")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

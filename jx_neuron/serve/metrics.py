@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from jx_neuron.serve.async_engine import AsyncEngine, Timings
+from jx_neuron.serve.async_engine import AsyncEngine
 from jx_neuron.serve.settings import ServerSettings
+from jx_neuron.serve.stream import Timings
 
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -20,6 +21,7 @@ GAUGES = (
     ("num_requests_running", "running", "Answers with a slot."),
     ("num_requests_waiting", "waiting", "Answers without a slot yet."),
     ("kv_cache_usage_perc", "kv_cache_usage", "Share of the slots that are taken; 1 is all."),
+    ("programs_to_load", "to_load", "Programs yet to be compiled; answers are slower until there are none."),
 )
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -33,7 +32,7 @@ def _protocol(settings: ServerSettings) -> type[H11Protocol]:
             self._timers = [self.loop.call_later(settings.body_seconds, self._close_unused)]
 
         def _close_unused(self) -> None:
-            if self.conn.their_state is h11.IDLE:
+            if not self.cycle:  # no headers have arrived
                 self.transport.close()
 
         def pause_writing(self) -> None:

@@ -8,7 +8,8 @@ from jax import Array
 
 from jx_neuron.checkpoint.weights import Params
 from jx_neuron.models import Decoder
-from jx_neuron.nn.sampling import Sampling, greedy, sample
+from jx_neuron.nn.ops import ops
+from jx_neuron.nn.sampling import Sampling, greedy
 from jx_neuron.nn.state import State, joined, positions_of
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST
@@ -48,7 +49,7 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
         if key.candidates == 1:
             token_b = greedy(logits_bv, decoder.tp_degree)
         else:
-            token_b = sample(logits_bv, Sampling(*sampling), key.candidates, decoder.tp_degree)
+            token_b = ops().sample(logits_bv, Sampling(*sampling), key.candidates, decoder.tp_degree)
         if slot_b is None:
             drawn_b = jnp.where(length_b > 0, token_b, state.token_z[: key.rows])
             token_z = state.token_z.at[: key.rows].set(drawn_b)

@@ -12,6 +12,8 @@ from jax import Array
 from jx_neuron.nn.encoded import Entries, codes, decoded, scaled
 from jx_neuron.nn.ops import Ops, barrier
 from jx_neuron.nn.quantized import Form
+from jx_neuron.nn.sampling import Sampling
+from jx_neuron.runtime.cpu import sampling
 from jx_neuron.runtime.cpu.codes import matmul_codes
 from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, to_bits, widen
 
@@ -83,6 +85,9 @@ class CpuOps(Ops):
             return self._weighted(e_bkgts, v_bksh) / jnp.moveaxis(e_bkgts.sum(-1), 3, 1)[..., None]
         p_bkgts = jax.nn.softmax(w_bkgts, axis=-1).astype(v_bksh.dtype)
         return self._weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
+
+    def sample(self, logits_bv: Array, by: Sampling, count: int, shards: int) -> Array:
+        return sampling.sample(logits_bv, by, count)
 
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """A block of rows at a time that share an expert: those chosen are read, and no others.
