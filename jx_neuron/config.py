@@ -14,7 +14,7 @@ import numpy as np
 
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.encoded import StateDtype
-from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
+from jx_neuron.util.arguments import flag, integer, integers, one_or_each, real, shown
 
 __all__ = [
     "AMP",
@@ -254,6 +254,10 @@ class QuantizationConfig:
         return int(match[1]) if match else None
 
 
+MOST_VERIFIED = 16
+"""Most tokens of a program that verifies drafts."""
+
+
 def _either(legal: Sequence[Any]) -> str:
     return " or ".join(map(repr, legal))
 
@@ -310,6 +314,8 @@ class NeuronConfig:
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
     kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
+    speculation_length:        tokens of the programs that verify drafts, or several such numbers: a draft has one
+                               fewer. None for no such programs; where they are compiled on demand, there are any.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """
@@ -322,6 +328,7 @@ class NeuronConfig:
     compilation_worker_count: int | None
     strict_sharding: bool
     kv_cache_quant: KVCacheQuantizationConfig | None
+    speculation_length: tuple[int, ...]
 
     def __init__(
         self,
@@ -334,6 +341,7 @@ class NeuronConfig:
         compilation_worker_count: int | None = None,
         strict_sharding: bool = False,
         kv_cache_quant: KVCacheQuantizationConfig | None = None,
+        speculation_length: int | Sequence[int] | None = None,
         **others: Any,
     ):
         try:
@@ -364,9 +372,17 @@ class NeuronConfig:
             compilation_worker_count=workers,
             strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
             kv_cache_quant=kv_cache_quant,
+            speculation_length=_lengths(speculation_length),
         ).items():
             object.__setattr__(self, name, value)
         _check(others)
+
+
+def _lengths(speculation_length: Any) -> tuple[int, ...]:
+    if speculation_length is None:
+        return ()
+    lengths = integers("speculation_length", speculation_length, least=2, most=MOST_VERIFIED, error=ConfigError)
+    return tuple(sorted(set(lengths)))
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jx_neuron.artifact.settings import Settings
+from jx_neuron.engine import speculation
 from jx_neuron.engine.collector import Collector
+from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.rotations import Rotations
-from jx_neuron.engine.scheduler import Scheduler
+from jx_neuron.engine.scheduler import VERIFY_SIZES, Scheduler
 from jx_neuron.engine.sequence import Sequence, Turn
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
@@ -28,8 +30,10 @@ class _InFlight(NamedTuple):
 
     @property
     def chooses(self) -> bool:
-        """Whether the host chooses a token of this turn, which the next turn needs."""
-        return any(row.last and row.sequence.sink.on_host for row in self.turn.rows)
+        """Whether the next turn needs what the host makes of this one: a token that it chooses, or a draft."""
+        if self.turn.step.key.kind == "verify":
+            return True
+        return any(row.last and (row.sequence.sink.on_host or speculation.is_due(row.sequence)) for row in self.turn.rows)
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Engine:
             candidates=None if on_demand else settings.candidates,
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),
             window=settings.window,
+            verify_sizes=VERIFY_SIZES if on_demand else settings.speculation,
         )
         return cls(runtime, scheduler, settings.vocab_size, first_not_finite)
 
@@ -77,6 +82,7 @@ class Engine:
         row: int = 0,
         tokenizer: Any = None,
         prompt_logprobs: int | None = None,
+        drafter: Drafter | None = None,
     ) -> list[Ticket]:
         """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
@@ -84,9 +90,12 @@ class Engine:
         tokenizer:       needed where a choice has stop strings.
         prompt_logprobs: how many of the most likely tokens the first ticket has at each position of the prompt, with
                          their log-probabilities; None for no log-probabilities of the prompt.
+        drafter:         guesses what follows; None for no drafts.
         """
         tokens = [int(token) for token in prompt]
-        tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
+        tickets = [
+            Ticket(self, tokens, choice, row + number, tokenizer, drafter) for number, choice in enumerate(choices)
+        ]
         if prompt_logprobs is not None:
             tickets[0].score_prompt(prompt_logprobs)
         tickets[0].siblings = tickets[1:]
@@ -104,7 +113,7 @@ class Engine:
         with self.lock:
             try:
                 while self.closing:
-                    self.scheduler.close(self.closing.popleft())
+                    self._close(self.closing.popleft())
                 previous, self._in_flight = self._in_flight, []
                 if any(under_way.chooses for under_way in previous):
                     self._read(previous)
@@ -126,12 +135,13 @@ class Engine:
         if self.runtime.programs is None and not self.reserved and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()
+        speculation.propose(self)
         plan = self.scheduler.plan()
         for source, target in plan.copies:
             self.runtime.copy(np.array([source], np.int32), np.array([target], np.int32))
         for turn in plan.turns:
             try:
-                if turn.step.key.kind != "decode":
+                if not turn.step.key.in_place:
                     self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
                 output = self.runtime.run(turn.step)
                 if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # the next run may overwrite them
@@ -139,29 +149,39 @@ class Engine:
             except Exception as error:
                 self._discard_state()
                 for row in turn.rows:
-                    self._fail(row.sequence, error)
+                    self.fail(row.sequence, error)
                 return False
             self._in_flight.append(_InFlight(turn, output))
         return True
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _close(self, sequence: Sequence) -> None:
         self.scheduler.close(sequence)
+        if sequence.speculation is not None:
+            sequence.speculation.close()
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """Ends a sequence with an error."""
+        self._close(sequence)
         sequence.sink.fail(error)
 
     def _read(self, steps: Iterable[_InFlight]) -> None:
         for under_way in steps:
             turn, output = under_way
-            token_b = np.asarray(output.token_b1).reshape(-1) if self._yields(under_way) else None  # waits for it
+            key = turn.step.key
+            drawn = np.zeros(key.drawn, np.int32)
+            if self._yields(under_way) or any(row.last and row.sequence.drawing is not None for row in turn.rows):
+                drawn = np.asarray(output.token_b1).reshape(-1, key.drawn[1])  # waits for it
             for row in turn.rows:
                 sink = row.sequence.sink
-                if row.last and row.sequence.drawing is not None and token_b is None:
-                    token_b = np.asarray(output.token_b1).reshape(-1)
                 logits = output.logits[row.index] if sink.wants_logits(row) else None
-                token = 0 if token_b is None else int(token_b[row.index])
+                token_t = drawn[row.index].tolist()
                 try:
-                    sink.take(row, token, logits)
+                    if key.kind == "verify":
+                        speculation.take(row, token_t, logits)
+                    else:
+                        sink.take(row, token_t[0], logits)
                 except Exception as error:  # of a tokenizer, or of a caller's stopping criterion
-                    self._fail(row.sequence, error)
+                    self.fail(row.sequence, error)
 
     def compute(self, sequences: SequenceOf[Sequence]) -> None:
         """Steps until all tokens of `sequences` are computed and their sinks have the outputs.

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jx_neuron.config import MOST_VERIFIED
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
+
+VERIFY_SIZES = (4, 8, MOST_VERIFIED)
+"""Tokens of steps that verify drafts, where programs are compiled on demand."""
 
 MOST_PASSED_OVER = 3
 """Turns that a prompt waits at most while others, of fewer remaining tokens, go before it; then it is next."""
@@ -49,6 +53,7 @@ class Scheduler:
     window:       how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
                   that can go back by one token; by none where the window is 0, as with recurrent layers.
     budget:       most tokens of a turn, where one row of a prompt does not take more; None for no limit.
+    verify_sizes: tokens of steps that verify drafts, ascending.
     """
 
     def __init__(
@@ -61,14 +66,16 @@ class Scheduler:
         rotations: Rotations | None = None,
         window: int | None = None,
         budget: int | None = None,
+        verify_sizes: SequenceOf[int] = VERIFY_SIZES,
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
+        self._verify_sizes = [t for t in verify_sizes if t < buckets.capacity]
         self._candidates, self._rotations, self._window, self.budget = candidates, rotations, window, budget
         self._slots = [_Slot() for _ in range(batch_sizes[-1])]
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self.running: list[Sequence] = []
         self._clock = 0
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
         self.prefix: list[int] = []
@@ -77,7 +84,7 @@ class Scheduler:
     def submit(self, sequence: Sequence, *, first: bool = False) -> None:
         """Has a sequence computed, and its tokens drawn; `first`, before all that wait."""
         if sequence.slot is not None:
-            self._running.append(sequence)
+            self.running.append(sequence)
         elif first:
             self._waiting.appendleft(sequence)
         else:
@@ -85,8 +92,8 @@ class Scheduler:
 
     def pause(self, sequence: Sequence) -> None:
         """Computes no more of a sequence, which keeps its slot until another needs it."""
-        if sequence in self._running:
-            self._running.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
@@ -98,7 +105,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self.running)
 
     @property
     def free_slots(self) -> int:
@@ -139,18 +146,18 @@ class Scheduler:
         self._slots = [_Slot() for _ in self._slots]
         for sequence in lost:
             sequence.slot, sequence.computed, sequence.pending = None, 0, 0
-        self.preemptions += len(self._running)
-        self._waiting.extendleft(reversed(self._running))
-        self._running = []
+        self.preemptions += len(self.running)
+        self._waiting.extendleft(reversed(self.running))
+        self.running = []
 
     def plan(self) -> Plan:
         """The next turn; no steps where nothing can go on."""
         self._clock += 1
         copies = self._admit()
-        for sequence in self._running:
+        for sequence in self.running:
             if self._is_lost(sequence.computed, sequence.written):
                 sequence.computed = 0
-        ready = [sequence for sequence in self._running if sequence.remaining > 0]
+        ready = [sequence for sequence in self.running if sequence.remaining > 0]
         stepwise = [sequence for sequence in ready if self._count(sequence) == 1]
         copies += self._compact(stepwise)
         turns = [self._decode(stepwise)] if stepwise else []
@@ -169,7 +176,7 @@ class Scheduler:
             keys.append(ProgramKey(key.kind, key.rows, t, self._positions(done + count, t), key.candidates))
             done += count
         if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
-            rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self._running))
+            rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self.running))
             positions = self.buckets.positions(min(length + 1, self.buckets.capacity))
             keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
         return keys
@@ -187,7 +194,7 @@ class Scheduler:
                 self.prefix_queries += len(sequence.tokens)
                 self.prefix_hits += length
             self._take(sequence, number, length, self._slots[number if source is None else source])
-            self._running.append(sequence)
+            self.running.append(sequence)
         return copies
 
     def _choose(self, sequence: Sequence) -> tuple[int, int | None, int] | None:
@@ -200,7 +207,7 @@ class Scheduler:
             return source, source, reusable[source]
         if not free:
             owners = [owner for slot in self._slots if (owner := slot.sequence) is not None]
-            idle = [owner for owner in owners if owner not in self._running]
+            idle = [owner for owner in owners if owner not in self.running]
             if not idle:
                 return None
             oldest = min(idle, key=lambda owner: owner.used)
@@ -301,12 +308,27 @@ class Scheduler:
         """The token bucket of a step of `tokens` tokens that goes on behind others, up to `length`."""
         return next(s for s in self.buckets.tokens if s >= length and s > tokens)
 
+    def draft_room(self, sequence: Sequence) -> int:
+        """The most tokens of a draft that may follow a sequence: what it draws at last has no draft, and a slot that a
+        draft is forgotten in has lost nothing."""
+        start = sequence.length
+        most = min(self._verify_sizes[-1] - 1, sequence.limit - start - 1) if self._verify_sizes else 0
+        if self._window is not None:
+            most = min(most, self._window - max(start, sequence.written))
+        if self._rotations is not None and not self._rotations.same(start, start + most):
+            return 0
+        return max(most, 0)
+
     def _decode(self, sequences: SequenceOf[Sequence]) -> Turn:
-        """One token of each."""
+        """One token of each, and its draft."""
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
-        positions = self.buckets.positions(1 + max(sequence.computed for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
-        return self._turn("decode", rows, 1, positions, slots, dict.fromkeys(slots, 1))
+        counts = {slot: 1 + len(sequence.draft) for slot, sequence in slots.items()}
+        end = max(sequence.computed + counts[slot] for slot, sequence in slots.items())
+        if (most := max(counts.values())) == 1:
+            return self._turn("decode", rows, 1, self.buckets.positions(end), slots, counts)
+        t = fit(self._verify_sizes, most)
+        return self._turn("verify", rows, t, self._positions(end, t), slots, counts)
 
     def _prefill(self, sequences: SequenceOf[Sequence], decoding: int) -> Turn:
         """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
@@ -373,14 +395,20 @@ class Scheduler:
         for index, sequence in sequences.items():
             start, count = sequence.computed, counts[index]
             known = sequence.tokens[start : start + count]
-            arrays["tokens_bt"][index, :count] = known + [DRAWN_LAST] * (count - len(known))
-            arrays["start_b"][index], arrays["length_b"][index] = start, self._extent(sequence) - start
-            last = start + count == sequence.length
-            if sequence.drawing is not None and "uniform_b" in arrays:
+            unknown = [DRAWN_LAST] * (count - len(known) - len(sequence.draft))
+            arrays["tokens_bt"][index, :count] = known + unknown + sequence.draft
+            arrays["start_b"][index] = start
+            arrays["length_b"][index] = count if kind == "verify" else self._extent(sequence) - start
+            last = start + count >= sequence.length
+            if sequence.drawing is not None and "temperature_b" in arrays:
                 drawing = sequence.drawing
                 arrays["temperature_b"][index], arrays["top_k_b"][index] = drawing.temperature, drawing.top_k
                 arrays["top_p_b"][index] = drawing.top_p
-                arrays["uniform_b"][index] = drawing.uniform(sequence.length - sequence.prompt)
+                uniform = [drawing.uniform(sequence.length - sequence.prompt + n) for n in range(1 + len(sequence.draft))]
+                if kind == "verify":
+                    arrays["uniform_bt"][index, :count] = uniform
+                else:
+                    arrays["uniform_b"][index] = uniform[0]
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
             sequence.written = max(sequence.written if start else 0, sequence.computed)

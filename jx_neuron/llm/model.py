@@ -19,6 +19,7 @@ from jx_neuron.engine.options import Options
 from jx_neuron.engine.scoring import Score
 from jx_neuron.engine.ticket import Event
 from jx_neuron.errors import ArtifactError, ConfigError
+from jx_neuron.llm import drafts
 from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, accepts, require_saved
 from jx_neuron.llm.origin import CheckpointOrigin, ConfigOrigin, ModuleOrigin, Origin
 from jx_neuron.runtime import deployment as deploy
@@ -223,6 +224,7 @@ class NeuronAutoModelForCausalLM:
         start_ids: Any = None,
         *,
         streamer: Any = None,
+        draft: Any = None,
         **options: Unpack[Options],
     ) -> Any:
         """Continues each row up to `sequence_length` tokens, the prompt counted, or until all rows have ended.
@@ -231,6 +233,7 @@ class NeuronAutoModelForCausalLM:
         sequence_length: by default the GenerationConfig's max_length, or else n_positions.
         start_ids:       [b], the first real position of each left-padded row.
         streamer:        an HF streamer; its put() gets the prompt, then the tokens of each step.
+        draft:           that of `generate`.
         options:         those of `jx_neuron.engine.options.Options`: top_k, top_p, temperature, seed and more. What
                          is not given is the GenerationConfig's, or else top_k=50: see "Defaults" in
                          docs/getting-started.md.
@@ -242,7 +245,8 @@ class NeuronAutoModelForCausalLM:
 
         Threads may call at once; they take turns.
         """
-        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer)
+        drafter = drafts.drafter_of(draft, self)
+        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer, drafter)
 
     def stream(
         self,
@@ -267,6 +271,7 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: Literal[False] = False,
+        draft: Any = None,
     ) -> list[Generation]: ...
     @overload
     def generate(
@@ -275,6 +280,7 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: Literal[True],
+        draft: Any = None,
     ) -> Iterator[Event]: ...
     def generate(
         self,
@@ -282,19 +288,24 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: bool = False,
+        draft: Any = None,
     ) -> list[Generation] | Iterator[Event]:
         """Answers to any number of prompts of any lengths; as many are under way at a time as batch_size says.
 
         prompts:  a text or token ids, or a sequence of such; texts take a tokenizer.
         sampling: how answers are chosen and when they end; one for all, or one for each prompt.
         stream:   gives an iterator of events, one for each token, instead of whole answers.
+        draft:    what guesses tokens, which the model then verifies several at a time (docs/speculation.md): "ngram"
+                  looks them up in prompt and answer; another model of the same tokens, or a
+                  `jx_neuron.engine.drafting.Drafter`. The tokens are those without.
 
         Raises InputError before anything runs for a prompt or a sampling that the model cannot take, and NonFiniteError
         where logits hold a NaN or an infinity.
         """
+        drafter = drafts.drafter_of(draft, self)
         if stream:
-            return self._client.events(prompts, sampling)
-        return self._client.generations(prompts, sampling)
+            return self._client.events(prompts, sampling, drafter)
+        return self._client.generations(prompts, sampling, drafter)
 
     def request(self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None) -> Request:
         """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`.

@@ -13,6 +13,7 @@ import numpy as np
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.errors import ArtifactError, ConfigError, InputError
+from jx_neuron.llm import drafts
 from jx_neuron.runtime import deployment
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
@@ -133,6 +134,7 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("context_length_estimate", context, None, settings.buckets.context),
         ("quant", _neuron_config(options).quant, None, settings.quant),
         ("kv_cache_quant", quant and quant.stored, None, settings.cache_dtype),
+        ("speculation_length", _neuron_config(options).speculation_length, (), settings.speculation),
     ):
         if value not in (default, saved):
             raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
@@ -169,7 +171,10 @@ def settings_of(
         state=decoder.slot(buckets.capacity),
         state_dtypes=decoder.state_dtypes,
         quant=decoder.quant,
+        speculation=neuron_config.speculation_length,
     )
+    if settings.speculation:
+        drafts.require_possible(settings)
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):
         warnings.warn(note, UserWarning, stacklevel=5)

@@ -1,0 +1,114 @@
+"""Drafts: tokens that may follow a sequence, which one step of the model verifies."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+from jx_neuron.config import MOST_VERIFIED
+
+LEAST, MOST = 3, MOST_VERIFIED - 1
+"""Tokens of a draft: at first and at least, and at most."""
+
+MOST_MISSES = 6
+"""A draft of which no token is accepted doubles the turns until the next; so often at most."""
+
+
+class Drafter(Protocol):
+    """Guesses what follows. A guess changes how fast tokens come, and never which."""
+
+    def propose(self, rows: "SequenceOf[Speculation]") -> SequenceOf[SequenceOf[int]]:
+        """For each row up to `row.wanted` tokens that may follow `row.tokens`; none where it has no guess."""
+        ...
+
+    def close(self, row: "Speculation") -> None:
+        """The row has ended."""
+        ...
+
+
+class Drafts(NamedTuple):
+    """What drafts came to: the tokens of all of them, those that were accepted, and the steps that verified them."""
+
+    proposed: int = 0
+    accepted: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class Speculation:
+    """The drafts of one sequence. How long they are follows from how many tokens of the last were accepted.
+
+    tokens: the sequence's own list, which grows.
+    wanted: how many tokens the next draft may have.
+    wait:   turns without a draft that are still to come.
+    """
+
+    drafter: Drafter
+    tokens: list[int]
+    wanted: int = 0
+    wait: int = 0
+    drafts: Drafts = Drafts()
+    _length: int = LEAST
+    _misses: int = 0
+
+    def is_due(self, room: int) -> bool:
+        """Whether a draft is to be made now, where `room` tokens at most have a place."""
+        if self.wait:
+            self.wait -= 1
+            return False
+        self.wanted = min(self._length, room)
+        return self.wanted > 0
+
+    def close(self) -> None:
+        """The sequence has ended."""
+        self.drafter.close(self)
+
+    def verified(self, proposed: int, accepted: int) -> None:
+        """Takes how many tokens of a draft were accepted."""
+        total = self.drafts
+        self.drafts = Drafts(total.proposed + proposed, total.accepted + accepted, total.steps + 1)
+        if accepted == proposed:
+            self._length = min(max(self._length, 2 * proposed + 1), MOST)
+        else:
+            self._length = min(max(LEAST, accepted + 1), MOST)
+        self._misses = 0 if accepted else min(self._misses + 1, MOST_MISSES)
+        self.wait = (1 << self._misses) - 1
+
+
+@dataclass(eq=False)
+class NgramDrafter:
+    """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last tokens where they
+    were before, in prompt or answer. The longest n-gram of `least` to `most` tokens counts, at its latest place."""
+
+    least: int = 2
+    most: int = 4
+    _places: "WeakKeyDictionary[Speculation, _Places]" = field(default_factory=WeakKeyDictionary)
+
+    def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:
+        return [self._after(row) for row in rows]
+
+    def close(self, row: Speculation) -> None:
+        self._places.pop(row, None)
+
+    def _after(self, row: Speculation) -> SequenceOf[int]:
+        sizes = range(self.most, self.least - 1, -1)
+        places = self._places[row] = self._places.get(row, _Places({}, 0)).extended(row.tokens, sizes)
+        for size in sizes:
+            if (end := places.end_of.get(tuple(row.tokens[-size:]))) is not None:
+                period = len(row.tokens) - end  # what would follow the last token is the draft itself
+                return [row.tokens[end + number % period] for number in range(row.wanted)]
+        return ()
+
+
+class _Places(NamedTuple):
+    """Where each n-gram ended last, of those that have a token after them among the first `count`."""
+
+    end_of: dict[tuple[int, ...], int]
+    count: int
+
+    def extended(self, tokens: list[int], sizes: Iterable[int]) -> "_Places":
+        for size in sizes:
+            for end in range(max(self.count, size), len(tokens)):
+                self.end_of[tuple(tokens[end - size : end])] = end
+        return _Places(self.end_of, len(tokens))

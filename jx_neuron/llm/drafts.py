@@ -1,0 +1,62 @@
+"""What a call's `draft` names, as a drafter."""
+
+from typing import TYPE_CHECKING, Any
+
+from jx_neuron.artifact.settings import Settings
+from jx_neuron.engine.draft_model import ModelDrafter
+from jx_neuron.engine.drafting import Drafter, NgramDrafter
+from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.util.arguments import shown
+
+if TYPE_CHECKING:
+    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+
+
+def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | None:
+    """The drafter that `draft` names: "ngram", another model, or a drafter itself; None for None.
+
+    Raises InputError for anything else, and ConfigError where the target cannot verify drafts, or a model cannot draft
+    for it.
+    """
+    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+
+    if draft is None:
+        return None
+    require_possible(target.settings)
+    if target.backend != "xla" and not target.settings.speculation:
+        raise ConfigError(
+            "the programs of this model verify no drafts; make it with "
+            "neuron_config=NeuronConfig(speculation_length=8), or leave draft out"
+        )
+    if isinstance(draft, NeuronAutoModelForCausalLM):
+        return _of_model(draft, target)
+    if isinstance(draft, str) and draft == "ngram":
+        return NgramDrafter()
+    if callable(getattr(draft, "propose", None)) and callable(getattr(draft, "close", None)):
+        drafter: Drafter = draft
+        return drafter
+    raise InputError(
+        f'draft={shown(draft)} is not legal; it takes "ngram", another model, or a jx_neuron.engine.drafting.Drafter'
+    )
+
+
+def require_possible(settings: Settings) -> None:
+    """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
+    if settings.window == 0:
+        raise ConfigError(
+            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of a "
+            "sequence, which cannot go back to before a draft. Leave drafts out"
+        )
+
+
+def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCausalLM") -> ModelDrafter:
+    settings = draft.settings
+    if draft is target:
+        raise ConfigError("a model cannot draft for itself: each token would be computed twice; give a smaller one")
+    require_possible(settings)
+    if settings.slots < target.settings.slots:
+        raise ConfigError(
+            f"the draft model has batch_size={settings.slots}, fewer than the {target.settings.slots} rows of the model; "
+            f"make it with batch_size={target.settings.slots}"
+        )
+    return ModelDrafter(draft.engine, min(settings.window or settings.buckets.capacity, settings.buckets.capacity))
