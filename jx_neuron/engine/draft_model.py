@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from jx_neuron.engine.draw import Draw
 from jx_neuron.engine.drafting import Speculation
+from jx_neuron.engine.draw import Draw
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.sequence import Row, Sequence
 from jx_neuron.nn.sampling import NOT_FINITE

@@ -12,7 +12,7 @@ LEAST, MOST = 3, MOST_VERIFIED - 1
 """Tokens of a draft: at first and at least, and at most."""
 
 MOST_MISSES = 6
-"""A draft of which no token is accepted doubles the turns until the next; so often at most."""
+"""Each draft in turn of which less than half is accepted doubles the turns until the next; so many times at most."""
 
 
 class Drafter(Protocol):
@@ -48,7 +48,7 @@ class Speculation:
     tokens: list[int]
     wanted: int = 0
     wait: int = 0
-    drafts: Drafts = Drafts()
+    drafts: Drafts = field(default_factory=Drafts)
     _length: int = LEAST
     _misses: int = 0
 
@@ -68,11 +68,10 @@ class Speculation:
         """Takes how many tokens of a draft were accepted."""
         total = self.drafts
         self.drafts = Drafts(total.proposed + proposed, total.accepted + accepted, total.steps + 1)
-        if accepted == proposed:
-            self._length = min(max(self._length, 2 * proposed + 1), MOST)
-        else:
-            self._length = min(max(LEAST, accepted + 1), MOST)
-        self._misses = 0 if accepted else min(self._misses + 1, MOST_MISSES)
+        grown = max(self._length, 2 * proposed + 1) if accepted == proposed else accepted + 1
+        self._length = min(max(LEAST, grown), MOST)
+        missed = 2 * accepted < proposed
+        self._misses = min(self._misses + 1, MOST_MISSES) if missed else 0
         self.wait = (1 << self._misses) - 1
 
 
@@ -93,7 +92,8 @@ class NgramDrafter:
 
     def _after(self, row: Speculation) -> SequenceOf[int]:
         sizes = range(self.most, self.least - 1, -1)
-        places = self._places[row] = self._places.get(row, _Places({}, 0)).extended(row.tokens, sizes)
+        places = self._places.setdefault(row, _Places())
+        places.extend(row.tokens, sizes)
         for size in sizes:
             if (end := places.end_of.get(tuple(row.tokens[-size:]))) is not None:
                 period = len(row.tokens) - end  # what would follow the last token is the draft itself
@@ -101,14 +101,15 @@ class NgramDrafter:
         return ()
 
 
-class _Places(NamedTuple):
-    """Where each n-gram ended last, of those that have a token after them among the first `count`."""
+@dataclass(eq=False)
+class _Places:
+    """Where each n-gram ended last, of those that have a token after them among the first `known`."""
 
-    end_of: dict[tuple[int, ...], int]
-    count: int
+    end_of: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0
 
-    def extended(self, tokens: list[int], sizes: Iterable[int]) -> "_Places":
+    def extend(self, tokens: list[int], sizes: Iterable[int]) -> None:
         for size in sizes:
-            for end in range(max(self.count, size), len(tokens)):
+            for end in range(max(self.known, size), len(tokens)):
                 self.end_of[tuple(tokens[end - size : end])] = end
-        return _Places(self.end_of, len(tokens))
+        self.known = len(tokens)

@@ -33,7 +33,9 @@ class _InFlight(NamedTuple):
         """Whether the next turn needs what the host makes of this one: a token that it chooses, or a draft."""
         if self.turn.step.key.kind == "verify":
             return True
-        return any(row.last and (row.sequence.sink.on_host or speculation.is_due(row.sequence)) for row in self.turn.rows)
+        return any(
+            row.last and (row.sequence.sink.on_host or speculation.is_due(row.sequence)) for row in self.turn.rows
+        )
 
 
 @dataclass

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jx_neuron.config import MOST_VERIFIED
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
-VERIFY_SIZES = (4, 8, MOST_VERIFIED)
-"""Tokens of steps that verify drafts, where programs are compiled on demand."""
+VERIFY_SIZES = (4, 8)
+"""Tokens of steps that verify drafts, where programs are compiled on demand. On a CPU, more tokens take longer each
+(docs/speculation.md)."""
 
 MOST_PASSED_OVER = 3
 """Turns that a prompt waits at most while others, of fewer remaining tokens, go before it; then it is next."""
@@ -404,11 +404,10 @@ class Scheduler:
                 drawing = sequence.drawing
                 arrays["temperature_b"][index], arrays["top_k_b"][index] = drawing.temperature, drawing.top_k
                 arrays["top_p_b"][index] = drawing.top_p
-                uniform = [drawing.uniform(sequence.length - sequence.prompt + n) for n in range(1 + len(sequence.draft))]
-                if kind == "verify":
-                    arrays["uniform_bt"][index, :count] = uniform
-                else:
-                    arrays["uniform_b"][index] = uniform[0]
+                first = sequence.length - sequence.prompt
+                uniform = [drawing.uniform(first + n) for n in range(1 + len(sequence.draft))]
+                numbers = arrays["uniform_bt" if kind == "verify" else "uniform_b"]
+                numbers.reshape(rows, -1)[index, : len(uniform)] = uniform
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
             sequence.written = max(sequence.written if start else 0, sequence.computed)

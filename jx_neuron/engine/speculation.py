@@ -26,8 +26,8 @@ def propose(engine: "Engine") -> None:
     due: dict[Drafter, list[Sequence]] = {}
     for sequence in scheduler.running:
         speculation = sequence.speculation
-        if speculation is None or sequence.remaining != 1:
-            continue
+        if speculation is None or sequence.remaining != 1 or sequence.length == sequence.prompt:
+            continue  # the first token may be the host's to choose, for several answers
         if speculation.is_due(0 if sequence.pending else scheduler.draft_room(sequence)):
             due.setdefault(speculation.drafter, []).append(sequence)
     for drafter, sequences in due.items():

@@ -44,8 +44,8 @@ def require_possible(settings: Settings) -> None:
     """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
     if settings.window == 0:
         raise ConfigError(
-            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of a "
-            "sequence, which cannot go back to before a draft. Leave drafts out"
+            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of "
+            "a sequence, which cannot go back to before a draft. Leave drafts out"
         )
 
 
@@ -56,7 +56,7 @@ def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCa
     require_possible(settings)
     if settings.slots < target.settings.slots:
         raise ConfigError(
-            f"the draft model has batch_size={settings.slots}, fewer than the {target.settings.slots} rows of the model; "
-            f"make it with batch_size={target.settings.slots}"
+            f"the draft model has batch_size={settings.slots}, and the model {target.settings.slots} rows; make it "
+            f"with batch_size={target.settings.slots}"
         )
     return ModelDrafter(draft.engine, min(settings.window or settings.buckets.capacity, settings.buckets.capacity))

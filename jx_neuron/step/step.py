@@ -49,9 +49,9 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
         if key.candidates == 1:
             token_m = greedy(logits_mv, decoder.tp_degree)
         else:
-            *shared, uniform = sampling
-            by = (jnp.broadcast_to(x_b[:, None], key.drawn).reshape(-1) for x_b in shared)
-            token_m = sample(logits_mv, Sampling(*by, uniform.reshape(-1)), key.candidates, decoder.tp_degree)
+            of_each = (x if x.ndim == 2 else jnp.broadcast_to(x[:, None], key.drawn) for x in sampling)
+            by = Sampling(*(x.reshape(-1) for x in of_each))
+            token_m = sample(logits_mv, by, key.candidates, decoder.tp_degree)
         token_bt = token_m.reshape(key.drawn)
         token_b = token_bt[:, 0]
         if key.kind == "verify":
