@@ -77,6 +77,7 @@ class Guesses:
     """Guesses the first token that may follow, and at times another; some guesses are of no vocabulary."""
 
     rng: random.Random
+    pause: int = 2
 
     def propose(self, rows):
         for row in rows:

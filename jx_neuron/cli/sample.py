@@ -16,7 +16,8 @@ from jx_neuron.errors import InputError, JxNeuronError
 
 @dataclass
 class Answer:
-    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty."""
+    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty; without
+    --draft, `drafted` and `accepted` are null."""
 
     prompt: str
     text: str = ""
@@ -25,6 +26,8 @@ class Answer:
     prompt_tokens: int = 0
     time_to_first_token: float = 0.0
     tokens_per_second: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 def command(
@@ -66,6 +69,7 @@ def command(
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
+    draft: options.Draft = None,
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
@@ -96,6 +100,7 @@ def command(
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
     )
+    drafter = options.drafter(draft, model)
     greedy = temperature is None and top_k is None and top_p is None
     sampling = SamplingParams(
         max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
@@ -104,7 +109,7 @@ def command(
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
         for prompt in prompts:
             _check_length(prompt, max_new_tokens, model.buckets.capacity)
-        return _answers(model, prompts, sampling, as_json)
+        return _answers(model, prompts, sampling, as_json, drafter)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
@@ -133,12 +138,12 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
         )
 
 
-def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool) -> list[Answer]:
+def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool, drafter: Any) -> list[Answer]:
     """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
     answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
-    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)
+    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True, draft=drafter)
     if live:
         typer.echo(printed[0], nl=False)
     ended, shown = [False] * len(prompts), 0
@@ -153,6 +158,8 @@ def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool
         if event.finish_reason is None:
             continue
         answer.finish_reason, ended[event.prompt] = event.finish_reason, True
+        if event.drafts is not None:
+            answer.drafted, answer.accepted = event.drafts.proposed, event.drafts.accepted
         if further := len(answer.tokens) - 1:
             answer.tokens_per_second = further / (event.seconds - answer.time_to_first_token)
         while shown < len(prompts) and ended[shown]:
@@ -169,4 +176,6 @@ def _report(answers: Sequence[Answer]) -> None:
     token_count = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)
+    drafted = sum(a.drafted or 0 for a in answers)
+    drafts = f", {sum(a.accepted or 0 for a in answers)} of {drafted} drafted tokens accepted" if drafted else ""
+    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s{drafts}", err=True)

@@ -11,12 +11,18 @@ from jx_neuron.config import MOST_VERIFIED
 LEAST, MOST = 3, MOST_VERIFIED - 1
 """Tokens of a draft: at first and at least, and at most."""
 
-MOST_MISSES = 6
-"""Each draft in turn of which less than half is accepted doubles the turns until the next; so many times at most."""
+MEMORY, POOR, MOST_PAUSES = 0.9, 0.25, 6
+"""Where less than the part POOR of what was drafted is accepted, each draft counting MEMORY times as much as the next,
+sequences go on without drafts for a while, which doubles so many times at most."""
 
 
 class Drafter(Protocol):
-    """Guesses what follows. A guess changes how fast tokens come, and never which."""
+    """Guesses what follows. A guess changes how fast tokens come, and never which.
+
+    pause: turns of a sequence without drafts, after poor ones.
+    """
+
+    pause: int
 
     def propose(self, rows: "SequenceOf[Speculation]") -> SequenceOf[SequenceOf[int]]:
         """For each row up to `row.wanted` tokens that may follow `row.tokens`; none where it has no guess."""
@@ -50,7 +56,9 @@ class Speculation:
     wait: int = 0
     drafts: Drafts = field(default_factory=Drafts)
     _length: int = LEAST
-    _misses: int = 0
+    _proposed: float = LEAST
+    _accepted: float = LEAST / 2
+    _pauses: int = 0
 
     def is_due(self, room: int) -> bool:
         """Whether a draft is to be made now, where `room` tokens at most have a place."""
@@ -70,9 +78,12 @@ class Speculation:
         self.drafts = Drafts(total.proposed + proposed, total.accepted + accepted, total.steps + 1)
         grown = max(self._length, 2 * proposed + 1) if accepted == proposed else accepted + 1
         self._length = min(max(LEAST, grown), MOST)
-        missed = 2 * accepted < proposed
-        self._misses = min(self._misses + 1, MOST_MISSES) if missed else 0
-        self.wait = (1 << self._misses) - 1
+        self._proposed, self._accepted = MEMORY * self._proposed + proposed, MEMORY * self._accepted + accepted
+        if self._accepted < POOR * self._proposed:
+            self.wait = self.drafter.pause << self._pauses
+            self._pauses = min(self._pauses + 1, MOST_PAUSES)
+        else:
+            self._pauses = 0
 
 
 @dataclass(eq=False)
@@ -80,8 +91,9 @@ class NgramDrafter:
     """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last tokens where they
     were before, in prompt or answer. The longest n-gram of `least` to `most` tokens counts, at its latest place."""
 
-    least: int = 2
-    most: int = 4
+    least: int = 3
+    most: int = 5
+    pause: int = 1
     _places: "WeakKeyDictionary[Speculation, _Places]" = field(default_factory=WeakKeyDictionary)
 
     def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:

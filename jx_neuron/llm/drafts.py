@@ -25,14 +25,14 @@ def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | No
     require_possible(target.settings)
     if target.backend != "xla" and not target.settings.speculation:
         raise ConfigError(
-            "the programs of this model verify no drafts; make it with "
-            "neuron_config=NeuronConfig(speculation_length=8), or leave draft out"
+            "the programs of this model verify no drafts; make it with NeuronConfig(speculation_length=8), or compile "
+            "it with --speculation-length 8, or leave draft out"
         )
     if isinstance(draft, NeuronAutoModelForCausalLM):
         return _of_model(draft, target)
     if isinstance(draft, str) and draft == "ngram":
         return NgramDrafter()
-    if callable(getattr(draft, "propose", None)) and callable(getattr(draft, "close", None)):
+    if all(hasattr(draft, name) for name in ("propose", "close", "pause")):
         drafter: Drafter = draft
         return drafter
     raise InputError(
