@@ -64,6 +64,12 @@ class Client:
         logits_btv = self.last.at(start_b).extend(ids_bt, every)
         return logits_btv if every else logits_btv[:, 0]
 
+    def speculative_logits(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> np.ndarray:
+        """Logits of every one of a few tokens that continue a thread's last call; a model's `speculative_forward`."""
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
+        return self.last.at(start_b).extend(ids_bt, every=True)
+
     def sample(
         self,
         input_ids: Any,

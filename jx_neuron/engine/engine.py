@@ -178,7 +178,7 @@ class Engine:
                 logits = output.logits[row.index] if sink.wants_logits(row) else None
                 token_t = drawn[row.index].tolist()
                 try:
-                    if key.kind == "verify":
+                    if key.kind == "verify" and not row.sequence.every_logits:
                         speculation.take(row, token_t, logits)
                     else:
                         sink.take(row, token_t[0], logits)

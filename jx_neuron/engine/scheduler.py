@@ -158,10 +158,10 @@ class Scheduler:
             if self._is_lost(sequence.computed, sequence.written):
                 sequence.computed = 0
         ready = [sequence for sequence in self.running if sequence.remaining > 0]
-        stepwise = [sequence for sequence in ready if self._count(sequence) == 1]
+        stepwise = [sequence for sequence in ready if self._count(sequence) == 1 or self._is_short(sequence)]
         copies += self._compact(stepwise)
         turns = [self._decode(stepwise)] if stepwise else []
-        if chunked := [sequence for sequence in ready if self._count(sequence) > 1]:
+        if chunked := [sequence for sequence in ready if sequence not in stepwise]:
             turns.append(self._prefill(chunked, len(stepwise)))
         return Plan(tuple(copies), tuple(turns))
 
@@ -308,6 +308,12 @@ class Scheduler:
         """The token bucket of a step of `tokens` tokens that goes on behind others, up to `length`."""
         return next(s for s in self.buckets.tokens if s >= length and s > tokens)
 
+    def _is_short(self, sequence: Sequence) -> bool:
+        """Whether a step that verifies drafts gives all logits that are wanted of a sequence."""
+        fits = bool(self._verify_sizes) and sequence.remaining <= self._verify_sizes[-1]
+        alone = sequence.every_logits and sequence.drawing is None
+        return alone and fits and sequence.computed > 0 and self._rotations is None
+
     def draft_room(self, sequence: Sequence) -> int:
         """The most tokens of a draft that may follow a sequence: what it draws at last has no draft, and a slot that a
         draft is forgotten in has lost nothing."""
@@ -320,10 +326,13 @@ class Scheduler:
         return max(most, 0)
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> Turn:
-        """One token of each, and its draft."""
+        """One token of each, and its draft; or all that are left of those whose every logits are wanted."""
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
-        counts = {slot: 1 + len(sequence.draft) for slot, sequence in slots.items()}
+        counts = {
+            slot: sequence.remaining if self._is_short(sequence) else 1 + len(sequence.draft)
+            for slot, sequence in slots.items()
+        }
         end = max(sequence.computed + counts[slot] for slot, sequence in slots.items())
         if (most := max(counts.values())) == 1:
             return self._turn("decode", rows, 1, self.buckets.positions(end), slots, counts)

@@ -1,11 +1,14 @@
 """What a call's `draft` names, as a drafter."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jx_neuron.artifact.settings import Settings
 from jx_neuron.engine.draft_model import ModelDrafter
 from jx_neuron.engine.drafting import Drafter, NgramDrafter
 from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.llm.options import require_going_back
+from jx_neuron.llm.origin import DecoderOrigin, Origin
 from jx_neuron.util.arguments import shown
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | No
 
     if draft is None:
         return None
-    require_possible(target.settings)
+    require_going_back(target.settings)
     if target.backend != "xla" and not target.settings.speculation:
         raise ConfigError(
             "the programs of this model verify no drafts; make it with NeuronConfig(speculation_length=8), or compile "
@@ -40,20 +43,20 @@ def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | No
     )
 
 
-def require_possible(settings: Settings) -> None:
-    """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
-    if settings.window == 0:
-        raise ConfigError(
-            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of "
-            "a sequence, which cannot go back to before a draft. Leave drafts out"
-        )
+def enabled(origin: Origin, lengths: Sequence[int]) -> Origin:
+    """The origin of the same model, with programs that verify drafts. Raises ConfigError for a saved one."""
+    if not isinstance(origin, DecoderOrigin):
+        raise ConfigError("a saved model has the programs that it was saved with; save it with speculation_length")
+    settings = replace(origin.settings, speculation=tuple(lengths))
+    require_going_back(settings)
+    return replace(origin, settings=settings)
 
 
 def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCausalLM") -> ModelDrafter:
     settings = draft.settings
     if draft is target:
         raise ConfigError("a model cannot draft for itself: each token would be computed twice; give a smaller one")
-    require_possible(settings)
+    require_going_back(settings)
     if settings.slots < target.settings.slots:
         raise ConfigError(
             f"the draft model has batch_size={settings.slots}, and the model {target.settings.slots} rows; make it "

@@ -18,7 +18,7 @@ from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.options import Options
 from jx_neuron.engine.scoring import Score
 from jx_neuron.engine.ticket import Event
-from jx_neuron.errors import ArtifactError, ConfigError
+from jx_neuron.errors import ArtifactError, ConfigError, InputError
 from jx_neuron.llm import drafts
 from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, accepts, require_saved
 from jx_neuron.llm.origin import CheckpointOrigin, ConfigOrigin, ModuleOrigin, Origin
@@ -48,8 +48,11 @@ class NeuronAutoModelForCausalLM:
     MODEL_TYPE: ClassVar[str | None] = None
 
     def __init__(self, origin: Origin, backend: str, neuron_config: NeuronConfig | None = None):
-        self.settings, self.config = origin.settings, dict(origin.config)
         self.backend, self.neuron_config = backend, neuron_config or NeuronConfig()
+        self._make_of(origin)
+
+    def _make_of(self, origin: Origin) -> None:
+        backend, self.settings, self.config = self.backend, origin.settings, dict(origin.config)
         self._origin = origin
         self._deployment = Once(lambda: origin.deployment)
         self._engine = Once(self._start)
@@ -144,6 +147,32 @@ class NeuronAutoModelForCausalLM:
                 f"{cls.__name__} takes models of model_type {cls.MODEL_TYPE!r} and this one is of {model_type!r}; "
                 "NeuronAutoModelForCausalLM takes any"
             )
+
+    def enable_speculative_decoder(self, speculation_length: int | Sequence[int], batch_sizes: Any = None) -> None:
+        """Has programs made that verify drafts, of `speculation_length` tokens each, before `to_neuron`; as
+        `NeuronConfig(speculation_length=…)` does. The rows are those of the model, `batch_sizes` or None.
+
+        Raises ConfigError where the programs are made already, and for other batch_sizes.
+        """
+        if batch_sizes is not None and tuple(np.atleast_1d(batch_sizes).tolist()) != self.settings.batch_sizes:
+            raise ConfigError(f"batch_sizes={batch_sizes!r}: the model has {self.settings.batch_sizes}; leave it out")
+        if self._engine.is_set or self._deployment.is_set:
+            raise ConfigError("the programs are made already; call enable_speculative_decoder before to_neuron")
+        lengths = NeuronConfig(speculation_length=speculation_length).speculation_length
+        self._make_of(drafts.enabled(self._origin, lengths))
+
+    def speculative_forward(
+        self, input_ids: Any, cache_ids: Any, start_ids: Any = None, speculation_length: int | None = None
+    ) -> np.ndarray:
+        """Logits of every token of `input_ids` [b, k], which go on from position `cache_ids` of what this thread's last
+        call left: float32 [b, k, v]. `speculation_length`, where it is given, is k.
+
+        Raises InputError for tokens that cannot go on there.
+        """
+        logits_bkv = self._client.speculative_logits(input_ids, cache_ids, start_ids)
+        if speculation_length not in (None, logits_bkv.shape[1]):
+            raise InputError(f"speculation_length={speculation_length}, and input_ids has {logits_bkv.shape[1]} tokens")
+        return logits_bkv
 
     def to_neuron(self) -> Self:
         """Reads the weights onto the devices and readies the programs.
@@ -255,14 +284,19 @@ class NeuronAutoModelForCausalLM:
         start_ids: Any = None,
         *,
         logprobs: int | None = None,
+        draft: Any = None,
         **options: Unpack[Options],
     ) -> Iterator[Step]:
         """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
 
         logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
                   ones; 0 for the token's alone.
+        draft:    that of `generate`.
         """
-        return self._client.steps(input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True)
+        drafter = drafts.drafter_of(draft, self)
+        return self._client.steps(
+            input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True, drafter=drafter
+        )
 
     @overload
     def generate(

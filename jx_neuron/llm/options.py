@@ -13,7 +13,6 @@ import numpy as np
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.errors import ArtifactError, ConfigError, InputError
-from jx_neuron.llm import drafts
 from jx_neuron.runtime import deployment
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
@@ -174,11 +173,20 @@ def settings_of(
         speculation=neuron_config.speculation_length,
     )
     if settings.speculation:
-        drafts.require_possible(settings)
+        require_going_back(settings)
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):
         warnings.warn(note, UserWarning, stacklevel=5)
     return settings
+
+
+def require_going_back(settings: Settings) -> None:
+    """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
+    if settings.window == 0:
+        raise ConfigError(
+            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of "
+            "a sequence, which cannot go back to before a draft. Leave drafts out"
+        )
 
 
 def _candidates(generation_config: GenerationConfig, vocab_size: int) -> int:
