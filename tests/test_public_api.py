@@ -24,7 +24,7 @@ PUBLIC = {
         OPTForSampling Score Step model_types register request_devices
     """,
     "jx_neuron.config": """
-        AMP GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig PerRow QuantizationConfig dtype_of
+        AMP GQA GenerationConfig KVCacheQuantizationConfig MOST_VERIFIED NeuronConfig PerRow QuantizationConfig dtype_of
     """,
     "jx_neuron.errors": """
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
