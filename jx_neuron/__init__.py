@@ -11,7 +11,8 @@ _WITH_TORCH = "HuggingFaceGenerationModelAdapter"  # not among what `import *` b
 __getattr__, _names, __all__ = _lazy.exports(
     __name__,
     {
-        "config": "GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig QuantizationConfig",
+        "config": "ContinuousBatchingConfig GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig "
+        "QuantizationConfig",
         "engine.answer": "Step",
         "engine.generation": "Answer Generation",
         "engine.options": "SamplingParams",
@@ -28,7 +29,14 @@ __getattr__, _names, __all__ = _lazy.exports(
 __all__ = ["__version__", *(name for name in __all__ if name != _WITH_TORCH)]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from jx_neuron.config import GQA, GenerationConfig, KVCacheQuantizationConfig, NeuronConfig, QuantizationConfig
+    from jx_neuron.config import (
+        GQA,
+        ContinuousBatchingConfig,
+        GenerationConfig,
+        KVCacheQuantizationConfig,
+        NeuronConfig,
+        QuantizationConfig,
+    )
     from jx_neuron.engine.answer import Step
     from jx_neuron.engine.generation import Answer, Generation
     from jx_neuron.engine.options import SamplingParams

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jx_neuron.continuous_batching import ContinuousBatchingConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.util.arguments import flag, integer, integers, one_or_each, real, shown
@@ -19,6 +20,7 @@ from jx_neuron.util.arguments import flag, integer, integers, one_or_each, real,
 __all__ = [
     "AMP",
     "GQA",
+    "ContinuousBatchingConfig",
     "GenerationConfig",
     "KVCacheQuantizationConfig",
     "NeuronConfig",
@@ -254,10 +256,6 @@ class QuantizationConfig:
         return int(match[1]) if match else None
 
 
-MOST_VERIFIED = 16
-"""Most tokens of a program that verifies drafts."""
-
-
 def _either(legal: Sequence[Any]) -> str:
     return " or ".join(map(repr, legal))
 
@@ -290,7 +288,6 @@ _REFUSED: dict[str, Sequence[Any]] = dict(
     all_reduce_dtype=(None, "float32"),
     bf16_rms_norm=(False, None),
     cast_logits_dtype=("float32", None),
-    continuous_batching=(None,),
     has_pre_attention_norm=(True, None),
     is_eagle_draft=(False, None),
     is_eagle_target=(False, None),
@@ -310,12 +307,14 @@ class NeuronConfig:
     on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
     quant:                     a `QuantizationConfig`: weights are stored in 8 or 4 bits.
     output_all_logits:         calling the model returns the logits of every token of the prompt.
-    padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding.
+    padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding; the right one
+                               with continuous_batching.
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
     kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
-    speculation_length:        tokens of the programs that verify drafts, or several such numbers: a draft has one
-                               fewer. None for no such programs; where they are compiled on demand, there are any.
+    speculation_length:        tokens of the programs that verify drafts, 2 to 16, or several such numbers: a draft has
+                               one fewer. None for no such programs; with backend "xla" there are always some.
+    continuous_batching:       a `ContinuousBatchingConfig`: calls of the model name sequences.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
     """
@@ -329,6 +328,7 @@ class NeuronConfig:
     strict_sharding: bool
     kv_cache_quant: KVCacheQuantizationConfig | None
     speculation_length: tuple[int, ...]
+    continuous_batching: ContinuousBatchingConfig | None
 
     def __init__(
         self,
@@ -342,6 +342,7 @@ class NeuronConfig:
         strict_sharding: bool = False,
         kv_cache_quant: KVCacheQuantizationConfig | None = None,
         speculation_length: int | Sequence[int] | None = None,
+        continuous_batching: ContinuousBatchingConfig | None = None,
         **others: Any,
     ):
         try:
@@ -353,12 +354,12 @@ class NeuronConfig:
             raise ConfigError(f"padding_side={padding_side!r} may be left or right")
         if gqa in (GQA.SHARD_OVER_BATCH, GQA.ALL_GATHER_HEADS):
             warnings.warn(f"{gqa} has no effect here: heads are replicated or padded", UserWarning, stacklevel=2)
-        kinds = {
-            "on_device_generation": GenerationConfig,
-            "quant": QuantizationConfig,
-            "kv_cache_quant": KVCacheQuantizationConfig,
-        }
-        for (name, kind), given in zip(kinds.items(), (on_device_generation, quant, kv_cache_quant), strict=True):
+        for name, given, kind in (
+            ("on_device_generation", on_device_generation, GenerationConfig),
+            ("quant", quant, QuantizationConfig),
+            ("kv_cache_quant", kv_cache_quant, KVCacheQuantizationConfig),
+            ("continuous_batching", continuous_batching, ContinuousBatchingConfig),
+        ):
             if given is not None and not isinstance(given, kind):
                 raise ConfigError(f"{name}={shown(given)} is not legal; it is a jx_neuron.{kind.__name__}")
         if (workers := compilation_worker_count) is not None:
@@ -368,11 +369,12 @@ class NeuronConfig:
             on_device_generation=on_device_generation,
             quant=quant,
             output_all_logits=flag("output_all_logits", output_all_logits, error=ConfigError),
-            padding_side=padding_side,
+            padding_side=padding_side if continuous_batching is None else "right",
             compilation_worker_count=workers,
             strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
             kv_cache_quant=kv_cache_quant,
             speculation_length=_lengths(speculation_length),
+            continuous_batching=continuous_batching,
         ).items():
             object.__setattr__(self, name, value)
         _check(others)
@@ -381,7 +383,7 @@ class NeuronConfig:
 def _lengths(speculation_length: Any) -> tuple[int, ...]:
     if speculation_length is None:
         return ()
-    lengths = integers("speculation_length", speculation_length, least=2, most=MOST_VERIFIED, error=ConfigError)
+    lengths = integers("speculation_length", speculation_length, least=2, most=16, error=ConfigError)
     return tuple(sorted(set(lengths)))
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf
 import ml_dtypes
@@ -81,6 +82,9 @@ def assert_holds(checkpoint, tensors):
             found = checkpoint.read(name)
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
+        with patch.object(tensor_files, "SLICE", 64):
+            slices = list(checkpoint.slices(name))
+        np.testing.assert_array_equal(np.concatenate(slices) if expected.ndim else slices[0], expected, strict=True)
 
 
 def refused(model, *words):

@@ -4,18 +4,19 @@ import json
 import os
 import pty
 import select
-import signal
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 from test_cli import run
-from test_terminal import PLAIN, environment, program  # noqa: F401  a fixture
+from test_terminal import PLAIN, environment
 
 from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
-from jx_neuron.cli.chat import _messages
+from jx_neuron.cli.chat import _messages, _typed_lines
 from jx_neuron.engine.conversation import Conversation
 
 TEMPLATE = (  # the tiny tokenizer has no newline
@@ -122,46 +123,79 @@ def test_messages_of_several_lines() -> None:
     assert list(_messages(iter(lines))) == ["a\nb", "c\n\nd", "e", "f", "g\\"]
 
 
+def test_a_terminal_that_is_gone_ends_what_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(sign: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.input", gone)
+    assert list(_typed_lines()) == []
+
+
+# a shell may have had SIGINT ignored; the first terminal that a session's leader opens is where Ctrl-C comes from
+IN_TERMINAL = """import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+from jx_neuron.cli import main
+main()
+"""
+
+
 class Terminal:
-    def __init__(self, *command: object):
+    """jx-neuron chat in a terminal of its own."""
+
+    def __init__(self, *arguments: object):
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [*map(str, command)], stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**PLAIN),
-            start_new_session=True,
+            [sys.executable, "-c", IN_TERMINAL, "chat", *map(str, arguments)],
+            stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**PLAIN), start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
 
     def until(self, end: str) -> str:
-        written, deadline = b"", time.monotonic() + 60
-        while not written.endswith(end.encode()):
+        """What is written up to `end`."""
+        written, deadline = "", time.monotonic() + 60
+        while not written.endswith(end):
             ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{end!r} was awaited after {written!r}"
-            written += os.read(self._ours, 1)
-        return written.decode().replace("\r\n", "\n")
+            written += os.read(self._ours, 1).decode().replace("\r", "")
+        return written
 
-    def type(self, text: str) -> None:
-        time.sleep(0.5)  # readline readies the terminal after it has printed the sign
-        os.write(self._ours, text.encode())
-
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+    def type(self, keys: str) -> None:
+        """Presses keys, once readline waits for them: between two, it would miss an interrupt until the next."""
+        time.sleep(0.3)
+        os.write(self._ours, keys.encode())
 
 
-@pytest.mark.slow  # a terminal and signals: it waits in vain at times
-def test_control_c_stops_the_answer_and_not_the_program(program: Path) -> None:  # noqa: F811
-    terminal = Terminal(program, "chat", "--demo", "--n-positions", 1024)
-    terminal.until("> ")
+def test_in_a_terminal(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    long = shutil.copytree(folder, tmp_path / "long")
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    terminal, other = Terminal(long), Terminal(folder)
+    terminal.until("leaves.\n> ")
     terminal.type("half a mess")
     terminal.until("half a mess")
-    terminal.interrupt()
-    terminal.until("> ")
-    terminal.type("Write a very long story about a fox.\n")
-    terminal.until("fox.\n".replace("\n", "\r\n"))
-    terminal.until(" ")
-    terminal.interrupt()
-    terminal.until("(stopped)\r\n> ")
+    terminal.type("\x03")  # Ctrl-C
+    assert terminal.until("> ") == "\n> "
+    terminal.type("abc\n")
+    terminal.until("abc\n")
+    terminal.type("\x03")
+    terminal.until("(stopped)\n> ")
+    terminal.type("\x1b[A\n")  # what was typed before
+    terminal.until("abc\n")
+    terminal.type("\x03")
+    terminal.until("(stopped)\n> ")
+    kept = tmp_path / "kept.json"
+    terminal.type(f"/save {kept}\n")
+    terminal.until("\n> ")
+    said = [message["content"] for message in json.loads(kept.read_text())]
+    assert len(said) == 4
+    assert said[::2] == ["abc", "abc"]
     terminal.type("/nothing\n")
-    assert "there is no /nothing" in terminal.until("lists what there is")
-    terminal.until("> ")
-    terminal.type("\x04")
+    assert "there is no /nothing" in terminal.until("lists what there is\n> ")
+    terminal.type("\x03")
+    assert terminal.until("leaves.\n> ") == "\nCtrl-C again, or Ctrl-D, leaves.\n> "
+    terminal.type("\x03")
     assert terminal.process.wait(30) == 0
+    other.until("leaves.\n> ")
+    other.type("\x04")  # Ctrl-D
+    assert other.process.wait(30) == 0

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "jx_neuron"
 # each room may import from its own level and those before it
 LEVELS = [
     {"errors", "util"},
-    {"config", "nn", "checkpoint"},
+    {"config", "continuous_batching", "nn", "checkpoint"},
     {"models"},
     {"step"},
     {"lowering"},

@@ -17,14 +17,15 @@ import jx_neuron
 
 PUBLIC = {
     "jx_neuron": """
-        __version__ Answer BloomForSampling Event GPTNeoXForSampling Generation SamplingParams
+        __version__ Answer BloomForSampling ContinuousBatchingConfig Event GPTNeoXForSampling Generation SamplingParams
         GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling GQA GenerationConfig
         InputError JxNeuronError KVCacheQuantizationConfig LlamaForSampling MistralForSampling
         NeuronAutoModelForCausalLM NeuronConfig QuantizationConfig
         OPTForSampling Score Step model_types register request_devices
     """,
     "jx_neuron.config": """
-        AMP GQA GenerationConfig KVCacheQuantizationConfig MOST_VERIFIED NeuronConfig PerRow QuantizationConfig dtype_of
+        AMP ContinuousBatchingConfig GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig PerRow
+        QuantizationConfig dtype_of
     """,
     "jx_neuron.errors": """
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError

@@ -16,6 +16,8 @@ from families import OPTIONS
 from transformers import AutoConfig
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConfig, SamplingParams
+from jx_neuron.checkpoint import tensor_files
+from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.errors import ArtifactError, ConfigError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
@@ -122,6 +124,20 @@ def test_matrices_are_encoded_in_slices(form: Form, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(quantized_module, "SLICE", 64)
     for part, array in form.encode(MATRIX, np.float32).items():
         np.testing.assert_array_equal(array, whole[part], strict=True)
+
+
+def test_a_table_is_encoded_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny.saved("llama", tmp_path))
+    quant = QuantizationConfig(quant_dtype="int4", group_size=6, lm_head=True)
+    source = replace(Decoder.from_config(checkpoint.config), quant=quant).source(checkpoint, np.float32)
+    whole = {path: source.read(path) for path in source.paths}
+    monkeypatch.setattr(tensor_files, "SLICE", 1000)
+    monkeypatch.setattr(type(checkpoint), "read", lambda self, name: pytest.fail(f"{name} is read whole"))
+    tables = [path for path in source.paths if "embed" in path or "lm_head" in path]
+    assert {path.rsplit(".", 1)[1] for path in tables} == {"codes", "scales", "embedding"}
+    for path in tables:
+        if not path.endswith(".embedding"):
+            np.testing.assert_array_equal(source.read(path), whole[path], strict=True)
 
 
 def test_what_is_quantized() -> None:

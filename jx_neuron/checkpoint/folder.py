@@ -5,7 +5,7 @@ import fnmatch
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +99,11 @@ class Checkpoint:
         """
         with boundary(self.path):
             return self._tensor(name).load()
+
+    def slices(self, name: str) -> Iterator[Array]:
+        """The same in parts along its first axis, where the file can be read so."""
+        with boundary(self.path):
+            yield from self._tensor(name).slices()
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.

@@ -38,6 +38,11 @@ class Layout:
     part: int = 0
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether the parameter is the tensor."""
+        return not self.parts and self.before.split() == self.after.split()
+
+    @property
     def axes(self) -> list[str]:
         """The tensor's axes one by one."""
         return re.findall(r"[^\s()]+", self.before)

@@ -18,6 +18,14 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
     wide: the same parameters in float32, of which codes are made.
     """
     parts = {f"{path}.{part}": (path, part) for path, form in forms.items() for part in form.parts}
+
+    def encoded(path: str) -> dict[str, np.ndarray]:
+        form = forms[path]
+        if not form.rows or wide.slices is None:
+            return form.encode(wide.read(path), dtype)
+        parts = [form.encode(part, dtype) for part in wide.slices(path)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in form.parts}
+
     locks, made = {path: Lock() for path in forms}, dict[str, np.ndarray]()
 
     def read(name: str) -> np.ndarray:
@@ -27,7 +35,7 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
         with locks[path]:  # codes are read first, and the matrix once
             if (array := made.pop(name, None)) is not None:
                 return array
-            arrays = forms[path].encode(wide.read(path), dtype)
+            arrays = encoded(path)
             if part == "codes":
                 made.update({f"{path}.{other}": arrays[other] for other in forms[path].parts[1:]})
         return arrays[part]

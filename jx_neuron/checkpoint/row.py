@@ -26,6 +26,12 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
+def slices(tensors: Tensors, name: str) -> Iterator[np.ndarray]:
+    """A tensor in parts along its first axis, where `tensors` has a method of this name; else whole."""
+    read: Callable[[str], Iterator[np.ndarray]] = getattr(tensors, "slices", lambda name: iter([tensors.read(name)]))
+    return read(name)
+
+
 @dataclass(frozen=True)
 class W:
     """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
@@ -183,6 +189,13 @@ class W:
         sizes = self.sizes(config)
         arrays = [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))]
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
+
+    def slices(self, config: HFConfig, tensors: Tensors) -> Iterator[np.ndarray]:
+        """The parameter, unpadded, in parts along its first axis, where its tensor can be read so and is as it is."""
+        if self.is_computed or self.stacked or not self._layout.changes_nothing:
+            yield self.read(config, tensors)
+        else:
+            yield from slices(tensors, self.name)
 
     def pad(self, array: np.ndarray, padding: Padding) -> np.ndarray:
         """Our layout, padded where it is split."""

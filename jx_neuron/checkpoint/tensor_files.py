@@ -3,8 +3,8 @@
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 
 MOST_HEADER = 16 * 2**20  # bytes of a safetensors header; 126 layers take some 100 kB
 MOST_TENSORS = 100_000
+SLICE = 4 * 2**20  # bytes of a tensor that are read at a time where not all of it is needed at once
 TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped anew
 
 SAFETENSORS_DTYPES: dict[str, npt.DTypeLike] = {
@@ -62,16 +63,29 @@ TORCH_DTYPES = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its shape and dtype, and how to read it."""
+    """A tensor in a file: its shape and dtype, and how to read it.
+
+    rows: reads entries of the first axis, from the first number to before the second; None where only all can be read.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
+    rows: Callable[[int, int], Array] | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the array that `load` returns."""
         return prod(self.shape) * self.dtype.itemsize
+
+    def slices(self) -> Iterator[Array]:
+        """The tensor in parts of about `SLICE` bytes, along its first axis, where it can be read so."""
+        if self.rows is None:
+            yield self.load()
+        else:
+            step = max(1, SLICE * self.shape[0] // max(1, self.nbytes))
+            for start in range(0, self.shape[0], step):
+                yield self.rows(start, min(start + step, self.shape[0]))
 
 
 def check_file(path: Path) -> None:
@@ -142,8 +156,15 @@ def safetensors_file(path: Path) -> dict[str, Tensor]:
 
 
 def _plain(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-    size = prod(shape) * dtype.itemsize
-    return Tensor(shape, dtype, lambda: read_bytes(path, offset, size).view(dtype).reshape(shape))
+    row = prod(shape[1:]) * dtype.itemsize
+
+    def rows(start: int, stop: int) -> Array:
+        array = read_bytes(path, offset + start * row, (stop - start) * row)
+        return array.view(dtype).reshape(stop - start, *shape[1:])
+
+    if not shape:
+        return Tensor(shape, dtype, lambda: read_bytes(path, offset, row).view(dtype).reshape(shape))
+    return Tensor(shape, dtype, lambda: rows(0, shape[0]), rows=rows)
 
 
 def _check_zip(path: Path) -> None:

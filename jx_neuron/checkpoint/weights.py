@@ -185,12 +185,14 @@ class Source:
     read:  returns a whole parameter, in any memory order.
     split: returns its partition.
     name:  returns its name in the checkpoint.
+    slices: returns a whole parameter in parts along its first axis; None where all are read whole.
     """
 
     paths: Sequence[str]
     read: Callable[[str], np.ndarray]
     split: Callable[[str], PartitionSpec]
     name: Callable[[str], str] = str
+    slices: Callable[[str], Iterator[np.ndarray]] | None = None
 
     def place(
         self,
@@ -246,7 +248,18 @@ def from_checkpoint(
         row = by_path[path]
         return row.pad(row.read(config, tensors), padding).astype(row.dtype(dtype), copy=False)
 
-    return Source(list(by_path), read, lambda path: by_path[path].partition, lambda path: by_path[path].name)
+    def slices(path: str) -> Iterator[np.ndarray]:
+        row = by_path[path]
+        for part in row.slices(config, tensors):
+            yield part.astype(row.dtype(dtype), copy=False)
+
+    def split(path: str) -> PartitionSpec:
+        return by_path[path].partition
+
+    def name(path: str) -> str:
+        return by_path[path].name
+
+    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

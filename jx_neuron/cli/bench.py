@@ -17,16 +17,7 @@ ROWS = {1: "1", 4: "2 to 4", 8: "5 to 8"}
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
-            show_default=False,
-            autocompletion=options.models,
-            callback=options.model,
-        ),
-    ] = None,
+    model: options.Model = None,
     demo: options.Demo = False,
     batch_size: options.BatchSize = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt.")] = 32,

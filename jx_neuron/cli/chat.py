@@ -22,20 +22,27 @@ HELP = """/reset         begin a new conversation
 /help          show this
 /exit          leave, as Ctrl-D does
 A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines.
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer, or discards what is typed; twice where nothing is typed, it leaves."""
 
 
 @dataclass
 class _Interrupt:
-    """What Ctrl-C does: it discards what is being typed, or stops an answer."""
+    """What Ctrl-C does: it stops an answer, or ends the typing of a message.
+
+    idle: how often in a row it came where nothing was typed.
+    """
 
     typing: bool = False
     stopped: bool = False
+    idle: int = 0
 
     def __call__(self) -> None:
-        if self.typing:
-            raise KeyboardInterrupt
-        self.stopped = True
+        if not self.typing:
+            self.stopped = True
+            return
+        readline = sys.modules.get("readline")
+        self.idle = 0 if readline is not None and readline.get_line_buffer() else self.idle + 1
+        raise KeyboardInterrupt
 
 
 @dataclass
@@ -105,15 +112,7 @@ class _Chat:
 
 
 def command(
-    argument: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
-            show_default=False,
-            autocompletion=options.models,
-        ),
-    ] = None,
+    argument: options.Model = None,
     demo: options.Demo = False,
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="The system message.", show_default="the chat template's, or none")
@@ -122,14 +121,10 @@ def command(
         int | None,
         typer.Option(min=1, metavar="N", help="Longest answer, in tokens.", show_default="as many as there is room"),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -148,13 +143,12 @@ def command(
     """
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.engine.conversation import Conversation
-    from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     if demo == (argument is not None):
         raise InputError("name a checkpoint folder, .gguf file or hub id, or use --demo alone")
     model = NeuronAutoModelForCausalLM.from_pretrained(
-        demo_model() if demo else options.model(argument),
+        argument or demo_model(),
         n_positions=n_positions,
         tp_degree=tp,
         amp=amp,
@@ -162,10 +156,7 @@ def command(
         revision=revision,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
-    greedy = temperature is None and top_k is None and top_p is None
-    sampling = SamplingParams(
-        max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
-    )
+    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
     interrupt = _Interrupt()
     chat = _Chat(model.to_neuron(), sampling, Conversation(model.engine), interrupt)
     chat.begin(system)
@@ -177,32 +168,43 @@ def command(
     print_message("/help lists what can be typed; Ctrl-D leaves.", err=True)
     with suppress(ImportError):
         import readline  # noqa: F401  input() takes lines by it
-    with interrupts.instead(interrupt):
-        while (going := _turn(chat)) is not None and going:
-            pass
+    interrupts.replace(interrupt)
+    while _turn(chat):
+        pass
 
 
-def _turn(chat: _Chat) -> bool | None:
-    """Obeys what is typed next. Returns whether to go on; None at the end of the input."""
+def _turn(chat: _Chat) -> bool:
+    """Obeys what is typed next. Returns whether to go on."""
+    interrupt = chat.interrupt
     try:
-        chat.interrupt.typing = True
+        interrupt.typing = True
         try:
             message = next(_messages(_typed_lines()), None)
         finally:
-            chat.interrupt.typing = False
-        return message if message is None else not message.strip() or chat.obey(message)
+            interrupt.typing = False
+        interrupt.idle = 0
+        return message is not None and (not message.strip() or chat.obey(message))
     except KeyboardInterrupt:
         typer.echo(err=True)
+        if interrupt.idle == 1:
+            print_message("Ctrl-C again, or Ctrl-D, leaves.", err=True)
+        return interrupt.idle < 2
+    except UnicodeDecodeError as error:
+        print_message(f"jx-neuron: what was typed is not UTF-8 text: {error}", err=True)
     except (JxNeuronError, OSError) as error:
         print_message(f"jx-neuron: {error}", err=True)
     return True
 
 
 def _typed_lines() -> Iterator[str]:
-    with suppress(EOFError):
-        while True:
-            yield input(SIGN)
-    typer.echo(err=True)
+    while True:
+        try:
+            line = input(SIGN)
+        except (EOFError, OSError):  # Ctrl-D, or the terminal is gone
+            break
+        yield line
+    with suppress(OSError):
+        typer.echo(err=True)
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -64,15 +64,10 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-@contextmanager
-def instead(call: Callable[[], object]) -> Iterator[None]:
-    """Has Ctrl-C call `call` in the main thread, and not end the process."""
+def replace(call: Callable[[], object]) -> None:
+    """Has Ctrl-C call `call` in the main thread from now on, and not end the process."""
     global _instead  # noqa: PLW0603
     _instead = call
-    try:
-        yield
-    finally:
-        _instead = None
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from jx_neuron.errors import InputError
 
 if TYPE_CHECKING:
     from jx_neuron.config import KVCacheQuantizationConfig
+    from jx_neuron.engine.options import SamplingParams
 
 KV_FORMS = {"int8": "s8", "fp8": "f8e4m3fn"}
 """The names of --kv-quant, and the quant_dtype of each."""
@@ -94,6 +95,16 @@ def drafter(draft: str | None, target: Any) -> Any:
     )
 
 
+def sampling(
+    max_tokens: int | None, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> "SamplingParams":
+    """The likeliest token each time, unless --temperature, --top-k or --top-p is given."""
+    from jx_neuron.engine.options import SamplingParams
+
+    greedy = temperature is None and top_k is None and top_p is None
+    return SamplingParams(max_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
+
+
 def _targets() -> list[str]:
     from jx_neuron.lowering.verify.rules import TARGETS
 
@@ -107,6 +118,20 @@ def instances() -> list[str]:
     return [instance.name for instance in INSTANCES]
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A checkpoint folder, .gguf file or hub id; none with --demo.",
+        show_default=False,
+        autocompletion=models,
+        callback=model,
+    ),
+]
+Temperature = Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")]
+TopK = Annotated[int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")]
 Amp = Annotated[
     str, typer.Option(metavar="DTYPE", help="Dtype of weights and cache: f32, f16 or bf16.", autocompletion=_amps)
 ]

@@ -24,16 +24,7 @@ def command(
             callback=options.path,
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A checkpoint folder, .gguf file or hub id.",
-            show_default=False,
-            autocompletion=options.models,
-            callback=options.model,
-        ),
-    ] = None,
+    model: options.Model = None,
     demo: options.Demo = False,
     quant: options.QuantForm = "int8",
     group_size: Annotated[

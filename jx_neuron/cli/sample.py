@@ -55,14 +55,10 @@ def command(
         bool, typer.Option("--chat", help="Put each prompt through the tokenizer's chat template.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")] = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -83,7 +79,6 @@ def command(
         jx-neuron sample ./my-llama --chat --temperature 0.7 "Why is the sky blue?"
     """
     from jx_neuron.checkpoint.demo import demo_model
-    from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
     texts = list(arguments or [])
@@ -101,10 +96,7 @@ def command(
         revision=revision,
     )
     drafter = options.drafter(draft, model)
-    greedy = temperature is None and top_k is None and top_p is None
-    sampling = SamplingParams(
-        max_tokens=max_new_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed
-    )
+    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
         for prompt in prompts:

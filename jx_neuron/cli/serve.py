@@ -18,15 +18,7 @@ EXTRA = "starlette uvicorn prometheus-client llguidance"
 
 
 def command(
-    argument: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A checkpoint folder, .gguf file or hub id; none with --demo.",
-            show_default=False,
-            autocompletion=options.models,
-        ),
-    ] = None,
+    argument: options.Model = None,
     demo: options.Demo = False,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for every network.")

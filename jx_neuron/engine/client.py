@@ -15,6 +15,7 @@ from jx_neuron.engine.defaults import SamplingDefaults
 from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.generation import Generation, Request
+from jx_neuron.engine.numbered import NumberedSequences, pieces_of
 from jx_neuron.engine.options import Choice, Options, SamplingParams, check_names, criteria_of
 from jx_neuron.engine.rows import LastRows
 from jx_neuron.engine.stopping import Criteria, Detokenizer
@@ -33,6 +34,7 @@ class Client:
     engine:    returns the engine; called once the arguments are checked.
     tokenizer: returns the tokenizer. Raises a JxNeuronError where there is none.
     last:      the rows of a thread's last call.
+    numbered:  the sequences of calls with continuous batching.
     """
 
     settings: Settings
@@ -41,6 +43,7 @@ class Client:
     engine: Callable[[], Engine]
     tokenizer: Callable[[], Any]
     last: LastRows = field(default_factory=LastRows)
+    numbered: NumberedSequences = field(default_factory=NumberedSequences)
 
     @property
     def limits(self) -> prompts.Limits:
@@ -52,9 +55,11 @@ class Client:
         """The number of answers to each prompt."""
         return self.settings.slots // self.limits.batch
 
-    def logits(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> np.ndarray:
-        """Logits of prompts, or of tokens that continue a thread's last call; a model's __call__."""
+    def forward(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> Any:
+        """Logits of prompts, or of tokens that continue a thread's last call, or numbered sequences."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
+        if self.neuron_config.continuous_batching is not None and start_ids is not None:
+            return prompts.like(input_ids, self._of_numbered(ids_bt, cache_ids, start_ids))
         every = self.neuron_config.output_all_logits
         if cache_ids is None:
             self.last.close()
@@ -69,6 +74,25 @@ class Client:
         ids_bt = prompts.batch_of(input_ids, self.limits)
         start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
         return self.last.at(start_b).extend(ids_bt, every=True)
+
+    def _of_numbered(self, ids_nt: np.ndarray, cache_ids: Any, start_ids: Any) -> np.ndarray:
+        """Logits [n, v] after each row, or [n, t, v] after each token of rows that go on by several; with a
+        GenerationConfig, tokens drawn after each row, [n, 1]."""
+        batching = self.neuron_config.continuous_batching
+        count = (batching and batching.max_num_seqs) or self.settings.slots
+        pieces = pieces_of(ids_nt, cache_ids, start_ids, count, self.limits.capacity)
+        several = any(piece.start and len(piece.tokens) > 1 for piece in pieces)
+        if self.neuron_config.on_device_generation is None:
+            if every := several or self.neuron_config.output_all_logits:
+                self._require_all_logits("several tokens of a sequence that goes on")
+            return self.numbered.logits(self.engine(), pieces, every)
+        if several:
+            raise InputError(
+                "a sequence goes on by one token where on_device_generation draws the next; make the model without it "
+                "for the logits of several"
+            )
+        choices = self.defaults.choices({}, count, 1, samples=True)
+        return self.numbered.draw(self.engine(), pieces, [choices[piece.number].draw for piece in pieces])
 
     def sample(
         self,
@@ -238,4 +262,9 @@ class Client:
             return None
 
     def _rows(self, ids_bt: np.ndarray, start_ids: Any, attention_mask: Any = None) -> list[np.ndarray]:
+        if self.neuron_config.continuous_batching is not None and start_ids is not None:
+            raise InputError(
+                "start_ids are sequences where the model has continuous_batching, and an answer needs none; give "
+                "attention_mask for padded prompts"
+            )
         return prompts.rows_of(ids_bt, start_ids, attention_mask, padding_side=self.neuron_config.padding_side)

@@ -1,10 +1,12 @@
-"""Logits of given tokens, for callers that choose tokens themselves or score them."""
+"""What follows given tokens: logits, for callers that choose tokens themselves or score them, or one token drawn."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jx_neuron.engine.draw import Draw
 from jx_neuron.engine.sequence import Row
+from jx_neuron.nn.sampling import NOT_FINITE
 
 if TYPE_CHECKING:
     from jx_neuron.engine.engine import Engine
@@ -62,3 +64,29 @@ class Collector:
     def fail(self, error: Exception) -> None:
         """Records an error."""
         self.error = error
+
+
+class DrawnToken(Collector):
+    """Takes the token that follows a sequence's last one, drawn by the program, or by the host where no program can.
+
+    Attributes:
+        token: the token, once `done`.
+    """
+
+    def __init__(self, engine: "Engine", row: int, draw: Draw):
+        super().__init__(engine, row, every=None if draw.fused else False)
+        self._draw, self.token = draw, NOT_FINITE
+
+    def take(self, row: Row, token: int, logits: np.ndarray | None) -> None:
+        """Takes the outputs of a row."""
+        super().take(row, token, logits)
+        if not row.last:
+            return
+        sequence = row.sequence
+        if logits is not None:
+            token = self._draw.choose(logits, len(sequence.tokens) - sequence.prompt)
+        if token == NOT_FINITE:
+            self._engine.poison(sequence)
+            raise self._engine.not_finite(self._row)
+        self._engine.scheduler.take(sequence, token)
+        self.token = token

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from jx_neuron.config import MOST_VERIFIED
-
-LEAST, MOST = 3, MOST_VERIFIED - 1
+LEAST, MOST = 3, 15
 """Tokens of a draft: at first and at least, and at most."""
 
 MEMORY, POOR, MOST_PAUSES = 0.9, 0.25, 6

@@ -109,6 +109,15 @@ def restore_as(like: Any, vocab_size: int) -> Restore:
     return lambda array: array.tolist()
 
 
+def like(ids: Any, array: np.ndarray) -> Any:
+    """`array` as a torch tensor where `ids` is one."""
+    if type(ids).__module__.partition(".")[0] != "torch":
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
 def _wide_enough(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any]:
     narrow = dtype.kind in "iu" and np.iinfo(dtype).max < vocab_size - 1
     return np.dtype(np.int32) if narrow else dtype

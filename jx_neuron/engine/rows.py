@@ -12,6 +12,23 @@ from jx_neuron.engine.sequence import Sequence
 from jx_neuron.errors import InputError
 
 
+def logits_of(engine: Engine, sequences: SequenceOf[Sequence], first_n: SequenceOf[int], every: bool) -> np.ndarray:
+    """Computes sequences. Returns logits of their tokens from positions `first_n` on, [n, t, v], 0 after an end.
+
+    every: whether these are not the last tokens alone.
+    """
+    sinks = [Collector(engine, n, every=every, first=first) for n, first in enumerate(first_n)]
+    for sequence, sink in zip(sequences, sinks, strict=True):
+        sequence.sink, sequence.every_logits = sink, every
+    engine.compute(sequences)
+    width = max(len(sequence.tokens) - first for sequence, first in zip(sequences, first_n, strict=True))
+    logits_ntv = np.zeros((len(sequences), width, engine.vocab_size), np.float32)
+    for row_tv, sink, first in zip(logits_ntv, sinks, first_n, strict=True):
+        for begin, part_tv in sink.parts:
+            row_tv[begin - first : begin - first + len(part_tv)] = part_tv
+    return logits_ntv
+
+
 class Rows:
     """Sequences whose tokens the caller gives, at first and later.
 
@@ -81,17 +98,7 @@ class Rows:
         self._engine.closing.extend(self._sequences)
 
     def _compute(self, first_n: np.ndarray, every: bool) -> np.ndarray:
-        """Logits [n, t, v] of each row's tokens from position `first_n` on."""
-        sinks = [Collector(self._engine, n, every=every, first=first) for n, first in enumerate(first_n.tolist())]
-        for sequence, sink in zip(self._sequences, sinks, strict=True):
-            sequence.sink, sequence.every_logits = sink, every
-        self._engine.compute(self._sequences)
-        width = int((self.lengths - first_n).max())
-        logits_ntv = np.zeros((self.count, width, self._engine.vocab_size), np.float32)
-        for row_tv, sink, first in zip(logits_ntv, sinks, first_n.tolist(), strict=True):
-            for begin, part_tv in sink.parts:
-                row_tv[begin - first : begin - first + len(part_tv)] = part_tv
-        return logits_ntv
+        return logits_of(self._engine, self._sequences, first_n.tolist(), every)
 
 
 class LastRows(threading.local):

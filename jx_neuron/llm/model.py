@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, Unpack, overload
 
-import numpy as np
-
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step
@@ -27,6 +25,7 @@ from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment
 from jx_neuron.runtime.saved import SavedModel
 from jx_neuron.step.buckets import Buckets
+from jx_neuron.util.arguments import integers
 from jx_neuron.util.once import Once
 
 if TYPE_CHECKING:  # running a saved model needs no model code
@@ -53,6 +52,8 @@ class NeuronAutoModelForCausalLM:
 
     def _make_of(self, origin: Origin) -> None:
         backend, self.settings, self.config = self.backend, origin.settings, dict(origin.config)
+        if (batching := self.neuron_config.continuous_batching) is not None:
+            batching.require_fit(self.settings.slots, self.settings.buckets.capacity)
         self._origin = origin
         self._deployment = Once(lambda: origin.deployment)
         self._engine = Once(self._start)
@@ -154,7 +155,7 @@ class NeuronAutoModelForCausalLM:
 
         Raises ConfigError where the programs are made already, and for other batch_sizes.
         """
-        if batch_sizes is not None and tuple(np.atleast_1d(batch_sizes).tolist()) != self.settings.batch_sizes:
+        if batch_sizes is not None and tuple(integers("batch_sizes", batch_sizes)) != self.settings.batch_sizes:
             raise ConfigError(f"batch_sizes={batch_sizes!r}: the model has {self.settings.batch_sizes}; leave it out")
         if self._engine.is_set or self._deployment.is_set:
             raise ConfigError("the programs are made already; call enable_speculative_decoder before to_neuron")
@@ -163,7 +164,7 @@ class NeuronAutoModelForCausalLM:
 
     def speculative_forward(
         self, input_ids: Any, cache_ids: Any, start_ids: Any = None, speculation_length: int | None = None
-    ) -> np.ndarray:
+    ) -> Any:
         """Logits of every token of `input_ids` [b, k], which go on from position `cache_ids` of what this thread's last
         call left: float32 [b, k, v]. `speculation_length`, where it is given, is k.
 
@@ -234,7 +235,7 @@ class NeuronAutoModelForCausalLM:
             "Threads may share it; another process makes its own with from_pretrained"
         )
 
-    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> np.ndarray:
+    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> Any:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
@@ -242,9 +243,16 @@ class NeuronAutoModelForCausalLM:
                    on from what this thread's last call left.
         start_ids: [b], the first real position of each left-padded row; where `cache_ids` go on, that of its prompt.
 
+        With `NeuronConfig(continuous_batching=…)`, start_ids [n] or [n, 1] are the sequences of the rows, and cache_ids
+        [n, t] the positions of their tokens, followed by 0 for padding. A sequence begins at position 0, and goes on
+        where it ends or before. Rows that go on by several tokens have logits after each, [n, t, v]. A model that has
+        on_device_generation gives the tokens drawn, int64 [n, 1]. Torch tensors of ids have torch tensors returned.
+
         Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
         """
-        return self._client.logits(input_ids, cache_ids, start_ids)
+        return self._client.forward(input_ids, cache_ids, start_ids)
+
+    forward = __call__
 
     def sample(
         self,

@@ -2,13 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jx_neuron.checkpoint.weights import Tensors
+from jx_neuron.checkpoint.row import Tensors, slices
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
@@ -79,6 +79,10 @@ class TextTensors:
     def read(self, name: str) -> np.ndarray:
         """A tensor."""
         return self.tensors.read(self.theirs[name])
+
+    def slices(self, name: str) -> Iterator[np.ndarray]:
+        """The same in parts along its first axis, where it can be read so."""
+        return slices(self.tensors, self.theirs[name])
 
 
 def warn(raw: Mapping[str, Any], text: Mapping[str, Any], others: Iterable[str]) -> None:

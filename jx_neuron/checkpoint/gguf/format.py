@@ -241,6 +241,12 @@ def _nbytes(entry: Entry) -> int:
     return int(prod(entry.shape) // block * size)
 
 
+def part(entry: Entry, start: int, stop: int) -> Entry:
+    """Entries of a tensor's first axis, of two axes or more: from `start` to before `stop`."""
+    row = _nbytes(replace(entry, shape=(1, *entry.shape[1:])))
+    return replace(entry, shape=(stop - start, *entry.shape[1:]), offset=entry.offset + start * row)
+
+
 def load(path: Path, entry: Entry) -> Array:
     """The tensor of `entry`: as stored where PLAIN has its type, else dequantized to float32."""
     if entry.type in PLAIN:

@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
-import gguf
 import numpy as np
 
 from jx_neuron.checkpoint.gguf.architecture import ROWS, Architecture, Edit, Names, transposed, without_one
 from jx_neuron.checkpoint.gguf.architectures import ARCHITECTURES
-from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load, read_gguf
+from jx_neuron.checkpoint.gguf.format import GGUF, NO_TOKEN, PLAIN, Entry, Metadata, load, part, read_gguf
 from jx_neuron.checkpoint.gguf.keys import INSTEAD, ROPE_TENSORS, Header, Keys
 from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.checkpoint.tokenizer import PlainTokenizer
@@ -176,8 +174,8 @@ class Model:
             edit = without_one
         if block in ROWS and (edit or isinstance(hf, tuple)):
             self._check_rows(name, entry, ROWS[block](header.keys.heads, header.kv_heads) * header.head_dim)
-        for one, part in self._parts(entry, hf):
-            yield f"{one.replace('{i}', layer[1] if layer else '')}.{suffix}", self._tensor(part, edit)
+        for one, piece in self._parts(entry, hf):
+            yield f"{one.replace('{i}', layer[1] if layer else '')}.{suffix}", self._tensor(piece, edit)
 
     def _check_rows(self, name: str, entry: Entry, rows: int) -> None:
         if entry.shape[0] != rows:
@@ -189,17 +187,15 @@ class Model:
 
     def _parts(self, entry: Entry, hf: str | tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
         """HF's names of parts of a tensor, and where the rows of each are."""
-        block, size = gguf.GGML_QUANT_SIZES[entry.type]
-        row_bytes = prod(entry.shape[1:]) // block * size
         if isinstance(hf, tuple):
             n, k, h = self.header.keys.heads, self.header.kv_heads, self.header.head_dim
             start = 0
             for name, rows in zip(hf, (n * h, k * h, k * h), strict=True):
-                yield name, Entry((rows, *entry.shape[1:]), entry.type, entry.offset + start * row_bytes)
+                yield name, part(entry, start, start + rows)
                 start += rows
         elif "{r}" in hf:
             for row in range(entry.shape[0]):
-                yield hf.replace("{r}", str(row)), Entry(entry.shape[1:], entry.type, entry.offset + row * row_bytes)
+                yield hf.replace("{r}", str(row)), replace(part(entry, row, row + 1), shape=entry.shape[1:])
         else:
             yield hf, entry
 
@@ -207,7 +203,8 @@ class Model:
         path, n, k = self.header.file.path, self.header.keys.heads, self.header.kv_heads
         dtype = np.dtype(np.float32 if edit is without_one else PLAIN.get(entry.type, np.float32))
         if edit is None:
-            return Tensor(entry.shape, dtype, partial(load, path, entry))
+            rows = None if len(entry.shape) < 2 else lambda start, stop: load(path, part(entry, start, stop))
+            return Tensor(entry.shape, dtype, partial(load, path, entry), rows=rows)
         shape = entry.shape[::-1] if edit is transposed else entry.shape
         return Tensor(shape, dtype, lambda: edit(load(path, entry), n, k))
 
