@@ -1,5 +1,6 @@
 """Drafts change how fast tokens come, and never which."""
 
+import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from jx_neuron import InputError, NeuronAutoModelForCausalLM, NeuronConfig, Samp
 from jx_neuron.engine.drafting import NgramDrafter, Speculation
 from jx_neuron.errors import ConfigError
 from jx_neuron.llm.speculation import FusedSpeculativeDecoder, SpeculativeGenerator
+from jx_neuron.serve.async_engine import AsyncEngine
 
 SHAPES = dict(n_positions=[64], context_length_estimate=[16])
 KINDS = {
@@ -205,3 +207,19 @@ def test_the_names_of_transformers_neuronx(folder: Path) -> None:
         compiled.enable_speculative_decoder(8)
     with pytest.raises(ConfigError, match="acceptor"):
         SpeculativeGenerator(draft, model, acceptor=max)
+
+
+def test_a_server_drafts(folder: Path) -> None:
+    model, prompt = made(folder, "xla", 2), [5, 6, 7] * 4
+    (plain,) = model.generate([prompt], KINDS["greedy"])
+
+    async def main() -> list[int]:
+        engine = AsyncEngine(model, draft=Knows({tuple(prompt): plain.ids}), readied=[KINDS["greedy"]])
+        engine.start()
+        while not engine.healthy:
+            await asyncio.sleep(0.01)
+        tokens = [event.token async for event in engine.submit(prompt, KINDS["greedy"])]
+        await engine.shutdown(10)
+        return tokens
+
+    assert asyncio.run(main()) == list(plain.ids)

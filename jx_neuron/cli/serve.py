@@ -46,6 +46,7 @@ def command(
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
+    draft: options.Draft = None,
     revision: options.Revision = None,
     most_waiting: Annotated[
         int, typer.Option(min=0, metavar="N", help="Requests that may wait for a slot; beyond, 429 with Retry-After.")
@@ -109,7 +110,8 @@ def command(
     def ready(port: int) -> None:
         _announce(settings.names[0], host, port, bool(keys), as_json)
 
-    application = app(model, AsyncEngine(model, most_waiting=most_waiting), settings)
+    engine = AsyncEngine(model, most_waiting=most_waiting, draft=options.drafter(draft, model))
+    application = app(model, engine, settings)
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
 
 

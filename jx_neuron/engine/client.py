@@ -172,7 +172,13 @@ class Client:
         requests, events = self._generation(several, sampling, drafter)
         return generation.whole(requests, events)
 
-    def request(self, prompt: Any, sampling: SamplingParams, prompt_logprobs: int | None = None) -> Request:
+    def request(
+        self,
+        prompt: Any,
+        sampling: SamplingParams,
+        prompt_logprobs: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> Request:
         """A request for answers to one prompt.
 
         prompt_logprobs: gives the log-probability of each token of the prompt, and those of so many of the most likely
@@ -185,7 +191,7 @@ class Client:
             integer("prompt_logprobs", prompt_logprobs, least=0, most=self.settings.vocab_size)
             self._require_all_logits("prompt_logprobs")
         choices = self._choices(tokens, sampling)
-        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs)
+        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs, drafter)
 
     def _generation(
         self, several: Any, sampling: Any, drafter: Drafter | None

@@ -130,7 +130,7 @@ class Engine:
                 raise
 
     def _yields(self, under_way: _InFlight) -> bool:
-        return self.scheduler.budget is not None and under_way.turn.step.key.kind != "decode"
+        return self.scheduler.budget is not None and not under_way.turn.step.key.in_place
 
     def _dispatch(self) -> bool:
         """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
@@ -243,18 +243,19 @@ class Engine:
         self.scheduler.forget()
         self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
 
-    def reserve(self, budget: int, candidates: Iterable[int]) -> None:
+    def reserve(self, budget: int, candidates: Iterable[int], *, verifies: bool = False) -> None:
         """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
 
         The state table keeps its largest size from now on, and a turn takes at most `budget` tokens of prompts.
 
         candidates: the numbers of candidates whose programs are loaded now.
+        verifies:   whether the programs that verify drafts are loaded as well.
         """
         with self.lock:
             self.scheduler.budget, self.reserved = budget, True
             self._discard_state()
             if self.runtime.programs is None:
-                self.runtime.load(key for count in candidates for key in self.scheduler.programs(count))
+                self.runtime.load(key for count in candidates for key in self.scheduler.programs(count, verifies))
             self.compute([sequence := Sequence([0], sink=Collector(self))])
             self.scheduler.close(sequence)
             if self.scheduler.batch_sizes[-1] > 1:

@@ -376,14 +376,17 @@ class Scheduler:
         most = max(self.budget - decoding, tokens[0])
         return sequences[: sum(n <= most for n in tokens)]
 
-    def programs(self, candidates: int) -> list[ProgramKey]:
-        """The programs of every turn within the budget that draws from so many candidates, without scores."""
+    def programs(self, candidates: int, verifies: bool = False) -> list[ProgramKey]:
+        """The programs of every turn within the budget that draws from so many candidates, without scores; those that
+        verify drafts where `verifies`."""
         least, tokens = self.prompt_rows[0], self.buckets.tokens
         room = max(self.budget or math.inf, least * self.buckets.context[-1])
         whole = [(rows, t, t) for rows in self.prompt_rows for t in self.buckets.context if t > 1 and rows * t <= room]
         behind = [(least, t, s) for t in self._chunk_sizes for s in tokens if s > t]
         decode = [ProgramKey("decode", rows, 1, s, candidates) for rows in self.batch_sizes for s in tokens]
-        return decode + [ProgramKey("prefill", *sizes, candidates) for sizes in (*whole, *behind)]
+        sizes = [(rows, t, s) for rows in self.batch_sizes for t in self._verify_sizes for s in tokens if t < s]
+        verify = [ProgramKey("verify", *size, candidates) for size in sizes if verifies]
+        return decode + verify + [ProgramKey("prefill", *sizes, candidates) for sizes in (*whole, *behind)]
 
     def _turn(
         self, kind: Kind, rows: int, t: int, positions: int, sequences: dict[int, Sequence], counts: dict[int, int]

@@ -11,6 +11,7 @@ from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step
 from jx_neuron.engine.client import Client
 from jx_neuron.engine.defaults import SamplingDefaults
+from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.options import Options
@@ -282,7 +283,7 @@ class NeuronAutoModelForCausalLM:
 
         Threads may call at once; they take turns.
         """
-        drafter = drafts.drafter_of(draft, self)
+        drafter = self.drafter(draft)
         return self._client.sample(input_ids, sequence_length, start_ids, options, streamer, drafter)
 
     def stream(
@@ -301,7 +302,7 @@ class NeuronAutoModelForCausalLM:
                   ones; 0 for the token's alone.
         draft:    that of `generate`.
         """
-        drafter = drafts.drafter_of(draft, self)
+        drafter = self.drafter(draft)
         return self._client.steps(
             input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True, drafter=drafter
         )
@@ -344,17 +345,23 @@ class NeuronAutoModelForCausalLM:
         Raises InputError before anything runs for a prompt or a sampling that the model cannot take, and NonFiniteError
         where logits hold a NaN or an infinity.
         """
-        drafter = drafts.drafter_of(draft, self)
+        drafter = self.drafter(draft)
         if stream:
             return self._client.events(prompts, sampling, drafter)
         return self._client.generations(prompts, sampling, drafter)
 
-    def request(self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None) -> Request:
-        """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`.
+    def request(
+        self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None, *, draft: Any = None
+    ) -> Request:
+        """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`, and `draft`.
 
         Raises InputError where the model cannot take it.
         """
-        return self._client.request(prompt, sampling, prompt_logprobs)
+        return self._client.request(prompt, sampling, prompt_logprobs, self.drafter(draft))
+
+    def drafter(self, draft: Any) -> Drafter | None:
+        """The drafter that the `draft` of `generate` names. Raises InputError or ConfigError where it cannot be one."""
+        return drafts.drafter_of(draft, self)
 
     def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.

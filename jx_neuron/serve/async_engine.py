@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jx_neuron.engine.generation import Request, RunningAnswer, start
 from jx_neuron.engine.likelihood import Likelihood
@@ -164,6 +164,7 @@ class AsyncEngine:
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
     readied:          sampling parameters whose programs are loaded before the first turn; others load theirs when they
                       are first used, while all wait.
+    draft:            that of the model's `generate`, for all requests.
 
     A turn takes one token of each answer, then as many tokens of prompts as the model's largest context bucket has. So
     its `context_length_estimate` is how long a prompt may stall others, and how much of a prefix is reused: 32 suits a
@@ -177,7 +178,9 @@ class AsyncEngine:
         most_waiting: int = 256,
         seconds_per_turn: float = 60.0,
         readied: Sequence[SamplingParams] = (SamplingParams(), SamplingParams(temperature=1.0)),
+        draft: Any = None,
     ):
+        self._drafter = model.drafter(draft)
         self._readied = readied
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -244,7 +247,7 @@ class AsyncEngine:
             raise ShuttingDown("the server shuts down; send the request to another")
         if self._failure is not None or self._hangs:
             raise self._failed()
-        request = self._model.request(prompt, sampling, prompt_logprobs)
+        request = self._model.request(prompt, sampling, prompt_logprobs, draft=self._drafter)
         waiting = sum(stream.timings.started is None for stream in self._live)
         if waiting >= self._most_waiting:
             raise QueueFull(waiting, self._retry_after(waiting))
@@ -351,7 +354,8 @@ class AsyncEngine:
     def _warm_up(self) -> None:
         model = self._model
         candidates = {model.request([0], sampling).choices[0].draw.candidates for sampling in self._readied}
-        model.engine.reserve(model.buckets.context[-1], sorted(candidates))
+        verifies = self._drafter is not None
+        model.engine.reserve(model.buckets.context[-1], sorted(candidates), verifies=verifies)
         self._ready = True
 
     def _send(self, news: Sequence[_News]) -> None:
