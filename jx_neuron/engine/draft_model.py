@@ -26,7 +26,7 @@ class ModelDrafter:
 
     engine: Engine
     positions: int
-    pause: int = 64
+    pause: int = 128
     _twins: "WeakKeyDictionary[Speculation, _Twin]" = field(default_factory=WeakKeyDictionary)
 
     def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:

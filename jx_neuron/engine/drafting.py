@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-LEAST, MOST = 3, 15
-"""Tokens of a draft: at first and at least, and at most."""
+FIRST, MOST = 3, 15
+"""Tokens of a sequence's first draft, and of any draft at most."""
 
 MEMORY, POOR, MOST_PAUSES = 0.9, 0.25, 6
 """Where less than the part POOR of what was drafted is accepted, each draft counting MEMORY times as much as the next,
@@ -53,9 +53,9 @@ class Speculation:
     wanted: int = 0
     wait: int = 0
     drafts: Drafts = field(default_factory=Drafts)
-    _length: int = LEAST
-    _proposed: float = LEAST
-    _accepted: float = LEAST / 2
+    _length: int = FIRST
+    _proposed: float = 2 * FIRST
+    _accepted: float = FIRST
     _pauses: int = 0
 
     def is_due(self, room: int) -> bool:
@@ -75,7 +75,7 @@ class Speculation:
         total = self.drafts
         self.drafts = Drafts(total.proposed + proposed, total.accepted + accepted, total.steps + 1)
         grown = max(self._length, 2 * proposed + 1) if accepted == proposed else accepted + 1
-        self._length = min(max(LEAST, grown), MOST)
+        self._length = min(grown, MOST)
         self._proposed, self._accepted = MEMORY * self._proposed + proposed, MEMORY * self._accepted + accepted
         if self._accepted < POOR * self._proposed:
             self.wait = self.drafter.pause << self._pauses
