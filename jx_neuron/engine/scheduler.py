@@ -19,7 +19,7 @@ from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
-VERIFY_SIZES = (4, 8)
+VERIFY_SIZES = (2, 4, 8)
 """Tokens of steps that verify drafts, where programs are compiled on demand. On a CPU, more tokens take longer each
 (docs/speculation.md)."""
 
