@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -161,7 +161,7 @@ class GenerationConfig:
         object.__setattr__(self, name, value)
 
 
-_QUANT_DTYPES = {"int8": "s8", "fp8": "f8e4m3fn", "int4": "int4"}
+_KINDS: dict[str, Literal["int8", "fp8", "int4"]] = {"s8": "int8", "f8e4m3fn": "fp8", "int4": "int4"}
 _METHODS = ("vector_dynamic", "direct_cast")
 
 
@@ -187,7 +187,7 @@ class QuantizationConfig:
     group_size:       inputs of a group of int4, an even number, 32 by default. A matrix whose inputs on a core are no
                       multiple of twice as many is stored as s8.
     lm_head:          whether the head is stored as s8 with a scale a token; with it the table of embeddings, where the
-                      two are tied and one core has the model.
+                      two are tied.
     keep:             patterns of paths of parameters that are not quantized, such as "layers.0.*" or "*.down_proj.*".
 
     Raises ConfigError for a value that is not legal.
@@ -209,12 +209,13 @@ class QuantizationConfig:
         >>> QuantizationConfig.named("int8").quant_dtype
         's8'
         """
-        if name not in _QUANT_DTYPES:
-            raise ConfigError(f"quant={name!r} is not legal; it is one of {', '.join(_QUANT_DTYPES)}")
-        return cls(quant_dtype=_QUANT_DTYPES[name], lm_head=True)
+        dtype = next((dtype for dtype, kind in _KINDS.items() if kind == name), None)
+        if dtype is None:
+            raise ConfigError(f"quant={name!r} is not legal; it is one of {', '.join(_KINDS.values())}")
+        return cls(quant_dtype=dtype, lm_head=True)
 
     def __post_init__(self) -> None:
-        dtypes = [*_QUANT_DTYPES.values()]
+        dtypes = [*_KINDS]
         for name, legal in (
             ("quant_dtype", dtypes),
             ("dequant_dtype", [None, *AMP]),
@@ -244,6 +245,11 @@ class QuantizationConfig:
                     f"no_quantize_list has {entry!r}; legal is 'self_attn', and with quant_dtype='f8e4m3fn' "
                     "'model.layers.N'. To leave weights as they are, give patterns of their paths as keep"
                 )
+
+    @property
+    def kind(self) -> Literal["int8", "fp8", "int4"]:
+        """What `--quant` calls it."""
+        return _KINDS[self.quant_dtype]
 
     @property
     def cast_layers(self) -> frozenset[int]:

@@ -202,7 +202,7 @@ def test_adapter(tmp_path, whole):
     (tmp_path / "adapter_config.json").write_text("{}")
     if not whole:
         (tmp_path / "model.safetensors").unlink()
-    refused(tmp_path, "PEFT", "merge_and_unload")
+    refused(tmp_path, "PEFT", "base model", "adapter=")
 
 
 @pytest.mark.parametrize(
@@ -445,3 +445,27 @@ def test_hub(tmp_path, hub):
     found, unreachable = opened((model, {}), (other, {}), offline="1")
     assert found == expected
     assert "HF_HUB_OFFLINE is set" in unreachable
+
+
+OPEN_ADAPTER = """
+from jx_neuron.checkpoint.lora import open_adapter
+from jx_neuron.errors import CheckpointError
+try:
+    print({name: pair.shape for name, pair in open_adapter("org/model").pairs.items()})
+except CheckpointError as error:
+    print("refused:", error)
+"""
+
+
+def test_an_adapter_on_the_hub(tmp_path, hub):
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    hub.root.mkdir()
+    (hub.root / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q"]}')
+    (hub.root / "README.md").write_text("not wanted")
+    refusal = run(OPEN_ADAPTER, **environment)
+    assert "refused: org/model on the Hub holds no adapter" in refusal
+    a, b = np.zeros((2, 5), np.float32), np.zeros((7, 2), np.float32)
+    tensors = {f"base_model.model.h.0.q.lora_{part}.weight": array for part, array in (("A", a), ("B", b))}
+    safetensors.numpy.save_file(tensors, hub.root / "adapter_model.safetensors")
+    assert run(OPEN_ADAPTER, **environment).strip() == "{'h.0.q': (7, 5)}"
+    assert hub.served == {"adapter_config.json", "adapter_model.safetensors"}

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 import huggingface_hub.constants
+import peft
 import pytest
 import tiny
 import torch
@@ -39,7 +40,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 RUN = ("python", "sh")
 # what documents name, and the tiny random model that stands there in its stead; nothing else is found
 ON_THE_HUB = {"openai-community/gpt2": "gpt2"}
-FOLDERS = {"my-llama": "llama", "persimmon-8b": "persimmon"}
+FOLDERS = {"my-llama": "llama", "my-adapter": "adapter", "persimmon-8b": "persimmon"}
 REVISION = "0" * 40
 NO_TESTS_IN_TESTS = "--collect-only -qq"  # a test that ran all tests would run itself
 LEFT_OUT = shutil.ignore_patterns(".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "site")
@@ -95,7 +96,7 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer for each of the names of ON_THE_HUB and FOLDERS."""
     folder = tmp_path_factory.mktemp("models")
-    for name in {*ON_THE_HUB.values(), *FOLDERS.values()} - {"persimmon"}:
+    for name in {*ON_THE_HUB.values(), *FOLDERS.values()} - {"persimmon", "adapter"}:
         tiny.saved(name, folder / name)
     torch.manual_seed(0)
     persimmon = transformers.PersimmonConfig(
@@ -103,6 +104,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=64, max_position_embeddings=128,
     )  # fmt: skip
     transformers.PersimmonForCausalLM(persimmon).save_pretrained(folder / "persimmon")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny.model("llama"), lora).save_pretrained(folder / "adapter")
     for path in folder.iterdir():
         tiny.tokenizer().save_pretrained(path)
     return folder

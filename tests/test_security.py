@@ -258,7 +258,7 @@ ALLOWED = {
         "subprocess.TimeoutExpired": "is caught",
     },
     "lowering/partition.py": {"subprocess.Popen": "this Python, on a module of this package; a list, no shell"},
-    "llm/quantizing.py": {
+    "checkpoint/writing.py": {
         "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get": "a name by another",
     },
     "models/__init__.py": {"importlib.import_module": OURS},

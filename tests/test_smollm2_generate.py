@@ -7,7 +7,13 @@ import pytest
 import torch
 import transformers
 
-from jx_neuron import HuggingFaceGenerationModelAdapter, NeuronAutoModelForCausalLM
+from jx_neuron import (
+    HuggingFaceGenerationModelAdapter,
+    NeuronAutoModelForCausalLM,
+    NeuronConfig,
+    QuantizationConfig,
+    SamplingParams,
+)
 from jx_neuron.checkpoint.demo import demo_model
 from jx_neuron.checkpoint.folder import open_checkpoint
 
@@ -85,3 +91,21 @@ def test_perplexity_of_a_text_file_is_hfs(hf, ours) -> None:
     (score,) = ours.score(text, stride=stride)
     assert score.tokens == count
     assert score.perplexity == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+def greedy_in_int8(**options) -> list[list[int]]:
+    quant = NeuronConfig(quant=QuantizationConfig.named("int8"))
+    model = NeuronAutoModelForCausalLM.from_pretrained(
+        demo_model(), n_positions=64, context_length_estimate=16, neuron_config=quant, **options
+    )
+    return [list(answer.ids) for answer in model.generate(PROMPTS, SamplingParams(max_tokens=NEW, eos_token_id=-1))]
+
+
+@pytest.fixture(scope="module")
+def tokens_in_int8() -> list[list[int]]:
+    return greedy_in_int8(backend="xla")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_lowered_int8_programs_give_the_tokens_of_xla(tokens_in_int8, tp) -> None:
+    assert greedy_in_int8(backend="host", tp_degree=tp) == tokens_in_int8

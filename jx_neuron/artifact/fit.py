@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from jx_neuron.artifact.manifest import hlo_file
+from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import ArtifactError, LoweringError
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
@@ -29,12 +31,14 @@ def check_fit(
     state_dtypes: Mapping[str, str],
     dtype: np.dtype[Any],
     vocab_size: int,
+    quant: QuantizationConfig | None,
 ) -> None:
     """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
     slots, positions, dtype: those of the state table; `state` gives the shape of one slot of each of its arrays, and
                              `state_dtypes` the dtypes of those that have one of their own.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
+    quant: how weights are quantized; None where they are not.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):
@@ -57,6 +61,7 @@ def check_fit(
             f"its state has {_listed(others or tables)}, not {slots} slots of {positions} positions, {dtype.name}, of "
             f"{', '.join(state)}",
         )
+    _check_codes(program, {tensor.name: tensor for tensor in by_kind["param"]}, quant, dtype)
     _check_outputs(program, by_kind["state"], key, vocab_size)
     _check_hlo(program, hlo)
 
@@ -76,6 +81,45 @@ def _check_outputs(program: ProgramSpec, state: Sequence[TensorSpec], key: Progr
         raise _misfit(program, f"its logits, {_listed([logits])} on each core, are not of {vocab_size} tokens")
     if [program.inputs[tensor.alias] if tensor.alias is not None else None for tensor in states] != list(state):
         raise _misfit(program, "the state that it gives is not in the place of the one that it takes")
+
+
+def _check_codes(
+    program: ProgramSpec, parameters: Mapping[str, TensorSpec], quant: QuantizationConfig | None, dtype: np.dtype[Any]
+) -> None:
+    paths = [name.removesuffix(".codes") for name in parameters if name.endswith(".codes")]
+    if quant and not paths:
+        raise _misfit(program, f"its settings have quant_dtype={quant.quant_dtype!r}, and it takes no codes")
+    for path in paths:
+        parts = {part: parameters.get(f"{path}.{part}") for part in ("codes", "scales", "offsets")}
+        stored = {part: tensor.dtype for part, tensor in parts.items() if tensor}
+        legal = _stored_forms(path, quant, dtype)
+        if stored not in legal:
+            forms = " or ".join(map(_described, legal)) or "nothing quantized"
+            setting = f"quant_dtype={quant.quant_dtype!r}" if quant else "quant=None"
+            raise _misfit(program, f"{path} has {_described(stored)}, where its settings ({setting}) have {forms}")
+        if quant and "offsets" in stored:
+            codes, scales = (parameters[f"{path}.{part}"] for part in ("codes", "scales"))
+            if 2 * math.prod(codes.shape) != (quant.group_size or 0) * math.prod(scales.shape):
+                raise _misfit(program, f"{_listed([codes, scales])} are not of group_size={quant.group_size}")
+
+
+def _stored_forms(path: str, quant: QuantizationConfig | None, dtype: np.dtype[Any]) -> list[dict[str, str]]:
+    """The dtypes of codes, scales and offsets that `quant` may store a parameter in; none where it leaves it as it
+    is."""
+    if quant is None or any(fnmatchcase(path, pattern) for pattern in quant.keep):
+        return []
+    if path.endswith(".embedding"):
+        return [{"codes": "int8", "scales": dtype.name}] if quant.lm_head else []
+    int8 = {"codes": "int8", "scales": "float32"}
+    return {
+        "int8": [int8],
+        "fp8": [{"codes": "float8_e4m3", "scales": "float32"}],
+        "int4": [{"codes": "uint8", "scales": "float16", "offsets": "float16"}, int8],
+    }[quant.kind]
+
+
+def _described(stored: Mapping[str, str]) -> str:
+    return ", ".join(f"{part} {dtype}" for part, dtype in stored.items())
 
 
 def _check_hlo(program: ProgramSpec, hlo: bytes) -> None:

@@ -94,8 +94,9 @@ class Artifact:
             for key, spec in parameters.items():
                 part = tensors.get_slice(key)
                 dtype = np.dtype(SAFETENSORS_DTYPES[part.get_dtype()]).name
+                dtype = spec.dtype if dtype == in_file(spec.dtype) else dtype
                 check_layout(spec, dtype, tuple(part.get_shape()), str(path))
-        return OnDemand(sorted(names), lambda key: np.asarray(tensors.get_tensor(key)))
+        return OnDemand(sorted(names), lambda key: np.asarray(tensors.get_tensor(key)).view(parameters[key].dtype))
 
     def parameters(self) -> Mapping[str, list[np.ndarray]]:
         """Each rank's part of each parameter, read at access. The first access checks the files (`weights`)."""
@@ -156,6 +157,11 @@ def is_artifact(directory: Path | str) -> bool:
         return (directory / MANIFEST).is_file()
     except (ArtifactError, OSError):
         return False
+
+
+def in_file(dtype: str) -> str:
+    """The dtype that a file of weights has for a parameter's: the bits, where safetensors has no such numbers."""
+    return "uint8" if dtype == "float8_e4m3" else dtype
 
 
 def check_names(parameters: Collection[str], names: Collection[str], where: str) -> None:

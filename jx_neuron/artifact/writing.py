@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import ValidationError
 
-from jx_neuron.artifact.folder import check_layout, check_names, resolved, retry_if_replaced
+from jx_neuron.artifact.folder import check_layout, check_names, in_file, resolved, retry_if_replaced
 from jx_neuron.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -70,7 +70,7 @@ def write(
     if unknown := sorted(set(neffs) - {program.name for program in programs}):
         raise ArtifactError(f"there is a NEFF of {unknown[0]!r}, but no such program")
     check_replaceable(directory, overwrite)
-    with _writing(directory), replacing(directory) as folder:
+    with writing(directory), replacing(directory) as folder:
         stage = _Stage(folder)
         for program in programs:
             stage.put(hlo_file(program.name), hlo(program.name))
@@ -125,7 +125,7 @@ class _Stage:
     ) -> tuple[str, ...]:
         """Writes one file a rank, parameter by parameter."""
         paths = tuple(f"weights/rank-{rank:02d}.safetensors" for rank in range(ranks))
-        layouts = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+        layouts = {name: (in_file(spec.dtype), spec.shape) for name, spec in specs.items()}
         check_names(specs, parameters, "weights")
 
         def parts(name: str) -> list[np.ndarray]:
@@ -181,12 +181,12 @@ def check_replaceable(directory: Path | str, overwrite: bool = True) -> None:
         if foreign:
             raise ArtifactError(f"{directory} holds {foreign[0]}, which is no part of its artifact. Move it elsewhere")
 
-    with _writing(directory):
+    with writing(directory):
         retry_if_replaced(directory, check)
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> Iterator[None]:
     """Converts an OSError of the disk into an ArtifactError."""
     try:
         yield

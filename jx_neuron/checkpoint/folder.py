@@ -215,9 +215,9 @@ def _weights_file(path: Path) -> Path | None:
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"{path} holds a PEFT adapter (adapter_config.json); legal is a whole model. Merge the adapter "
-                "into its base model with peft's `merge_and_unload()` and save that; if it is merged already, "
-                "remove adapter_config.json."
+                f"{path} holds a PEFT adapter (adapter_config.json); legal is a whole model. Name its base model, and "
+                "this folder as its adapter (adapter=, --adapter); if it is merged already, remove "
+                "adapter_config.json."
             )
         chosen = _choose([file.name for file in path.iterdir() if file.is_file()], str(path), "give the path of one")
         return path / chosen if chosen else None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -111,11 +111,27 @@ class Layout:
         used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
         return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
 
+    def restore(self, parameter: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The inverse of `apply`: the tensor, or the part of it that is taken, with the tensor's axes one by one."""
+        sizes = self._with_quotients(sizes)
+        used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
+        return einops.rearrange(parameter, f"{self.composed} -> {self.taken}", **used)
+
     def _with_quotients(self, sizes: Mapping[str, int]) -> dict[str, int]:
         return {**sizes, **{f"{a}_by_{b}": sizes[a] // sizes[b] for a, b in self.quotients}}
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
+
+
+def restored(layouts: Sequence[Layout], parameters: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+    """The tensor of which each layout takes a parameter: all of it, or together every part once."""
+    first = layouts[0]
+    if not first.parts:
+        return first.restore(parameters[0], sizes)
+    parts = {layout.part: layout.restore(array, sizes) for layout, array in zip(layouts, parameters, strict=True)}
+    whole = np.concatenate([parts[number] for number in range(len(first.parts))], axis=first.axes.index(PARTS))
+    return einops.rearrange(whole, f"{' '.join(first.axes)} -> {first.before}")
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
 """A row of a weight table: one parameter of a model, and where it comes from."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -10,7 +10,7 @@ from einops import EinopsError
 from jax.sharding import PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.layout import Layout, parse
+from jx_neuron.checkpoint.layout import Layout, parse, restored
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.sharding import AXIS, Padding
 
@@ -151,6 +151,13 @@ class W:
         """The letters of the last axis of HF's tensor."""
         return self._layout.groups[-1]
 
+    @property
+    def has_inputs_first(self) -> bool:
+        """Whether HF's matrix is [inputs, outputs], as of transformers' Conv1D, and not [outputs, inputs]."""
+        lead = len(self.stacked)
+        first = self._layout.groups[lead]
+        return self.target.endswith(".kernel") and self.letters[lead : lead + len(first)] == first
+
     def at(self, layer: int) -> "W":
         source = self.source.replace("{i}", str(layer)) if isinstance(self.source, str) else self.source
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)
@@ -208,3 +215,11 @@ class W:
     def _split(self) -> list[bool]:
         spec = tuple(self.partition)
         return [axis < len(spec) and spec[axis] == AXIS for axis in range(len(self.letters))]
+
+
+def tensors_of(rows: Sequence[W], parameters: Sequence[np.ndarray], config: HFConfig) -> dict[str, np.ndarray]:
+    """HF's tensors that `rows`, all rows of one name, read unpadded `parameters` from: the inverse of `W.read`."""
+    row = rows[0]
+    sizes = row.sizes(config)
+    array = restored([each._layout for each in rows], parameters, sizes)
+    return dict(zip(row.names(sizes), array if row.stacked else [array], strict=True))

@@ -131,6 +131,7 @@ def command(
     tp: options.Tp = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -154,6 +155,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jx_neuron.cli import interrupts, options
 from jx_neuron.cli.terminal import console, fold, print_message
-from jx_neuron.errors import CheckpointError
+from jx_neuron.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:  # other commands import faster without it
     from jx_neuron.llm import NeuronAutoModelForCausalLM
@@ -78,6 +78,7 @@ def command(
         typer.Option(min=1, metavar="N", help="Programs compiled at once.", show_default="a quarter of the cores"),
     ] = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
@@ -94,6 +95,8 @@ def command(
     from jx_neuron.runtime import deployment as deploy
     from jx_neuron.util import durable
 
+    if no_weights and adapter is not None:
+        raise InputError("--adapter changes weights, and --no-weights keeps none; leave out one of them")
     interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
     artifact.check_replaceable(output)
@@ -108,7 +111,10 @@ def command(
         neuron_config=options.neuron_config(quant, kv_quant, speculation_length=speculation_length),
         context_length_estimate=_lengths(context_length_estimate),
     )
-    lowered = (_from_config if no_weights else _from_checkpoint)(model, revision, model_options)
+    if no_weights:
+        lowered = _from_config(model, revision, model_options)
+    else:
+        lowered = _from_checkpoint(model, revision, model_options | dict(adapter=adapter))
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)

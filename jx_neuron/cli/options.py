@@ -184,4 +184,8 @@ Draft = Annotated[
         autocompletion=lambda: ["ngram", *models()],
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Merge a LoRA adapter, a folder of PEFT or a hub id.", show_default=False),
+]
 Demo = Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")]

@@ -67,6 +67,7 @@ def command(
     n_positions: options.NPositions = None,
     draft: options.Draft = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
     """Answer prompts with a model.
@@ -94,6 +95,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     )
     drafter = options.drafter(draft, model)
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)

@@ -40,6 +40,7 @@ def command(
     tp: options.Tp = 1,
     n_positions: options.NPositions = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Print the perplexity of a text, such as before and after quantization.
@@ -61,6 +62,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, output_all_logits=True),
         revision=revision,
+        adapter=adapter,
     )
     ids = model.text_tokenizer(text)["input_ids"][:tokens]
     if len(ids) < 2:

@@ -48,6 +48,7 @@ def command(
     tp: options.Tp = 1,
     draft: options.Draft = None,
     revision: options.Revision = None,
+    adapter: options.Adapter = None,
     most_waiting: Annotated[
         int, typer.Option(min=0, metavar="N", help="Requests that may wait for a slot; beyond, 429 with Retry-After.")
     ] = 256,
@@ -95,6 +96,7 @@ def command(
         amp=amp,
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
+        adapter=adapter,
     ).to_neuron()
     settings = ServerSettings(
         names=served_model_name or [_name(path)],

@@ -92,6 +92,8 @@ class NeuronAutoModelForCausalLM:
                                  devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
                                  is one, else xla.
         revision, token, local_files_only, cache_dir: huggingface-hub's, for a hub id.
+        adapter:                 a LoRA adapter, a folder of PEFT or a hub id, merged into the weights in float32 before
+                                 they are cast or quantized.
         context_unroll, unroll:  of transformers-neuronx; have no effect: programs for Neuron have every layer.
 
         Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
@@ -105,6 +107,8 @@ class NeuronAutoModelForCausalLM:
             return cls(checkpoint, backend, options["neuron_config"])
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
+        if options["adapter"] is not None:
+            raise ArtifactError("a saved model takes no adapter; save it anew, from its checkpoint with the adapter")
         saved = SavedModel.open(os.fspath(path))
         require_saved(options, saved.settings)
         cls._check_family(saved.settings.model_type)
@@ -209,6 +213,22 @@ class NeuronAutoModelForCausalLM:
         parameters = self._origin.parameters() if sharded_weights else None
         save_tokenizer = self._origin.save_tokenizer
         return deploy.save(os.fspath(directory), self.lowered(), self.config, parameters, save_tokenizer)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+        """Writes a checkpoint of what is loaded, for transformers and `from_pretrained`, and returns its folder.
+
+        config.json, generation_config.json, the tokenizer's files, and weights as safetensors: HF's tensors in the
+        dtype `amp`, widened where the checkpoint's are quantized. Of a multimodal model it is the text model. The
+        folder, new or empty, is whole or absent, whenever the process ends.
+
+        max_shard_size: most bytes of a file of weights, a number or a text such as "5GB".
+
+        Raises ConfigError where the model was loaded with `quant` (`jx-neuron quantize` writes such checkpoints),
+        ArtifactError for a folder that is not empty or cannot be written, and for a model that `save` wrote.
+        """
+        from jx_neuron.llm.saving import save_pretrained
+
+        return save_pretrained(self._origin, directory, max_shard_size)
 
     def load(self, directory: str | os.PathLike[str]) -> Self:
         """Takes the programs that `save` wrote, so that `to_neuron` need not lower and compile them.

@@ -49,6 +49,7 @@ class CheckpointOptions(ModelOptions, total=False):
     token: str | bool | None
     local_files_only: bool | None
     cache_dir: str | os.PathLike[str] | None
+    adapter: str | os.PathLike[str] | None
     context_unroll: int | None
     unroll: int | None
 
@@ -66,6 +67,7 @@ DEFAULTS = CheckpointOptions(
     token=None,
     local_files_only=None,
     cache_dir=None,
+    adapter=None,
     context_unroll=None,
     unroll=None,
 )

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # running a saved model needs no model code
     from flax import nnx
 
     from jx_neuron.checkpoint.hf_config import HFConfig
-    from jx_neuron.checkpoint.weights import Source, W
+    from jx_neuron.checkpoint.weights import Params, Source, Tensors, W
+    from jx_neuron.checkpoint.writing import HFTensors
     from jx_neuron.models import Decoder
 
 
@@ -71,6 +72,10 @@ class Origin(Protocol):
         """Each rank's part of each parameter, read when asked for."""
         ...
 
+    def hf_tensors(self) -> "HFTensors":
+        """Its parameters as HF's tensors, read when asked for. Raises a JxNeuronError where there can be none."""
+        ...
+
     def first_not_finite(self) -> str | None:
         """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
         ...
@@ -96,6 +101,10 @@ class DecoderOrigin(ABC):
     @abstractmethod
     def weights(self) -> "Source":
         """Where its parameters come from. Raises CheckpointError where there are none."""
+
+    @abstractmethod
+    def hf_tensors(self) -> "HFTensors":
+        """Its parameters as HF's tensors, in the dtype of the model. Raises a JxNeuronError where there can be none."""
 
     @abstractmethod
     def tokenizer(self, *, plain: bool = False) -> Any:
@@ -166,6 +175,7 @@ class CheckpointOrigin(DecoderOrigin):
 
     source: "Source"
     checkpoint: Checkpoint
+    tensors: "Tensors"
 
     @classmethod
     def open(
@@ -179,6 +189,7 @@ class CheckpointOrigin(DecoderOrigin):
 
         check_family: is given the config's model_type, to refuse it before anything is made of it.
         """
+        from jx_neuron.llm.adapters import adapted
         from jx_neuron.models import Decoder, text_model
 
         dtype = dtype_of(options["amp"])
@@ -194,7 +205,8 @@ class CheckpointOrigin(DecoderOrigin):
         decoder = as_stored(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         settings = settings_of(decoder, options, backend, ids)
-        return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint)
+        tensors = adapted(decoder, tensors, options)
+        return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint, tensors)
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -210,6 +222,15 @@ class CheckpointOrigin(DecoderOrigin):
         """Where its parameters come from."""
         return self.source
 
+    def hf_tensors(self) -> "HFTensors":
+        """The checkpoint's tensors, by its names, as they are loaded."""
+        from jx_neuron.checkpoint import weights, writing
+
+        decoder, dtype = replace(self.decoder, tp_degree=1), self.settings.dtype
+        rows = decoder.match(self.tensors)
+        source = weights.from_checkpoint(rows, decoder.config, decoder.padding, self.tensors, dtype)
+        return writing.hf_tensors(rows, decoder.config, source.read, dtype)
+
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's tokenizer. Raises CheckpointError where there is none."""
         return self.checkpoint.tokenizer(plain=plain)
@@ -224,6 +245,7 @@ class ModuleOrigin(DecoderOrigin):
     """A module with its parameters in memory."""
 
     source: "Source"
+    params: "Params"
 
     @classmethod
     def of(
@@ -237,12 +259,24 @@ class ModuleOrigin(DecoderOrigin):
             Decoder.from_module(module, config, weights, integer("tp_degree", options["tp_degree"])), options
         )
         settings = settings_of(decoder, options, backend)
-        source = decoder.source_of(flatten(module), settings.dtype)
-        return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source)
+        params = flatten(module)
+        source = decoder.source_of(params, settings.dtype)
+        return cls(decoder, settings, {"model_type": config.MODEL_TYPE, **config.to_hf()}, source, params)
 
     def weights(self) -> "Source":
         """Where its parameters come from."""
         return self.source
+
+    def hf_tensors(self) -> "HFTensors":
+        """Its parameters, by the first row of its weight table for each. Raises ConfigError where one has none."""
+        from jx_neuron.checkpoint import weights, writing
+        from jx_neuron.models import checks
+
+        decoder, dtype = replace(self.decoder, tp_degree=1), self.settings.dtype
+        checks.table(decoder.table, decoder.config, decoder.shapes, complete=True)
+        rows = list({row.target: row for row in reversed(decoder.rows)}.values())
+        source = weights.from_params(self.params, rows, decoder.padding, dtype)
+        return writing.hf_tensors(rows, decoder.config, source.read, dtype)
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
@@ -262,6 +296,10 @@ class ConfigOrigin(DecoderOrigin):
         return cls(decoder, settings_of(decoder, options, "host", _end_and_padding(config)), config)
 
     def weights(self) -> "Source":
+        """Raises CheckpointError."""
+        raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
+
+    def hf_tensors(self) -> "HFTensors":
         """Raises CheckpointError."""
         raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
 

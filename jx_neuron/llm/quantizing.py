@@ -1,6 +1,5 @@
 """A checkpoint in 8 or 4 bits, in the compressed-tensors format, for Hugging Face transformers and vLLM too."""
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,18 +13,19 @@ import numpy as np
 
 from jx_neuron.artifact import check_replaceable
 from jx_neuron.artifact.folder import resolved
-from jx_neuron.checkpoint import weights
+from jx_neuron.artifact.writing import writing
 from jx_neuron.checkpoint.folder import CONFIG, GENERATION_CONFIG, Checkpoint, open_checkpoint
 from jx_neuron.checkpoint.quantized import FIELD
 from jx_neuron.checkpoint.quantized.codes import FLOATS
 from jx_neuron.checkpoint.quantized.writing import Stored
 from jx_neuron.checkpoint.row import W
 from jx_neuron.checkpoint.safetensors_writing import write_safetensors
+from jx_neuron.checkpoint.writing import dtype_field, shard_name, with_architecture, write_index, write_json
 from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.models import Decoder
 from jx_neuron.nn.quantized import Form
-from jx_neuron.nn.quantizing import HEADS, KINDS
+from jx_neuron.nn.quantizing import HEADS
 from jx_neuron.util.durable import replacing, sync
 from jx_neuron.util.progress import prefetch, track
 
@@ -63,7 +63,7 @@ def quantize(
     folder = resolved(Path(directory))
     named = QuantizationConfig.named(quant)
     config = named if group_size is None else replace(named, group_size=group_size)
-    stored = Stored(KINDS[config.quant_dtype], config.group_size)
+    stored = Stored(config.kind, config.group_size)
     check_replaceable(folder, overwrite=False)
     checkpoint = open_checkpoint(model, revision=revision)
     chosen, ignore = _choice(checkpoint)
@@ -79,14 +79,14 @@ def quantize(
         module = name.removesuffix("weight")
         return {module + part: found for part, found in stored.parts(array, dtype).items()}
 
-    with replacing(folder) as fresh:
+    with writing(folder), replacing(folder) as fresh:
         names = list(checkpoint.tensors)
         tracked = zip(track(names, "quantizing", len(names)), prefetch(parts, names), strict=True)
         nbytes = _write_weights(fresh, (found for _, found in tracked))
-        fields = {**_with_architecture(checkpoint.config), key: dtype.name, FIELD: stored.config(ignore)}
-        _write_json(fresh / CONFIG, fields)
+        fields = {**with_architecture(checkpoint.config), key: dtype.name, FIELD: stored.config(ignore)}
+        write_json(fresh / CONFIG, fields)
         if checkpoint.generation_config is not None:
-            _write_json(fresh / GENERATION_CONFIG, checkpoint.generation_config)
+            write_json(fresh / GENERATION_CONFIG, checkpoint.generation_config)
         for file in checkpoint.save_tokenizer(fresh):
             sync(file)
     return Written(folder, len(chosen), len(names) - len(chosen), nbytes)
@@ -103,7 +103,7 @@ def _choice(checkpoint: Checkpoint) -> tuple[frozenset[str], list[str]]:
     if "text_config" in raw:
         raise CheckpointError(f"{checkpoint.path} is multimodal (config.json has a text_config). {LEGAL}")
     decoder = replace(Decoder.from_config(raw, 1, checkpoint), quant=QuantizationConfig())
-    rows = weights.match(decoder.table, decoder.ignore, decoder.shapes, decoder.config, checkpoint)
+    rows = decoder.match(checkpoint)
     of_tensor = defaultdict[str, list[W]](list)
     for row in rows:
         if row.target in decoder.forms:
@@ -149,17 +149,9 @@ def _check_groups(chosen: Iterable[str], checkpoint: Checkpoint, group: int | No
 def _dtype(checkpoint: Checkpoint, chosen: frozenset[str]) -> tuple[str, np.dtype[Any]]:
     """The dtype of the model, which is that of scales, and the field of config.json that says it."""
     legal = {dtype.name: dtype for dtype in FLOATS}
-    key = "torch_dtype" if "torch_dtype" in checkpoint.config else "dtype"
+    key = dtype_field(checkpoint.config)
     said = str(checkpoint.config.get(key)).removeprefix("torch.")
     return key, legal.get(said) or legal.get(checkpoint.dtype(min(chosen)), FLOATS[0])
-
-
-def _with_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the name of HF's class, which vLLM needs and a GGUF file does not have."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
-    return {**({"architectures": [name]} if name else {}), **config}
 
 
 def _write_weights(folder: Path, tensors: Iterable[Mapping[str, np.ndarray]]) -> int:
@@ -188,18 +180,7 @@ def _write_weights(folder: Path, tensors: Iterable[Mapping[str, np.ndarray]]) ->
 
 
 def _name_shards(folder: Path, shards: Sequence[Sequence[str]], total: int) -> None:
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+    for number in range(len(shards)):
+        (folder / f"{number}.safetensors").rename(folder / shard_name(number, len(shards)))
+    if len(shards) > 1:
+        write_index(folder, shards, total)

@@ -139,7 +139,7 @@ class Traced(ProgramSpec):
         """
         began = time.perf_counter()
         aliases = {n: spec.alias for n, spec in enumerate(self.outputs) if spec.alias is not None}
-        whole = [n for n, spec in enumerate(self.inputs) if spec.kind == "param" and spec.split_axis is None]
+        whole = [n for n, spec in enumerate(self.inputs) if spec.split_axis is None]
         partitioned = partition(self.stablehlo, self.tp_degree)
         legalized = legalize(partitioned, self.tp_degree, self.name, aliases, whole)
         module = proto.parse(legalized.hlo_module)

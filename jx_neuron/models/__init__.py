@@ -265,9 +265,13 @@ class Decoder:
         """The weight table's rows that this config has parameters for."""
         return [row for row in weights.rows_of(self.table, self.config.layers) if row.target in self.shapes]
 
+    def match(self, tensors: weights.Tensors) -> list[W]:
+        """The row of each parameter, with a checkpoint's names. Raises CheckpointError where they do not match."""
+        return weights.match(self.table, self.ignore, self.shapes, self.config, tensors)
+
     def source(self, tensors: weights.Tensors, dtype: Any) -> weights.Source:
         """The parameters of a checkpoint. Raises CheckpointError where tensors and parameters do not match."""
-        rows = weights.match(self.table, self.ignore, self.shapes, self.config, tensors)
+        rows = self.match(tensors)
         return self._quantized(
             lambda dtype: weights.from_checkpoint(rows, self.config, self.padding, tensors, np.dtype(dtype)), dtype
         )
@@ -293,7 +297,7 @@ class Decoder:
             names = zip_longest(self._shape(path), self.partition(path))
             return tuple(size // self.tp_degree if name else size for size, name in names)
 
-        return quantizing.forms(self._module, self.quant, on_core, self.tp_degree)
+        return quantizing.forms(self._module, self.quant, on_core)
 
     @property
     def kinds(self) -> frozenset[str]:

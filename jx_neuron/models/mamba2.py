@@ -94,7 +94,7 @@ class Model(CausalLM):
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd, state = super().__call__(tokens_bt, state, at)
-        return x_btd.astype(self.embed_tokens.embedding.dtype), state
+        return x_btd.astype(self.norm.scale.dtype), state
 
     def embed(self, tokens_bt: Array, at: Positions) -> Array:
         x_btd = super().embed(tokens_bt, at)

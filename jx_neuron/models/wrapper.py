@@ -12,7 +12,7 @@ from jx_neuron.checkpoint.row import Tensors, slices
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
-__all__ = ["TextTensors", "text_config", "warn"]
+__all__ = ["TextTensors", "text_config", "text_name", "warn"]
 
 # https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
 _PREFIXES = (
@@ -62,8 +62,8 @@ class TextTensors:
         theirs: dict[str, str] = {}
         others: dict[str, None] = {}
         for name in tensors.names():
-            if match := next(((m, to) for prefix, to in _PREFIXES if (m := prefix.match(name))), None):
-                theirs[match[1] + name[match[0].end() :]] = name
+            if (own := text_name(name)) is not None:
+                theirs[own] = name
             else:
                 others[name.removeprefix("model.").split(".")[0]] = None
         return cls(tensors, theirs, sorted(others))
@@ -83,6 +83,11 @@ class TextTensors:
     def slices(self, name: str) -> Iterator[np.ndarray]:
         """The same in parts along its first axis, where it can be read so."""
         return slices(self.tensors, self.theirs[name])
+
+
+def text_name(name: str) -> str | None:
+    """The name that a tensor of a multimodal model has in its text model; None where it has none there."""
+    return next((to + name[m.end() :] for prefix, to in _PREFIXES if (m := prefix.match(name))), None)
 
 
 def warn(raw: Mapping[str, Any], text: Mapping[str, Any], others: Iterable[str]) -> None:

@@ -72,9 +72,11 @@ class Form:
 
     def partition(self, part: str, spec: PartitionSpec) -> PartitionSpec:
         """How an array of a matrix of partition `spec` is split: codes as it is, and others with their outputs, or
-        groups."""
+        groups; scales of a table are whole, for every core to scale the rows that it looks up."""
         if part == "codes" or self.kind == "int4":
             return spec
+        if self.rows:
+            return PartitionSpec()
         return PartitionSpec(*(name for axis, name in enumerate(spec) if axis not in self.contracted))
 
     def encode(self, matrix: np.ndarray, dtype: Any) -> dict[str, np.ndarray]:

@@ -13,8 +13,6 @@ from jx_neuron.nn.layers import Embedding, LinearParams
 from jx_neuron.nn.quantized import Form, Quantized
 from jx_neuron.nn.sublayers import MLP, GatedMLP
 
-KINDS: Mapping[str, Any] = {"s8": "int8", "f8e4m3fn": "fp8", "int4": "int4"}
-
 EXEMPT = frozenset(("logits", "gate", "dt", "a", "b"))
 """Layers with an output an expert or a head: those of routers, of gates, and of a recurrence's steps and decays."""
 
@@ -24,12 +22,10 @@ HEADS = ("lm_head", "embed_tokens")
 Path = tuple[Any, ...]
 
 
-def forms(
-    module: Any, config: QuantizationConfig, on_core: Callable[[str], tuple[int, ...]], cores: int
-) -> dict[str, Form]:
+def forms(module: Any, config: QuantizationConfig, on_core: Callable[[str], tuple[int, ...]]) -> dict[str, Form]:
     """How each parameter that `config` quantizes is stored, by path.
 
-    on_core: the shape of a parameter's part on one of `cores`.
+    on_core: the shape of a parameter's part on one core.
 
     Raises ConfigError for layers of no_quantize_list, and patterns of keep, that the module does not have.
     """
@@ -51,7 +47,7 @@ def forms(
         inputs, lead = (1, 1) if isinstance(node, ExpertLinear) else (node.axes, 0)
         is_mlp = _within(path, mlps)
         cast = config.quantize_method == "direct_cast" or (is_mlp and _layer(path) in config.cast_layers)
-        kind, group = KINDS[config.quant_dtype], config.group_size or 0
+        kind, group = config.kind, config.group_size or 0
         if group and on_core(name)[lead + inputs - 1] % (2 * group):  # a byte has codes of two groups
             kind, group = "int8", 0
         return Form(kind, inputs, lead, group, cast=cast, result=config.dequant_dtype)
@@ -63,12 +59,14 @@ def forms(
             name = ".".join(map(str, (*path, "kernel")))
             if (config.quantize_attn or _within(path, mlps)) and not is_kept(name):
                 yield name, of_matrix(name, path, node)
-        if config.lm_head and (head := head_of(nodes, cores)) and not is_kept(head):
+        if config.lm_head and (head := _head(nodes)) and not is_kept(head):
             yield head, Form("int8", 1, rows=True)
 
     found = dict(sorted(quantized()))
     if unused:
         raise ConfigError(f"keep has {sorted(unused)[0]!r}, which no parameter matches that would be quantized")
+    if not found:
+        raise ConfigError("quantize_attn=False and keep leave no matrix to quantize; quantize more, or leave quant out")
     return found
 
 
@@ -76,20 +74,19 @@ def notes(forms: Mapping[str, Form], config: QuantizationConfig | None) -> Itera
     """What `forms` stores otherwise than `config` says, and why."""
     if config is None:
         return
-    wider = [path for path, form in forms.items() if not form.rows and form.kind != KINDS[config.quant_dtype]]
+    wider = [path for path, form in forms.items() if not form.rows and form.kind != config.kind]
     if wider:
         yield (
             f"{len(wider)} of {len(forms)} quantized matrices are stored in int8, such as {wider[0]}: their inputs on "
             f"a core are no multiple of two groups of {config.group_size}; a smaller group_size may fit"
         )
     if config.lm_head and not any(form.rows for form in forms.values()):
-        yield "the head is not quantized: keep names it, or it is the table of embeddings too, on several cores"
+        yield "the head is not quantized: keep names it, or the model calls it otherwise"
 
 
-def head_of(nodes: Mapping[Path, Any], cores: int = 1) -> str | None:
-    """The path of the head's table; None where it is tied to embeddings on several cores, or called otherwise."""
-    name = next((name for name in HEADS if isinstance(nodes.get((name,)), Embedding)), None)
-    return None if name is None or (name == HEADS[1] and cores > 1) else f"{name}.embedding"
+def _head(nodes: Mapping[Path, Any]) -> str | None:
+    """The path of the head's table; None where it is called otherwise."""
+    return next((f"{name}.embedding" for name in HEADS if isinstance(nodes.get((name,)), Embedding)), None)
 
 
 def replace(module: Any, forms: Mapping[str, Form]) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -78,6 +78,7 @@ class SavedModel:
                     state_dtypes=settings.state_dtypes,
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
+                    quant=settings.quant,
                 )
         files = self.artifact.manifest.files
         neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}
@@ -113,6 +114,13 @@ class SavedModel:
     def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
         """Each rank's part of each parameter, read at access. Raises ArtifactError where they were not saved."""
         return self.artifact.parameters()
+
+    def hf_tensors(self) -> NoReturn:
+        """Raises ArtifactError: a saved model has each core's part of each parameter, and no weight table."""
+        raise ArtifactError(
+            f"artifact {self.path} holds weights as programs take them, of which no checkpoint is written; "
+            "make the model from its checkpoint"
+        )
 
     def first_not_finite(self) -> str | None:
         """The first parameter that holds a NaN or an infinity; None where none does."""

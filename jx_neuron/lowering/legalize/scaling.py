@@ -1,7 +1,7 @@
 """all_reduce(x) · s → all_reduce(x · s): products of codes are scaled on each core, and their sum is one collective.
 
-s is a parameter that every core has whole, so each core multiplies its part by the same numbers. Conversions of the
-scaled sum go with it: what is reduced has the type that is used.
+s is a parameter that every core has whole, or rows of one, so each core multiplies its part by the same numbers.
+Conversions of the scaled sum to fewer bytes go with it: what is reduced is rounded, as it is where nothing is scaled.
 """
 
 from collections import Counter
@@ -10,22 +10,28 @@ from typing import Any
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.hlo.rewrite import Rewriter
 
-_MOVES = ("bitcast", "broadcast", "convert", "reshape", "transpose")
+_MOVES = ("bitcast", "broadcast", "convert", "gather", "reshape", "transpose")
 
 
 def scale_before_all_reduces(module: Any, computation: Any, whole: frozenset[int]) -> None:
-    """Moves products with the parameters `whole`, by number, before the all-reduces whose only use they are."""
+    """Moves products with parameters, or rows of them, before the all-reduces whose only use they are.
+
+    whole: the parameters that are the same on every core, by number.
+    """
     if not any(i.opcode == "all-reduce" for i in computation.instructions):
         return
     uses = Counter(o for i in computation.instructions for o in i.operand_ids)
     uses[computation.root_id] += 1
     scaled: dict[int, int] = {}  # an all-reduce that was moved → uses of what it replaces
+    same = _same_on_every_core(computation, whole)
     adders = _Adders(module)
 
     def is_whole(rewriter: Rewriter, i: Any) -> bool:
+        if i.id not in same:
+            return False
         while i.opcode in _MOVES:
-            (i,) = rewriter.operands(i)
-        return i.opcode == "parameter" and i.parameter_number in whole
+            i = rewriter.operands(i)[0]
+        return bool(i.opcode == "parameter")
 
     def reduced(rewriter: Rewriter, i: Any) -> tuple[Any, list[Any]] | None:
         """The all-reduce that `i` is, converted and reshaped, and these instructions; the last comes first."""
@@ -48,7 +54,7 @@ def scale_before_all_reduces(module: Any, computation: Any, whole: frozenset[int
                     return
         elif i.opcode == "convert":
             (collective,) = rewriter.operands(i)
-            if scaled.get(collective.id) == 1:
+            if scaled.get(collective.id) == 1 and proto.nbytes(i.shape) < proto.nbytes(collective.shape):
                 emit(rewriter, i, rewriter.emit("convert", i.shape, rewriter.operands(collective)), collective)
 
     def emit(rewriter: Rewriter, old: Any, part: Any, like: Any) -> None:
@@ -58,6 +64,23 @@ def scale_before_all_reduces(module: Any, computation: Any, whole: frozenset[int
         rewriter.replace(old, new)
 
     Rewriter(module, computation).run(move)
+
+
+def _same_on_every_core(computation: Any, whole: frozenset[int]) -> set[int]:
+    """The instructions that compute the same on every core, by id: of such operands, and without other computations."""
+    same = set[int]()
+    for i in computation.instructions:
+        if i.opcode == "parameter":
+            is_same = i.parameter_number in whole
+        elif i.operand_ids:
+            is_same = (
+                i.opcode not in proto.COLLECTIVES and not i.called_computation_ids and same.issuperset(i.operand_ids)
+            )
+        else:
+            is_same = i.opcode in ("constant", "iota")
+        if is_same:
+            same.add(i.id)
+    return same
 
 
 class _Adders:
