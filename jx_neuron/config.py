@@ -15,7 +15,7 @@ import numpy as np
 from jx_neuron.continuous_batching import ContinuousBatchingConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.nn.encoded import StateDtype
-from jx_neuron.util.arguments import flag, integer, one_or_each, real, shown
+from jx_neuron.util.arguments import flag, integer, integers, one_or_each, real, shown
 
 __all__ = [
     "AMP",
@@ -318,6 +318,8 @@ class NeuronConfig:
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
     kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
+    speculation_length:        tokens of the programs that verify drafts, 2 to 16, or several such numbers: a draft has
+                               one fewer. None for no such programs; with backend "xla" there are always some.
     continuous_batching:       a `ContinuousBatchingConfig`: calls of the model name sequences.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.
@@ -331,6 +333,7 @@ class NeuronConfig:
     compilation_worker_count: int | None
     strict_sharding: bool
     kv_cache_quant: KVCacheQuantizationConfig | None
+    speculation_length: tuple[int, ...]
     continuous_batching: ContinuousBatchingConfig | None
 
     def __init__(
@@ -344,6 +347,7 @@ class NeuronConfig:
         compilation_worker_count: int | None = None,
         strict_sharding: bool = False,
         kv_cache_quant: KVCacheQuantizationConfig | None = None,
+        speculation_length: int | Sequence[int] | None = None,
         continuous_batching: ContinuousBatchingConfig | None = None,
         **others: Any,
     ):
@@ -375,10 +379,18 @@ class NeuronConfig:
             compilation_worker_count=workers,
             strict_sharding=flag("strict_sharding", strict_sharding, error=ConfigError),
             kv_cache_quant=kv_cache_quant,
+            speculation_length=_lengths(speculation_length),
             continuous_batching=continuous_batching,
         ).items():
             object.__setattr__(self, name, value)
         _check(others)
+
+
+def _lengths(speculation_length: Any) -> tuple[int, ...]:
+    if speculation_length is None:
+        return ()
+    lengths = integers("speculation_length", speculation_length, least=2, most=16, error=ConfigError)
+    return tuple(sorted(set(lengths)))
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Arithmetic:
         slot_b = arrays.get("slot_b", np.arange(key.rows))
         assert len(set(slot_b.tolist())) == key.rows, "two rows name one slot"
         self._grow(int(slot_b.max()) + 1)
-        token_b1 = np.zeros((key.rows, 1), np.int32)
+        token_bt = np.zeros(key.drawn, np.int32)
         logits = np.full((key.rows, key.tokens, VOCAB), -1e9, np.float32)
         for row, slot in enumerate(slot_b.tolist()):
             start, length = int(arrays["start_b"][row]), int(arrays["length_b"][row])
@@ -72,7 +72,7 @@ class Arithmetic:
             assert start == 0 or key.tokens == 1 or key.tokens < key.positions, "a whole prompt begins at 0"
             assert key.positions <= self._most[1]
             tokens = arrays["tokens_bt"][row, :count].copy()
-            if key.kind == "decode" and tokens[0] == -1:
+            if key.in_place and tokens[0] == -1:
                 tokens[0] = self.last[slot]
             assert (tokens >= 0).all()
             if start and self._window is not None:
@@ -86,13 +86,15 @@ class Arithmetic:
                 assert NOTHING not in before, f"slot {slot} has a gap"
                 tokens_k = likely(before)
                 logits[row, t, tokens_k] = 10
-            draws = "uniform_b" in arrays and arrays["top_k_b"][row] > 1
-            token_b1[row, 0] = tokens_k[int(arrays["uniform_b"][row] * SPREAD) if draws else 0]
-            self.last[slot] = token_b1[row, 0]
-        if key.kind == "score":
-            return StepOutput(token_b1, logits)
+                draws = "temperature_b" in arrays and arrays["top_k_b"][row] > 1
+                at = t if key.kind == "verify" else 0
+                uniform_t = arrays.get("uniform_bt", arrays.get("uniform_b", np.zeros(key.drawn))).reshape(key.drawn)
+                token_bt[row, at] = tokens_k[int(uniform_t[row, at] * SPREAD) if draws else 0]
+            self.last[slot] = token_bt[row, at]
+        if key.gives_every:
+            return StepOutput(token_bt, logits)
         last_b = np.clip(arrays["length_b"], 1, key.tokens) - 1
-        return StepOutput(token_b1, logits[np.arange(key.rows), last_b])
+        return StepOutput(token_bt, logits[np.arange(key.rows), last_b])
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         self._grow(int(target_n.max()) + 1)

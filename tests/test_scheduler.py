@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from arithmetic import VOCAB, Arithmetic, base, following
 
+from jx_neuron.engine.drafting import NgramDrafter
 from jx_neuron.engine.draw import Draw, keys
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.processors import Processors
 from jx_neuron.engine.rows import Rows
-from jx_neuron.engine.scheduler import Scheduler
+from jx_neuron.engine.scheduler import VERIFY_SIZES, Scheduler
 from jx_neuron.engine.scoring import log_likelihoods
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.step.buckets import Buckets
@@ -42,6 +43,8 @@ def engine_of(
             for key in buckets.programs(rows, compiled)
             for kind in ("prefill", "score")
         )
+        verify = [(rows, t, s) for rows in batch_sizes for t in VERIFY_SIZES for s in tokens]
+        programs |= {ProgramKey("verify", *sizes, compiled) for sizes in verify}
     scheduler = Scheduler(
         buckets,
         batch_sizes,
@@ -67,6 +70,24 @@ def alone(prompt: list[int], choice: Choice) -> list[int]:
 
 def drain(ticket: Ticket) -> list[int]:
     return [event.token for event in ticket]
+
+
+@dataclass(eq=False)
+class Guesses:
+    """Guesses the first token that may follow, and at times another; some guesses are of no vocabulary."""
+
+    rng: random.Random
+    pause: int = 2
+
+    def propose(self, rows):
+        for row in rows:
+            tokens = list(row.tokens)
+            for _ in range(row.wanted):
+                tokens.append(base(tokens) if self.rng.random() < 0.9 else self.rng.randrange(-2, 2 * VOCAB))
+            yield tokens[len(row.tokens) :]
+
+    def close(self, row) -> None:
+        pass
 
 
 @dataclass
@@ -98,12 +119,13 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
     capacity = engine.scheduler.buckets.capacity
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(3)]
     callers: list[Caller] = []
-    finished = cancelled = 0
+    finished = cancelled = accepted = 0
     for turn in range(turns):
         if len(callers) < 12 and rng.random() < 0.35:
             prompt = rng.choice([[], *prefixes]) + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 25))]
             choices = [choice_of(rng, capacity - len(prompt)) for _ in range(rng.choice([1, 1, 1, 3]))]
-            tickets = engine.submit(prompt, choices)
+            drafter = rng.choice([None, NgramDrafter(), Guesses(rng)])
+            tickets = engine.submit(prompt, choices, drafter=drafter)
             callers += [Caller(prompt, c, t, [], turn) for c, t in zip(choices, tickets, strict=True)]
         if rng.random() < 0.02:
             engine.keep_prefix(rng.choice([None, *prefixes]))
@@ -120,6 +142,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
                     assert caller.answer == alone(caller.prompt, caller.choice)
                     callers.remove(caller)
                     finished += 1
+                    accepted += caller.ticket.drafts.accepted if caller.ticket.drafts else 0
             if caller in callers and rng.random() < 0.01:
                 assert caller.answer == alone(caller.prompt, caller.choice)[: len(caller.answer)]
                 caller.ticket.close()
@@ -132,6 +155,8 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, wi
     assert not engine.scheduler.busy
     assert engine.scheduler.slots.free >= 4
     assert finished > turns / 20
+    assert accepted > turns / 20 or window is not None
+    assert not accepted or window != 0
     assert cancelled > turns / 500
 
 

@@ -67,12 +67,12 @@ def check_fit(
 
 
 def _check_outputs(program: ProgramSpec, state: Sequence[TensorSpec], key: ProgramKey, vocab_size: int) -> None:
-    rows = (key.rows, key.tokens) if key.kind == "score" else (key.rows,)
+    rows = (key.rows, key.tokens) if key.gives_every else (key.rows,)
     kinds = [tensor.kind for tensor in program.outputs]
     if kinds != ["output", "output", *["state"] * len(state)]:
         raise _misfit(program, f"it gives {_listed(program.outputs)}, not a token, logits and its state")
     token, logits, *states = program.outputs
-    if (token.shape, token.dtype) != ((key.rows, 1), "int32"):
+    if (token.shape, token.dtype) != (key.drawn, "int32"):
         raise _misfit(program, f"its next token is {_listed([token])}")
     split = (*[None] * len(rows), *program.mesh)
     if (logits.shape[:-1], logits.dtype, logits.partition) != (rows, "float32", split):

@@ -13,7 +13,7 @@ from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.nn.encoded import StateDtype
-from jx_neuron.step.buckets import Buckets
+from jx_neuron.step.buckets import MOST_BUCKETS, Buckets
 from jx_neuron.step.program_key import ProgramKey
 
 MOST = 2**31 - 1  # the greatest int32
@@ -61,6 +61,7 @@ class Settings:
     state:        of each array of the state table the shape of one slot on one core, by name.
     state_dtypes: the dtypes of those arrays that have one of their own, whatever `amp` is.
     quant:        how weights are quantized; None where they are not.
+    speculation:  tokens of the programs that verify drafts, ascending; none where there are no such programs.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -81,12 +82,15 @@ class Settings:
     state: Annotated[Mapping[str, Several[Count]], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
     state_dtypes: Annotated[Mapping[str, StateDtype], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
     quant: QuantizationConfig | None = None
+    speculation: Annotated[tuple[Positive, ...], Field(max_length=MOST_BUCKETS)] = ()
 
     __pydantic_config__ = RECORD
 
     def __post_init__(self) -> None:
         if self.candidates > self.vocab_size:
             raise ValueError(f"{self.candidates} candidates of {self.vocab_size} tokens")
+        if self.speculation:
+            _ascending(self.speculation)
         if self.prompt_batch and (len(self.batch_sizes) > 1 or self.batch_sizes[0] % self.prompt_batch):
             raise ValueError(f"prompts of {self.prompt_batch} rows do not divide batches {self.batch_sizes}")
 
@@ -124,6 +128,8 @@ class Settings:
             keys = [key for key in keys if key.kind != "decode" or key.rows in self.batch_sizes]
         if self.all_logits:
             keys += [dataclasses.replace(key, kind="score") for key in keys if key.kind == "prefill"]
+        sizes = [(rows, t, s) for rows in self.batch_sizes for t in self.speculation for s in self.buckets.tokens]
+        keys += [ProgramKey("verify", rows, t, s, self.candidates) for rows, t, s in sizes if t < s]
         return list(dict.fromkeys(keys))
 
     def differences(self, asked: "Settings") -> list[str]:

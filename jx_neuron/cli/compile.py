@@ -58,6 +58,15 @@ def command(
             show_default="half of each token bucket",
         ),
     ] = None,
+    speculation_length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Also programs that verify drafts of N - 1 tokens, for sample --draft; more than once for several.",
+            show_default=False,
+        ),
+    ] = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -99,7 +108,7 @@ def command(
         n_positions=_lengths(n_positions),
         tp_degree=tp,
         amp=amp,
-        neuron_config=options.neuron_config(quant, kv_quant),
+        neuron_config=options.neuron_config(quant, kv_quant, speculation_length=speculation_length),
         context_length_estimate=_lengths(context_length_estimate),
     )
     if no_weights:

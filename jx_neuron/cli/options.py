@@ -79,6 +79,22 @@ def neuron_config(quant: str | None, kv_quant: str | None = None, **options: Any
     return NeuronConfig(quant=weights, kv_cache_quant=kv_cache(kv_quant), **options)
 
 
+def drafter(draft: str | None, target: Any) -> Any:
+    """What --draft names for the model `target`: "ngram", or a model made as it is, with weights as they are stored."""
+    from jx_neuron.llm import NeuronAutoModelForCausalLM
+
+    if draft in (None, "ngram"):
+        return draft
+    settings = target.settings
+    return NeuronAutoModelForCausalLM.from_pretrained(
+        model(draft),
+        batch_size=list(settings.batch_sizes),
+        n_positions=settings.buckets.capacity,
+        amp=settings.amp,
+        tp_degree=settings.tp_degree,
+    )
+
+
 def sampling(
     max_tokens: int | None, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
 ) -> "SamplingParams":
@@ -159,6 +175,15 @@ Target = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ngram|MODEL",
+        help="Guess tokens ahead, by prompt lookup or a smaller model; the tokens stay the same (docs/speculation.md).",
+        show_default=False,
+        autocompletion=lambda: ["ngram", *models()],
+    ),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Merge a LoRA adapter, a folder of PEFT or a hub id.", show_default=False),

@@ -16,7 +16,8 @@ from jx_neuron.errors import InputError, JxNeuronError
 
 @dataclass
 class Answer:
-    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty."""
+    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty; without
+    --draft, `drafted` and `accepted` are null."""
 
     prompt: str
     text: str = ""
@@ -25,6 +26,8 @@ class Answer:
     prompt_tokens: int = 0
     time_to_first_token: float = 0.0
     tokens_per_second: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 def command(
@@ -62,6 +65,7 @@ def command(
     tp: options.Tp = 1,
     batch_size: options.BatchSize = 1,
     n_positions: options.NPositions = None,
+    draft: options.Draft = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
@@ -93,12 +97,13 @@ def command(
         revision=revision,
         adapter=adapter,
     )
+    drafter = options.drafter(draft, model)
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
         for prompt in prompts:
             _check_length(prompt, max_new_tokens, model.buckets.capacity)
-        return _answers(model, prompts, sampling, as_json)
+        return _answers(model, prompts, sampling, as_json, drafter)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
@@ -127,12 +132,12 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
         )
 
 
-def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool) -> list[Answer]:
+def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool, drafter: Any) -> list[Answer]:
     """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
     answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
-    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True)
+    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True, draft=drafter)
     if live:
         typer.echo(printed[0], nl=False)
     ended, shown = [False] * len(prompts), 0
@@ -147,6 +152,8 @@ def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool
         if event.finish_reason is None:
             continue
         answer.finish_reason, ended[event.prompt] = event.finish_reason, True
+        if event.drafts is not None:
+            answer.drafted, answer.accepted = event.drafts.proposed, event.drafts.accepted
         if further := len(answer.tokens) - 1:
             answer.tokens_per_second = further / (event.seconds - answer.time_to_first_token)
         while shown < len(prompts) and ended[shown]:
@@ -163,4 +170,6 @@ def _report(answers: Sequence[Answer]) -> None:
     token_count = sum(len(a.tokens) for a in answers)
     rate = f", {np.mean(rates):.1f} tokens/s a prompt" if rates else ""
     first = np.mean([a.time_to_first_token for a in answers])
-    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s", err=True)
+    drafted = sum(a.drafted or 0 for a in answers)
+    drafts = f", {sum(a.accepted or 0 for a in answers)} of {drafted} drafted tokens accepted" if drafted else ""
+    print_message(f"{token_count} tokens{rate}, first token after {first:.2f} s{drafts}", err=True)

@@ -58,6 +58,7 @@ def command(
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
+    draft: options.Draft = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     most_waiting: Annotated[
@@ -123,7 +124,8 @@ def command(
     def ready(port: int) -> None:
         _announce(settings.names[0], host, port, bool(keys), as_json)
 
-    application = app(model, AsyncEngine(model, most_waiting=most_waiting), settings)
+    engine = AsyncEngine(model, most_waiting=most_waiting, draft=options.drafter(draft, model))
+    application = app(model, engine, settings)
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
 
 

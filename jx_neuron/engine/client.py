@@ -12,6 +12,7 @@ from jx_neuron.config import NeuronConfig
 from jx_neuron.engine import generation, prompts, scoring
 from jx_neuron.engine.answer import Step, steps
 from jx_neuron.engine.defaults import SamplingDefaults
+from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.numbered import NumberedSequences, pieces_of
@@ -68,6 +69,12 @@ class Client:
         logits_btv = self.last.at(start_b).extend(ids_bt, every)
         return logits_btv if every else logits_btv[:, 0]
 
+    def speculative_logits(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> np.ndarray:
+        """Logits of every one of a few tokens that continue a thread's last call; a model's `speculative_forward`."""
+        ids_bt = prompts.batch_of(input_ids, self.limits)
+        start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
+        return self.last.at(start_b).extend(ids_bt, every=True)
+
     def _of_numbered(self, ids_nt: np.ndarray, cache_ids: Any, start_ids: Any) -> np.ndarray:
         """Logits [n, v] after each row, or [n, t, v] after each token of rows that go on by several; with a
         GenerationConfig, tokens drawn after each row, [n, 1]."""
@@ -88,13 +95,19 @@ class Client:
         return self.numbered.draw(self.engine(), pieces, [choices[piece.number].draw for piece in pieces])
 
     def sample(
-        self, input_ids: Any, sequence_length: int | None, start_ids: Any, options: Options, streamer: Any
+        self,
+        input_ids: Any,
+        sequence_length: int | None,
+        start_ids: Any,
+        options: Options,
+        streamer: Any,
+        drafter: Drafter | None = None,
     ) -> Any:
         """Prompts and answers, as the type of `input_ids`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
         restore = prompts.restore_as(input_ids, self.settings.vocab_size)
         streamed = np.asarray if isinstance(input_ids, list | tuple) else restore
-        answers = self.steps(ids_bt, sequence_length, start_ids, options)
+        answers = self.steps(ids_bt, sequence_length, start_ids, options, drafter=drafter)
         parts = [np.repeat(ids_bt, self.copies, axis=0)]
         try:
             with closing(answers):
@@ -118,6 +131,7 @@ class Client:
         *,
         logprobs: int | None = None,
         text: bool = False,
+        drafter: Drafter | None = None,
     ) -> Generator[Step, None, None]:
         """Yields the answers to a batch of prompts step by step; nothing runs before the first `next`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
@@ -141,23 +155,30 @@ class Client:
             texts: list[Detokenizer] = []
             for row in map(np.ndarray.tolist, rows if room else ()):
                 first = len(tickets)
-                tickets += self.engine().submit(row, choices[first : first + copies], first, tokenizer)
+                answers = choices[first : first + copies]
+                tickets += self.engine().submit(row, answers, first, tokenizer, drafter=drafter)
                 if text and tokenizer is not None:
                     texts += [Detokenizer(tokenizer, row, skip_special_tokens=True) for _ in range(copies)]
             yield from steps(tickets, pad, texts, criteria, logprobs)
 
         return run()
 
-    def events(self, several: Any, sampling: Any) -> Iterator[Event]:
+    def events(self, several: Any, sampling: Any, drafter: Drafter | None = None) -> Iterator[Event]:
         """Yields every token of the answers to any number of prompts as it is drawn."""
-        return self._generation(several, sampling)[1]
+        return self._generation(several, sampling, drafter)[1]
 
-    def generations(self, several: Any, sampling: Any) -> list[Generation]:
+    def generations(self, several: Any, sampling: Any, drafter: Drafter | None = None) -> list[Generation]:
         """The whole answers to any number of prompts."""
-        requests, events = self._generation(several, sampling)
+        requests, events = self._generation(several, sampling, drafter)
         return generation.whole(requests, events)
 
-    def request(self, prompt: Any, sampling: SamplingParams, prompt_logprobs: int | None = None) -> Request:
+    def request(
+        self,
+        prompt: Any,
+        sampling: SamplingParams,
+        prompt_logprobs: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> Request:
         """A request for answers to one prompt.
 
         prompt_logprobs: gives the log-probability of each token of the prompt, and those of so many of the most likely
@@ -170,16 +191,20 @@ class Client:
             integer("prompt_logprobs", prompt_logprobs, least=0, most=self.settings.vocab_size)
             self._require_all_logits("prompt_logprobs")
         choices = self._choices(tokens, sampling)
-        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs)
+        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs, drafter)
 
-    def _generation(self, several: Any, sampling: Any) -> tuple[list[Request], Iterator[Event]]:
+    def _generation(
+        self, several: Any, sampling: Any, drafter: Drafter | None
+    ) -> tuple[list[Request], Iterator[Event]]:
         rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts.several(several))]
         samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
         if len(samplings) != len(rows) or not all(isinstance(params, SamplingParams) for params in samplings):
             raise InputError(f"sampling takes a SamplingParams, or {len(rows)}, one for each prompt")
         choices = [self._choices(row, params) for row, params in zip(rows, samplings, strict=True)]
         tokenizer = self._tokenizer_for([answers[0] for answers in choices], text=True)
-        requests = [Request(row, answers, tokenizer) for row, answers in zip(rows, choices, strict=True)]
+        requests = [
+            Request(row, answers, tokenizer, drafter=drafter) for row, answers in zip(rows, choices, strict=True)
+        ]
         self.last.close()
         return requests, generation.events(self.engine(), requests)
 

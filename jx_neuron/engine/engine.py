@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jx_neuron.artifact.settings import Settings
+from jx_neuron.engine import speculation
 from jx_neuron.engine.collector import Collector
+from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.rotations import Rotations
-from jx_neuron.engine.scheduler import Scheduler
+from jx_neuron.engine.scheduler import VERIFY_SIZES, Scheduler
 from jx_neuron.engine.sequence import Sequence, Turn
 from jx_neuron.engine.ticket import Ticket
 from jx_neuron.errors import NonFiniteError
@@ -29,8 +31,12 @@ class _InFlight(NamedTuple):
 
     @property
     def chooses(self) -> bool:
-        """Whether the host chooses a token of this turn, which the next turn needs."""
-        return any(row.last and row.sequence.sink.on_host for row in self.turn.rows)
+        """Whether the next turn needs what the host makes of this one: a token that it chooses, or a draft."""
+        if self.turn.step.key.kind == "verify":
+            return True
+        return any(
+            row.last and (row.sequence.sink.on_host or speculation.is_due(row.sequence)) for row in self.turn.rows
+        )
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Engine:
             candidates=None if on_demand else settings.candidates,
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),
             window=settings.window,
+            verify_sizes=VERIFY_SIZES if on_demand else settings.speculation,
         )
         return cls(runtime, scheduler, settings.vocab_size, first_not_finite)
 
@@ -78,6 +85,7 @@ class Engine:
         row: int = 0,
         tokenizer: Any = None,
         prompt_logprobs: int | None = None,
+        drafter: Drafter | None = None,
     ) -> list[Ticket]:
         """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
@@ -85,9 +93,12 @@ class Engine:
         tokenizer:       needed where a choice has stop strings.
         prompt_logprobs: how many of the most likely tokens the first ticket has at each position of the prompt, with
                          their log-probabilities; None for no log-probabilities of the prompt.
+        drafter:         guesses what follows; None for no drafts.
         """
         tokens = [int(token) for token in prompt]
-        tickets = [Ticket(self, tokens, choice, row + number, tokenizer) for number, choice in enumerate(choices)]
+        tickets = [
+            Ticket(self, tokens, choice, row + number, tokenizer, drafter) for number, choice in enumerate(choices)
+        ]
         if prompt_logprobs is not None:
             tickets[0].score_prompt(prompt_logprobs)
         tickets[0].siblings = tickets[1:]
@@ -105,7 +116,7 @@ class Engine:
         with self.lock:
             try:
                 while self.closing:
-                    self.scheduler.close(self.closing.popleft())
+                    self._close(self.closing.popleft())
                 previous, self._in_flight = self._in_flight, []
                 if any(under_way.chooses for under_way in previous):
                     self._read(previous)
@@ -120,19 +131,20 @@ class Engine:
                 raise
 
     def _yields(self, under_way: _InFlight) -> bool:
-        return self.scheduler.budget is not None and under_way.turn.step.key.kind != "decode"
+        return self.scheduler.budget is not None and not under_way.turn.step.key.in_place
 
     def _dispatch(self) -> bool:
         """Dispatches the next turn. Where it fails, its requests fail, and False is returned."""
         if self.runtime.programs is None and not self.reserved and (sizes := self.scheduler.sizes()) is not None:
             self.runtime.reset(*sizes)
             self.scheduler.forget()
+        speculation.propose(self)
         plan = self.scheduler.plan()
         for source, target in plan.copies:
             self.runtime.copy(np.array([source], np.int32), np.array([target], np.int32))
         for turn in plan.turns:
             try:
-                if turn.step.key.kind != "decode" and not self.reserved:
+                if not turn.step.key.in_place and not self.reserved:
                     self.runtime.load([turn.step.key, *self.scheduler.upcoming(turn)])
                 output = self.runtime.run(turn.step)
                 if any(row.sequence.sink.wants_logits(row) for row in turn.rows):  # the next run may overwrite them
@@ -140,29 +152,39 @@ class Engine:
             except Exception as error:
                 self._discard_state()
                 for row in turn.rows:
-                    self._fail(row.sequence, error)
+                    self.fail(row.sequence, error)
                 return False
             self._in_flight.append(_InFlight(turn, output))
         return True
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _close(self, sequence: Sequence) -> None:
         self.scheduler.close(sequence)
+        if sequence.speculation is not None:
+            sequence.speculation.close()
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """Ends a sequence with an error."""
+        self._close(sequence)
         sequence.sink.fail(error)
 
     def _read(self, steps: Iterable[_InFlight]) -> None:
         for under_way in steps:
             turn, output = under_way
-            token_b = np.asarray(output.token_b1).reshape(-1) if self._yields(under_way) else None  # waits for it
+            key = turn.step.key
+            drawn = np.zeros(key.drawn, np.int32)
+            if self._yields(under_way) or any(row.last and row.sequence.drawing is not None for row in turn.rows):
+                drawn = np.asarray(output.token_b1).reshape(-1, key.drawn[1])  # waits for it
             for row in turn.rows:
                 sink = row.sequence.sink
-                if row.last and row.sequence.drawing is not None and token_b is None:
-                    token_b = np.asarray(output.token_b1).reshape(-1)
                 logits = output.logits[row.index] if sink.wants_logits(row) else None
-                token = 0 if token_b is None else int(token_b[row.index])
+                token_t = drawn[row.index].tolist()
                 try:
-                    sink.take(row, token, logits)
+                    if key.kind == "verify" and not row.sequence.every_logits:
+                        speculation.take(row, token_t, logits)
+                    else:
+                        sink.take(row, token_t[0], logits)
                 except Exception as error:  # of a tokenizer, or of a caller's stopping criterion
-                    self._fail(row.sequence, error)
+                    self.fail(row.sequence, error)
 
     def compute(self, sequences: SequenceOf[Sequence]) -> None:
         """Steps until all tokens of `sequences` are computed and their sinks have the outputs.
@@ -222,18 +244,20 @@ class Engine:
         self.scheduler.forget()
         self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
 
-    def reserve(self, budget: int) -> SequenceOf[ProgramKey]:
+    def reserve(self, budget: int, *, verifies: bool = False) -> SequenceOf[ProgramKey]:
         """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
 
         The state table keeps its largest size from now on, a turn takes at most `budget` tokens of prompts, and where
         the runtime compiles on demand, every program draws from the whole vocabulary.
+
+        verifies: whether drafts are verified; else there are none.
 
         Returns programs that are faster than those in use, for `runtime.load`; another thread may load them.
         """
         with self.lock:
             self.reserved = True
             if self.runtime.programs is None:
-                readiness = self.scheduler.reserve(budget, self.vocab_size, self.runtime.loaded)
+                readiness = self.scheduler.reserve(budget, self.vocab_size, self.runtime.loaded, verifies=verifies)
                 first, rest = readiness.first, readiness.rest
             else:
                 self.scheduler.budget = budget

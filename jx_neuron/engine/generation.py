@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jx_neuron.engine.drafting import Drafter, Drafts
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.stopping import Detokenizer
@@ -21,6 +22,7 @@ class Answer:
     top_logprobs:     the most likely tokens at each place, most likely first, with their log-probabilities.
     seconds_to_first: from the call to the first token.
     seconds:          from the call to the last token.
+    drafts:           how many tokens were drafted and accepted, and in how many steps; None without a drafter.
     """
 
     ids: tuple[int, ...]
@@ -30,6 +32,7 @@ class Answer:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None
     seconds_to_first: float
     seconds: float
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class Request:
 
     tokenizer:       None for events without text.
     prompt_logprobs: the number of most likely tokens at each position of the prompt; None for no log-probabilities.
+    drafter:         guesses what follows; None for no drafts.
     """
 
     prompt: Sequence[int]
     choices: Sequence[Choice]
     tokenizer: Any
     prompt_logprobs: int | None = None
+    drafter: Drafter | None = None
 
 
 class RunningAnswer:
@@ -79,12 +84,15 @@ class RunningAnswer:
         if self._detokenizer is not None:
             text = self._detokenizer.add(event.token, last=event.finish_reason is not None)
         prompt, answer = self._at
-        return replace(event, prompt=prompt, answer=answer, text=text)
+        drafts = None if event.finish_reason is None else self.ticket.drafts
+        return replace(event, prompt=prompt, answer=answer, text=text, drafts=drafts)
 
 
 def start(engine: Engine, request: Request, number: int = 0) -> list[RunningAnswer]:
     """Submits a request, prompt `number` of its call."""
-    tickets = engine.submit(request.prompt, request.choices, number, request.tokenizer, request.prompt_logprobs)
+    tickets = engine.submit(
+        request.prompt, request.choices, number, request.tokenizer, request.prompt_logprobs, request.drafter
+    )
     return [RunningAnswer(ticket, request, number, answer) for answer, ticket in enumerate(tickets)]
 
 
@@ -128,4 +136,5 @@ def _answer(stream: Sequence[Event]) -> Answer:
         tuple(event.top for event in stream) if scored else None,
         stream[0].seconds,
         last.seconds,
+        last.drafts,
     )

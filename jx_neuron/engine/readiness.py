@@ -10,7 +10,7 @@ from jx_neuron.step.program_key import Kind, ProgramKey
 MOST = 96
 """Programs that are loaded; larger ones run in place of the others."""
 
-KINDS: tuple[Kind, ...] = ("decode", "prefill", "score")
+KINDS: tuple[Kind, ...] = ("decode", "verify", "prefill", "score")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Readiness:
         batch_sizes: SequenceOf[int],
         prompt_rows: SequenceOf[int],
         chunk_sizes: SequenceOf[int],
+        verify_sizes: SequenceOf[int],
         budget: int,
         candidates: int,
         loaded: Callable[[ProgramKey], bool],
@@ -41,11 +42,13 @@ class Readiness:
         several = [(rows, t, t) for rows in prompt_rows[1:] for t in whole if rows * t <= budget]
         one = [(least, t, t) for t in whole] + [(least, t, s) for t in chunk_sizes for s in buckets.tokens if s > t]
         keys = [ProgramKey("decode", rows, 1, s, candidates) for rows in batch_sizes for s in buckets.tokens]
+        drafts = [(rows, t, s) for rows in batch_sizes for t in verify_sizes for s in buckets.tokens if s > t]
+        keys += [ProgramKey("verify", *sizes, candidates) for sizes in drafts]
         keys += [ProgramKey("prefill", *sizes, candidates) for sizes in (*one, *several)]
         keys += [ProgramKey("score", *sizes, candidates) for sizes in one]
         first: list[ProgramKey] = []
         for kind in KINDS:
-            rows = batch_sizes[-1] if kind == "decode" else least
+            rows = batch_sizes[-1] if kind in ("decode", "verify") else least
             alike = [key for key in keys if (key.kind, key.rows) == (kind, rows)]
             behind = [key for key in alike if key.positions > key.tokens]
             largest = [max(some, key=lambda key: (key.tokens, key.positions)) for some in (alike, behind) if some]

@@ -19,6 +19,10 @@ from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST, StepInput
 
+VERIFY_SIZES = (2, 4, 8)
+"""Tokens of steps that verify drafts, where programs are compiled on demand. On a CPU, more tokens take longer each
+(docs/speculation.md)."""
+
 MOST_PASSED_OVER = 3
 """Turns that a prompt waits at most while others, of fewer remaining tokens, go before it; then it is next."""
 
@@ -35,6 +39,7 @@ class Scheduler:
                   that can go back by one token; by none where the window is 0, as with recurrent layers.
     budget:       most tokens of prompts in a turn, where one row does not take more; None for no limit. Within a
                   budget, chunks behind others take the fewest rows.
+    verify_sizes: tokens of steps that verify drafts, ascending.
     """
 
     def __init__(
@@ -47,38 +52,46 @@ class Scheduler:
         rotations: Rotations | None = None,
         window: int | None = None,
         budget: int | None = None,
+        verify_sizes: SequenceOf[int] = VERIFY_SIZES,
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
         self._whole_sizes = [t for t in buckets.context if t > 1]
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
-        self._candidates, self._rotations, self.budget = candidates, rotations, budget
+        self._verify_sizes = [t for t in verify_sizes if t < buckets.capacity]
+        self._candidates, self._rotations, self._window, self.budget = candidates, rotations, window, budget
         self.slots = Slots(batch_sizes[-1], buckets.context[-1], rotations, window)
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self.running: list[Sequence] = []
         self._clock = 0
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
         self._readiness: Readiness | None = None
 
-    def reserve(self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool]) -> Readiness:
+    def reserve(
+        self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool], *, verifies: bool
+    ) -> Readiness:
         """Plans for callers that come and go, from now on: turns within a budget, of programs that are `loaded`.
 
         All draw from so many candidates. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
         at least: a slot's owner may be another caller, whose chunks have other boundaries, and who drew some of them.
+        Drafts are verified where `verifies`.
 
         Returns the programs to load.
         """
         self.budget, self._candidates = budget, candidates
         self.slots.take_any(self._whole_sizes[0] if self._whole_sizes else 1)
+        if not verifies:
+            self._verify_sizes = []
+        sizes = self._chunk_sizes, self._verify_sizes
         self._readiness = Readiness.of(
-            self.buckets, self.batch_sizes, self.prompt_rows, self._chunk_sizes, budget, candidates, loaded
+            self.buckets, self.batch_sizes, self.prompt_rows, *sizes, budget, candidates, loaded
         )
         return self._readiness
 
     def submit(self, sequence: Sequence, *, first: bool = False) -> None:
         """Has a sequence computed, and its tokens drawn; `first`, before all that wait."""
         if sequence.slot is not None:
-            self._running.append(sequence)
+            self.running.append(sequence)
         elif first:
             self._waiting.appendleft(sequence)
         else:
@@ -86,8 +99,8 @@ class Scheduler:
 
     def pause(self, sequence: Sequence) -> None:
         """Computes no more of a sequence, which keeps its slot until another needs it."""
-        if sequence in self._running:
-            self._running.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
@@ -99,7 +112,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self.running)
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -121,22 +134,22 @@ class Scheduler:
     def forget(self) -> None:
         """Has no slot hold anything, as after a fault: sequences with slots are computed again."""
         self.slots.forget()
-        self.preemptions += len(self._running)
-        self._waiting.extendleft(reversed(self._running))
-        self._running = []
+        self.preemptions += len(self.running)
+        self._waiting.extendleft(reversed(self.running))
+        self.running = []
 
     def plan(self) -> Plan:
         """The next turn; no steps where nothing can go on."""
         self._clock += 1
         copies = self._admit()
-        for sequence in self._running:
+        for sequence in self.running:
             if self.slots.is_lost(sequence.computed, sequence.written):
                 sequence.computed = 0
-        ready = [sequence for sequence in self._running if sequence.remaining > 0]
-        stepwise = [sequence for sequence in ready if self._count(sequence) == 1]
+        ready = [sequence for sequence in self.running if sequence.remaining > 0]
+        stepwise = [sequence for sequence in ready if self._count(sequence) == 1 or self._is_short(sequence)]
         copies += self.slots.compact(stepwise, self.batch_sizes)
         turns = [self._decode(stepwise)] if stepwise else []
-        if chunked := [sequence for sequence in ready if self._count(sequence) > 1]:
+        if chunked := [sequence for sequence in ready if sequence not in stepwise]:
             turns.append(self._prefill(chunked))
         return Plan(tuple(copies), tuple(turns))
 
@@ -151,7 +164,7 @@ class Scheduler:
             keys.append(ProgramKey(key.kind, key.rows, t, self._positions(done + count, t), key.candidates))
             done += count
         if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
-            rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self._running))
+            rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self.running))
             positions = self.buckets.positions(min(length + 1, self.buckets.capacity))
             keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
         return keys
@@ -162,7 +175,7 @@ class Scheduler:
         while self._waiting:
             sequence = self._waiting[0]
             fresh = sequence.source is None
-            if (admitted := self.slots.admit(sequence, self._running, self._clock)) is None:
+            if (admitted := self.slots.admit(sequence, self.running, self._clock)) is None:
                 break
             copied, held = admitted
             copies += copied
@@ -170,7 +183,7 @@ class Scheduler:
                 sequence.cached = held
                 self.prefix_queries += len(sequence.tokens)
                 self.prefix_hits += held
-            self._running.append(self._waiting.popleft())
+            self.running.append(self._waiting.popleft())
         return copies
 
     def _extent(self, sequence: Sequence) -> int:
@@ -190,13 +203,38 @@ class Scheduler:
         """The token bucket of a step of `tokens` tokens that goes on behind others, up to `length`."""
         return next(s for s in self.buckets.tokens if s >= length and s > tokens)
 
+    def _is_short(self, sequence: Sequence) -> bool:
+        """Whether a step that verifies drafts gives all logits that are wanted of a sequence."""
+        fits = bool(self._verify_sizes) and sequence.remaining <= self._verify_sizes[-1]
+        alone = sequence.every_logits and sequence.drawing is None
+        return alone and fits and sequence.computed > 0 and self._rotations is None
+
+    def draft_room(self, sequence: Sequence) -> int:
+        """The most tokens of a draft that may follow a sequence: what it draws at last has no draft, and a slot that a
+        draft is forgotten in has lost nothing."""
+        start = sequence.length
+        most = min(self._verify_sizes[-1] - 1, sequence.limit - start - 1) if self._verify_sizes else 0
+        if self._window is not None:
+            most = min(most, self._window - max(start, sequence.written))
+        if self._rotations is not None and not self._rotations.same(start, start + most):
+            return 0
+        return max(most, 0)
+
     def _decode(self, sequences: SequenceOf[Sequence]) -> Turn:
-        """One token of each."""
+        """One token of each, and its draft; or all that are left of those whose every logits are wanted."""
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
-        positions = self.buckets.positions(1 + max(sequence.computed for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
-        wanted = self._key("decode", rows, 1, positions, sequences)
-        return self._turn(self._fitting(wanted, behind=True) or wanted, slots, dict.fromkeys(slots, 1))
+        counts = {
+            slot: sequence.remaining if self._is_short(sequence) else 1 + len(sequence.draft)
+            for slot, sequence in slots.items()
+        }
+        end, most = max(s.computed + counts[slot] for slot, s in slots.items()), max(counts.values())
+        if most == 1:
+            wanted = self._key("decode", rows, 1, self.buckets.positions(end), sequences)
+        else:
+            t = fit(self._verify_sizes, most)
+            wanted = self._key("verify", rows, t, self._positions(end, t), sequences)
+        return self._turn(self._fitting(wanted, behind=True) or wanted, slots, counts)
 
     def _prefill(self, sequences: SequenceOf[Sequence]) -> Turn:
         """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
@@ -247,14 +285,19 @@ class Scheduler:
         for index, sequence in sequences.items():
             start, count = sequence.computed, counts[index]
             known = sequence.tokens[start : start + count]
-            arrays["tokens_bt"][index, :count] = known + [DRAWN_LAST] * (count - len(known))
-            arrays["start_b"][index], arrays["length_b"][index] = start, self._extent(sequence) - start
-            last = start + count == sequence.length
-            if sequence.drawing is not None and "uniform_b" in arrays:
+            unknown = [DRAWN_LAST] * (count - len(known) - len(sequence.draft))
+            arrays["tokens_bt"][index, :count] = known + unknown + sequence.draft
+            arrays["start_b"][index] = start
+            arrays["length_b"][index] = count if key.kind == "verify" else self._extent(sequence) - start
+            last = start + count >= sequence.length
+            if sequence.drawing is not None and "temperature_b" in arrays:
                 drawing = sequence.drawing
                 arrays["temperature_b"][index], arrays["top_k_b"][index] = drawing.temperature, drawing.top_k
                 arrays["top_p_b"][index] = drawing.top_p
-                arrays["uniform_b"][index] = drawing.uniform(sequence.length - sequence.prompt)
+                first = sequence.length - sequence.prompt
+                uniform = [drawing.uniform(first + n) for n in range(1 + len(sequence.draft))]
+                numbers = arrays["uniform_bt" if key.kind == "verify" else "uniform_b"]
+                numbers.reshape(key.rows, -1)[index, : len(uniform)] = uniform
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
             sequence.written = max(sequence.written if start else 0, sequence.computed)

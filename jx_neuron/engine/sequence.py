@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from jx_neuron.engine.drafting import Speculation
 from jx_neuron.step.step_input import StepInput
 
 
@@ -42,6 +43,8 @@ class Sequence:
     written:      how many it held at most; more than `computed` where tokens were forgotten since.
     pending:      how many tokens were drawn and are not known yet.
     sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
+    speculation:  how drafts of it are made; None for none.
+    draft:        tokens that may follow, for the next decode step to verify.
     """
 
     tokens: list[int]
@@ -58,6 +61,8 @@ class Sequence:
     written: int = 0
     pending: int = 0
     used: int = 0
+    speculation: Speculation | None = None
+    draft: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt = self.prompt or len(self.tokens)

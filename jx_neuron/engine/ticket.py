@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jx_neuron.engine.drafting import Drafter, Drafts, Speculation
 from jx_neuron.engine.likelihood import Likelihood, PromptLikelihoods, likelihood
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.sequence import Row, Sequence
@@ -30,6 +31,7 @@ class Event:
     prompt, answer: indices of the prompt in the call, and of the answer to it, from 0.
     text:           the text that the answer gained; None where there is no tokenizer. A character of several tokens
                     comes with the last of them.
+    drafts:         with an answer's last token, what its drafts came to; None without a drafter.
     """
 
     token: int
@@ -40,12 +42,21 @@ class Event:
     prompt: int = 0
     answer: int = 0
     text: str | None = None
+    drafts: Drafts | None = None
 
 
 class Ticket:
     """A running answer. Iterating over it yields its events, and raises its errors, such as NonFiniteError."""
 
-    def __init__(self, engine: "Engine", prompt: list[int], choice: Choice, row: int, tokenizer: Any):
+    def __init__(
+        self,
+        engine: "Engine",
+        prompt: list[int],
+        choice: Choice,
+        row: int,
+        tokenizer: Any,
+        drafter: Drafter | None = None,
+    ):
         self._engine, self._choice, self._row = engine, choice, row
         self._began = time.perf_counter()
         self._strings = StopStrings(choice.stop_strings, tokenizer, prompt) if choice.stop_strings else None
@@ -58,6 +69,8 @@ class Ticket:
         self._grammar = None if choice.grammar is None else choice.grammar.copy()
         self._drawing = None if choice.on_host else choice.draw
         self.sequence = Sequence(list(prompt), len(prompt) + choice.steps, self._drawing, sink=self)
+        if drafter is not None:
+            self.sequence.speculation = Speculation(drafter, self.sequence.tokens)
 
     def __iter__(self) -> "Ticket":
         return self
@@ -93,6 +106,12 @@ class Ticket:
     def prompt_likelihoods(self) -> list[Likelihood | None] | None:
         """Of each token of the prompt, whole before the first event; None where `score_prompt` was not called."""
         return None if self._of_prompt is None else self._of_prompt.values
+
+    @property
+    def drafts(self) -> Drafts | None:
+        """What the answer's drafts have come to; None without a drafter."""
+        speculation = self.sequence.speculation
+        return None if speculation is None else speculation.drafts
 
     @property
     def on_host(self) -> bool:

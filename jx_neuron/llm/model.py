@@ -11,12 +11,14 @@ from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step
 from jx_neuron.engine.client import Client
 from jx_neuron.engine.defaults import SamplingDefaults
+from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.generation import Generation, Request
 from jx_neuron.engine.options import Options
 from jx_neuron.engine.scoring import Score
 from jx_neuron.engine.ticket import Event
-from jx_neuron.errors import ArtifactError, ConfigError
+from jx_neuron.errors import ArtifactError, ConfigError, InputError
+from jx_neuron.llm import drafts
 from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, accepts, require_saved
 from jx_neuron.llm.origin import CheckpointOrigin, ConfigOrigin, ModuleOrigin, Origin
 from jx_neuron.runtime import deployment as deploy
@@ -24,6 +26,7 @@ from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment
 from jx_neuron.runtime.saved import SavedModel
 from jx_neuron.step.buckets import Buckets
+from jx_neuron.util.arguments import integers
 from jx_neuron.util.once import Once
 
 if TYPE_CHECKING:  # running a saved model needs no model code
@@ -45,8 +48,11 @@ class NeuronAutoModelForCausalLM:
     MODEL_TYPE: ClassVar[str | None] = None
 
     def __init__(self, origin: Origin, backend: str, neuron_config: NeuronConfig | None = None):
-        self.settings, self.config = origin.settings, dict(origin.config)
         self.backend, self.neuron_config = backend, neuron_config or NeuronConfig()
+        self._make_of(origin)
+
+    def _make_of(self, origin: Origin) -> None:
+        backend, self.settings, self.config = self.backend, origin.settings, dict(origin.config)
         if (batching := self.neuron_config.continuous_batching) is not None:
             batching.require_fit(self.settings.slots, self.settings.buckets.capacity)
         self._origin = origin
@@ -147,6 +153,32 @@ class NeuronAutoModelForCausalLM:
                 f"{cls.__name__} takes models of model_type {cls.MODEL_TYPE!r} and this one is of {model_type!r}; "
                 "NeuronAutoModelForCausalLM takes any"
             )
+
+    def enable_speculative_decoder(self, speculation_length: int | Sequence[int], batch_sizes: Any = None) -> None:
+        """Has programs made that verify drafts, of `speculation_length` tokens each, before `to_neuron`; as
+        `NeuronConfig(speculation_length=…)` does. The rows are those of the model, `batch_sizes` or None.
+
+        Raises ConfigError where the programs are made already, and for other batch_sizes.
+        """
+        if batch_sizes is not None and tuple(integers("batch_sizes", batch_sizes)) != self.settings.batch_sizes:
+            raise ConfigError(f"batch_sizes={batch_sizes!r}: the model has {self.settings.batch_sizes}; leave it out")
+        if self._engine.is_set or self._deployment.is_set:
+            raise ConfigError("the programs are made already; call enable_speculative_decoder before to_neuron")
+        lengths = NeuronConfig(speculation_length=speculation_length).speculation_length
+        self._make_of(drafts.enabled(self._origin, lengths))
+
+    def speculative_forward(
+        self, input_ids: Any, cache_ids: Any, start_ids: Any = None, speculation_length: int | None = None
+    ) -> Any:
+        """Logits of every token of `input_ids` [b, k], which go on from position `cache_ids` of what this thread's last
+        call left: float32 [b, k, v]. `speculation_length`, where it is given, is k.
+
+        Raises InputError for tokens that cannot go on there.
+        """
+        logits_bkv = self._client.speculative_logits(input_ids, cache_ids, start_ids)
+        if speculation_length not in (None, logits_bkv.shape[1]):
+            raise InputError(f"speculation_length={speculation_length}, and input_ids has {logits_bkv.shape[1]} tokens")
+        return logits_bkv
 
     def to_neuron(self) -> Self:
         """Reads the weights onto the devices and readies the programs.
@@ -250,6 +282,7 @@ class NeuronAutoModelForCausalLM:
         start_ids: Any = None,
         *,
         streamer: Any = None,
+        draft: Any = None,
         **options: Unpack[Options],
     ) -> Any:
         """Continues each row up to `sequence_length` tokens, the prompt counted, or until all rows have ended.
@@ -258,6 +291,7 @@ class NeuronAutoModelForCausalLM:
         sequence_length: by default the GenerationConfig's max_length, or else n_positions.
         start_ids:       [b], the first real position of each left-padded row.
         streamer:        an HF streamer; its put() gets the prompt, then the tokens of each step.
+        draft:           that of `generate`.
         options:         those of `jx_neuron.engine.options.Options`: top_k, top_p, temperature, seed and more. What
                          is not given is the GenerationConfig's, or else top_k=50: see "Defaults" in
                          docs/getting-started.md.
@@ -269,7 +303,8 @@ class NeuronAutoModelForCausalLM:
 
         Threads may call at once; they take turns.
         """
-        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer)
+        drafter = self.drafter(draft)
+        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer, drafter)
 
     def stream(
         self,
@@ -278,14 +313,19 @@ class NeuronAutoModelForCausalLM:
         start_ids: Any = None,
         *,
         logprobs: int | None = None,
+        draft: Any = None,
         **options: Unpack[Options],
     ) -> Iterator[Step]:
         """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
 
         logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
                   ones; 0 for the token's alone.
+        draft:    that of `generate`.
         """
-        return self._client.steps(input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True)
+        drafter = self.drafter(draft)
+        return self._client.steps(
+            input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True, drafter=drafter
+        )
 
     @overload
     def generate(
@@ -294,6 +334,7 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: Literal[False] = False,
+        draft: Any = None,
     ) -> list[Generation]: ...
     @overload
     def generate(
@@ -302,6 +343,7 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: Literal[True],
+        draft: Any = None,
     ) -> Iterator[Event]: ...
     def generate(
         self,
@@ -309,26 +351,37 @@ class NeuronAutoModelForCausalLM:
         sampling: "SamplingParams | Sequence[SamplingParams] | None" = None,
         *,
         stream: bool = False,
+        draft: Any = None,
     ) -> list[Generation] | Iterator[Event]:
         """Answers to any number of prompts of any lengths; as many are under way at a time as batch_size says.
 
         prompts:  a text or token ids, or a sequence of such; texts take a tokenizer.
         sampling: how answers are chosen and when they end; one for all, or one for each prompt.
         stream:   gives an iterator of events, one for each token, instead of whole answers.
+        draft:    what guesses tokens, which the model then verifies several at a time (docs/speculation.md): "ngram"
+                  looks them up in prompt and answer; another model of the same tokens, or a
+                  `jx_neuron.engine.drafting.Drafter`. The tokens are those without.
 
         Raises InputError before anything runs for a prompt or a sampling that the model cannot take, and NonFiniteError
         where logits hold a NaN or an infinity.
         """
+        drafter = self.drafter(draft)
         if stream:
-            return self._client.events(prompts, sampling)
-        return self._client.generations(prompts, sampling)
+            return self._client.events(prompts, sampling, drafter)
+        return self._client.generations(prompts, sampling, drafter)
 
-    def request(self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None) -> Request:
-        """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`.
+    def request(
+        self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None, *, draft: Any = None
+    ) -> Request:
+        """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`, and `draft`.
 
         Raises InputError where the model cannot take it.
         """
-        return self._client.request(prompt, sampling, prompt_logprobs)
+        return self._client.request(prompt, sampling, prompt_logprobs, self.drafter(draft))
+
+    def drafter(self, draft: Any) -> Drafter | None:
+        """The drafter that the `draft` of `generate` names. Raises InputError or ConfigError where it cannot be one."""
+        return drafts.drafter_of(draft, self)
 
     def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.

@@ -135,6 +135,7 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("context_length_estimate", context, None, settings.buckets.context),
         ("quant", _neuron_config(options).quant, None, settings.quant),
         ("kv_cache_quant", quant and quant.stored, None, settings.cache_dtype),
+        ("speculation_length", _neuron_config(options).speculation_length, (), settings.speculation),
     ):
         if value not in (default, saved):
             raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
@@ -171,11 +172,23 @@ def settings_of(
         state=decoder.slot(buckets.capacity),
         state_dtypes=decoder.state_dtypes,
         quant=decoder.quant,
+        speculation=neuron_config.speculation_length,
     )
+    if settings.speculation:
+        require_going_back(settings)
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):
         warnings.warn(note, UserWarning, stacklevel=5)
     return settings
+
+
+def require_going_back(settings: Settings) -> None:
+    """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
+    if settings.window == 0:
+        raise ConfigError(
+            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of "
+            "a sequence, which cannot go back to before a draft. Leave drafts out"
+        )
 
 
 def _candidates(generation_config: GenerationConfig, vocab_size: int) -> int:

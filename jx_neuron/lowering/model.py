@@ -22,7 +22,7 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
     inputs = [jax.ShapeDtypeStruct(*layout) for layout in key.inputs().values()]
     kinds: list[Kind] = ["param", "state"]
     kinds += ["input"] * len(inputs)
-    logits = PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS)
+    logits = PartitionSpec(*[None] * (2 if key.gives_every else 1), AXIS)
     with using(Ops(cores=decoder.tp_degree)):
         return trace(
             step(decoder, key),

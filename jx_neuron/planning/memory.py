@@ -87,7 +87,7 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
     rows, positions = key.rows * key.tokens, key.positions
     chosen = outline.config.chosen
     residual = rows * d * (4 + 2 * itemsize)  # the float32 of norms, the sum, and what an all-reduce gives
-    logits = key.rows * (key.tokens if key.kind == "score" else 1) * 2 * v * 4
+    logits = key.rows * (key.tokens if key.gives_every else 1) * 2 * v * 4
 
     def layer(padding: Padding) -> int:
         n, k, f, m, p, g = (padding.size(c) // tp_degree if c in padding.sizes else 0 for c in "nkfmpg")

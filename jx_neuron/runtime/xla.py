@@ -139,7 +139,7 @@ class XlaRuntime:
 
     def _compile(self, key: ProgramKey, slots: int, positions: int) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.kind == "score" else 1), AXIS))
+        split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.gives_every else 1), AXIS))
         state = self._placed.state(slots, positions)
         program = jax.jit(
             self._placed.step(key),

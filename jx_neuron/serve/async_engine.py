@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread, main_thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jx_neuron.engine.generation import start
 from jx_neuron.engine.options import SamplingParams
@@ -57,6 +57,7 @@ class AsyncEngine:
     most_waiting:     requests that may wait for a slot before `submit` raises QueueFull.
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
     tokens_per_turn:  most tokens of prompts in a turn.
+    draft:            that of the model's `generate`, for all requests.
 
     A turn takes one token of each answer, then the first chunk of as many prompts as `tokens_per_turn` permits, or a
     later chunk of one. A chunk is as long as the model's largest context bucket, so its `context_length_estimate` is
@@ -72,8 +73,9 @@ class AsyncEngine:
         most_waiting: int = 256,
         seconds_per_turn: float = 60.0,
         tokens_per_turn: int = 256,
+        draft: Any = None,
     ):
-        self._tokens_per_turn = tokens_per_turn
+        self._drafter, self._tokens_per_turn = model.drafter(draft), tokens_per_turn
         self._model, self._most_waiting, self._seconds_per_turn = model, most_waiting, seconds_per_turn
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="jx-neuron-engine", daemon=True)
@@ -143,7 +145,7 @@ class AsyncEngine:
             raise ShuttingDown("the server shuts down; send the request to another")
         if self._failure is not None or self._hangs:
             raise self._failed()
-        request = self._model.request(prompt, sampling, prompt_logprobs)
+        request = self._model.request(prompt, sampling, prompt_logprobs, draft=self._drafter)
         waiting = sum(stream.timings.started is None for stream in self._live)
         if waiting >= self._most_waiting:
             raise QueueFull(waiting, self._retry_after(waiting))
@@ -251,7 +253,7 @@ class AsyncEngine:
 
     def _warm_up(self) -> None:
         engine, chunk = self._model.engine, self._model.buckets.context[-1]
-        self._faster = engine.reserve(max(chunk, self._tokens_per_turn))
+        self._faster = engine.reserve(max(chunk, self._tokens_per_turn), verifies=self._drafter is not None)
         self._to_load = len(self._faster)
         self._loader.start()
         self._ready = True

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["prefill", "decode", "score"]
+Kind = Literal["prefill", "decode", "score", "verify"]
 
 SAMPLING = ("temperature_b", "top_k_b", "top_p_b", "uniform_b")
 
@@ -16,9 +16,9 @@ class ProgramKey:
 
     kind:       "prefill" computes tokens of prompts in any slots, and returns the logits of each row's last token;
                 "score" returns those of every token; "decode" computes one token in each of the first slots: row i is
-                slot i.
+                slot i; "verify" computes several there, and draws the token that follows each.
     rows:       sequences, b.
-    tokens:     tokens of a row, t: a context bucket, or 1 to decode.
+    tokens:     tokens of a row, t: a context bucket, or 1 to decode; to verify, a draft and the token before it.
     positions:  positions that attention sees, s: a token bucket. With s = t, rows begin at position 0.
     candidates: the number of most likely tokens that are sampled from; 1 is greedy.
     """
@@ -32,18 +32,36 @@ class ProgramKey:
     @property
     def name(self) -> str:
         """The program's name, in lists and file names."""
-        kind = "decode" if self.kind == "decode" else f"context{self.tokens}"
+        kind = {"decode": "decode", "verify": f"verify{self.tokens}"}.get(self.kind, f"context{self.tokens}")
         every = "-all" if self.kind == "score" else ""
         return f"{kind}-b{self.rows}-s{self.positions}-k{self.candidates}{every}"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether row i is slot i, and no input names slots."""
+        return self.kind in ("decode", "verify")
+
+    @property
+    def gives_every(self) -> bool:
+        """Whether it returns the logits of every token, [b, t, v]."""
+        return self.kind in ("score", "verify")
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """The shape of the tokens that it draws: [b, 1], or [b, t] to verify."""
+        return self.rows, self.tokens if self.kind == "verify" else 1
 
     def inputs(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
         """Shape and dtype of each input beside parameters and state, in the program's order."""
         b = (self.rows,)
-        integers = ("start_b", "length_b") if self.kind == "decode" else ("slot_b", "start_b", "length_b")
+        integers = ("start_b", "length_b") if self.in_place else ("slot_b", "start_b", "length_b")
         inputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
             "tokens_bt": ((self.rows, self.tokens), np.int32)
         }
         inputs |= dict.fromkeys(integers, (b, np.int32))
         if self.candidates > 1:
             inputs |= {name: (b, np.int32 if name == "top_k_b" else np.float32) for name in SAMPLING}
+            if self.kind == "verify":
+                del inputs["uniform_b"]
+                inputs["uniform_bt"] = (self.drawn, np.float32)
         return inputs

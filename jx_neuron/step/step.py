@@ -1,4 +1,4 @@
-"""The step: one pure function on fixed shapes, for prefill, decoding and scores."""
+"""The step: one pure function on fixed shapes, for prefill, decoding, verifying drafts, and scores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,17 +19,18 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
     """The program of `key`, to be jitted.
 
     It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, temperature_b, top_k_b, top_p_b, uniform_b]). The
-    tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b in a decode step). length_b counts
-    the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in chunks. Tokens from
-    length_b on are padding, and a row of length 0 leaves its slot unchanged.
+    tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b to decode and to verify). length_b
+    counts the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in chunks. Tokens
+    from length_b on are padding, and a row of length 0 leaves its slot unchanged.
 
     It returns (next tokens [b, 1] int32, logits float32 [b, v], or [b, t, v] for scores, state). Next tokens and logits
-    [b, v] are those of each row's last real token. v is padded to a multiple of the tensor-parallel degree, with the
-    least float32 as logits of the padding.
+    [b, v] are those of each row's last real token. To verify, it takes uniform_bt, and returns the next token of every
+    token, [b, t], and logits [b, t, v]. v is padded to a multiple of the tensor-parallel degree, with the least float32
+    as logits of the padding.
     """
 
     def run(params: Params, state: State, tokens_bt: Array, *inputs: Array) -> tuple[Array, Array, State]:
-        slot_b, (start_b, length_b, *sampling) = (None, inputs) if key.kind == "decode" else (inputs[0], inputs[1:])
+        slot_b, (start_b, length_b, *sampling) = (None, inputs) if key.in_place else (inputs[0], inputs[1:])
         if slot_b is None:
             tokens_bt = jnp.where(tokens_bt == DRAWN_LAST, state.token_z[: key.rows, None], tokens_bt)
         model = decoder.bind(params)
@@ -37,25 +38,31 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
         x_btd, layers = model(tokens_bt, state, at)
         state = joined(layers)
         last_b = jnp.clip(length_b - 1, 0, key.tokens - 1)
-        if key.kind != "score" and key.tokens > 1:
+        if not key.gives_every and key.tokens > 1:
             x_btd = jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1, mode="clip")
         logits_btv = model.logits(x_btd).astype(jnp.float32)
         if logits_btv.shape[-1] != (v := decoder.config.sizes["v"]):
             logits_btv = jnp.where(jnp.arange(logits_btv.shape[-1]) < v, logits_btv, jnp.finfo(jnp.float32).min)
+        drawn_btv = logits_btv
         if key.kind == "score":
-            logits_bv = jnp.take_along_axis(logits_btv, last_b[:, None, None], axis=1, mode="clip")[:, 0]
-        else:
-            logits_bv = logits_btv[:, 0]
+            drawn_btv = jnp.take_along_axis(logits_btv, last_b[:, None, None], axis=1, mode="clip")
+        logits_mv = drawn_btv.reshape(-1, drawn_btv.shape[-1])
         if key.candidates == 1:
-            token_b = greedy(logits_bv, decoder.tp_degree)
+            token_m = greedy(logits_mv, decoder.tp_degree)
         else:
-            token_b = ops().sample(logits_bv, Sampling(*sampling), key.candidates, decoder.tp_degree)
+            of_each = (x if x.ndim == 2 else jnp.broadcast_to(x[:, None], key.drawn) for x in sampling)
+            by = Sampling(*(x.reshape(-1) for x in of_each))
+            token_m = ops().sample(logits_mv, by, key.candidates, decoder.tp_degree)
+        token_bt = token_m.reshape(key.drawn)
+        token_b = token_bt[:, 0]
+        if key.kind == "verify":
+            token_b = jnp.take_along_axis(token_bt, last_b[:, None], axis=1, mode="clip")[:, 0]
         if slot_b is None:
             drawn_b = jnp.where(length_b > 0, token_b, state.token_z[: key.rows])
             token_z = state.token_z.at[: key.rows].set(drawn_b)
         else:
             token_z = state.token_z.at[slot_b].set(jnp.where(length_b > 0, token_b, state.token_z[slot_b]))
         state = dataclasses.replace(state, token_z=token_z)
-        return token_b[:, None], logits_btv if key.kind == "score" else logits_bv, state
+        return token_bt, logits_btv if key.gives_every else logits_btv[:, 0], state
 
     return run

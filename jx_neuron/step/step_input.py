@@ -23,8 +23,8 @@ class StepInput:
 class StepOutput(NamedTuple):
     """The outputs of one program. The arrays may be asynchronous: reading them with numpy waits.
 
-    token_b1: the next token of each row, int32 [b, 1].
-    logits:   float32 [b, v], or [b, t, v] of a "score"; v padded to the tensor-parallel degree.
+    token_b1: the next token of each row, int32 [b, 1]; of a "verify" that of each token, [b, t].
+    logits:   float32 [b, v], or [b, t, v] of a "score" or "verify"; v padded to the tensor-parallel degree.
     """
 
     token_b1: Any

@@ -1,0 +1,125 @@
+"""Drafts: tokens that may follow a sequence, which one step of the model verifies."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+FIRST, MOST = 3, 15
+"""Tokens of a sequence's first draft, and of any draft at most."""
+
+MEMORY, POOR, MOST_PAUSES = 0.9, 0.25, 6
+"""Where less than the part POOR of what was drafted is accepted, each draft counting MEMORY times as much as the next,
+sequences go on without drafts for a while, which doubles so many times at most."""
+
+
+class Drafter(Protocol):
+    """Guesses what follows. A guess changes how fast tokens come, and never which.
+
+    pause: turns of a sequence without drafts, after poor ones.
+    """
+
+    pause: int
+
+    def propose(self, rows: "SequenceOf[Speculation]") -> SequenceOf[SequenceOf[int]]:
+        """For each row up to `row.wanted` tokens that may follow `row.tokens`; none where it has no guess."""
+        ...
+
+    def close(self, row: "Speculation") -> None:
+        """The row has ended."""
+        ...
+
+
+class Drafts(NamedTuple):
+    """What drafts came to: the tokens of all of them, those that were accepted, and the steps that verified them."""
+
+    proposed: int = 0
+    accepted: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class Speculation:
+    """The drafts of one sequence. How long they are follows from how many tokens of the last were accepted.
+
+    tokens: the sequence's own list, which grows.
+    wanted: how many tokens the next draft may have.
+    wait:   turns without a draft that are still to come.
+    """
+
+    drafter: Drafter
+    tokens: list[int]
+    wanted: int = 0
+    wait: int = 0
+    drafts: Drafts = field(default_factory=Drafts)
+    _length: int = FIRST
+    _proposed: float = 2 * FIRST
+    _accepted: float = FIRST
+    _pauses: int = 0
+
+    def is_due(self, room: int) -> bool:
+        """Whether a draft is to be made now, where `room` tokens at most have a place."""
+        if self.wait:
+            self.wait -= 1
+            return False
+        self.wanted = min(self._length, room)
+        return self.wanted > 0
+
+    def close(self) -> None:
+        """The sequence has ended."""
+        self.drafter.close(self)
+
+    def verified(self, proposed: int, accepted: int) -> None:
+        """Takes how many tokens of a draft were accepted."""
+        total = self.drafts
+        self.drafts = Drafts(total.proposed + proposed, total.accepted + accepted, total.steps + 1)
+        grown = max(self._length, 2 * proposed + 1) if accepted == proposed else accepted + 1
+        self._length = min(grown, MOST)
+        self._proposed, self._accepted = MEMORY * self._proposed + proposed, MEMORY * self._accepted + accepted
+        if self._accepted < POOR * self._proposed:
+            self.wait = self.drafter.pause << self._pauses
+            self._pauses = min(self._pauses + 1, MOST_PAUSES)
+        else:
+            self._pauses = 0
+
+
+@dataclass(eq=False)
+class NgramDrafter:
+    """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last tokens where they
+    were before, in prompt or answer. The longest n-gram of `least` to `most` tokens counts, at its latest place."""
+
+    least: int = 3
+    most: int = 5
+    pause: int = 1
+    _places: "WeakKeyDictionary[Speculation, _Places]" = field(default_factory=WeakKeyDictionary)
+
+    def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:
+        return [self._after(row) for row in rows]
+
+    def close(self, row: Speculation) -> None:
+        self._places.pop(row, None)
+
+    def _after(self, row: Speculation) -> SequenceOf[int]:
+        sizes = range(self.most, self.least - 1, -1)
+        places = self._places.setdefault(row, _Places())
+        places.extend(row.tokens, sizes)
+        for size in sizes:
+            if (end := places.end_of.get(tuple(row.tokens[-size:]))) is not None:
+                period = len(row.tokens) - end  # what would follow the last token is the draft itself
+                return [row.tokens[end + number % period] for number in range(row.wanted)]
+        return ()
+
+
+@dataclass(eq=False)
+class _Places:
+    """Where each n-gram ended last, of those that have a token after them among the first `known`."""
+
+    end_of: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0
+
+    def extend(self, tokens: list[int], sizes: Iterable[int]) -> None:
+        for size in sizes:
+            for end in range(max(self.known, size), len(tokens)):
+                self.end_of[tuple(tokens[end - size : end])] = end
+        self.known = len(tokens)

@@ -1,0 +1,66 @@
+"""Speculation in the engine: sequences get drafts before a turn is planned, and take what the model drew after it.
+
+A token is a function of logits, parameters and its own uniform number. A draft is accepted while it is what the model
+draws: the tokens are those that come without it.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jx_neuron.engine.drafting import Drafter
+from jx_neuron.engine.sequence import Row, Sequence
+
+if TYPE_CHECKING:
+    from jx_neuron.engine.engine import Engine
+
+
+def propose(engine: "Engine") -> None:
+    """Gives sequences drafts: those that are due for one, and of which all tokens but the last are computed.
+
+    An error of a drafter is that of its sequences.
+    """
+    scheduler = engine.scheduler
+    due: dict[Drafter, list[Sequence]] = {}
+    for sequence in scheduler.running:
+        speculation = sequence.speculation
+        if speculation is None or sequence.remaining != 1 or sequence.length == sequence.prompt:
+            continue  # the first token may be the host's to choose, for several answers
+        if speculation.is_due(0 if sequence.pending else scheduler.draft_room(sequence)):
+            due.setdefault(speculation.drafter, []).append(sequence)
+    for drafter, sequences in due.items():
+        rows = [sequence.speculation for sequence in sequences if sequence.speculation is not None]
+        try:
+            for sequence, row, draft in zip(sequences, rows, drafter.propose(rows), strict=True):
+                legal = takewhile(lambda token: 0 <= token < engine.vocab_size, draft[: row.wanted])
+                sequence.draft = [int(token) for token in legal]
+        except Exception as error:
+            for sequence in sequences:
+                engine.fail(sequence, error)
+
+
+def is_due(sequence: Sequence) -> bool:
+    """Whether the next turn may have a draft of a sequence, which takes all of its tokens."""
+    return sequence.speculation is not None and not sequence.speculation.wait
+
+
+def take(row: Row, token_t: SequenceOf[int], logits_tv: np.ndarray | None) -> None:
+    """Gives the sequence of a row what was drawn, up to the first token that is not as drafted.
+
+    token_t:   the token that the program drew after each of the row's tokens.
+    logits_tv: where the host chooses, the logits that it chooses from; else None.
+    """
+    sequence, draft = row.sequence, row.sequence.draft
+    sequence.draft, known = [], len(sequence.tokens)
+    for number in range(row.count):
+        sequence.computed = row.start + number + 1
+        sequence.pending = 0 if sequence.drawing is None else 1
+        sequence.sink.take(row, token_t[number], None if logits_tv is None else logits_tv[number])
+        if sequence.tokens[known + number :] != draft[number : number + 1]:  # as well where it has ended
+            break
+    sequence.pending = 0
+    if sequence.speculation is not None and draft:
+        accepted = sum(token == guess for token, guess in zip(sequence.tokens[known:], draft, strict=False))
+        sequence.speculation.verified(len(draft), accepted)

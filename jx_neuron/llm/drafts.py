@@ -1,0 +1,65 @@
+"""What a call's `draft` names, as a drafter."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from jx_neuron.engine.draft_model import ModelDrafter
+from jx_neuron.engine.drafting import Drafter, NgramDrafter
+from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.llm.options import require_going_back
+from jx_neuron.llm.origin import DecoderOrigin, Origin
+from jx_neuron.util.arguments import shown
+
+if TYPE_CHECKING:
+    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+
+
+def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | None:
+    """The drafter that `draft` names: "ngram", another model, or a drafter itself; None for None.
+
+    Raises InputError for anything else, and ConfigError where the target cannot verify drafts, or a model cannot draft
+    for it.
+    """
+    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+
+    if draft is None:
+        return None
+    require_going_back(target.settings)
+    if target.backend != "xla" and not target.settings.speculation:
+        raise ConfigError(
+            "the programs of this model verify no drafts; make it with NeuronConfig(speculation_length=8), or compile "
+            "it with --speculation-length 8, or leave draft out"
+        )
+    if isinstance(draft, NeuronAutoModelForCausalLM):
+        return _of_model(draft, target)
+    if isinstance(draft, str) and draft == "ngram":
+        return NgramDrafter()
+    if all(hasattr(draft, name) for name in ("propose", "close", "pause")):
+        drafter: Drafter = draft
+        return drafter
+    raise InputError(
+        f'draft={shown(draft)} is not legal; it takes "ngram", another model, or a jx_neuron.engine.drafting.Drafter'
+    )
+
+
+def enabled(origin: Origin, lengths: Sequence[int]) -> Origin:
+    """The origin of the same model, with programs that verify drafts. Raises ConfigError for a saved one."""
+    if not isinstance(origin, DecoderOrigin):
+        raise ConfigError("a saved model has the programs that it was saved with; save it with speculation_length")
+    settings = replace(origin.settings, speculation=tuple(lengths))
+    require_going_back(settings)
+    return replace(origin, settings=settings)
+
+
+def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCausalLM") -> ModelDrafter:
+    settings = draft.settings
+    if draft is target:
+        raise ConfigError("a model cannot draft for itself: each token would be computed twice; give a smaller one")
+    require_going_back(settings)
+    if settings.slots < target.settings.slots:
+        raise ConfigError(
+            f"the draft model has batch_size={settings.slots}, and the model {target.settings.slots} rows; make it "
+            f"with batch_size={target.settings.slots}"
+        )
+    return ModelDrafter(draft.engine, min(settings.window or settings.buckets.capacity, settings.buckets.capacity))
