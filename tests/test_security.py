@@ -191,6 +191,7 @@ ALLOWED = {
     "cli/bench.py": {FROM_PRETRAINED: OWN},
     "cli/chat.py": {FROM_PRETRAINED: OWN, ".input": "a message that is typed in the terminal: text for the model"},
     "cli/compile.py": {FROM_PRETRAINED: OWN},
+    "cli/options.py": {FROM_PRETRAINED: OWN},
     "cli/interrupts.py": {"ctypes.c_ulong": "a thread's number", "ctypes.py_object": "KeyboardInterrupt, for it"},
     "cli/prompts.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "cli/sample.py": {FROM_PRETRAINED: OWN},
@@ -218,7 +219,7 @@ ALLOWED = {
         "transformers.GenerationConfig": PARTS,
         "transformers.modeling_outputs.CausalLMOutputWithPast": PARTS,
     },
-    "engine/prompts.py": {"torch.iinfo": TENSORS},
+    "engine/prompts.py": {"torch.from_numpy": TENSORS, "torch.iinfo": TENSORS},
     "engine/stopping.py": {"torch.cat": TENSORS, "torch.from_numpy": TENSORS},
     "checkpoint/gguf/tokenizer.py": {
         "transformers.PreTrainedTokenizerFast": PARTS,
