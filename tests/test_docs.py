@@ -30,7 +30,7 @@ from markdown_it import MarkdownIt
 
 import jx_neuron
 from jx_neuron.cli.app import app
-from jx_neuron.models import _FAMILIES
+from jx_neuron.models.registry import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -237,7 +237,7 @@ def test_families_beside_those_of_other_projects() -> None:
         assert not set(project["yes"]) & set(project.get("contrib", ()))
     head, _, *rows = (re.split(r" *\| *", line)[1:-1] for line in generated.families().split("\n\n")[0].splitlines())
     assert head == ["model_type", "jx_neuron", *others]
-    ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}
+    ours = {name for name, entry in FAMILIES.items() if isinstance(entry, str)}
     assert {row[0].strip("`") for row in rows if row[1] == "yes"} == ours
     assert rows[-1][1] == str(len(ours))
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, SamplingParams
 from jx_neuron.errors import ConfigError
 from jx_neuron.integrations.hf_generate import CACHE
-from jx_neuron.models import _FAMILIES, family
+from jx_neuron.models import family
+from jx_neuron.models.registry import FAMILIES
 
 LENGTHS, CHUNK, STEPS, POSITIONS = (40, 23, 16, 1), 16, 32, 80
 TOLERANCE = 1e-5  # of the largest logit
@@ -175,7 +176,7 @@ def test_four_cores(model_type: str, options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_every_family_is_here() -> None:
-    ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}  # others may have registered theirs
+    ours = {name for name, entry in FAMILIES.items() if isinstance(entry, str)}  # others may have registered theirs
     assert ours == set(OPTIONS)
 
 

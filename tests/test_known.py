@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from jx_neuron.errors import CheckpointError
-from jx_neuron.models import _FAMILIES, family
+from jx_neuron.models import family
 from jx_neuron.models.known import KNOWN, config_of
+from jx_neuron.models.registry import FAMILIES
 from jx_neuron.planning.outline import Outline
 
 # parameters counted in the tensors of a checkpoint on the Hub, or millions (m) or billions (b) of a card or paper
@@ -286,6 +287,6 @@ def test_a_path_comes_before_a_known_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_family_is_known_by_the_name_of_a_checkpoint() -> None:
-    ours = {name for name, entry in _FAMILIES.items() if isinstance(entry, str)}
+    ours = {name for name, entry in FAMILIES.items() if isinstance(entry, str)}
     no_file_at_hand = {"phimoe"}
     assert {config["model_type"] for config in KNOWN.values()} == ours - no_file_at_hand

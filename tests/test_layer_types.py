@@ -18,7 +18,7 @@ from jx_neuron.checkpoint.hf_config import FULL, HFConfig
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ArtifactError, ConfigError, InputError
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.models import Decoder
+from jx_neuron.models import Decoder, registry
 from jx_neuron.models.rows import embedding
 from jx_neuron.nn import sharding
 from jx_neuron.nn.attention import attend
@@ -192,7 +192,7 @@ class Hybrid:
 
 @pytest.fixture
 def hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
     models.register("hybrid", Hybrid)
 
 

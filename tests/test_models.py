@@ -18,7 +18,8 @@ from jx_neuron.errors import InputError
 from jx_neuron.integrations import parity as testing
 from jx_neuron.integrations.parity import parity
 from jx_neuron.lowering import lower
-from jx_neuron.models import _FAMILIES, Decoder
+from jx_neuron.models import Decoder
+from jx_neuron.models.registry import FAMILIES
 from jx_neuron.nn.layers import ACT
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step import step
@@ -218,7 +219,7 @@ def test_full_size_agrees_with_hf(name: str) -> None:
 
 
 def test_a_decoder_is_one_short_file() -> None:
-    modules = [import_module(entry) for entry in _FAMILIES.values() if isinstance(entry, str)]
+    modules = [import_module(entry) for entry in FAMILIES.values() if isinstance(entry, str)]
     lines = {str(module.__name__): len(Path(str(module.__file__)).read_text().splitlines()) for module in modules}
     assert len(lines) >= 40
     assert statistics.median(lines.values()) <= 90

@@ -49,9 +49,9 @@ def table(parameter: str, **changes: object) -> tuple[W, ...]:
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jx_neuron import models
+    from jx_neuron.models import registry
 
-    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
 
 
 def refused(of: object, *said: str) -> None:

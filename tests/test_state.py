@@ -17,7 +17,7 @@ from jx_neuron import models
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.integrations.parity import ModelTensors
-from jx_neuron.models import Decoder
+from jx_neuron.models import Decoder, registry
 from jx_neuron.nn import sharding
 from jx_neuron.nn.layers import Embedding, Layers
 from jx_neuron.nn.state import PLAIN, S, positions_of
@@ -239,7 +239,7 @@ class Tensors(dict):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_recurrent_decoder_keeps_one_entry_a_slot(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
     models.register("recurrent", Recurrent)
     decoder, rng = Decoder.from_config({"model_type": "recurrent"}, tp), np.random.default_rng(0)
     tensors = Tensors({"embed": rng.normal(size=(tiny.VOCAB, 8)), "scale.0": rng.normal(size=8), "scale.1": np.ones(8)})

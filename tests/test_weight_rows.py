@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from jx_neuron import models, register
+from jx_neuron import register
 from jx_neuron.checkpoint import layout
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import W, from_params
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.parity import parity
-from jx_neuron.models import Decoder, llama
+from jx_neuron.models import Decoder, llama, registry
 from jx_neuron.models.rows import alibi_slopes, attention, embedding, gated_mlp, grouped_qkv, mlp, rms_norm
 from jx_neuron.planning.outline import Outline
 
@@ -37,8 +37,8 @@ SIZES = dict(
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FAMILIES", dict(models._FAMILIES))
+def kept_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
 
 
 @dataclass(frozen=True)
