@@ -87,6 +87,8 @@ class CpuOps(Ops):
         return self._weighted(p_bkgts, v_bksh).astype(v_bksh.dtype)
 
     def sample(self, logits_bv: Array, by: Sampling, count: int, shards: int) -> Array:
+        if logits_bv.shape[-1] <= sampling.SMALL:
+            return super().sample(logits_bv, by, count, shards)
         return sampling.sample(logits_bv, by, count)
 
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:

@@ -11,6 +11,9 @@ from jax import Array, lax
 
 from jx_neuron.nn.sampling import NOT_FINITE, Sampling, are_finite
 
+SMALL = 4096
+"""Of a vocabulary up to this, pairs are sorted in less time than it takes to compile more."""
+
 FEW = 512
 """Candidates among which a token of the whole vocabulary is looked for first."""
 
