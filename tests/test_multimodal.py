@@ -16,7 +16,7 @@ from jx_neuron import MistralForSampling, NeuronAutoModelForCausalLM, NeuronConf
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.integrations.hf_generate import HuggingFaceGenerationModelAdapter
 from jx_neuron.integrations.parity import parity
-from jx_neuron.models import _TEXT_MODELS
+from jx_neuron.models.registry import TEXT_MODELS
 from jx_neuron.planning.plan import plan
 
 VISION = {
@@ -133,7 +133,7 @@ def test_generate_saved_and_hf(original: tuple[Any, Path], tmp_path: Path) -> No
         for prompt in PROMPTS
     ]
     model = load(folder)
-    assert model.config["model_type"] in {legal for several in _TEXT_MODELS.values() for legal in several}
+    assert model.config["model_type"] in {legal for several in TEXT_MODELS.values() for legal in several}
     greedy = SamplingParams(max_tokens=9, eos_token_id=-1)
     assert [list(answer.ids) for answer in model.generate(PROMPTS, greedy)] == expected
     adapter = HuggingFaceGenerationModelAdapter(transformers.AutoConfig.from_pretrained(folder), model)

@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family | str] = {
 
 
 # multimodal models, and the model types of the text models within them, the usual first
-_TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
+TEXT_MODELS: Mapping[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "llama4": ("llama4_text",),
@@ -51,7 +51,7 @@ def model_types() -> list[str]:
 
 def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A parsed config.json, or of a multimodal model that of its text model, with a warning of what is left out."""
-    if (legal := _TEXT_MODELS.get(str(raw.get("model_type")))) is None:
+    if (legal := TEXT_MODELS.get(str(raw.get("model_type")))) is None:
         return raw
     config = wrapper.text_config(raw, legal)
     wrapper.warn(raw, config, (key for key in raw if key.endswith("_config") and key != "text_config"))
@@ -62,7 +62,7 @@ def text_model(raw: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, A
     """A parsed config.json and a checkpoint's tensors, or of a multimodal model those of its text model, with a warning
     of what is left out.
     """
-    if (legal := _TEXT_MODELS.get(str(raw.get("model_type")))) is None:
+    if (legal := TEXT_MODELS.get(str(raw.get("model_type")))) is None:
         return raw, tensors
     text = wrapper.TextTensors.of(tensors)
     config = wrapper.text_config(raw, legal, text.names())
@@ -75,7 +75,7 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {model_type!r} is not supported; supported are {', '.join(model_types())}, and of "
-            f"{', '.join(_TEXT_MODELS)} the text models. "
+            f"{', '.join(TEXT_MODELS)} the text models. "
             "A decoder of your own is added with jx_neuron.register()"
         )
     entry = FAMILIES[model_type]
