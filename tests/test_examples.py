@@ -241,6 +241,7 @@ OPT = "facebook-opt-13b-sampling.md"
 NOT_RUN = ("pip", "hf")  # the page says that it is not tested
 
 
+@pytest.mark.slow
 def test_the_opt_13b_page_on_a_small_model(here: Path) -> None:
     namespace: dict[str, object] = {}
     for language, text, notest in blocks(OPT):

@@ -10,7 +10,7 @@ PROMPTS = [[5, 6, 7], [8] * 19, [1], [9, 4] * 6, [3, 1, 4, 1, 5], [2] * 30]
 DRAWN = SamplingParams(max_tokens=6, temperature=1.5, top_k=20, seed=3)
 
 
-@pytest.fixture(scope="module", params=["xla", "host"])
+@pytest.fixture(scope="module", params=["xla", pytest.param("host", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NeuronAutoModelForCausalLM:
     folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
     tiny.tokenizer().save_pretrained(folder)

@@ -105,7 +105,9 @@ def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:
             (open_checkpoint if command == "quantize" else artifact.read)(out)
 
 
-@pytest.mark.parametrize("command", ["compile", "sample", "quantize"])
+@pytest.mark.parametrize(
+    "command", ["compile", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "quantize"))]
+)
 def test_a_few_interrupts(command: str, checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path, command, 2)
 

@@ -18,7 +18,7 @@ CALLERS = 8
 LENGTH = 28
 
 
-@pytest.fixture(scope="module", params=["xla", "host"])
+@pytest.fixture(scope="module", params=["xla", pytest.param("host", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GPT2ForSampling:
     folder = tiny.saved("gpt2", tmp_path_factory.mktemp("gpt2"))
     tiny.tokenizer().save_pretrained(folder)

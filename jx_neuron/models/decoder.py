@@ -106,6 +106,7 @@ class Decoder:
 
     @classmethod
     def made(cls, model_type: str, family: Family, config: HFConfig, tp_degree: int) -> "Decoder":
+        """The decoder of a family's config. Raises ConfigError where a part of the family does not fit it."""
         state = getattr(family, "STATE", KV)
         checks.sizes(config, state)
         module = outline(family, config)
