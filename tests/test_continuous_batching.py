@@ -96,7 +96,13 @@ def come_and_go(driver: Driver) -> None:
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [("llama", "xla"), ("gpt2", "xla"), ("llama", "host"), pytest.param("gpt2", "host", marks=pytest.mark.slow)],
+    [
+        ("llama", "xla"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gpt2", "xla"), ("llama", "host"), ("gpt2", "host"))
+        ),
+    ],
 )
 def test_rows_come_and_go(family: str, backend: str, tmp_path: Path) -> None:
     come_and_go(Driver(made(tiny.saved(family, tmp_path), backend), tiny.model(family)))

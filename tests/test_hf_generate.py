@@ -195,6 +195,7 @@ def test_the_checkpoints_generation_config_is_the_default(tmp_path: Path, ids: t
     assert pair.ours.generation_config.num_beams == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True])
 def test_assisted_generation(pair: Pair, ids: torch.Tensor, tmp_path: Path, sampled: bool) -> None:
     draft = Pair("llama", tmp_path)

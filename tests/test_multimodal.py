@@ -124,6 +124,7 @@ def load(folder: Path, **options: Any) -> NeuronAutoModelForCausalLM:
         return NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=64, batch_size=2, **options)
 
 
+@pytest.mark.slow
 def test_generate_saved_and_hf(original: tuple[Any, Path], tmp_path: Path) -> None:
     hf, folder = original
     expected = [

@@ -179,7 +179,9 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    "name", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]
+)
 def test_experts_are_matrices_of_their_own(name: str, form: str, tmp_path: Path) -> None:
     """transformers stacks the experts of such a checkpoint as it reads it, in the model's dtype."""
     torch.manual_seed(0)

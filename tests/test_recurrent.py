@@ -149,8 +149,9 @@ def test_a_prompt_may_be_cut_at_every_token(family: str) -> None:
         check(np.asarray(output.logits)[0], expected)
 
 
+@pytest.mark.slow
 @families("lfm2")
-@pytest.mark.parametrize("backend", ["xla", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["xla", "host"])
 def test_slots_prefixes_and_answers_share_no_state(family: str, backend: str, tmp_path: Path) -> None:
     hf = original(family)
     hf.save_pretrained(tmp_path)

@@ -86,6 +86,7 @@ def test_a_degree_changes_no_answer(case: Case, tp_degree: int) -> None:
     case.holds(found, case.one())
 
 
+@pytest.mark.slow
 def test_any_degree_runs_where_jax_has_begun_with_one_device(tmp_path: Path) -> None:
     case = Case(CONFIGS["llama-3-kv-heads"](), tmp_path)
     found = case.in_child(tmp_path, 1, [1, 2, 4])
