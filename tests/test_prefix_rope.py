@@ -38,7 +38,9 @@ LENGTHS = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=() if kind == "dynamic" else pytest.mark.slow) for kind in KINDS]
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

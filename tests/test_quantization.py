@@ -237,7 +237,7 @@ def greedy(model: NeuronAutoModelForCausalLM) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=pytest.mark.slow if form == "f8e4m3fn" else ()) for form in CONFIGS]
+    "form", [pytest.param(form, marks=() if form == "int4" else pytest.mark.slow) for form in CONFIGS]
 )
 def test_every_runtime_and_degree_answers_the_same(form: str, checkpoint: Path) -> None:
     quant = replace(CONFIGS[form], lm_head=True)

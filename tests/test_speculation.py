@@ -192,6 +192,7 @@ def test_verify_programs_pass_on_every_target_and_are_saved(folder: Path, tmp_pa
     assert drafted.answers[0].drafts.accepted > 0
 
 
+@pytest.mark.slow
 def test_the_names_of_transformers_neuronx(folder: Path) -> None:
     model, draft, ids = made(folder, "xla", 2), made(folder, "xla", 2), [[1, 2, 3], [4, 5, 6]]
     compiled = NeuronAutoModelForCausalLM.from_pretrained(folder, backend="host", batch_size=2, **SHAPES)

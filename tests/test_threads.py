@@ -67,6 +67,7 @@ def score(model: GPT2ForSampling, caller: int) -> np.ndarray:
 CALLS: list[Callable[[Any, int], np.ndarray]] = [sample, drawn, stream, continued, score]
 
 
+@pytest.mark.slow
 def test_threads_get_their_own_answers(model: GPT2ForSampling) -> None:
     work = [(call, caller) for caller in range(CALLERS) for call in CALLS] * 2
     alone = {(call, caller): call(model, caller) for call, caller in work}
