@@ -188,7 +188,7 @@ def test_answers_are_the_same_alone_whole_and_of_a_copied_prefix(llama: Path, an
 
 
 FAMILIES = [
-    pytest.param(name, id=name, marks=[] if name in ("deepseek_v3", "gemma4_text") else pytest.mark.slow)
+    pytest.param(name, id=name, marks=[] if name == "deepseek_v3" else pytest.mark.slow)
     for name in "gemma2 gemma3_text gemma4_text deepseek_v2 deepseek_v3 qwen3_next falcon_h1 gpt_oss lfm2".split()
 ]
 
