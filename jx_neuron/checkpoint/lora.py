@@ -232,7 +232,7 @@ def merged(
 ) -> Merged:
     """A checkpoint's tensors with an adapter merged into them.
 
-    rows:      those that fill the model's parameters, alternatives too.
+    rows:      rows of the weight table that fill the model's parameters, alternatives too.
     matches:   those of `rows` that the checkpoint has tensors for, with its names.
     text_name: returns the name that a tensor of a multimodal model has in its text model; None for others.
 

@@ -15,7 +15,7 @@ from jx_neuron.nn.quantized import Form
 def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np.dtype[Any]) -> Source:
     """`source`, with codes, scales and offsets in the place of the parameters of `forms`, for a model of `dtype`.
 
-    wide: the same parameters in float32, of which codes are made: those that are stored, where the form has them.
+    wide: the same parameters in float32, of which codes are made; stored codes are kept where the form has them.
     """
     parts = {f"{path}.{part}": (path, part) for path, form in forms.items() for part in form.parts}
 

@@ -20,8 +20,7 @@ GREEDY = Draw(temperature=1.0, top_k=1, top_p=1.0, min_p=0.0, min_tokens=1, cand
 class ModelDrafter:
     """Drafts by the engine of another model, whose tokens are the same ones, for rows of up to `positions`.
 
-    A draft is the model's likeliest tokens, however the target's are drawn: those that the target draws by its own
-    uniform numbers are likelier to be these than any others.
+    A draft is the model's likeliest tokens, also where the target samples: it draws the likeliest most often.
     """
 
     engine: Engine

@@ -11,7 +11,7 @@ FIRST, MOST = 3, 15
 
 MEMORY, POOR, MOST_PAUSES = 0.9, 0.25, 6
 """Where less than the part POOR of what was drafted is accepted, each draft counting MEMORY times as much as the next,
-sequences go on without drafts for a while, which doubles so many times at most."""
+sequences go on without drafts for a while, which doubles MOST_PAUSES times at most."""
 
 
 class Drafter(Protocol):
@@ -32,7 +32,7 @@ class Drafter(Protocol):
 
 
 class Drafts(NamedTuple):
-    """What drafts came to: the tokens of all of them, those that were accepted, and the steps that verified them."""
+    """Counts of drafts: tokens proposed, tokens accepted, and the steps that verified them."""
 
     proposed: int = 0
     accepted: int = 0
@@ -113,7 +113,7 @@ class NgramDrafter:
 
 @dataclass(eq=False)
 class _Places:
-    """Where each n-gram ended last, of those that have a token after them among the first `known`."""
+    """Where each n-gram last ended before another token, among the first `known` tokens."""
 
     end_of: dict[tuple[int, ...], int] = field(default_factory=dict)
     known: int = 0
