@@ -37,8 +37,10 @@ def run(model, test, **options) -> None:
         engine.start()
         while not engine.healthy:
             await asyncio.sleep(0.01)
-        await test(engine)
-        await engine.shutdown(10)
+        try:
+            await test(engine)
+        finally:
+            await engine.shutdown(10)
         assert len(asyncio.all_tasks()) == 1
         assert engine.stats().running == engine.stats().waiting == 0
         assert model.engine.scheduler.slots.free >= 4
@@ -130,11 +132,18 @@ def test_a_prefix_is_taken_from_a_slot_and_counted(model) -> None:
     run(model, test)
 
 
-def test_a_short_prompt_goes_before_the_rest_of_a_long_one(model) -> None:
+def test_a_short_prompt_goes_before_the_rest_of_a_long_one(model, monkeypatch) -> None:
+    run_step, all_submitted = model.runtime.run, threading.Event()
+
+    def step(inputs):
+        all_submitted.wait()
+        return run_step(inputs)
+
     async def test(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(model.runtime, "run", step)
         long = [engine.submit([n + 1] * 90, SHORT) for n in range(2)]
-        await asyncio.sleep(0)
         short = engine.submit([7, 8, 9], SHORT)
+        all_submitted.set()
         await asyncio.gather(*map(answers, (*long, short)))
         assert short.timings.first_token < min(stream.timings.first_token for stream in long)
 
