@@ -81,6 +81,11 @@ def documents(*markers: str) -> list[Path]:
     return [d for d in DOCUMENTS if any(b.language in RUN and b.marker in markers for b in blocks(d))]
 
 
+def readme_by_default(paths: list[Path]) -> list[object]:
+    """The blocks of README.md run in the default tests, and those of other documents with -m slow."""
+    return [path if path.name == "README.md" else pytest.param(path, marks=pytest.mark.slow) for path in paths]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_every_block_is_run_or_says_why_not(path: Path) -> None:
     for block in blocks(path):
@@ -144,7 +149,7 @@ def shell(block: Block, path: Path) -> None:
     assert done.returncode == 0, f"{path.name}, line {block.line}:\n{block.text}{said}"
 
 
-@pytest.mark.parametrize("path", documents(""), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", readme_by_default(documents("")), ids=lambda p: p.name)
 def test_blocks_run(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = place.parent / "bin" / "jx-neuron"  # as installing makes it, for tests that run without installing
     script.parent.mkdir()
