@@ -24,7 +24,7 @@ from jx_neuron.integrations.hf_generate import CACHE
 
 THREADS = os.cpu_count() or 1
 Engine = Callable[[np.ndarray, int], np.ndarray]
-"""Makes so many tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
+"""Makes `new` tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
 Ask = Callable[[str, Any], Any]
 """Posts JSON to a path of a server, and gives what it answers."""
 

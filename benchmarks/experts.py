@@ -5,7 +5,7 @@
 
 Both are lowered without weights, and `jx_neuron.lowering.cost` counts them on one core. Time is the longer of FLOPs at
 a rate and of bytes at the published bandwidth: those read, and twice what products give, which is written and read
-again. The rates are the published peak, and the part of it that published prefills reach (jx_neuron.planning.speed).
+again. The rates are the published peak, and the fraction that published prefills reach (jx_neuron.planning.speed).
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --tiny --platform cpu
 
 bfloat16 and greedy; weights are random and drawn on the device. A step reads the weights once (of tables that are
-looked up, nothing) and the cache's whole bucket: those bytes over the time of a step are held against copying, which
+looked up, nothing) and the cache's whole bucket: those bytes over the time of a step are compared with copying, which
 reads and writes, measured in the same process. HF transformers runs with a static cache of the bucket's length and
 torch.compile. Every model of either runs in a process of its own, so that one's memory is never the other's. Medians
 of runs.

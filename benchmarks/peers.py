@@ -109,7 +109,7 @@ def bytes_read(model: Any) -> int:
 
 
 def read_rate() -> float:
-    """Gigabytes a second at which this CPU's threads read memory, summing 1 GiB of it."""
+    """Gigabytes a second at which this CPU's threads read memory, summing 1 GiB."""
     memory = torch.ones(2**28)
     times = []
     for _ in range(3):

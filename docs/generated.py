@@ -35,7 +35,7 @@ Engines = Mapping[str, Mapping[str, float]]
 
 
 def models() -> str:
-    """The decoder families of this package, from its registry; those that a user registered are left out."""
+    """The decoder families of this package, from its registry, without the ones that a user registered."""
     classes = {
         of.MODEL_TYPE: name
         for name in reversed(jx_neuron.__all__)
@@ -118,7 +118,7 @@ def instances() -> str:
 
 
 def neuron_config() -> str:
-    """The fields of transformers-neuronx's NeuronConfig that are refused, and those that have no effect."""
+    """The fields of transformers-neuronx's NeuronConfig that are refused, and the ones without effect."""
     refused = [
         (f"`{name}`", " or ".join(f"`{value!r}`" for value in legal)) for name, legal in sorted(_REFUSED.items())
     ]
@@ -140,7 +140,7 @@ def rooms() -> str:
         text = (path / "__init__.py" if module.ispkg else path.with_suffix(".py")).read_text()
         said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
         rows.append((f"`{module.name}{'/' if module.ispkg else ''}`", said))
-    return _table(("room", "what it holds"), rows)
+    return _table(("room", "contents"), rows)
 
 
 def command_line() -> str:

@@ -1,4 +1,4 @@
-"""A decoder of one's own: Persimmon (Elsen et al., 2023), registered without touching the package.
+"""A decoder of your own: Persimmon (Elsen et al., 2023), registered without touching the package.
 
 The command line, with this decoder among those it knows: python examples/persimmon.py sample ./persimmon-8b "Once upon"
 """

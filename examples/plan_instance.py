@@ -30,7 +30,7 @@ def main() -> None:
     print(f"{'instance':15} {'tp':>3} {'GiB a core':>12} {'ms a token':>11} {'largest batch':>14}")
     for instance in INSTANCES:
         try:
-            found = plan(config, instance.name, **how)  # the degree that is fastest of those that fit
+            found = plan(config, instance.name, **how)  # the fastest degree of the ones that fit
         except InputError as refusal:
             # It says what each core would need item by item, and the nearest request that works; here, the sum.
             why = re.sub(r" \(.*?\)", "", str(refusal)).partition(". Nearest")[0]

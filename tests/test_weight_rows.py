@@ -132,7 +132,7 @@ def test_heads_in_groups_may_lie_within_other_axes() -> None:
     ("text", "message"),
     [
         ("(k n/k h) d -> d n h", r"n=6 is not divisible by k=4, and the layout has n/k"),
-        ("n h -> n/k k h", "a quotient stands before the arrow alone"),
+        ("n h -> n/k k h", "a quotient is legal only before the arrow"),
         ("(n/k h) d -> d n h", "the same letters before and after the arrow"),
         ("(q n/q h) d -> d n h", "no letter 'q'"),
     ],

@@ -36,7 +36,7 @@ def check_fit(
     """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
     slots, positions, dtype: those of the state table; `state` gives the shape of one slot of each of its arrays, and
-                             `state_dtypes` the dtypes of those that have one of their own.
+                             `state_dtypes` the dtypes of arrays that have one of their own.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     quant: how weights are quantized; None where they are not.
     """

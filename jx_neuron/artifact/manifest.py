@@ -164,7 +164,7 @@ def read_manifest(directory: Path) -> Manifest:
             "Save it again with this one, from its checkpoint: `jx-neuron compile`, or model.save()",
         )
     if _most_entries(content) > MOST_ENTRIES:
-        _refuse(directory, f"{MANIFEST} is not sound: a part of it has more than {MOST_ENTRIES:,} entries")
+        _refuse(directory, f"{MANIFEST} is not sound: one part has more than {MOST_ENTRIES:,} entries")
     del content
     with boundary(directory / MANIFEST, ArtifactError), gc_paused():
         try:

@@ -1,4 +1,4 @@
-"""What a model was, or is to be, lowered for: the part of a manifest that says which programs there are, and why."""
+"""The settings that a model is lowered for: the part of a manifest that says which programs there are, and why."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -50,12 +50,12 @@ def _buckets(buckets: Buckets) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model was, or is to be, lowered for.
+    """The settings that a model is lowered for.
 
     batch_sizes:  rows of its programs, ascending.
     generation:   the ids of its end and padding tokens.
     target:       the instance family that the programs were checked and compiled for; None before that.
-    prompt_batch: rows of the programs that take prompts, where those that decode have more.
+    prompt_batch: rows of the programs that take prompts, where decode programs have more.
     rotations:    where RoPE depends on the length of the prompt: the fields of `Rotations`.
     window:       how many of a sequence's last positions every layer keeps; None for all.
     state:        of each array of the state table the shape of one slot on one core, by name.

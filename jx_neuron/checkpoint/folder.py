@@ -59,7 +59,7 @@ class Checkpoint:
     """An open checkpoint: its configuration is read, its tensors are not.
 
     `path` is a folder or a GGUF file. `config` and `generation_config` have HF's fields. `tensors` have HF's names.
-    `tokenizer_files` are those that a tokenizer needs (none for GGUF, for which see save_tokenizer). `load_tokenizer`
+    `tokenizer_files` are the tokenizer's files (none for GGUF, for which see save_tokenizer). `load_tokenizer`
     gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can.
     """
 

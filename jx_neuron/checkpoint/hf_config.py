@@ -39,7 +39,7 @@ INERT = frozenset(
     """.split()
 )
 # Fields that any HF config may have and that HF's code reads, and the only values that decoders here support: of a list
-# each element. tests/test_config_fields.py says where HF reads those that its classes do not declare.
+# each element. tests/test_config_fields.py says where HF reads fields that its classes do not declare.
 ONLY: Mapping[str, tuple[Any, ...]] = {
     "_heterogeneity_spec": (None,),
     "add_cross_attention": (False,),

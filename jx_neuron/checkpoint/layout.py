@@ -23,7 +23,7 @@ class Layout:
 
     "([n h] + k h + k h) d -> d n h" takes the first n·h of n·h + k·h + k·h rows, and "(f ([1] + 1)) d -> d f" every
     second one. n/k is n divided by k: "(k n/k h) d -> d n h" has the n heads in k groups, and
-    "(k ([n/k h] + h + h)) d -> d n h" takes those of each group from what lies beside them. An axis of 1 is left out:
+    "(k ([n/k h] + h + h)) d -> d n h" takes the n heads out of each group. An axis of 1 is left out:
     "c 1 w -> w c".
 
     before: the tensor's axes, with `PARTS` for the sum.
@@ -61,7 +61,7 @@ class Layout:
         ParsedExpression(self.before)
         axes_of_one = not all(after.composition) or "()" in self.before.replace(" ", "")
         if _NAME.search(self.after):
-            raise ValueError("a quotient stands before the arrow alone")
+            raise ValueError("a quotient is legal only before the arrow")
         if letters != after.identifiers or after.has_ellipsis or axes_of_one or "(" in self.after:
             raise ValueError(
                 "there should be the same letters before and after the arrow, no other axes, and no parentheses after "
@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def composed(self) -> str:
-        """The parameter's axes, those that quotients are of composed of their groups."""
+        """The parameter's axes; an axis of a quotient is composed of its groups."""
         return " ".join(
             next((f"({b} {a}_by_{b})" for a, b in _NAME.findall(self.taken) if a == letter), letter)
             for letter in self.after.split()
@@ -99,7 +99,7 @@ class Layout:
         return [(many or one).split() for many, one in re.findall(r"\(([^)]*)\)|(\S+)", self.before)]
 
     def apply(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The tensor, or the part of it that is taken, as the parameter."""
+        """The tensor, or the part that is taken, as the parameter."""
         sizes = self._with_quotients(sizes)
         if self.parts:
             lengths, axes = self._lengths(sizes), self.axes
@@ -112,7 +112,7 @@ class Layout:
         return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
 
     def restore(self, parameter: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The inverse of `apply`: the tensor, or the part of it that is taken, with the tensor's axes one by one."""
+        """The inverse of `apply`: the tensor, or the part that is taken, with the tensor's axes one by one."""
         sizes = self._with_quotients(sizes)
         used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
         return einops.rearrange(parameter, f"{self.composed} -> {self.taken}", **used)
@@ -125,7 +125,7 @@ class Layout:
 
 
 def restored(layouts: Sequence[Layout], parameters: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
-    """The tensor of which each layout takes a parameter: all of it, or together every part once."""
+    """The tensor of which each layout takes a parameter: the whole tensor, or together every part once."""
     first = layouts[0]
     if not first.parts:
         return first.restore(parameters[0], sizes)

@@ -30,7 +30,7 @@ def write_safetensors(
     parts:    returns a tensor's array for each file, C-contiguous; it is called once a tensor.
     metadata: what the files say of themselves, as {"format": "pt"} does.
 
-    Where all tensors have one dtype, the bytes are those that safetensors itself writes.
+    Where all tensors have one dtype, the bytes are the same as safetensors itself writes.
 
     safetensors' save_file needs every tensor of a file at once, and holds the GIL meanwhile, Ctrl-C included.
     Format: https://huggingface.co/docs/safetensors/index#format

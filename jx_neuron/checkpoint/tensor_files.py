@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 MOST_HEADER = 16 * 2**20  # bytes of a safetensors header; 126 layers take some 100 kB
 MOST_TENSORS = 100_000
-SLICE = 4 * 2**20  # bytes of a tensor that are read at a time where not all of it is needed at once
+SLICE = 4 * 2**20  # bytes of a tensor that are read at a time where it is not needed whole
 TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped anew
 
 SAFETENSORS_DTYPES: dict[str, npt.DTypeLike] = {
@@ -46,7 +46,7 @@ QUANTIZED_DTYPES: dict[str, npt.DTypeLike] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-"""What tensors may be stored in that are to be widened (jx_neuron.checkpoint.quantized)."""
+"""The dtypes of stored tensors that are widened (jx_neuron.checkpoint.quantized)."""
 TORCH_DTYPES = (
     "float64",
     "float32",

@@ -27,7 +27,7 @@ class HFTensors:
     """A model's parameters as HF's tensors.
 
     layouts: the dtype and the shape of each tensor, by HF's name, in the order in which reading is fastest.
-    read:    returns a tensor. Each is read once: those that one parameter holds are made together, and kept until then.
+    read:    returns a tensor. Each is read once: tensors of one parameter are made together, and kept until then.
     """
 
     layouts: Mapping[str, tuple[str, tuple[int, ...]]]

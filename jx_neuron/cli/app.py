@@ -19,7 +19,7 @@ interrupts.at_end.append(temporary.abandon)
 NAME = "jx-neuron"
 COMPLETING = "_JX_NEURON_COMPLETE"
 CLOSED_PIPE = 141  # 128 + SIGPIPE, a shell's status of a process whose reader is gone
-_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of it in newer typers
+_UsageError: Any = typer.BadParameter.__base__  # click's, or the copy in newer typers
 
 app = typer.Typer(
     name=NAME,

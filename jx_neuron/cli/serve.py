@@ -161,4 +161,4 @@ def _announce(name: str, host: str, port: int, keyed: bool, as_json: bool) -> No
         typer.echo(f"{name} listens on {url}. Try:\n  curl {url}/v1/chat/completions{key} -d '{message}'")
     sys.stdout.flush()
     if host not in (LOOPBACK, "localhost", "::1") and not keyed:
-        print_message(f"Whoever reaches {host} may use it; --api-key would ask them for a key.", err=True)
+        print_message(f"Anyone who can reach {host} can use it; --api-key asks them for a key.", err=True)

@@ -92,7 +92,7 @@ def show_usage_error(error: Any) -> None:
 
 
 def similar(typed: str, options: Sequence[str]) -> list[str]:
-    """The options that begin with `typed`, then those that are spelt like it.
+    """The options that begin with `typed`, then the ones with a similar spelling.
 
     >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
     ['--temperature']

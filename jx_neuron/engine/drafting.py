@@ -59,7 +59,7 @@ class Speculation:
     _pauses: int = 0
 
     def is_due(self, room: int) -> bool:
-        """Whether a draft is to be made now, where `room` tokens at most have a place."""
+        """Whether to make a draft now, of at most `room` tokens."""
         if self.wait:
             self.wait -= 1
             return False

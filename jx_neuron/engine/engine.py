@@ -109,7 +109,7 @@ class Engine:
         return tickets
 
     def step(self) -> None:
-        """Dispatches a turn, then reads the turn before it. That is read first where the host chooses a token of it.
+        """Dispatches a turn, then reads the one before; reads it first where the host chooses one of its tokens.
 
         Within a budget, a turn that takes prompts is read at once: one that arrives meanwhile may go before them.
         """
@@ -233,7 +233,7 @@ class Engine:
         why = (
             f"so does tensor {tensor}: load a sound checkpoint"
             if tensor
-            else "no tensor of the model does: a sum grew beyond what the dtype holds. "
+            else "no tensor of the model does: a sum grew beyond the range of the dtype. "
             "Make the model with amp='bf16' or 'f32'"
         )
         return NonFiniteError(f"the logits of row {row} hold a number that is not finite (NaN or infinity), and {why}")

@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
     attention_mask:         [b, t], 1 on real tokens; instead of start_ids.
     top_k:                  a row: keeps the most likely tokens; 1 is greedy, 0 keeps the whole vocabulary.
     top_p:                  a row: of those keeps the fewest whose probabilities sum to this.
-    top_p_min_tokens:       a row: but at least so many.
+    top_p_min_tokens:       a row: but at least this number.
     min_p:                  a row: keeps tokens at least this probable, relative to the most likely one.
     temperature:            a row: divides the logits; 0 is greedy.
     seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits, but
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
                             answer.
     presence_penalty:       a row: subtracted from the logits of tokens that are in the answer.
     frequency_penalty:      a row: subtracted once for each time that a token is in the answer.
-    no_repeat_ngram_size:   no so many tokens in a row come twice; 0 lets them.
+    no_repeat_ngram_size:   no run of this number of tokens comes twice; 0 turns it off.
     logit_bias:             added to the logits of these token ids; -inf bans one, and not every one may be.
     eos_token_override:     the token or tokens that end a row, instead of the checkpoint's; -1 for none.
     stop_strings:           a text or several that end a row whose answer comes to hold one; takes a tokenizer.
@@ -69,7 +69,7 @@ class SamplingParams:
     seed:       the same seed gives the same answers, whatever other prompts there are; None draws one.
     stop:       a text or several that end an answer that comes to hold one; takes a tokenizer.
     eos_token_id: the token or tokens that end an answer, instead of the checkpoint's; -1 for none.
-    logprobs:   gives the log-probability of each token, and those of so many of the most likely ones; None for none.
+    logprobs:   gives the log-probability of each token, and those of this number of the most likely; None for none.
     grammar:    what the answers may be, by `jx_neuron.engine.grammar.Grammars`; each answer has a copy. None for any.
 
     The others are those of `jx_neuron.engine.options.Options`.

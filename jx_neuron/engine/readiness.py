@@ -37,7 +37,7 @@ class Readiness:
         candidates: int,
         loaded: Callable[[ProgramKey], bool],
     ) -> "Readiness":
-        """The programs of a scheduler with these sizes and a budget, which all draw from so many candidates."""
+        """The programs of a scheduler with these sizes and a budget, which all draw from `candidates` tokens."""
         least, whole = prompt_rows[0], [t for t in buckets.context if t > 1]
         several = [(rows, t, t) for rows in prompt_rows[1:] for t in whole if rows * t <= budget]
         one = [(least, t, t) for t in whole] + [(least, t, s) for t in chunk_sizes for s in buckets.tokens if s > t]

@@ -72,7 +72,7 @@ class Scheduler:
     ) -> Readiness:
         """Plans for callers that come and go, from now on: turns within a budget, of programs that are `loaded`.
 
-        All draw from so many candidates. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
+        All draw from `candidates` tokens. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
         at least: a slot's owner may be another caller, whose chunks have other boundaries, and who drew some of them.
         Drafts are verified where `verifies`.
 
@@ -105,7 +105,7 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def close(self, sequence: Sequence) -> None:
-        """Ends a sequence; its slot is free, and what it holds may serve another."""
+        """Ends a sequence; its slot is free, and the tokens in it may serve another."""
         self.pause(sequence)
         self.slots.release(sequence)
 
@@ -170,7 +170,7 @@ class Scheduler:
         return keys
 
     def _admit(self) -> list[Copy]:
-        """Gives waiting sequences slots, and says what is to be copied there."""
+        """Gives waiting sequences slots, and returns the copies to make there."""
         copies = []
         while self._waiting:
             sequence = self._waiting[0]

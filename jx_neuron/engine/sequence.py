@@ -43,7 +43,7 @@ class Sequence:
     written:      how many it held at most; more than `computed` where tokens were forgotten since.
     pending:      how many tokens were drawn and are not known yet.
     sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
-    speculation:  how drafts of it are made; None for none.
+    speculation:  how its drafts are made; None for none.
     draft:        tokens that may follow, for the next decode step to verify.
     """
 
@@ -70,12 +70,12 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, with those that are not known yet."""
+        """Tokens, including the ones that are not known yet."""
         return len(self.tokens) + self.pending
 
     @property
     def remaining(self) -> int:
-        """Tokens that are yet to be computed; none where it draws and has as many as it may."""
+        """Tokens that are not computed yet; none where it draws and has reached its maximum."""
         full = self.drawing is not None and self.length >= self.limit
         return 0 if full else self.length - self.computed
 

@@ -1,4 +1,4 @@
-"""The slots of the state table: who has each, what each holds, and which tokens of a sequence may be taken from one."""
+"""The slots of the state table: the owner and tokens of each, and which tokens of a sequence may be taken from one."""
 
 import weakref
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ Copy = tuple[int, int]
 
 @dataclass
 class Slot:
-    """A slot's owner; without one, what it holds and whose that was."""
+    """A slot's owner; without one, its tokens and their former owner."""
 
     owner: "weakref.ref[Sequence] | None" = None
     tokens: list[int] = field(default_factory=list)
@@ -47,8 +47,8 @@ class _Choice(NamedTuple):
 class Slots:
     """As many slots as a decode step has rows at most; one more may hold a kept prefix.
 
-    chunk:     a prompt takes a multiple of so many tokens from another that begins like it, as it would compute them
-               itself, unless `take_any` was called.
+    chunk:     a prompt takes a multiple of this number of tokens from another that begins like it, as it would
+               compute them itself, unless `take_any` was called.
     rotations: how RoPE depends on a prompt's length, None where it does not.
     window:    how many of a sequence's last positions every layer keeps; None for all. A slot that holds more than
                that can go back by one token; by none where the window is 0, as with recurrent layers.
@@ -78,9 +78,9 @@ class Slots:
         return sum(slot.sequence is None for slot in self._slots)
 
     def keep_prefix(self, sequence: Sequence | None, *, aside: bool) -> int | None:
-        """Keeps the tokens of a computed sequence, or None, for those that start with them, in its slot.
+        """Keeps the tokens of a computed sequence, or None, in its slot, for sequences that start with them.
 
-        aside: in a slot behind those that decode, whose number is given: it is to be copied there.
+        aside: in a slot behind the decoding ones. Its number is returned, and the caller copies the sequence there.
         """
         del self._slots[self._count :]
         self.prefix = [] if sequence is None else list(sequence.tokens)
@@ -97,7 +97,7 @@ class Slots:
             sequence.slot, sequence.computed, sequence.pending = None, 0, 0
 
     def admit(self, sequence: Sequence, running: Collection[Sequence], clock: int) -> tuple[list[Copy], int] | None:
-        """Gives a sequence a slot: what is to be copied there, and how many of its tokens it then holds.
+        """Gives a sequence a slot. Returns the copies to make there, and how many tokens of the sequence it then has.
 
         None where all slots are of `running` sequences. Others lose theirs, that which was used longest ago first.
         """
@@ -112,7 +112,7 @@ class Slots:
         return [] if source in (None, number) else [(source, number)], held
 
     def release(self, sequence: Sequence) -> None:
-        """Ends a sequence's ownership; what its slot holds may serve others."""
+        """Ends a sequence's ownership; the tokens in its slot may serve others."""
         if sequence.slot is not None:
             valid = min(sequence.computed, len(sequence.tokens))
             self._slots[sequence.slot] = Slot(

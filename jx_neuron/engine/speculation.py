@@ -1,7 +1,7 @@
 """Speculation in the engine: sequences get drafts before a turn is planned, and take what the model drew after it.
 
 A token is a function of logits, parameters and its own uniform number. A draft is accepted while it is what the model
-draws: the tokens are those that come without it.
+draws, so the tokens are the same as without it.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def propose(engine: "Engine") -> None:
-    """Gives sequences drafts: those that are due for one, and of which all tokens but the last are computed.
+    """Gives drafts to the sequences that are due for one and have all tokens but the last computed.
 
     An error of a drafter is that of its sequences.
     """

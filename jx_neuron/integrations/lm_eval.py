@@ -107,7 +107,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         for _, context, continuation in requests:
             if not context or len(continuation) >= capacity:
                 raise InputError(
-                    f"{len(continuation)} tokens cannot be scored after {len(context)}: one at least must stand before "
+                    f"{len(continuation)} tokens cannot be scored after {len(context)}: at least one must come before "
                     f"them, and they must be fewer than n_positions={capacity}; make the model with more"
                 )
         rows = [[*context, *continuation][-capacity:] for _, context, continuation in requests]
@@ -120,7 +120,7 @@ class JxNeuronLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text, every token of it, in the harness's disjoint windows."""
+        """Log-likelihood of each text, all its tokens, in the harness's disjoint windows."""
         log_likelihoods: list[float] = []
         for request in track(requests, "scoring texts", len(requests)):
             windows = utils.get_rolling_token_windows(

@@ -1,4 +1,4 @@
-"""What a user holds: a decoder with its weights, made from a checkpoint, and asked for tokens or logits."""
+"""The user's model: a decoder with its weights, made from a checkpoint, and asked for tokens or logits."""
 
 from jx_neuron.llm.families import (
     BloomForSampling,

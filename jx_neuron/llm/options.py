@@ -76,7 +76,7 @@ DEFAULTS = CheckpointOptions(
 def accepts(options: type[LoweringOptions]) -> Callable[[F], F]:
     """Gives a function that ends in `**options` a signature that lists them, and calls it with every one of them.
 
-    Those that its caller leaves out have their defaults. Raises TypeError for a name that is not among them.
+    Options that its caller leaves out have their defaults. Raises TypeError for a name that is not among them.
     """
     hints = get_type_hints(options)
     defaults = {name: value for name, value in DEFAULTS.items() if name in hints}

@@ -187,7 +187,7 @@ class CheckpointOrigin(DecoderOrigin):
     ) -> Self:
         """Opens a checkpoint, and matches its tensors with the decoder's parameters.
 
-        check_family: is given the config's model_type, to refuse it before anything is made of it.
+        check_family: is given the config's model_type, to refuse it before anything is made.
         """
         from jx_neuron.llm.adapters import adapted
         from jx_neuron.models import Decoder, text_model

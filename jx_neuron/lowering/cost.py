@@ -3,7 +3,7 @@
 The model: chains of elementwise operators, reshapes and reductions are fused into their users and cost nothing.
 Counted are:
 
-- flops: 2 · (elements of the result) · (contracted size) of every dot, and likewise of every convolution.
+- flops: 2 · (elements of the result) · (contracted size) of every dot, and the same of every convolution.
 - bytes read: the part of each input that is read. A slice, dynamic-slice or gather reads as much as its result; each
   dot, convolution or collective reads the whole input, and all other uses together read it once. A scatter or
   dynamic-update-slice does not read the input that it updates. Its result is the same memory, so later uses of the

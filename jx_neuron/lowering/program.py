@@ -237,7 +237,7 @@ def lower(
         args: pytrees of arrays, or of `jax.ShapeDtypeStruct` in their place; shapes are over all cores.
         in_specs: for each argument a PartitionSpec over the axis "tp", or a pytree of them that is a prefix of the
             argument's; None where it is on every core.
-        out_specs: likewise for the result.
+        out_specs: the same for the result.
         donate_argnums: arguments whose memory is taken by outputs. Their arrays come back one after the other, in their
             order, with the same shapes, dtypes and specs; where they could be several runs of outputs, the last one.
         name: the program's; by default the function's.

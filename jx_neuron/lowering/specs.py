@@ -112,7 +112,7 @@ def tensor_specs(tree: Any, axes: Any, mesh: Mapping[str, int], labels: Iterator
 
 
 def alias_donated(inputs: list[TensorSpec], donated: list[int], outputs: list[TensorSpec]) -> list[TensorSpec]:
-    """The outputs, of which those that alias donated inputs have their names and numbers.
+    """The outputs. One that aliases a donated input has its name and number.
 
     Raises LoweringError where no run of outputs matches the donated inputs.
     """

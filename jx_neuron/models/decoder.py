@@ -33,10 +33,10 @@ from jx_neuron.util.pages import gc_paused
 
 
 class DecoderModule(Protocol):
-    """What a family's `Model` does: hidden states of each token, then logits of those that are asked for."""
+    """What a family's `Model` does: hidden states of each token, then logits of the requested ones."""
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
-        """Hidden states [b, t, d] of tokens that `at` says where they stand, and the state with them written."""
+        """Hidden states [b, t, d] of tokens at the positions `at`, and the state with them written."""
         ...
 
     def logits(self, x_btd: Array) -> Array:

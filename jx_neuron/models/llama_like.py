@@ -357,7 +357,7 @@ EXTRA_TENSORS = (
     r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     Copy("lm_head.weight", of="model.embed_tokens.weight"),
 )
-"""What checkpoints may hold beside the parameters: inverse frequencies that older ones carry, and a tied head."""
+"""Tensors that checkpoints may have besides the parameters: inverse frequencies in older ones, and a tied head."""
 
 
 def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def router(source: str, target: str) -> W:
 
 
 def correction(source: str, target: str) -> W:
-    """That of a jx_neuron.nn.experts.Router: scores differ by less than 16 bits hold of it."""
+    """The correction bias of a jx_neuron.nn.experts.Router. It stays exact: 16 bits would tie scores."""
     return W(source, f"{target}.correction", "e -> e", exact=True)
 
 

@@ -31,8 +31,8 @@ class PerLayerConfig(LayerTypesConfig):
     an input of its own.
 
     per_layer_config:            heads, layer by layer; where it is null, `usual_heads` gives them by type.
-    num_kv_shared_layers:        the last so many layers attend to the keys and values of the last layer of their type
-                                 before them.
+    num_kv_shared_layers:        this number of last layers attends to the keys and values of the last layer of their
+                                 type before them.
     hidden_size_per_layer_input: the width of each layer's input; 0 for none.
     """
 

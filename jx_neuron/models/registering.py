@@ -1,4 +1,4 @@
-"""Decoders of one's own."""
+"""Decoders that a user registers."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from jx_neuron.models.registry import add
 
 
 def register(model_type: str, family: Any) -> None:
-    """Makes a decoder of one's own known: a module, or any object, with `Config`, `Model`, `WEIGHTS` and `IGNORE`.
+    """Registers a decoder: a module, or any object, with `Config`, `Model`, `WEIGHTS` and `IGNORE`.
 
     The weight table is checked against the model of Config's defaults, of which nothing is allocated, and later against
     that of each checkpoint's config. Rows that fill no parameter, whichever switch of Config is flipped, are named in a

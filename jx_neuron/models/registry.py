@@ -12,7 +12,7 @@ from jx_neuron.models import wrapper
 
 
 class Family(Protocol):
-    """What a model file holds."""
+    """The contents of a model file."""
 
     Config: type[HFConfig]
     Model: type[Any]

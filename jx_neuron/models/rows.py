@@ -65,7 +65,7 @@ def heads_rms_norm(source: str, target: str | None = None, *, heads: str) -> W:
 
 
 def key_head_numbers(target: str) -> W:
-    """1, 2, … for the key heads, which copies of a head share (`head_copies`), and 0 for those that are padding."""
+    """1, 2, … for the key heads, which copies of a head share (`head_copies`), and 0 for padding."""
     return W(_key_head_numbers, target, "k -> k", P(AXIS))
 
 

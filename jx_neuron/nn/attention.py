@@ -30,7 +30,7 @@ class Queries:
 
     @classmethod
     def of(cls, state: LayerState, at: Positions, positions: int) -> "Queries":
-        """The queries of `at`, which attend to so many positions of `state`."""
+        """The queries of `at`, which attend to that number of positions of `state`."""
         t = at.position_bt.shape[1]
         blocks = ops().query_blocks(t, positions)
         if len(blocks) == 1 or t == positions or state.is_ring(at):
@@ -73,8 +73,8 @@ def attend(
 
     Keys and values are None in a layer that writes none, and attends to those of another (`Config.own_state`).
 
-    window:   attends to the last so many positions, the token's own among them (HF's sliding_window).
-    chunk:    attends to the positions of the token's own chunk of so many (HF's attention_chunk_size).
+    window:   attends to the last `window` positions, including the token's own (HF's sliding_window).
+    chunk:    attends to the positions of the token's own chunk, of this length (HF's attention_chunk_size).
     soft_cap: scores become cap · tanh(scores / cap), before the bias (Gemma 2, arXiv:2408.00118).
     sinks_n:  a logit of each head [n] that takes part in the softmax and has no value (gpt-oss, arXiv:2309.17453).
     bias_ns:  added to the scores of each head and position, [n, s] for all s of `at.positions` (ALiBi,

@@ -1,4 +1,4 @@
-"""What layers keep of sequences, STATE rows, and how arrays of them lie in memory."""
+"""The state that layers keep of sequences, STATE rows, and how their arrays are stored in memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ class S:
 
     "k s h" keeps an entry of k heads and h numbers for each of s positions. `of` is the type of the layers that have
     the row, as `Config.types` gives it; None for all layers. Rows of different types may have the same name.
-    `dtype` is that of its numbers, "float32" where sums of many steps would lose what 16 bits hold; None for the state
-    table's. A row that counts positions may be stored in fewer bits (jx_neuron.nn.encoded).
+    `dtype` is that of its numbers, "float32" where sums of many steps would lose precision in 16 bits; None for the
+    state table's. A row that counts positions may be stored in fewer bits (jx_neuron.nn.encoded).
     """
 
     name: str
@@ -102,7 +102,7 @@ class Kept:
     rows:   of STATE.
     sizes:  of the axes of each row, padded; 0 for positions.
     window: how many of the last positions the layer attends to, None for all. It keeps no more: where a sequence is
-            longer, its array is a ring, and position p lies at p modulo the window.
+            longer, its array is a ring, and position p is stored at p modulo the window.
     own:    whether the layer has arrays. One that has none reads those of the last layer before it that is otherwise
             alike.
     """

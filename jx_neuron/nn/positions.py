@@ -1,4 +1,4 @@
-"""Where the tokens of a step stand."""
+"""The positions of the tokens of a step."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from jax import Array
 )
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens [b, t] of one step stand.
+    """The positions of the tokens [b, t] of one step.
 
     position_bt: absolute position of each token, int32; those of a row follow each other.
     extent_b:    length of each row's sequence as far as it is known, int32; beyond the tokens of this step where a
@@ -37,7 +37,7 @@ class Positions:
         return self.position_bt[:, 0]
 
     def late_b(self, positions: int) -> Array:
-        """How many positions too late each row's t tokens begin, padding included, to end within so many positions."""
+        """How many positions too late each row's t tokens begin, padding included, to end within `positions`."""
         return jnp.maximum(self.start_b - (positions - self.position_bt.shape[1]), 0)
 
     @property
@@ -54,8 +54,8 @@ def positions_of(start_b: Array, length_b: Array, slot_b: Array | None, tokens: 
 
 
 def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array, Array, Array]:
-    """A window of t positions that ends within a slot of `positions`: what is new there, what of it is real, and where
-    it starts, for `new` [b, …, t, …] with t at `axis`.
+    """A window of t positions that ends within a slot of `positions`: its new entries, which are real, and where it
+    starts, for `new` [b, …, t, …] with t at `axis`.
 
     A window that would end beyond starts earlier, with the new entries at its end.
     """
@@ -70,7 +70,7 @@ def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array,
 
 
 def later(x_bt: Array, by_b: Array) -> Array:
-    """x [b, t, …] with the entries of each row so many tokens later: zeros before them, and the last ones dropped."""
+    """x [b, t, …] with the entries of each row shifted later by its number of tokens: zeros first, the last dropped."""
     t = x_bt.shape[1]
     return _windows(jnp.pad(x_bt, [(0, 0), (t, 0), *[(0, 0)] * (x_bt.ndim - 2)]), t - by_b, t)
 

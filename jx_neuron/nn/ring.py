@@ -1,4 +1,4 @@
-"""Rings: the entries of a sequence's last positions, of which position p lies at p modulo their number.
+"""Rings: the entries of a sequence's last positions. Position p is stored at p modulo their number.
 
 A layer that attends to a window of positions keeps a ring of that size, where sequences may be longer.
 """
@@ -17,7 +17,7 @@ def kept(window: int | None, positions: int) -> int:
 
 
 def ring_positions(end_b: Array, size: int) -> Array:
-    """The latest position before `end_b` that lies at each place of a ring, [b, s]; negative where there is none."""
+    """The latest position before `end_b` at each place of a ring, [b, s]; negative where there is none."""
     last_b1, place_s = end_b[:, None] - 1, jnp.arange(size, dtype=jnp.int32)
     return last_b1 - lax.rem(last_b1 - place_s + size, jnp.int32(size))
 

@@ -105,11 +105,11 @@ class RopeScaling:
     """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a span.
 
     `h` is the size of a head, of which the first `r` entries are rotated. `rope_theta`, `partial_rotary_factor` and
-    `original_max_position_embeddings` are the config's own: the first two stand in where `parameters` has none, the
+    `original_max_position_embeddings` are the config's own: the first two are used where `parameters` has none, the
     third goes before that of `parameters`, as in HF. A decoder that rotates whole heads alone, as Llama does, gives no
     `partial_rotary_factor`.
 
-    `also` names keys of `parameters` that the decoder itself reads, all numbers. `unread` names those that HF does not
+    `also` names keys of `parameters` that the decoder itself reads, all numbers. `unread` names keys that HF does not
     read for their `rope_type`.
 
     Raises ConfigError for a `rope_type` that HF does not have, for keys missing from it, and for values that it cannot
@@ -255,7 +255,7 @@ class RopeScaling:
         return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
 
     def _proportional(self) -> np.ndarray:
-        # the first pairs as in a whole head, and the rest of it at rest
+        # the first pairs as in a whole head; the others are not rotated
         rotated = int(self.part * self.h // 2)
         frequencies_r = inverse_frequencies(self.h, self.theta) / np.float32(self.factor)
         return np.where(np.arange(self.h // 2) < rotated, frequencies_r, np.float32(0))

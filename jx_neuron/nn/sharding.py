@@ -16,7 +16,7 @@ AXIS = "tp"
 
 
 def request_devices(count: int) -> None:
-    """Arranges for JAX to have `count` CPU devices, for code of your own; models need none of it.
+    """Arranges for JAX to have `count` CPU devices, for code of your own; models do not need it.
 
     Has no effect once anything has used JAX.
     """

@@ -1,8 +1,8 @@
 """What a decoder keeps of the sequences that went through it: the state table that its STATE rows describe.
 
 A model file declares STATE, a row for each array that a layer keeps. A state table has z slots, each for one sequence;
-an array of it is [z, *axes], where the axis s counts positions, and a row without s has one entry a slot, as recurrent
-layers have. How arrays lie in memory is a `Layout`'s matter: a backend may have its own.
+each of its arrays is [z, *axes], where the axis s counts positions, and a row without s has one entry a slot, as
+recurrent layers have. A `Layout` decides how arrays are stored in memory; a backend may have its own.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ class State:
         return self.place(layer)[0], self.layers[layer].own
 
     def repeats(self, period: int, periods: int) -> bool:
-        """Whether layers repeat with a period: those that are so far apart are of a kind, and at equal distances."""
+        """Whether layers repeat with a period: layers that far apart are of a kind, and at equal distances."""
 
         def alike(layers: range) -> bool:
             indices = [self.place(layer)[1] for layer in layers]
@@ -188,7 +188,7 @@ class State:
 class LayerState:
     """One layer's part of a state table.
 
-    index:  where the layer lies in the arrays of its group.
+    index:  the layer's place in the arrays of its group.
     number: the layer's number.
     layer:  a layer that keeps the same in the same group.
     """
@@ -345,4 +345,4 @@ def joined(layers: "State | Sequence[LayerState]") -> State:
     return dataclasses.replace(state, arrays=arrays)
 
 
-Cache, LayerKV, Span = State, LayerState, Positions  # names that decoders of one's own may have been written with
+Cache, LayerKV, Span = State, LayerState, Positions  # names that decoders outside the package may use

@@ -2,7 +2,7 @@
 
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-instances.html
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/neuron-devices.html
-Tensor-parallel degrees are those that the Neuron runtime is documented to support:
+Tensor-parallel degrees are the ones that the Neuron runtime is documented to support:
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/archive/transformers-neuronx/transformers-neuronx-developer-guide.html
 (SDK 2.32.)
 """

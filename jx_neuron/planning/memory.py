@@ -98,7 +98,7 @@ def activation_bytes(outline: Outline, tp_degree: int, key: ProgramKey, itemsize
         mlp = rows * 3 * f * itemsize
         if chosen is not None:
             e, few = padding.sizes["e"], rows * chosen
-            if count := outline.blocks(tp_degree, rows):  # what blocks give, and the rows that are taken of it
+            if count := outline.blocks(tp_degree, rows):  # outputs of blocks, and the rows taken from them
                 mlp += itemsize * d * (count * SIZE + few)
             else:  # features of all experts, or the parameters of those chosen
                 mlp += 3 * m * itemsize * (few * (d + 1) if few < e else rows * e)

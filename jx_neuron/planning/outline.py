@@ -71,7 +71,7 @@ class Parameter:
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether each expert has a part of it."""
+        """Whether each expert has a part."""
         return self.row is not None and len(self.row.letters) > 1 and self.row.letters[0] == "e"
 
     @property
@@ -162,12 +162,12 @@ class Outline:
 
     @property
     def active_parameter_count(self) -> int:
-        """Parameters of the model, of the experts those of as many as a token has."""
+        """Parameters of the model, counting only as many experts as a token uses."""
         return sum(self._of_chosen(p, p.elements, 1) for p in self.parameters(1))
 
     def read_elements(self, tp_degree: int, rows: int = 1) -> int:
         """Parameters that a decode step of `rows` reads on each core: all but the tables from which it looks up single
-        rows, and of the experts those of as many as are chosen."""
+        rows, and counting only the experts that are chosen."""
         return self._read(tp_degree, rows, lambda p: p.per_core)
 
     def read_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
@@ -214,7 +214,7 @@ class Outline:
         return round(more + 3 * layers * count * blocks.SIZE * self.config.sizes["d"]) * itemsize
 
     def _of_chosen(self, parameter: Parameter, elements: int, rows: int) -> int:
-        """Of the elements of a parameter, those that `rows` have."""
+        """The elements of a parameter that `rows` use."""
         chosen = self.config.chosen
         if chosen is None or not parameter.is_of_experts:
             return elements

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def size(self) -> str:
-        """The parameters, and of experts those that a token has, such as "30.5 B parameters, 3.34 B active"."""
+        """The parameters, and how many are active for a token, such as "30.5 B parameters, 3.34 B active"."""
         active = f", {_billions(self.active_parameters)} active" if self.active_parameters < self.parameters else ""
         return f"{_billions(self.parameters)} parameters{active}"
 

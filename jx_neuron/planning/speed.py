@@ -4,7 +4,7 @@
     time to first token  = max(bytes / bandwidth, flops / (EFFICIENCY · peak)) + layers · (collectives + LAYER)
     a collective         = 2 · hops · HOP + 2 · bytes / link, for each all-reduce of a layer
 
-Bytes are those that each core reads: its parameters, without lookup tables and without experts that no token has, and
+Bytes are counted for each core: its parameters, without lookup tables and without experts that no token uses, and
 its part of the KV cache as compiled.
 docs/planning.md compares predictions with published times.
 """

@@ -38,5 +38,5 @@ class Runtime(Protocol):
         ...
 
     def reset(self, slots: int, positions: int) -> None:
-        """Empties all slots. The next table has at least so many slots and positions."""
+        """Empties all slots. The next table has at least that number of slots and positions."""
         ...

@@ -52,7 +52,7 @@ def target_for(requested: str | None) -> str:
 
 @dataclass
 class Deployment:
-    """The lowered programs of a model, by key, and the NEFFs of those that are compiled."""
+    """The lowered programs of a model, by key, and the NEFFs of the compiled ones."""
 
     settings: Settings
     programs: Mapping[ProgramKey, ProgramSpec]

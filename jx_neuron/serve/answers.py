@@ -63,7 +63,7 @@ def held_back(text: str, strings: Sequence[str]) -> int:
 
 class Answers:
     """The answers to prompts with the same sampling parameters, as an asynchronous iterator of pieces; `close` cancels
-    those that have not ended.
+    the unfinished ones.
 
     Raises what `AsyncEngine.submit` does, with none of the prompts submitted.
     """

@@ -35,7 +35,7 @@ class Stats:
     prompt_tokens:     tokens of the prompts that were computed.
     generation_tokens: tokens of answers.
     prefix_queries:    tokens of prompts that were looked for in slots.
-    prefix_hits:       tokens of those that were found.
+    prefix_hits:       how many of these were in a slot.
     preemptions:       answers that lost their slot, and were computed again.
     to_load:           programs that are yet to be compiled; answers are slower until there are none.
     """
@@ -63,7 +63,7 @@ class AsyncEngine:
     later chunk of one. A chunk is as long as the model's largest context bucket, so its `context_length_estimate` is
     how long a prompt may stall others: 16 and 32 suit a CPU.
 
-    It is ready once it has programs that fit every turn. A thread then loads those that are faster.
+    It is ready once it has programs that fit every turn. A thread then loads the faster ones.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class AsyncEngine:
         """Submits a prompt for `sampling.n` answers. To be called on the event loop.
 
         deadline:        seconds from now after which the stream raises DeadlineExceeded; None for no limit.
-        prompt_logprobs: gives the likelihood of each token of the prompt, with so many of the most likely tokens.
+        prompt_logprobs: gives the likelihood of each token of the prompt, with this number of the most likely tokens.
 
         Raises InputError where the model cannot take the request, QueueFull, ShuttingDown, and EngineFailed.
         """
@@ -265,7 +265,7 @@ class AsyncEngine:
                     return
                 self._model.runtime.load([program])
                 self._to_load -= 1
-        except Exception:  # those that are loaded serve
+        except Exception:  # the loaded ones serve
             LOG.exception("a program cannot be compiled")
 
     def _send(self, news: Sequence[News]) -> None:

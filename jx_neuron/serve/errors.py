@@ -52,7 +52,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def api_error(error: BaseException) -> APIError:
-    """The error of a request for any exception; what is a bug of this package is logged, and no detail of it sent."""
+    """The error of a request for any exception; a bug of this package is logged, and its details are not sent."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ValidationError):

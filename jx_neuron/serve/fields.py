@@ -55,9 +55,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "modalities": (["text
 
 
 def known(fields: dict[str, Any], n: Any) -> tuple[dict[str, Any], list[str]]:
-    """The fields without those of other servers, and the names of those that are ignored.
+    """The fields without those of other servers, and the names of the ignored ones.
 
-    Raises APIError, which names the field, for those that are refused.
+    Raises APIError, which names the field, for a refused one.
     """
     for name in REFUSED.keys() & fields.keys():
         value = fields[name]

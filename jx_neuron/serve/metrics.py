@@ -96,7 +96,7 @@ class Metrics:
         self._histograms["inter_token_latency_seconds"].observe(seconds)
 
     def ended(self, reason: str, tokens: int) -> None:
-        """Counts an answer of so many tokens."""
+        """Counts an answer of this number of tokens."""
         self._success[reason].inc()
         self._histograms["request_generation_tokens"].observe(tokens)
 

@@ -1,4 +1,4 @@
-"""What requests may hold: OpenAI's fields, and vLLM's beyond them.
+"""The fields of requests: OpenAI's, and vLLM's beyond them.
 
 https://platform.openai.com/docs/api-reference, https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 """

@@ -24,7 +24,7 @@ class Buckets:
 
     The last of `tokens` is the capacity.
 
-    A prompt longer than the largest context bucket goes through in chunks of it.
+    A prompt longer than the largest context bucket goes through in chunks of that size.
     """
 
     context: tuple[int, ...]
@@ -65,8 +65,8 @@ class Buckets:
         n_positions: int | Sequence[int] | None,
         context_length_estimate: int | Sequence[int] | None,
     ) -> "Buckets":
-        """`of`, for a model that has `most` positions (None for any number), and was `trained` on so many (None where
-        nothing says): by default 2048, or the positions it was trained on where they are fewer.
+        """`of`, for a model that has `most` positions (None for any number), and was `trained` on that number (None if
+        unknown): by default 2048, or the positions it was trained on where they are fewer.
 
         Raises InputError also where n_positions exceeds them.
         """

@@ -1,4 +1,4 @@
-"""What an architecture of GGUF files says of HF's model: its names, its config's fields, and how its tensors lie."""
+"""An architecture of GGUF files: HF's names of its tensors and config fields, and how tensors are stored."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Architecture:
     """How an architecture becomes HF's model.
 
     model_type: HF's.
-    names:      HF's names of tensors, without .weight and .bias. A tuple takes apart a tensor of query, key and value
+    names:      HF's names of tensors, without .weight and .bias. A tuple splits a tensor of query, key and value
                 rows, and {r} one of a row for each head.
     fields:     HF's names of fields, by attribute of Keys, where they are not the usual; None where it has no such one.
     numbers:    HF's names of further fields, by key.
@@ -92,7 +92,7 @@ def transposed(rows: Array, n: int, k: int) -> Array:
     return np.ascontiguousarray(rows.T)
 
 
-ROWS: Mapping[str, Callable[[int, int], int]] = {  # of tensors that are taken apart or rearranged, in heads
+ROWS: Mapping[str, Callable[[int, int], int]] = {  # of tensors that are split or rearranged, in heads
     "attn_q": lambda n, k: n,
     "attn_k": lambda n, k: k,
     "attn_qkv": lambda n, k: n + 2 * k,

@@ -13,12 +13,12 @@ from jx_neuron.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 GEMMA4_SEVERAL = ("feed_forward_length", "attention.head_count_kv")
-MOST_DIVISOR = 1e30  # of a frequency that is to be none
+MOST_DIVISOR = 1e30  # of a frequency that means none
 TEMPERATURE = "attention.temperature_scale"
 
 
 def query_scalar(header: Header, layers: int) -> dict[str, Any]:
-    """Gemma's query_pre_attn_scalar: the head size, but in those of 27 billion weights, which have so many layers.
+    """Gemma's query_pre_attn_scalar: the head size, but in models of 27 billion weights, known by `layers`.
 
     https://github.com/ggml-org/llama.cpp/tree/master/src/models: f_attention_scale
     """

@@ -151,7 +151,7 @@ def read_gguf(path: Path) -> GGUF:
             metadata, entries = _header(_Cursor(buffer), path)
         for name, entry in entries.items():
             if entry.offset + _nbytes(entry) > size:
-                raise CheckpointError(f"{path}: tensor {name!r} lies beyond the end of the file: cut short; {AGAIN}.")
+                raise CheckpointError(f"{path}: tensor {name!r} is beyond the end of the file: cut short; {AGAIN}.")
     return GGUF(path, metadata, entries)
 
 

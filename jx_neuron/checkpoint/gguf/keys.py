@@ -83,7 +83,7 @@ class Header:
 
     @cached_property
     def keys(self) -> Keys:
-        """Those that many architectures have. Raises CheckpointError for a wrong type, and where one is missing."""
+        """The keys that many architectures have. Raises CheckpointError for a wrong type, and where one is missing."""
         several = ((key, self.fields.get(key)) for key in self.several)
         first = {key: values[0] for key, values in several if isinstance(values, list) and values}
         return typed(Keys, self.fields | first, str(self.file.path), prefix=f"{self.architecture}.")

@@ -25,7 +25,7 @@ class Config(Options):
 
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The tensors, each pair of blocks and scales as the one that HF makes of it, bfloat16, which holds it exactly.
+    """The tensors, each pair of blocks and scales as the one tensor that HF makes from it, in bfloat16, which is exact.
 
     Raises CheckpointError for blocks without scales, and where the shapes of both do not fit.
     """

@@ -124,7 +124,7 @@ def parse(hlo_module: bytes) -> Module:
     """Reads a serialized HloModuleProto.
 
     Raises:
-        LoweringError: the bytes are no HloModuleProto, or one that refers to what it does not hold.
+        LoweringError: the bytes are no HloModuleProto, or one that refers to something it does not contain.
     """
     message = proto.parse(hlo_module)
     try:

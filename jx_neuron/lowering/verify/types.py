@@ -31,7 +31,7 @@ def dynamic_shape(i: Instruction, target: Target) -> str | None:
 @rule(
     "invalid-shape", "EVRF064",
     title="A shape does not follow from its operands",
-    advice="the module was put together wrongly: fix the pass or tool that wrote this instruction",
+    advice="the module is malformed: fix the pass or tool that wrote this instruction",
 )  # fmt: skip
 def invalid_shape(i: Instruction, target: Target) -> str | None:
     """neuronx-cc runs XLA's HLO verifier first, and it refuses an instruction whose result shape is not what

@@ -10,7 +10,7 @@ from jx_neuron.lowering.verify.rules import Target, rule
     "convolution-dilation", "EVRF010",
     ops=["convolution"],
     title="A convolution that dilates both input and kernel",
-    advice="use one of lhs_dilation and rhs_dilation, and do the other by hand with lax.pad",
+    advice="use one of lhs_dilation and rhs_dilation, and do the other with lax.pad",
 )  # fmt: skip
 def convolution_dilation(i: Instruction, target: Target) -> str | None:
     """Input (base) and kernel (window) dilation exclude one another."""

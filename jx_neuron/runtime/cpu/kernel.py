@@ -1,7 +1,7 @@
 """Weight matrices as one CPU reads them fastest, and their products.
 
-Matrices of one input lie in one array [n, k], outputs first. What reads it fastest depends on the number of rows: a few
-go through in one reduction, many in one dot (docs/notes/cpu-decode.md and cpu-prefill.md have the figures). Shape
+Matrices of one input are one array [n, k], outputs first. The fastest way to read it depends on the number of rows: a
+few go through in one reduction, many in one dot (docs/notes/cpu-decode.md and cpu-prefill.md have the figures). Shape
 suffixes: m rows, k contracted, n columns.
 """
 
@@ -53,11 +53,11 @@ class Formulation:
             raise ValueError(f"passes={self.passes}: legal are 1, 2, 4, 8, 16, 24 and 32")
 
     def in_passes(self, rows: int) -> bool:
-        """Whether so many rows are multiplied in passes over a matrix, which then need not lie alone in memory."""
+        """Whether this number of rows is multiplied in passes over a matrix, which may be part of a larger array."""
         return rows <= self.passes
 
     def is_wide(self, rows: int) -> bool:
-        """Whether programs of so many rows have vectors of 512 bits."""
+        """Whether programs of this number of rows have vectors of 512 bits."""
         return next((most for most in CLASSES if rows <= most), None) in self.wide
 
 
@@ -145,7 +145,7 @@ def pack(kernels: Sequence[np.ndarray], axes: int) -> np.ndarray:
 
 
 def to_bits(x: Any) -> Any:
-    """16-bit numbers as uint16, and others as they are: XLA widens bfloat16 to do as little as take a part of it."""
+    """16-bit numbers as uint16, and others unchanged: XLA widens bfloat16 even to slice an array."""
     return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
 
 

@@ -97,7 +97,7 @@ class CpuLayout(Layout):
         def entries() -> Array:
             return jnp.stack([entry(n) for n in range(b)]) if few else lax.map(entry, jnp.arange(b, dtype=jnp.int32))
 
-        # entries of one position lie apart, and to read them takes as long as to write them
+        # entries of one position are apart in memory, and reading them takes as long as writing them
         one = at.position_bt.shape[1] == 1
         old = lax.cond(jnp.all(real), lambda: jnp.zeros_like(new), entries) if one else entries()
         written = jnp.where(real, new, old)

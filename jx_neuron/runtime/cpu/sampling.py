@@ -21,7 +21,7 @@ FEW = 512
 def sample(logits_bv: Array, by: Sampling, count: int) -> Array:
     """As `jx_neuron.nn.sampling.sample`. A row's token depends on no other row.
 
-    The whole vocabulary is sorted only where a row draws from all of it, and none of the FEW most likely.
+    The whole vocabulary is sorted only where a row draws from every token, and none of the FEW most likely.
     """
     logits_bv = logits_bv.astype(jnp.float32)
     v = logits_bv.shape[-1]
