@@ -31,14 +31,17 @@ def following(tokens: Sequence[int], draw: Draw, index: int) -> int:
 
 
 class Arithmetic:
-    """The state of a slot is the tokens that were put there; of the last `window` of these where it is given."""
+    """The state of a slot is the tokens that were put there; of the last `window` of these where it is given.
+
+    With a window of 0, a row that verifies a draft may begin again where the last one did in its slot.
+    """
 
     def __init__(
         self, slots: int, positions: int, programs: frozenset[ProgramKey] | None = None, window: int | None = None
     ):
         self.programs, self._most, self._window = programs, (slots, positions), window
         self.table = np.full((0, positions), NOTHING)
-        self.last, self.end = np.full(0, NOTHING), np.zeros(0, np.int64)
+        self.last, self.end, self.before = np.full(0, NOTHING), np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.runs: list[StepInput] = []
         self.ready: set[ProgramKey] = set()
         if programs is not None:
@@ -68,6 +71,12 @@ class Arithmetic:
             count = min(length, key.tokens)
             if not count:
                 continue
+            if start < 0:
+                start = -1 - start
+                assert (key.kind, self._window, start) == ("verify", 0, self.before[slot])
+                self.end[slot] = start
+            if key.kind == "verify":
+                self.before[slot] = start
             assert start + count <= key.positions
             assert start == 0 or key.tokens == 1 or key.tokens < key.positions, "a whole prompt begins at 0"
             assert key.positions <= self._most[1]
@@ -99,7 +108,7 @@ class Arithmetic:
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         self._grow(int(target_n.max()) + 1)
         self.table[target_n], self.last[target_n] = self.table[source_n], self.last[source_n]
-        self.end[target_n] = self.end[source_n]
+        self.end[target_n], self.before[target_n] = self.end[source_n], self.before[source_n]
 
     def clear(self, slot_n: np.ndarray) -> None:
         self.table[slot_n] = NOTHING
@@ -107,7 +116,7 @@ class Arithmetic:
     def reset(self, slots: int, positions: int) -> None:
         assert slots <= self._most[0]
         assert positions <= self._most[1]
-        self.table, self.last, self.end = self.table[:0], self.last[:0], self.end[:0]
+        self.table, self.last, self.end, self.before = self.table[:0], self.last[:0], self.end[:0], self.before[:0]
         if self.programs is not None:
             self._grow(self._most[0])
 
@@ -115,4 +124,4 @@ class Arithmetic:
         more = max(0, slots - len(self.table))
         self.table = np.vstack([self.table, np.full((more, self.table.shape[1]), NOTHING)])
         self.last = np.append(self.last, np.full(more, NOTHING))
-        self.end = np.append(self.end, np.zeros(more, np.int64))
+        self.end, self.before = (np.append(of, np.zeros(more, np.int64)) for of in (self.end, self.before))

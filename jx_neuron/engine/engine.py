@@ -180,7 +180,7 @@ class Engine:
                 token_t = drawn[row.index].tolist()
                 try:
                     if key.kind == "verify" and not row.sequence.every_logits:
-                        speculation.take(row, token_t, logits)
+                        speculation.take(row, token_t, logits, goes_back=self.scheduler.is_recurrent)
                     else:
                         sink.take(row, token_t[0], logits)
                 except Exception as error:  # of a tokenizer, or of a caller's stopping criterion

@@ -110,6 +110,11 @@ class Scheduler:
         self.slots.release(sequence)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether slots keep one state of a sequence, and no earlier one."""
+        return self._window == 0
+
+    @property
     def busy(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self.running)
@@ -143,7 +148,7 @@ class Scheduler:
         self._clock += 1
         copies = self._admit()
         for sequence in self.running:
-            if self.slots.is_lost(sequence.computed, sequence.written):
+            if not sequence.again and self.slots.is_lost(sequence.computed, sequence.written):
                 sequence.computed = 0
         ready = [sequence for sequence in self.running if sequence.remaining > 0]
         stepwise = [sequence for sequence in ready if self._count(sequence) == 1 or self._is_short(sequence)]
@@ -204,7 +209,10 @@ class Scheduler:
         return next(s for s in self.buckets.tokens if s >= length and s > tokens)
 
     def _is_short(self, sequence: Sequence) -> bool:
-        """Whether a step that verifies drafts gives all logits that are wanted of a sequence."""
+        """Whether a step that verifies drafts takes all that remains of a sequence: what an earlier one is to compute
+        again, or tokens of which all logits are wanted."""
+        if sequence.again:
+            return True
         fits = bool(self._verify_sizes) and sequence.remaining <= self._verify_sizes[-1]
         alone = sequence.every_logits and sequence.drawing is None
         return alone and fits and sequence.computed > 0 and self._rotations is None
@@ -213,8 +221,9 @@ class Scheduler:
         """The most tokens of a draft that may follow a sequence: what it draws at last has no draft, and a slot that a
         draft is forgotten in has lost nothing."""
         start = sequence.length
-        most = min(self._verify_sizes[-1] - 1, sequence.limit - start - 1) if self._verify_sizes else 0
-        if self._window is not None:
+        most = self._verify_sizes[-1] - sequence.remaining if self._verify_sizes else 0
+        most = min(most, sequence.limit - start - 1)
+        if self._window:
             most = min(most, self._window - max(start, sequence.written))
         if self._rotations is not None and not self._rotations.same(start, start + most):
             return 0
@@ -225,11 +234,11 @@ class Scheduler:
         rows = fit(self.batch_sizes, 1 + max(sequence.slot or 0 for sequence in sequences))
         slots = {sequence.slot or 0: sequence for sequence in sequences}
         counts = {
-            slot: sequence.remaining if self._is_short(sequence) else 1 + len(sequence.draft)
+            slot: (sequence.remaining if self._is_short(sequence) else 1) + len(sequence.draft)
             for slot, sequence in slots.items()
         }
         end, most = max(s.computed + counts[slot] for slot, s in slots.items()), max(counts.values())
-        if most == 1:
+        if most == 1 and not any(sequence.again for sequence in sequences):
             wanted = self._key("decode", rows, 1, self.buckets.positions(end), sequences)
         else:
             t = fit(self._verify_sizes, most)
@@ -287,7 +296,7 @@ class Scheduler:
             known = sequence.tokens[start : start + count]
             unknown = [DRAWN_LAST] * (count - len(known) - len(sequence.draft))
             arrays["tokens_bt"][index, :count] = known + unknown + sequence.draft
-            arrays["start_b"][index] = start
+            arrays["start_b"][index] = -1 - start if sequence.again else start
             arrays["length_b"][index] = count if key.kind == "verify" else self._extent(sequence) - start
             last = start + count >= sequence.length
             if sequence.drawing is not None and "temperature_b" in arrays:
@@ -297,10 +306,12 @@ class Scheduler:
                 first = sequence.length - sequence.prompt
                 uniform = [drawing.uniform(first + n) for n in range(1 + len(sequence.draft))]
                 numbers = arrays["uniform_bt" if key.kind == "verify" else "uniform_b"]
-                numbers.reshape(key.rows, -1)[index, : len(uniform)] = uniform
+                before = 0 if key.kind != "verify" else count - len(uniform)
+                numbers.reshape(key.rows, -1)[index, before : before + len(uniform)] = uniform
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
-            sequence.written = max(sequence.written if start else 0, sequence.computed)
+            sequence.written = max(sequence.written if start and not sequence.again else 0, sequence.computed)
+            sequence.again = False
             if last and sequence.drawing is not None:
                 sequence.pending += 1
         return Turn(StepInput(key, arrays), tuple(turn_rows))

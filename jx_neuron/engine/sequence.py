@@ -44,6 +44,8 @@ class Sequence:
     pending:      how many tokens were drawn and are not known yet.
     sink:         who takes what steps give for it: a `Sink` of jx_neuron.engine.engine.
     speculation:  how its drafts are made; None for none.
+    again:        whether the next step begins where the last one did, which verified a draft: recurrent layers take
+                  that step's state back.
     draft:        tokens that may follow, for the next decode step to verify.
     """
 
@@ -62,6 +64,7 @@ class Sequence:
     pending: int = 0
     used: int = 0
     speculation: Speculation | None = None
+    again: bool = False
     draft: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -108,7 +108,7 @@ class Slots:
         written = self._slots[number if source is None else source].written
         self._slots[number] = Slot(weakref.ref(sequence))
         sequence.slot, sequence.computed, sequence.pending, sequence.source = number, held, 0, None
-        sequence.written, sequence.used = written if held else 0, clock
+        sequence.written, sequence.used, sequence.again = written if held else 0, clock, False
         return [] if source in (None, number) else [(source, number)], held
 
     def release(self, sequence: Sequence) -> None:

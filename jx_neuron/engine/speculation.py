@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def propose(engine: "Engine") -> None:
-    """Gives drafts to the sequences that are due for one and have all tokens but the last computed.
+    """Gives drafts to the sequences that are due for one, and have all tokens but the last computed or are computed again.
 
     An error of a drafter is that of its sequences.
     """
@@ -26,7 +26,8 @@ def propose(engine: "Engine") -> None:
     due: dict[Drafter, list[Sequence]] = {}
     for sequence in scheduler.running:
         speculation = sequence.speculation
-        if speculation is None or sequence.remaining != 1 or sequence.length == sequence.prompt:
+        goes_on = sequence.remaining == 1 or sequence.again
+        if speculation is None or not goes_on or sequence.length == sequence.prompt:
             continue  # the first token may be the host's to choose, for several answers
         if speculation.is_due(0 if sequence.pending else scheduler.draft_room(sequence)):
             due.setdefault(speculation.drafter, []).append(sequence)
@@ -46,21 +47,26 @@ def is_due(sequence: Sequence) -> bool:
     return sequence.speculation is not None and not sequence.speculation.wait
 
 
-def take(row: Row, token_t: SequenceOf[int], logits_tv: np.ndarray | None) -> None:
+def take(row: Row, token_t: SequenceOf[int], logits_tv: np.ndarray | None, *, goes_back: bool) -> None:
     """Gives the sequence of a row what was drawn, up to the first token that is not as drafted.
 
+    goes_back: whether recurrent layers take their state before the row back where a token of the draft is refused.
     token_t:   the token that the program drew after each of the row's tokens.
     logits_tv: where the host chooses, the logits that it chooses from; else None.
     """
     sequence, draft = row.sequence, row.sequence.draft
     sequence.draft, known = [], len(sequence.tokens)
-    for number in range(row.count):
-        sequence.computed = row.start + number + 1
+    before = known - row.start - 1  # tokens that are computed again
+    for number in range(1 + len(draft)):
+        at = before + number
+        sequence.computed = row.start + at + 1
         sequence.pending = 0 if sequence.drawing is None else 1
-        sequence.sink.take(row, token_t[number], None if logits_tv is None else logits_tv[number])
+        sequence.sink.take(row, token_t[at], None if logits_tv is None else logits_tv[at])
         if sequence.tokens[known + number :] != draft[number : number + 1]:  # as well where it has ended
             break
     sequence.pending = 0
+    if goes_back and sequence.computed < row.start + row.count:
+        sequence.computed, sequence.again = row.start, True
     if sequence.speculation is not None and draft:
         accepted = sum(token == guess for token, guess in zip(sequence.tokens[known:], draft, strict=False))
         sequence.speculation.verified(len(draft), accepted)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from jx_neuron.engine.draft_model import ModelDrafter
 from jx_neuron.engine.drafting import Drafter, NgramDrafter
 from jx_neuron.errors import ConfigError, InputError
-from jx_neuron.llm.options import require_going_back
 from jx_neuron.llm.origin import DecoderOrigin, Origin
 from jx_neuron.util.arguments import shown
 
@@ -25,7 +24,6 @@ def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | No
 
     if draft is None:
         return None
-    require_going_back(target.settings)
     if target.backend != "xla" and not target.settings.speculation:
         raise ConfigError(
             "the programs of this model verify no drafts; make it with NeuronConfig(speculation_length=8), or compile "
@@ -47,16 +45,21 @@ def enabled(origin: Origin, lengths: Sequence[int]) -> Origin:
     """The origin of the same model, with programs that verify drafts. Raises ConfigError for a saved one."""
     if not isinstance(origin, DecoderOrigin):
         raise ConfigError("a saved model has the programs that it was saved with; save it with speculation_length")
-    settings = replace(origin.settings, speculation=tuple(lengths))
-    require_going_back(settings)
-    return replace(origin, settings=settings)
+    decoder, settings = origin.decoder.with_drafts(), origin.settings
+    slot = decoder.slot(settings.buckets.capacity)
+    settings = replace(settings, speculation=tuple(lengths), state=slot, state_dtypes=decoder.state_dtypes)
+    return replace(origin, decoder=decoder, settings=settings)
 
 
 def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCausalLM") -> ModelDrafter:
     settings = draft.settings
     if draft is target:
         raise ConfigError("a model cannot draft for itself: each token would be computed twice; give a smaller one")
-    require_going_back(settings)
+    if settings.window == 0:
+        raise ConfigError(
+            f"a model of model_type {settings.model_type!r} drafts for none: its recurrent layers keep one state of a "
+            "sequence, which cannot go back to before a draft. Give a model without such layers"
+        )
     if settings.slots < target.settings.slots:
         raise ConfigError(
             f"the draft model has batch_size={settings.slots}, and the model {target.settings.slots} rows; make it "

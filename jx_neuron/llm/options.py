@@ -106,6 +106,8 @@ def as_stored(decoder: "Decoder", options: LoweringOptions) -> "Decoder":
     """The decoder with weights, keys and values stored as `options` say. Raises ConfigError where they cannot be."""
     config = _neuron_config(options)
     decoder = dataclasses.replace(decoder, quant=config.quant)
+    if config.speculation_length:
+        decoder = decoder.with_drafts()
     if (cache := config.kv_cache_quant) is None:
         return decoder
     if cache.dequant_dtype is not None and dtype_of(cache.dequant_dtype) != dtype_of(options["amp"]):
@@ -174,21 +176,10 @@ def settings_of(
         quant=decoder.quant,
         speculation=neuron_config.speculation_length,
     )
-    if settings.speculation:
-        require_going_back(settings)
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):
         warnings.warn(note, UserWarning, stacklevel=5)
     return settings
-
-
-def require_going_back(settings: Settings) -> None:
-    """Raises ConfigError for a model whose slots cannot go back to where a draft began."""
-    if settings.window == 0:
-        raise ConfigError(
-            f"models of model_type {settings.model_type!r} verify no drafts: their recurrent layers keep one state of "
-            "a sequence, which cannot go back to before a draft. Leave drafts out"
-        )
 
 
 def _candidates(generation_config: GenerationConfig, vocab_size: int) -> int:

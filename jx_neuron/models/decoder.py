@@ -144,6 +144,18 @@ class Decoder:
             raise ConfigError(f"{self.model_type} keeps no keys and values that could be stored in {dtype}")
         return replace(self, state=state)
 
+    def with_drafts(self) -> "Decoder":
+        """The decoder whose recurrent layers also keep what they kept before the last step that verified a draft.
+
+        Raises ConfigError where layers beside them keep a window of positions, which drafts would overwrite.
+        """
+        rows = [row for row in self.state if row.position_axis is None]
+        if not rows or rows[0].before in self.state:
+            return self
+        if any(layer.window is not None for layer in self.kept):
+            raise ConfigError(f"{self.model_type} verifies no drafts: it has both recurrent layers and sliding windows")
+        return replace(self, state=[*self.state, *(row.before for row in rows)])
+
     @cached_property
     def padding(self) -> Padding:
         config = self.config

@@ -61,6 +61,11 @@ class S:
         return S(f"{self.name}.scale", " ".join(letters), P(*self.partition[: len(letters)]), self.of, "float32")
 
     @property
+    def before(self) -> "S":
+        """For a row of one entry a slot: the row of what that was before the slot's last step that verified a draft."""
+        return replace(self, name=f"{self.name}.before")
+
+    @property
     def stored_rows(self) -> "tuple[S, ...]":
         """The row, and that of its scales."""
         return (self,) if self.scale is None else (self, self.scale)

@@ -10,7 +10,7 @@ from jax import Array
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["position_bt", "extent_b", "length_b", "slot_b"],
+    data_fields=["position_bt", "extent_b", "length_b", "slot_b", "again_b"],
     meta_fields=["positions"],
 )
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Positions:
     length_b:    how many of the t tokens are real, int32; those after are padding. 0 leaves the row's slot as it is.
     slot_b:      each row's slot, int32, all different; None where row i is slot i.
     positions:   how many positions of a slot attention sees, s. A step with s = t begins at position 0.
+    again_b:     whether each row begins where the slot's last step that verified a draft began; None where none does.
     """
 
     position_bt: Array
@@ -30,6 +31,7 @@ class Positions:
     length_b: Array
     slot_b: Array | None
     positions: int
+    again_b: Array | None = None
 
     @property
     def start_b(self) -> Array:
@@ -46,11 +48,13 @@ class Positions:
         return jnp.arange(self.position_bt.shape[1], dtype=jnp.int32) < self.length_b[:, None]
 
 
-def positions_of(start_b: Array, length_b: Array, slot_b: Array | None, tokens: int, positions: int) -> Positions:
+def positions_of(
+    start_b: Array, length_b: Array, slot_b: Array | None, tokens: int, positions: int, again_b: Array | None = None
+) -> Positions:
     """The positions of `tokens` tokens from `start_b` on. `length_b` counts each sequence's tokens from there, which
     may exceed `tokens`."""
     position_bt = start_b[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    return Positions(position_bt, start_b + length_b, jnp.minimum(length_b, tokens), slot_b, positions)
+    return Positions(position_bt, start_b + length_b, jnp.minimum(length_b, tokens), slot_b, positions, again_b)
 
 
 def within(new: Array, at: Positions, axis: int, positions: int) -> tuple[Array, Array, Array]:

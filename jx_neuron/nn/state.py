@@ -75,6 +75,11 @@ class State:
         """The row of STATE of each array, in the same tree."""
         return [group.rows for group in self.layout.groups(self.layers)]
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether layers keep what was before the slot's last step that verified a draft."""
+        return any(row.before in layer.rows for layer in self.layers for row in layer.rows)
+
     def partition(self) -> "State":
         """How each array is split, in the same tree."""
         arrays: Any = tuple(tuple(row.split for row in rows) for rows in self.rows)
@@ -138,6 +143,14 @@ class State:
 
         token_z = jnp.pad(self.token_z, (0, slots - self.slots))
         return dataclasses.replace(self._changed(padded, token_z), positions=positions)
+
+    def with_rows_of(self, table: "State") -> "State":
+        """The same table with the rows that `table` has behind those of this one, as zeros."""
+        arrays = tuple(
+            (*held, *(jnp.zeros(array.shape, array.dtype) for array in arrays[len(held) :]))
+            for held, arrays in zip(self.arrays, table.arrays, strict=True)
+        )
+        return dataclasses.replace(table, arrays=arrays, token_z=self.token_z)
 
     def copy(self, source_n: Array, target_n: Array) -> "State":
         """Slot target_n[i] becomes what slot source_n[i] was."""
@@ -209,7 +222,10 @@ class LayerState:
         if self._row(name).position_axis is not None:
             return decoded(self._entries(name, at))
         entry = self._read(name, at)
-        return jnp.where(at.start_b.reshape(-1, *[1] * (entry.ndim - 1)) == 0, jnp.zeros_like(entry), entry)
+        of_row = -1, *[1] * (entry.ndim - 1)
+        if at.again_b is not None:
+            entry = jnp.where(at.again_b.reshape(of_row), self._read(self._row(name).before.name, at), entry)
+        return jnp.where(at.start_b.reshape(of_row) == 0, jnp.zeros_like(entry), entry)
 
     def write(self, at: Positions, **new: Array) -> "LayerState":
         """The state with new entries, by name of the row.
@@ -217,7 +233,11 @@ class LayerState:
         A row that counts positions takes [b, t, *other axes], as layers make them; any other [b, *axes]. Padding and
         rows without tokens leave what was there. Raises ConfigError for a layer without a state of its own.
         """
-        return self._with(at, {name: self._encoded(name, array) for name, array in new.items()})
+        entries = {name: self._encoded(name, array) for name, array in new.items()}
+        if at.again_b is not None:
+            without_s = [row for row in map(self._row, new) if row.position_axis is None]
+            entries |= {row.before.name: self.read(row.name, at) for row in without_s}
+        return self._with(at, entries)
 
     def extend(self, at: Positions, **new: Array) -> "tuple[Seen, LayerState]":
         """Writes new entries of rows that count positions, as `write` does. Returns what the step's tokens may attend

@@ -37,9 +37,10 @@ class Sharded:
     def _place(self, source: Source) -> Params:
         return source.place(self._mesh)
 
-    def state(self, slots: int, positions: int) -> State:
-        """A state table as ShapeDtypeStructs."""
-        return self._decoder.abstract_state(slots, positions, self._dtype, self._mesh)
+    def state(self, slots: int, positions: int, *, verifies: bool) -> State:
+        """A state table as ShapeDtypeStructs; one that `verifies` keeps what was before a draft."""
+        decoder = self._decoder.with_drafts() if verifies else self._decoder
+        return decoder.abstract_state(slots, positions, self._dtype, self._mesh)
 
     def params(self, key: ProgramKey) -> Params:
         """The parameters that the step of `key` takes."""

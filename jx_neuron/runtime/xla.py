@@ -58,6 +58,7 @@ class XlaRuntime:
         self._compiled: OrderedDict[tuple[ProgramKey, int, int], Any] = OrderedDict()
         self._state: State | None = None
         self._sizes = 0, 0
+        self._verifies = False
 
     @property
     def formulation(self) -> Formulation | None:
@@ -65,6 +66,8 @@ class XlaRuntime:
         return self._placed.formulation
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
+        programs = list(programs)
+        self._keep_before(programs)
         keys = dict.fromkeys((key, *self._sizes_for(key)) for key in programs)
         missing = [key for key in keys if key not in self._compiled]
         shown = track(missing, "compiling", len(missing)) if missing[1:] else missing
@@ -76,6 +79,7 @@ class XlaRuntime:
 
     def run(self, step: StepInput) -> StepOutput:
         key = step.key
+        self._keep_before([key])
         state = self._table(key, int(step.arrays["slot_b"].max()) + 1 if "slot_b" in step.arrays else key.rows)
         program = self._program(key, state.slots, state.positions)
         self._state = None
@@ -109,7 +113,7 @@ class XlaRuntime:
         slots, positions = self._sizes_for(key, slots)
         if self._state is not None:
             return self._grown(self._state, slots, positions)
-        empty = self._placed.state(slots, positions)
+        empty = self._shapes(slots, positions)
         self._check_memory(empty)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
         return jax.device_put(zeros, jax.tree.map(_sharding, empty))
@@ -118,9 +122,24 @@ class XlaRuntime:
         slots, positions = max(slots, state.slots), max(positions, state.positions)
         if (slots, positions) == (state.slots, state.positions):
             return state
-        self._check_memory(self._placed.state(slots, positions))
+        self._check_memory(self._shapes(slots, positions))
         with jax.set_mesh(self.mesh):
             return _resize(state, slots, positions)
+
+    def _shapes(self, slots: int, positions: int) -> State:
+        return self._placed.state(slots, positions, verifies=self._verifies)
+
+    def _keep_before(self, programs: Iterable[ProgramKey]) -> None:
+        """Has the table keep what was before a draft, once programs verify some and where layers are recurrent."""
+        if self._verifies or self.decoder.window != 0 or all(key.kind != "verify" for key in programs):
+            return
+        self._verifies = True
+        self._compiled.clear()
+        if self._state is not None:
+            table = self._shapes(self._state.slots, self._state.positions)
+            self._check_memory(table)
+            with jax.set_mesh(self.mesh):
+                self._state = jax.jit(lambda state: state.with_rows_of(table), donate_argnums=0)(self._state)
 
     def _check_memory(self, table: State) -> None:
         if self._platform == "cpu":
@@ -140,7 +159,7 @@ class XlaRuntime:
     def _compile(self, key: ProgramKey, slots: int, positions: int) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         split = NamedSharding(self.mesh, PartitionSpec(*[None] * (2 if key.gives_every else 1), AXIS))
-        state = self._placed.state(slots, positions)
+        state = self._shapes(slots, positions)
         program = jax.jit(
             self._placed.step(key),
             donate_argnums=1,

@@ -25,8 +25,9 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
 
     It returns (next tokens [b, 1] int32, logits float32 [b, v], or [b, t, v] for scores, state). Next tokens and logits
     [b, v] are those of each row's last real token. To verify, it takes uniform_bt, and returns the next token of every
-    token, [b, t], and logits [b, t, v]. v is padded to a multiple of the tensor-parallel degree, with the least float32
-    as logits of the padding.
+    token, [b, t], and logits [b, t, v]. Where `state.goes_back`, a start_b of -1 - n has a row begin at position n as
+    the last step that verified a draft in its slot began there, whatever recurrent layers keep since. v is padded to a
+    multiple of the tensor-parallel degree, with the least float32 as logits of the padding.
     """
 
     def run(params: Params, state: State, tokens_bt: Array, *inputs: Array) -> tuple[Array, Array, State]:
@@ -34,7 +35,11 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
         if slot_b is None:
             tokens_bt = jnp.where(tokens_bt == DRAWN_LAST, state.token_z[: key.rows, None], tokens_bt)
         model = decoder.bind(params)
-        at = positions_of(start_b, length_b, slot_b, key.tokens, key.positions)
+        again_b = None
+        if key.kind == "verify" and state.goes_back:
+            again_b = start_b < 0
+            start_b = jnp.where(again_b, -1 - start_b, start_b)
+        at = positions_of(start_b, length_b, slot_b, key.tokens, key.positions, again_b)
         x_btd, layers = model(tokens_bt, state, at)
         state = joined(layers)
         last_b = jnp.clip(length_b - 1, 0, key.tokens - 1)

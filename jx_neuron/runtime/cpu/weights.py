@@ -86,8 +86,9 @@ class OneCPU(Sharded):
     def _everywhere(self) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec())
 
-    def state(self, slots: int, positions: int) -> State:
-        state = self._decoder.abstract_state(slots, positions, self._dtype, layout=CPU)
+    def state(self, slots: int, positions: int, *, verifies: bool) -> State:
+        decoder = self._decoder.with_drafts() if verifies else self._decoder
+        state = decoder.abstract_state(slots, positions, self._dtype, layout=CPU)
         return jax.tree.map(lambda leaf: leaf.update(sharding=self._everywhere), state)
 
     def params(self, key: ProgramKey) -> Params:
