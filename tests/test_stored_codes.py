@@ -13,7 +13,7 @@ from quantized import INT4, LAYOUTS, Layout, awq, compressed, gptq, llama
 
 from jx_neuron import QuantizationConfig
 from jx_neuron.checkpoint import open_checkpoint
-from jx_neuron.checkpoint.gguf.format import AFFINE, Entry, affine, load
+from jx_neuron.checkpoint.gguf.format import Entry, affine, load
 from jx_neuron.models import Decoder
 from jx_neuron.nn.quantized import Form, Quantized
 
@@ -78,7 +78,7 @@ def test_codes_of_fp8_are_halved_where_they_are_beyond_its_range(name: str, tmp_
         assert (error <= 2.0**-10 * scales + 1e-7 * np.abs(plain)).all()
 
 
-@pytest.mark.parametrize("kind", AFFINE)
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1])
 def test_blocks_of_a_gguf_file_that_no_rounding_would_give(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
     """Codes at random, whose largest is not at an end, as llama.cpp gives with an importance matrix."""
     rng, shape = np.random.default_rng(0), (48, 128)
@@ -96,6 +96,28 @@ def test_blocks_of_a_gguf_file_that_no_rounding_would_give(kind: gguf.GGMLQuanti
     stored = Quantized(Form("int4", 1, group=32), **{name: jnp.asarray(part) for name, part in parts.items()})
     np.testing.assert_array_equal(stored.widened(jnp.float32).T, wide)
     np.testing.assert_array_equal(parts["scales"].T, numbers[:, 0].reshape(48, 4))
+
+
+def test_groups_of_a_k_quant_keep_their_codes(tmp_path: Path) -> None:
+    """A block of Q4_K has 8 groups, whose scales and minimums are products that float16 rounds."""
+    rng, shape, kind = np.random.default_rng(0), (48, 512), gguf.GGMLQuantizationType.Q4_K
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (48 * 512 // block, size), np.uint8)
+    blocks[:, :4] = rng.uniform(1e-4, 2e-4, (len(blocks), 2)).astype(np.float16).view(np.uint8)
+    (tmp_path / "blocks").write_bytes(blocks.tobytes())
+    entry = Entry(shape, kind, 0)
+    wide = load(tmp_path / "blocks", entry)
+    scales, offsets = affine(tmp_path / "blocks", entry)
+    parts = Form("int4", 1, group=32).encode(wide.T, np.float32, (scales.T, offsets.T))
+    stored = Quantized(Form("int4", 1, group=32), **{name: jnp.asarray(part) for name, part in parts.items()})
+    rounding = 2.0**-11 * (15 * scales.astype(np.float32) + np.abs(offsets.astype(np.float32))) + 2.0**-24
+    assert (np.abs(np.asarray(stored.widened(jnp.float32)).T - wide) <= rounding).all()
+    # d · 32 codes in pairs of 32: the low bits of 32 bytes are a group, their high bits the next
+    raw = blocks[:, size - block // 2 :].reshape(-1, 4, 1, 32) >> np.array([0, 4], np.uint8)[:, None] & 15
+    pairs = parts["codes"].T.reshape(48, -1, 32)
+    codes = np.stack([pairs & 15, pairs >> 4], 2).reshape(48, -1, 32)
+    kept = codes == raw.reshape(48, -1, 32)
+    assert kept[scales.reshape(48, -1, 32) > 0].all()
 
 
 def test_codes_of_bitsandbytes_are_kept(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ SCALARS: Mapping[int, str] = {  # to struct and numpy alike
     GGUFValueType.FLOAT64: "<d",
     GGUFValueType.BOOL: "<?",
 }
-AFFINE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+AFFINE = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q4_K)
+GROUP = 32  # numbers that share a scale in a block of AFFINE
 MOST_HEADER = 24 * 2**20  # bytes; a vocabulary of 200,000 with its merges takes 12 MB
 NO_TOKEN = 2**32 - 1  # LLAMA_TOKEN_NULL, -1, as the unsigned number that keys of token ids hold
 MOST_AXES = 4  # GGML_MAX_DIMS
@@ -262,11 +263,19 @@ def load(path: Path, entry: Entry) -> Array:
 
 
 def affine(path: Path, entry: Entry) -> tuple[Array, Array]:
-    """The scale and the offset of each number of a tensor whose type is one of AFFINE: float16, [rows, columns]."""
+    """The scale and the offset of each number of a tensor whose type is one of AFFINE: float16, [rows, columns]; those
+    of Q4_K, products of two numbers, are rounded."""
     block, size = gguf.GGML_QUANT_SIZES[entry.type]
     raw = read_bytes(path, entry.offset, _nbytes(entry)).reshape(-1, size)
-    # block_q4_0 is a scale and 16 bytes, block_q4_1 a scale, a minimum and 16 bytes: ggml/src/ggml-common.h
-    header = np.ascontiguousarray(raw[:, : size - block // 2]).view(np.float16)
-    offsets = header[:, 1] if entry.type == GGMLQuantizationType.Q4_1 else header[:, 0] * np.float16(-8)
-    scales, offsets = (array.repeat(block).reshape(entry.shape) for array in (header[:, 0], offsets))
+    # ahead of the codes, a block has a scale, or a scale and a minimum: ggml/src/ggml-common.h
+    header = np.ascontiguousarray(raw[:, : size - block // 2])
+    halves = header.view(np.float16)
+    if entry.type == GGMLQuantizationType.Q4_K:  # d, dmin, and 12 bytes of factors for the 8 groups of the block
+        factors, minimums = gguf.quants.Q4_K.get_scale_min(header[:, 4:])
+        wide = halves[:, :2].astype(np.float32)
+        scales, offsets = (wide[:, :1] * factors).astype(np.float16), (wide[:, 1:] * -1.0 * minimums).astype(np.float16)
+    else:
+        scales = halves[:, 0]
+        offsets = halves[:, 1] if entry.type == GGMLQuantizationType.Q4_1 else scales * np.float16(-8)
+    scales, offsets = (array.repeat(GROUP).reshape(entry.shape) for array in (scales, offsets))
     return scales, offsets
