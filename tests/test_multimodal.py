@@ -86,7 +86,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [90, 3, 4]]
 LEFT_OUT = r"left out: .*(\w+, vision_tower|visual)"
-CASES = [pytest.param(name, marks=pytest.mark.slow if name.startswith(("qwen", "gemma4")) else []) for name in WRAPPERS]
+QUICK = ("gemma3", "mistral3-untied")
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in WRAPPERS]
 
 
 def random_model(name: str) -> Any:

@@ -66,7 +66,7 @@ REFUSED = (
 
 
 @given(options=LEGAL)
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=25)
 def test_the_host_draws_what_the_program_draws(model: GPT2ForSampling, options: dict) -> None:
     ids = tiny.prompts(ROWS, WIDTH)
     in_program = model.sample(ids, WIDTH + NEW, **options)[:, WIDTH:]
