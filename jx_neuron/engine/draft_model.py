@@ -13,6 +13,10 @@ from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.sequence import Row, Sequence
 from jx_neuron.nn.sampling import NOT_FINITE
 
+PROBED = 32
+"""The last tokens of a sequence, which a draft model reads alone until a token that it drafted is accepted: a poor one
+takes no time for long prompts."""
+
 GREEDY = Draw(temperature=1.0, top_k=1, top_p=1.0, min_p=0.0, min_tokens=1, candidates=1, key=None)
 
 
@@ -46,13 +50,14 @@ class ModelDrafter:
 class _Twin:
     """A row in the draft model: its sequence there, and the sink of what that draws.
 
+    first: the number of the row's token that the sequence begins with.
     known: how many tokens of the sequence are the row's; those after them are a draft.
     """
 
     on_host = False
 
     def __init__(self, engine: Engine, tokens: SequenceOf[int]):
-        self._engine, self.known = engine, 0
+        self._engine, self.first, self.known = engine, 0, 0
         self.sequence = Sequence(list(tokens), drawing=GREEDY, sink=self)
         self.error: Exception | None = None
 
@@ -62,15 +67,23 @@ class _Twin:
 
     def follow(self, row: Speculation, positions: int) -> bool:
         """Makes the sequence what the row is, to draw the next draft. False where it has no room, or lacks a token."""
-        sequence, new = self.sequence, row.tokens[self.known :]
-        limit = len(row.tokens) + row.wanted + 1  # the last is dropped: with it, the draft's own are computed
+        sequence, first = self.sequence, self.first
+        if row.proven:
+            first = 0
+        elif len(row.tokens) - first - sequence.computed > PROBED:
+            first = len(row.tokens) - PROBED
+        if first != self.first:
+            sequence.crop(0)
+            self.first, self.known = first, 0
+        new = row.tokens[first + self.known :]
+        limit = len(row.tokens) - first + row.wanted + 1  # the last is dropped: with it, the draft's own are computed
         if limit > positions or max(new, default=0) >= self._engine.vocab_size:
             return False
         pairs = zip(sequence.tokens[self.known :], new, strict=False)
         alike = self.known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         sequence.crop(alike)
-        sequence.extend(row.tokens[alike:])
-        sequence.limit, self.known = limit, len(row.tokens)
+        sequence.extend(row.tokens[first + alike :])
+        sequence.limit, self.known = limit, len(row.tokens) - first
         return True
 
     def wants_logits(self, row: Row) -> bool:

@@ -54,9 +54,14 @@ class Speculation:
     wait: int = 0
     drafts: Drafts = field(default_factory=Drafts)
     _length: int = FIRST
-    _proposed: float = 2 * FIRST
-    _accepted: float = FIRST
+    _proposed: float = FIRST
+    _accepted: float = FIRST / 2
     _pauses: int = 0
+
+    @property
+    def proven(self) -> bool:
+        """Whether tokens of recent drafts were accepted."""
+        return self.drafts.accepted > 0 and not self._pauses
 
     def is_due(self, room: int) -> bool:
         """Whether to make a draft now, of at most `room` tokens."""
@@ -89,7 +94,7 @@ class NgramDrafter:
     """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last tokens where they
     were before, in prompt or answer. The longest n-gram of `least` to `most` tokens counts, at its latest place."""
 
-    least: int = 3
+    least: int = 2
     most: int = 5
     pause: int = 1
     _places: "WeakKeyDictionary[Speculation, _Places]" = field(default_factory=WeakKeyDictionary)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def propose(engine: "Engine") -> None:
-    """Gives drafts to sequences that are due for one, and have all tokens but the last computed or are computed again.
+    """Gives drafts to sequences that are due for one, and have only their last token left to compute, or compute again.
 
     An error of a drafter is that of its sequences.
     """

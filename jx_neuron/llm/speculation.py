@@ -6,7 +6,7 @@ Drafts are accepted while they are what the target draws with its own uniform nu
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 from jx_neuron.engine.drafting import Drafter, Speculation
 from jx_neuron.engine.options import Options
@@ -68,16 +68,44 @@ class SpeculativeGenerator:
         return self.target.sample(input_ids, sequence_length, start_ids, streamer=streamer, draft=at_most, **options)
 
 
-class FusedSpeculativeDecoder(SpeculativeGenerator):
-    """The same, where `k` counts the tokens of a draft. Draft and target run as programs of their own."""
+class FusedSpeculativeDecoder:
+    """The same, where `k` counts the tokens of a draft. Draft and target run as programs of their own.
 
-    def __init__(self, draft: NeuronAutoModelForCausalLM, target: NeuronAutoModelForCausalLM, k: int = 2):
-        super().__init__(draft, target, integer("k", k, error=ConfigError) + 1)
+    eos_token_id: what ends a row, instead of the target's.
+    """
 
-    def to_neuron(self) -> Self:
-        """Readies both models. Raises ConfigError where the target has other programs already."""
-        if self.target.backend != "xla" and self.k not in self.target.settings.speculation:
-            self.target.enable_speculative_decoder(self.k)
+    def __init__(
+        self,
+        draft: NeuronAutoModelForCausalLM,
+        target: NeuronAutoModelForCausalLM,
+        k: int = 2,
+        *,
+        eos_token_id: int | SequenceOf[int] | None = None,
+    ):
+        self.draft, self.target, self.eos_token_id = draft, target, eos_token_id
+        self._generator = SpeculativeGenerator(draft, target, integer("k", k, error=ConfigError) + 1)
+
+    def to_neuron(self, workers: int | None = None) -> Self:
+        """Readies both models. `workers` has no effect: `NeuronConfig(compilation_worker_count=…)` does the same.
+
+        Raises ConfigError where the target has other programs already.
+        """
+        k = self._generator.k
+        if self.target.backend != "xla" and k not in self.target.settings.speculation:
+            self.target.enable_speculative_decoder(k)
         self.draft.to_neuron()
         self.target.to_neuron()
         return self
+
+    def sample(
+        self,
+        input_ids: Any,
+        start_ids: Any = None,
+        attention_mask: Any = None,
+        sequence_length: int | None = None,
+        streamer: Any = None,
+        **others: Any,
+    ) -> Any:
+        """`target.sample`, with drafts; `others` are of its options."""
+        options = cast(Options, others if attention_mask is None else {**others, "attention_mask": attention_mask})
+        return self._generator.sample(input_ids, sequence_length, start_ids, self.eos_token_id, streamer, **options)
