@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from jx_neuron.cli import bench, chat, check, compile, interrupts, plan, quantize, sample, score, serve
+from jx_neuron.cli import bench, chat, check, compile, info, interrupts, models, plan, quantize, sample, score, serve
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
@@ -30,8 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (sample, chat, serve, score, quantize, compile, check, plan, bench):
-    app.command(module.__name__.rpartition(".")[2], cls=Command)(module.command)
+COMMANDS = {
+    "Run a model": (sample, chat, serve),
+    "Choose one": (models, info),
+    "Measure and shrink one": (score, bench, quantize),
+    "For Trainium and Inferentia": (plan, compile, check),
+}
+for title, modules in COMMANDS.items():
+    for module in modules:
+        app.command(module.__name__.rpartition(".")[2], cls=Command, rich_help_panel=title)(module.command)
 
 
 @app.callback(invoke_without_command=True)

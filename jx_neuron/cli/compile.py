@@ -79,6 +79,7 @@ def command(
     ] = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
+    adapters: options.Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
@@ -86,17 +87,17 @@ def command(
     Where neuronx-cc would refuse a program, nothing is written. With its weights, the folder is all that is needed to
     run: jx-neuron sample DIR.
 
-        jx-neuron compile ./opt-13b --tp 2 --amp f16 --target trn1 -o opt-13b-tp2
+        jx-neuron compile ./opt-13b --tp 2 --dtype f16 --target trn1 -o opt-13b-tp2
 
-        jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
+        jx-neuron compile facebook/opt-30b --tp 8 --dtype f16 --hlo-only --no-weights -o opt-30b-hlo
     """
     from jx_neuron import artifact
     from jx_neuron.compiler import neuronx_cc
     from jx_neuron.runtime import deployment as deploy
     from jx_neuron.util import durable
 
-    if no_weights and adapter is not None:
-        raise InputError("--adapter changes weights, and --no-weights keeps none; leave out one of them")
+    if no_weights and (adapter is not None or adapters):
+        raise InputError("--adapter and --adapters change weights, and --no-weights keeps none; leave out either")
     interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
     artifact.check_replaceable(output)
@@ -114,7 +115,9 @@ def command(
     if no_weights:
         lowered = _from_config(model, revision, model_options)
     else:
-        lowered = _from_checkpoint(model, revision, model_options | dict(adapter=adapter))
+        lowered = _from_checkpoint(
+            model, revision, model_options | dict(adapter=adapter, adapters=options.adapters(adapters))
+        )
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)
