@@ -1,5 +1,6 @@
 """What a model was made from: a checkpoint, a module, a config alone, or a saved model."""
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,11 @@ class Origin(Protocol):
     @property
     def path(self) -> Path | None:
         """Where its files are; None where it has none."""
+        ...
+
+    @property
+    def parameter_count(self) -> int | None:
+        """The number of its parameters; None where that is not known."""
         ...
 
     @property
@@ -120,6 +126,11 @@ class DecoderOrigin(ABC):
     def path(self) -> Path | None:
         """None: it has no files."""
         return None
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of its parameters."""
+        return sum(map(math.prod, self.decoder.shapes.values()))
 
     @cached_property
     def deployment(self) -> Deployment:

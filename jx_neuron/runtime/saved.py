@@ -53,6 +53,11 @@ class SavedModel:
         """The end and padding tokens of the model's checkpoint; None where there are none."""
         return self.settings.token_ids
 
+    @property
+    def parameter_count(self) -> None:
+        """None: an artifact has padded parts of parameters."""
+        return None
+
     @cached_property
     def deployment(self) -> Deployment:
         """The programs. Raises ArtifactError unless every program of the settings is there and fits its key."""
