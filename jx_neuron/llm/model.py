@@ -14,6 +14,7 @@ from jx_neuron.llm import drafts
 from jx_neuron.llm.calls import Calls
 from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, accepts, require_saved
 from jx_neuron.llm.origin import CheckpointOrigin, ConfigOrigin, ModuleOrigin, Origin
+from jx_neuron.llm.training import Trainable
 from jx_neuron.runtime import deployment as deploy
 from jx_neuron.runtime.deployment import Deployment
 from jx_neuron.runtime.saved import SavedModel
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # running a saved model needs no model code
     from jx_neuron.checkpoint.weights import W
 
 
-class NeuronAutoModelForCausalLM(Calls):
+class NeuronAutoModelForCausalLM(Calls, Trainable):
     """A decoder of any supported family.
 
     Made by `from_pretrained` or `from_module`. `to_neuron` reads its weights and readies its programs (the first use

@@ -127,6 +127,14 @@ class SavedModel:
             "make the model from its checkpoint"
         )
 
+    def whole(self) -> NoReturn:
+        """Raises ArtifactError, as `hf_tensors` does."""
+        self.hf_tensors()
+
+    def with_params(self, params: Any) -> NoReturn:
+        """Raises ArtifactError, as `hf_tensors` does."""
+        self.hf_tensors()
+
     def first_not_finite(self) -> str | None:
         """The first parameter that holds a NaN or an infinity; None where none does."""
         from jx_neuron.checkpoint.weights import first_not_finite
