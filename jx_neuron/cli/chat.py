@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from jx_neuron.cli import interrupts, options
-from jx_neuron.cli.prompts import SIGN, every_line, rendered_by_template, texts_of, typed
+from jx_neuron.cli.prompts import SIGN, every_line, texts_of, typed
 from jx_neuron.cli.terminal import print_message
+from jx_neuron.engine.messages import rendered_by_template
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util.durable import write_file
 

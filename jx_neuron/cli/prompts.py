@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from jx_neuron.cli.options import path
+from jx_neuron.engine.messages import rendered_by_template
 from jx_neuron.errors import InputError, JxNeuronError
 
 SIGN = "> "
@@ -105,21 +106,3 @@ def _line() -> bytes:
     if not line:
         typer.echo(err=True)
     return line
-
-
-def rendered_by_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], instead: str) -> str:
-    """Messages as the tokenizer's chat template writes them, ready for an answer.
-
-    Raises InputError, which says what to do `instead`, where there is none, or it fails.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"this tokenizer has no chat template; {instead}")
-    try:
-        rendered: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        rendered.encode()  # raises for half a surrogate pair
-    except Exception as error:  # a template is a program of its own, in jinja
-        what = str(error) or type(error).__name__
-        raise InputError(
-            f"the tokenizer's chat template fails: {what}\n{instead[0].upper()}{instead[1:]}, or mend it"
-        ) from error
-    return rendered

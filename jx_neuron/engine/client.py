@@ -15,6 +15,7 @@ from jx_neuron.engine.defaults import SamplingDefaults
 from jx_neuron.engine.drafting import Drafter
 from jx_neuron.engine.engine import Engine
 from jx_neuron.engine.generation import Generation, Request
+from jx_neuron.engine.messages import check_messages, is_conversation, rendered_by_template
 from jx_neuron.engine.numbered import NumberedSequences, pieces_of
 from jx_neuron.engine.options import Choice, Options, SamplingParams, check_names, criteria_of
 from jx_neuron.engine.rows import LastRows
@@ -29,12 +30,13 @@ from jx_neuron.util.arguments import integer, per_row, shown
 class Client:
     """Checks the arguments of a model's calls, and has an engine compute them.
 
-    settings:  the settings of the model.
-    defaults:  sampling options that a call does not give.
-    engine:    returns the engine; called once the arguments are checked.
-    tokenizer: returns the tokenizer. Raises a JxNeuronError where there is none.
-    last:      the rows of a thread's last call.
-    numbered:  the sequences of calls with continuous batching.
+    settings:       the settings of the model.
+    defaults:       sampling options that a call does not give.
+    engine:         returns the engine; called once the arguments are checked.
+    tokenizer:      returns what makes tokens of texts. Raises a JxNeuronError where there is none.
+    chat_tokenizer: returns the tokenizer with the chat template. Raises a JxNeuronError where there is none.
+    last:           the rows of a thread's last call.
+    numbered:       the sequences of calls with continuous batching.
     """
 
     settings: Settings
@@ -42,6 +44,7 @@ class Client:
     defaults: SamplingDefaults
     engine: Callable[[], Engine]
     tokenizer: Callable[[], Any]
+    chat_tokenizer: Callable[[], Any]
     last: LastRows = field(default_factory=LastRows)
     numbered: NumberedSequences = field(default_factory=NumberedSequences)
 
@@ -187,16 +190,24 @@ class Client:
         return run()
 
     def events(
-        self, several: Any, sampling: Any, drafter: Drafter | None = None, adapter: Any = None
+        self,
+        rows: Sequence[Any],
+        samplings: Sequence[SamplingParams],
+        drafter: Drafter | None = None,
+        adapter: Any = None,
     ) -> Iterator[Event]:
         """Yields every token of the answers to any number of prompts as it is drawn."""
-        return self._generation(several, sampling, drafter, adapter)[1]
+        return self._generation(rows, samplings, drafter, adapter)[1]
 
     def generations(
-        self, several: Any, sampling: Any, drafter: Drafter | None = None, adapter: Any = None
+        self,
+        rows: Sequence[Any],
+        samplings: Sequence[SamplingParams],
+        drafter: Drafter | None = None,
+        adapter: Any = None,
     ) -> list[Generation]:
         """The whole answers to any number of prompts."""
-        requests, events = self._generation(several, sampling, drafter, adapter)
+        requests, events = self._generation(rows, samplings, drafter, adapter)
         return generation.whole(requests, events)
 
     def request(
@@ -222,12 +233,9 @@ class Client:
         return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs, drafter, number)
 
     def _generation(
-        self, several: Any, sampling: Any, drafter: Drafter | None, adapter: Any
+        self, prompts: Sequence[Any], samplings: Sequence[SamplingParams], drafter: Drafter | None, adapter: Any
     ) -> tuple[list[Request], Iterator[Event]]:
-        rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts.several(several))]
-        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
-        if len(samplings) != len(rows) or not all(isinstance(params, SamplingParams) for params in samplings):
-            raise InputError(f"sampling takes a SamplingParams, or {len(rows)}, one for each prompt")
+        rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts)]
         choices = [self._choices(row, params) for row, params in zip(rows, samplings, strict=True)]
         tokenizer = self._tokenizer_for([answers[0] for answers in choices], text=True)
         requests = [
@@ -248,7 +256,12 @@ class Client:
         return row
 
     def _row(self, prompt: Any, name: str) -> np.ndarray:
-        ids = self.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        if is_conversation(prompt):
+            check_messages(prompt, name)
+            prompt = rendered_by_template(self.chat_tokenizer(), prompt, "give the prompt as text")
+            ids = self.tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         return prompts.row_of(ids, self.limits, name)
 
     def _choices(self, prompt: Sequence[int], sampling: SamplingParams) -> Sequence[Choice]:

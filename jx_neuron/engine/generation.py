@@ -52,6 +52,15 @@ class Generation:
         """The tokens of the first answer."""
         return self.answers[0].ids
 
+    @property
+    def finish_reason(self) -> str:
+        """Why the first answer ended: "stop" or "length"."""
+        return self.answers[0].finish_reason
+
+    def __str__(self) -> str:
+        """The text of the first answer; its tokens where the model has no tokenizer."""
+        return ",".join(map(str, self.ids)) if self.text is None else self.text
+
 
 @dataclass(frozen=True)
 class Request:

@@ -21,13 +21,14 @@ class Limits:
     capacity: int
 
 
-def several(prompts: Any) -> list[Any]:
-    """A list of prompts (texts or rows of token ids), of one prompt or several."""
+def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
+    """One prompt or several as a list, and whether it is one: a text, a row of token ids, or a list of messages."""
     items = plain(prompts)
     if not isinstance(items, Iterable) or isinstance(items, str | bytes | Mapping | Set):
-        return [prompts]
+        return [prompts], True
     items = list(items)
-    return [items] if items and not isinstance(plain(items[0]), Iterable) else items
+    is_one = bool(items) and (not isinstance(first := plain(items[0]), Iterable) or isinstance(first, Mapping))
+    return ([items], True) if is_one else (items, False)
 
 
 def batch_of(ids: Any, limits: Limits) -> np.ndarray:

@@ -10,9 +10,14 @@ from jx_neuron.llm.families import (
     MistralForSampling,
     OPTForSampling,
 )
+from jx_neuron.llm.loading import generate, load
 from jx_neuron.llm.model import NeuronAutoModelForCausalLM
 
+AutoModelForCausalLM = NeuronAutoModelForCausalLM
+"""The same class under HF's name."""
+
 __all__ = [
+    "AutoModelForCausalLM",
     "BloomForSampling",
     "GPT2ForSampling",
     "GPT2ForSamplingWithContextBroadcasting",
@@ -22,4 +27,6 @@ __all__ = [
     "MistralForSampling",
     "NeuronAutoModelForCausalLM",
     "OPTForSampling",
+    "generate",
+    "load",
 ]

@@ -11,16 +11,16 @@ from jx_neuron.llm.origin import DecoderOrigin, Origin
 from jx_neuron.util.arguments import shown
 
 if TYPE_CHECKING:
-    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+    from jx_neuron.llm.calls import Calls
 
 
-def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | None:
+def drafter_of(draft: Any, target: "Calls") -> Drafter | None:
     """The drafter that `draft` names: "ngram", another model, or a drafter itself; None for None.
 
     Raises InputError for anything else, and ConfigError where the target cannot verify drafts, or a model cannot draft
     for it.
     """
-    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
+    from jx_neuron.llm.calls import Calls
 
     if draft is None:
         return None
@@ -29,7 +29,7 @@ def drafter_of(draft: Any, target: "NeuronAutoModelForCausalLM") -> Drafter | No
             "the programs of this model verify no drafts; make it with NeuronConfig(speculation_length=8), or compile "
             "it with --speculation-length 8, or leave draft out"
         )
-    if isinstance(draft, NeuronAutoModelForCausalLM):
+    if isinstance(draft, Calls):
         return _of_model(draft, target)
     if isinstance(draft, str) and draft == "ngram":
         return NgramDrafter()
@@ -51,7 +51,7 @@ def enabled(origin: Origin, lengths: Sequence[int]) -> Origin:
     return replace(origin, decoder=decoder, settings=settings)
 
 
-def _of_model(draft: "NeuronAutoModelForCausalLM", target: "NeuronAutoModelForCausalLM") -> ModelDrafter:
+def _of_model(draft: "Calls", target: "Calls") -> ModelDrafter:
     settings = draft.settings
     if draft is target:
         raise ConfigError("a model cannot draft for itself: each token would be computed twice; give a smaller one")

@@ -13,6 +13,7 @@ import numpy as np
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.config import GenerationConfig, NeuronConfig, dtype_of
 from jx_neuron.errors import ArtifactError, ConfigError, InputError
+from jx_neuron.nn.dtypes import amp_of
 from jx_neuron.runtime import deployment
 from jx_neuron.step.buckets import MOST_ROWS, Buckets, bucket_sizes
 from jx_neuron.util.arguments import integer
@@ -32,6 +33,7 @@ class LoweringOptions(TypedDict, total=False):
     n_positions: Lengths | None
     tp_degree: int
     amp: str
+    dtype: Any
     context_length_estimate: Lengths | None
     neuron_config: NeuronConfig | None
 
@@ -61,6 +63,7 @@ DEFAULTS = CheckpointOptions(
     n_positions=None,
     tp_degree=1,
     amp="f32",
+    dtype=None,
     context_length_estimate=None,
     neuron_config=None,
     backend=None,
@@ -96,12 +99,22 @@ def accepts(options: type[LoweringOptions]) -> Callable[[F], F]:
         def with_defaults(*arguments: Any, **keywords: Any) -> Any:
             if unknown := sorted(set(keywords) - set(legal)):
                 raise TypeError(f"{function.__name__}() takes no {unknown[0]!r}; it takes {', '.join(legal)}")
-            return function(*arguments, **(defaults | keywords))
+            return function(*arguments, **(defaults | _with_amp(keywords)))
 
         cast(Any, with_defaults).__signature__ = written.replace(parameters=[*own, *listed])
         return cast(F, with_defaults)
 
     return decorate
+
+
+def _with_amp(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords whose `dtype`, where there is one, is their `amp`. Raises ConfigError for two that differ."""
+    if (dtype := keywords.get("dtype")) is None:
+        return keywords
+    amp = amp_of(dtype)
+    if "amp" in keywords and dtype_of(keywords["amp"]) != dtype_of(amp):
+        raise ConfigError(f"amp={keywords['amp']!r} and dtype={dtype!r} differ; they are two names of one option")
+    return {**keywords, "amp": amp}
 
 
 def as_stored(decoder: "Decoder", options: LoweringOptions) -> "Decoder":

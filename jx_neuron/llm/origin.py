@@ -1,5 +1,6 @@
 """What a model was made from: a checkpoint, a module, a config alone, or a saved model."""
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,11 @@ class Origin(Protocol):
         ...
 
     @property
+    def parameter_count(self) -> int | None:
+        """The number of its parameters; None where that is not known."""
+        ...
+
+    @property
     def deployment(self) -> Deployment:
         """Its programs, lowered or read when first asked for."""
         ...
@@ -74,6 +80,14 @@ class Origin(Protocol):
 
     def hf_tensors(self) -> "HFTensors":
         """Its parameters as HF's tensors, read when asked for. Raises a JxNeuronError where there can be none."""
+        ...
+
+    def whole(self) -> "Source":
+        """Its parameters, unpadded and not quantized. Raises a JxNeuronError where there are none."""
+        ...
+
+    def with_params(self, params: "Params") -> "Origin":
+        """The same model with other parameters. Raises a JxNeuronError where it cannot have any."""
         ...
 
     def first_not_finite(self) -> str | None:
@@ -103,6 +117,14 @@ class DecoderOrigin(ABC):
         """Where its parameters come from. Raises CheckpointError where there are none."""
 
     @abstractmethod
+    def whole(self) -> "Source":
+        """Its parameters, unpadded and not quantized. Raises CheckpointError where there are none."""
+
+    @abstractmethod
+    def with_params(self, params: "Params") -> "DecoderOrigin":
+        """The same model with other parameters. Raises CheckpointError where it has no weights."""
+
+    @abstractmethod
     def hf_tensors(self) -> "HFTensors":
         """Its parameters as HF's tensors, in the dtype of the model. Raises a JxNeuronError where there can be none."""
 
@@ -120,6 +142,11 @@ class DecoderOrigin(ABC):
     def path(self) -> Path | None:
         """None: it has no files."""
         return None
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of its parameters."""
+        return sum(map(math.prod, self.decoder.shapes.values()))
 
     @cached_property
     def deployment(self) -> Deployment:
@@ -176,6 +203,7 @@ class CheckpointOrigin(DecoderOrigin):
     source: "Source"
     checkpoint: Checkpoint
     tensors: "Tensors"
+    params: "Params | None" = None
 
     @classmethod
     def open(
@@ -224,14 +252,27 @@ class CheckpointOrigin(DecoderOrigin):
         """Where its parameters come from."""
         return self.source
 
-    def hf_tensors(self) -> "HFTensors":
-        """The checkpoint's tensors, by its names, as they are loaded."""
-        from jx_neuron.checkpoint import weights, writing
+    def whole(self) -> "Source":
+        """The checkpoint's parameters, or those that are in their place."""
+        from jx_neuron.checkpoint import weights
 
         decoder, dtype = replace(self.decoder, tp_degree=1), self.settings.dtype
-        rows = decoder.match(self.tensors)
-        source = weights.from_checkpoint(rows, decoder.config, decoder.padding, self.tensors, dtype)
-        return writing.hf_tensors(rows, decoder.config, source.read, dtype)
+        if self.params is not None:
+            return weights.from_params(self.params, decoder.rows, decoder.padding, dtype)
+        return weights.from_checkpoint(
+            decoder.match(self.tensors), decoder.config, decoder.padding, self.tensors, dtype
+        )
+
+    def with_params(self, params: "Params") -> Self:
+        """The same model with other parameters."""
+        return replace(self, source=self.decoder.source_of(params, self.settings.dtype), params=params)
+
+    def hf_tensors(self) -> "HFTensors":
+        """The checkpoint's tensors, by its names, as they are loaded."""
+        from jx_neuron.checkpoint import writing
+
+        decoder = replace(self.decoder, tp_degree=1)
+        return writing.hf_tensors(decoder.match(self.tensors), decoder.config, self.whole().read, self.settings.dtype)
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's tokenizer. Raises CheckpointError where there is none."""
@@ -269,16 +310,26 @@ class ModuleOrigin(DecoderOrigin):
         """Where its parameters come from."""
         return self.source
 
+    def whole(self) -> "Source":
+        """Its parameters."""
+        from jx_neuron.checkpoint import weights
+
+        decoder = replace(self.decoder, tp_degree=1)
+        return weights.from_params(self.params, decoder.rows, decoder.padding, self.settings.dtype)
+
+    def with_params(self, params: "Params") -> Self:
+        """The same model with other parameters."""
+        return replace(self, source=self.decoder.source_of(params, self.settings.dtype), params=params)
+
     def hf_tensors(self) -> "HFTensors":
         """Its parameters, by the first row of its weight table for each. Raises ConfigError where one has none."""
-        from jx_neuron.checkpoint import weights, writing
+        from jx_neuron.checkpoint import writing
         from jx_neuron.models import checks
 
         decoder, dtype = replace(self.decoder, tp_degree=1), self.settings.dtype
         checks.table(decoder.table, decoder.config, decoder.shapes, complete=True)
         rows = list({row.target: row for row in reversed(decoder.rows)}.values())
-        source = weights.from_params(self.params, rows, decoder.padding, dtype)
-        return writing.hf_tensors(rows, decoder.config, source.read, dtype)
+        return writing.hf_tensors(rows, decoder.config, self.whole().read, dtype)
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """Raises InputError."""
@@ -300,6 +351,15 @@ class ConfigOrigin(DecoderOrigin):
     def weights(self) -> "Source":
         """Raises CheckpointError."""
         raise CheckpointError("this model was made from a config alone; make it with from_pretrained to have weights")
+
+    def whole(self) -> "Source":
+        """Raises CheckpointError."""
+        return self.weights()
+
+    def with_params(self, params: "Params") -> Self:
+        """Raises CheckpointError."""
+        self.weights()
+        return self
 
     def hf_tensors(self) -> "HFTensors":
         """Raises CheckpointError."""

@@ -13,7 +13,7 @@ from jx_neuron.planning.outline import Outline
 from jx_neuron.planning.request import Request
 from jx_neuron.step.buckets import MOST_ROWS, Buckets
 from jx_neuron.util.arguments import integer
-from jx_neuron.util.pages import gib
+from jx_neuron.util.pages import count_text, gib
 
 Lengths = int | Sequence[int]
 LISTED_ROWS = 256  # the largest batch that `rates` lists
@@ -73,8 +73,8 @@ class Plan:
     @property
     def size(self) -> str:
         """The parameters, and how many are active for a token, such as "30.5 B parameters, 3.34 B active"."""
-        active = f", {_billions(self.active_parameters)} active" if self.active_parameters < self.parameters else ""
-        return f"{_billions(self.parameters)} parameters{active}"
+        active = f", {count_text(self.active_parameters)} active" if self.active_parameters < self.parameters else ""
+        return f"{count_text(self.parameters)} parameters{active}"
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as a dictionary, for JSON."""
@@ -190,10 +190,6 @@ def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -
     """
     outline = Outline.of(model)
     return outline.padding(tp_degree).describe(outline.overhead(tp_degree))
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def _request(

@@ -53,6 +53,11 @@ class SavedModel:
         """The end and padding tokens of the model's checkpoint; None where there are none."""
         return self.settings.token_ids
 
+    @property
+    def parameter_count(self) -> None:
+        """None: an artifact has padded parts of parameters."""
+        return None
+
     @cached_property
     def deployment(self) -> Deployment:
         """The programs. Raises ArtifactError unless every program of the settings is there and fits its key."""
@@ -122,6 +127,14 @@ class SavedModel:
             f"artifact {self.path} holds weights as programs take them, of which no checkpoint is written; "
             "make the model from its checkpoint"
         )
+
+    def whole(self) -> NoReturn:
+        """Raises ArtifactError, as `hf_tensors` does."""
+        self.hf_tensors()
+
+    def with_params(self, params: Any) -> NoReturn:
+        """Raises ArtifactError, as `hf_tensors` does."""
+        self.hf_tensors()
 
     def first_not_finite(self) -> str | None:
         """The first parameter that holds a NaN or an infinity; None where none does."""

@@ -131,6 +131,15 @@ def check_memory(size: int, what: str) -> None:
         raise InputError(f"{what} {gib(size)} of memory and there is {gib(here)} here; ask for less of one of them")
 
 
+def count_text(count: int) -> str:
+    """A number of parameters, in millions or billions.
+
+    >>> count_text(134_515_008)
+    '135 M'
+    """
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
 def gib(size: float) -> str:
     """Bytes, for people."""
     gibs = size / 2**30
