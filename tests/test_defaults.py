@@ -34,8 +34,8 @@ def table(first_title: str) -> dict[str, list[str]]:
 
 def options(name: str) -> list[object]:
     """The default of an option in each command that has it."""
-    serves = {"batch_size"}  # many callers are what a server is for
-    commands = [command for key, command in COMMANDS.items() if key != "serve" or name not in serves]
+    servers = ("serve", "simulate", "fleet") if name == "batch_size" else ()  # many callers are what these are for
+    commands = [command for key, command in COMMANDS.items() if key not in servers]
     return [o.default for command in commands for o in command.params if o.name == name]
 
 
@@ -43,7 +43,7 @@ ENTRY = re.compile(r"(\w+(?:, \w+)*): +\S")
 MADE = [getattr(NeuronAutoModelForCausalLM, name) for name in ("from_pretrained", "from_module", "from_config")]
 
 
-@pytest.mark.parametrize(("name", "commands"), [("amp", 7), ("batch_size", 4)])
+@pytest.mark.parametrize(("name", "commands"), [("amp", 9), ("batch_size", 4)])
 def test_what_is_the_same_everywhere(name: str, commands: int) -> None:
     on_the_command_line, in_python, in_plans = (cell.partition(";")[0].strip("`") for cell in table("")[f"`{name}`"])
     assert len(options(name)) == commands

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from jx_neuron.cli import bench, chat, check, compile, interrupts, plan, quantize, sample, score, serve
+from jx_neuron.cli import bench, chat, check, compile, fleet, interrupts, plan, quantize, sample, score, serve, simulate
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (sample, chat, serve, score, quantize, compile, check, plan, bench):
+for module in (sample, chat, serve, score, quantize, compile, check, plan, fleet, simulate, bench):
     app.command(module.__name__.rpartition(".")[2], cls=Command)(module.command)
 
 
