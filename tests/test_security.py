@@ -197,6 +197,7 @@ ALLOWED = {
     "cli/sample.py": {FROM_PRETRAINED: OWN},
     "cli/score.py": {FROM_PRETRAINED: OWN},
     "cli/serve.py": {FROM_PRETRAINED: OWN},
+    "cli/simulate.py": {FROM_PRETRAINED: OWN},
     "serve/conversation.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "checkpoint/demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
