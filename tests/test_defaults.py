@@ -72,9 +72,21 @@ def test_from_pretrained_documents_each_of_its_options() -> None:
 
 
 def test_degrees() -> None:
-    assert table("")["tensor-parallel degree"] == ["`1`; `plan` picks the fastest", "`1`", "the fastest"]
+    assert table("")["tensor-parallel degree"] == [
+        "`1`; `plan` picks the fastest, `fleet` that of the fewest cores",
+        "`1`",
+        "the fastest",
+    ]
     degrees = {name: o.default for name, of in COMMANDS.items() for o in of.params if o.name == "tp"}
-    assert degrees == {"sample": 1, "chat": 1, "serve": 1, "score": 1, "compile": 1, "bench": 1, "plan": None}
+    assert degrees == {
+        "sample": 1,
+        "chat": 1,
+        "serve": 1,
+        "score": 1,
+        "compile": 1,
+        "bench": 1,
+        "simulate": 1,
+    } | dict.fromkeys(("plan", "fleet"))
     assert {inspect.signature(made).parameters["tp_degree"].default for made in MADE} == {1}
     assert inspect.signature(plan).parameters["tp_degree"].default is None
 
