@@ -34,8 +34,8 @@ def table(first_title: str) -> dict[str, list[str]]:
 
 def options(name: str) -> list[object]:
     """The default of an option in each command that has it."""
-    serves = {"batch_size"}  # many callers are what a server is for
-    commands = [command for key, command in COMMANDS.items() if key != "serve" or name not in serves]
+    servers = ("serve", "simulate", "fleet") if name == "batch_size" else ()  # many callers are what these are for
+    commands = [command for key, command in COMMANDS.items() if key not in servers]
     return [o.default for command in commands for o in command.params if o.name == name]
 
 
@@ -43,7 +43,7 @@ ENTRY = re.compile(r"(\w+(?:, \w+)*): +\S")
 MADE = [getattr(NeuronAutoModelForCausalLM, name) for name in ("from_pretrained", "from_module", "from_config")]
 
 
-@pytest.mark.parametrize(("name", "commands"), [("amp", 7), ("batch_size", 4)])
+@pytest.mark.parametrize(("name", "commands"), [("amp", 9), ("batch_size", 4)])
 def test_what_is_the_same_everywhere(name: str, commands: int) -> None:
     on_the_command_line, in_python, in_plans = (cell.partition(";")[0].strip("`") for cell in table("")[f"`{name}`"])
     assert len(options(name)) == commands
@@ -72,9 +72,21 @@ def test_from_pretrained_documents_each_of_its_options() -> None:
 
 
 def test_degrees() -> None:
-    assert table("")["tensor-parallel degree"] == ["`1`; `plan` picks the fastest", "`1`", "the fastest"]
+    assert table("")["tensor-parallel degree"] == [
+        "`1`; `plan` picks the fastest, `fleet` that of the fewest cores",
+        "`1`",
+        "the fastest",
+    ]
     degrees = {name: o.default for name, of in COMMANDS.items() for o in of.params if o.name == "tp"}
-    assert degrees == {"sample": 1, "chat": 1, "serve": 1, "score": 1, "compile": 1, "bench": 1, "plan": None}
+    assert degrees == {
+        "sample": 1,
+        "chat": 1,
+        "serve": 1,
+        "score": 1,
+        "compile": 1,
+        "bench": 1,
+        "simulate": 1,
+    } | dict.fromkeys(("plan", "fleet"))
     assert {inspect.signature(made).parameters["tp_degree"].default for made in MADE} == {1}
     assert inspect.signature(plan).parameters["tp_degree"].default is None
 

@@ -39,7 +39,10 @@ PUBLIC = {
     "jx_neuron.lowering.verify.checking": "RULES Rule Violation verify",
     "jx_neuron.models": "Decoder DecoderModule Family family model_types register text_config text_model",
     "jx_neuron.models.known": "KNOWN config_of",
-    "jx_neuron.planning": "INSTANCES Instance Memory Plan check find padding_note plan",
+    "jx_neuron.planning": """
+        Arrival Estimated Fleet INSTANCES Instance Load Measured Memory Plan Service Simulated Spread StepTimes Target
+        ULTRASERVERS check find padding_note plan plan_fleet simulate
+    """,
     "jx_neuron.nn.rope": """
         RopeScaling Rotation by_layer_type inverse_frequencies query_scale rope_half rope_interleaved rotation
     """,

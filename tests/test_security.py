@@ -197,6 +197,7 @@ ALLOWED = {
     "cli/sample.py": {FROM_PRETRAINED: OWN},
     "cli/score.py": {FROM_PRETRAINED: OWN},
     "cli/serve.py": {FROM_PRETRAINED: OWN},
+    "cli/simulate.py": {FROM_PRETRAINED: OWN},
     "serve/conversation.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "checkpoint/demo.py": {
         "subprocess.Popen": "this Python's pip downloads a wheel of a known hash: no build, no installation, no shell",
@@ -270,7 +271,9 @@ ALLOWED = {
     "runtime/neuron.py": {
         "torch": "its dtypes by name",
         "torch.int8": TENSORS,
-        "importlib.util.find_spec": "looks whether torch_neuronx is installed",
+        "importlib.metadata.version": "reads the version of torch-neuronx",
+        "importlib.metadata.version().split": "takes a text apart",
+        "importlib.util.find_spec": "looks whether torch_neuronx or nrtpy is installed",
         "torch.Tensor": TENSORS,
         "torch.from_numpy": TENSORS,
         "torch.from_numpy().view": TENSORS,
@@ -281,6 +284,7 @@ ALLOWED = {
         "torch.ops.neuron._parallel_to_neuron": RUNTIME,
         "torch.ops.neuron._parallel_write_neuron": RUNTIME,
     },
+    "runtime/nrtpy.py": {"socket.socket": "bound to loopback for a free port, and closed"},
     "checkpoint/tensor_files.py": {
         "torch.load": "weights_only=True, with a torch of 2.6 or later (CVE-2025-32434)",
         "torch.Tensor": TENSORS,

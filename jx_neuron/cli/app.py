@@ -9,7 +9,22 @@ from typing import Any
 
 import typer
 
-from jx_neuron.cli import bench, chat, check, compile, info, interrupts, models, plan, quantize, sample, score, serve
+from jx_neuron.cli import (
+    bench,
+    chat,
+    check,
+    compile,
+    fleet,
+    info,
+    interrupts,
+    models,
+    plan,
+    quantize,
+    sample,
+    score,
+    serve,
+    simulate,
+)
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
@@ -34,7 +49,7 @@ COMMANDS = {
     "Run a model": (sample, chat, serve),
     "Choose one": (models, info),
     "Measure and shrink one": (score, bench, quantize),
-    "For Trainium and Inferentia": (plan, compile, check),
+    "For Trainium and Inferentia": (plan, fleet, simulate, compile, check),
 }
 for title, modules in COMMANDS.items():
     for module in modules:

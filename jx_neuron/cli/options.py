@@ -135,6 +135,13 @@ def instances() -> list[str]:
     return [instance.name for instance in INSTANCES]
 
 
+def groups() -> list[str]:
+    """The instance types and UltraServers of fleets."""
+    from jx_neuron.planning import ULTRASERVERS
+
+    return [*instances(), *(group.name for group in ULTRASERVERS)]
+
+
 Model = Annotated[
     str | None,
     typer.Argument(

@@ -25,7 +25,8 @@ from jx_neuron.util import progress as progress_bars
 from jx_neuron.util.durable import write_file
 from jx_neuron.util.temporary import temporary_folder
 
-INSTALL = "pip install neuronx-cc torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com"
+REPOSITORY = "--extra-index-url https://pip.repos.neuron.amazonaws.com"
+INSTALL = f"pip install neuronx-cc torch-neuronx {REPOSITORY}"
 
 WORKERS_VARIABLE = "NEURON_COMPILATION_WORKER_COUNT"
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -120,7 +120,7 @@ class Choice:
     logprobs: int | None
     grammar: Constraint | None = None
 
-    @property
+    @cached_property
     def on_host(self) -> bool:
         """Whether the host chooses tokens from logits, and not the program."""
         observed = self.logprobs is not None or self.grammar is not None

@@ -109,7 +109,7 @@ class Speed:
         if self.tp_degree == 1:
             return 0.0
         moved = rows * self.outline.config.sizes["d"] * self.itemsize
-        one = 2 * self.instance.hops(self.tp_degree) * HOP + 2 * moved / self.instance.device.link
+        one = 2 * self.instance.hops(self.tp_degree) * HOP + 2 * moved / self.instance.link(self.tp_degree)
         return self.outline.all_reduces * one
 
     @property

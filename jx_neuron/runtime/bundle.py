@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.errors import InputError
+from jx_neuron.errors import CompilerError, InputError
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.step.program_key import ProgramKey
 
@@ -44,6 +44,13 @@ class Bundle:
                 "Compile the model anew with the batch size, buckets and options that this call needs"
             )
         return self.programs[key]
+
+    def require_neff(self, name: str) -> bytes:
+        """The NEFF of a program. Raises CompilerError where it has none."""
+        neff = self.neff(name)
+        if neff is None:
+            raise CompilerError(f"the program {name} has no NEFF; compile the model with neuronx-cc first")
+        return neff
 
     def of_kind(self, kind: str) -> list[TensorSpec]:
         """The inputs of a kind, "param" or "state", in order. All programs have the same."""

@@ -30,7 +30,7 @@ BACKENDS = ("xla", "host", "neuron")
 
 
 def choose_backend(requested: str | None) -> str:
-    """`requested` or, where that is None, neuron if torch-neuronx and a NeuronCore are present, else xla.
+    """`requested` or, where that is None, neuron if a NeuronCore and what runs NEFFs on it are present, else xla.
 
     Raises ConfigError for a backend that does not exist.
     """
@@ -104,7 +104,7 @@ class Deployment:
         if backend == "neuron":
             self.compile(jobs=jobs)
             self._check_machine()
-            runtime = neuron.NeuronRuntime(self.bundle(parameters))
+            runtime = _on_device(self.bundle(parameters))
             runtime.load(self.programs)
             return runtime
         from jx_neuron.runtime.host import HostRuntime
@@ -117,6 +117,15 @@ class Deployment:
             raise ArtifactError(
                 f"the model was compiled for {there}, and this is a {here} instance; compile it with --target {here}"
             )
+
+
+def _on_device(bundle: Bundle) -> Runtime:
+    """A runtime of the library that runs NEFFs here."""
+    if neuron.library() == "nrtpy":
+        from jx_neuron.runtime.nrtpy import NrtpyRuntime
+
+        return NrtpyRuntime(bundle)
+    return neuron.NeuronRuntime(bundle)
 
 
 def lower(decoder: Any, settings: Settings, workers: int = 2) -> Deployment:

@@ -2,17 +2,17 @@
 https://github.com/aws-neuron/transformers-neuronx/blob/main/src/transformers_neuronx/compiler.py
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jx_neuron.compiler.neuronx_cc import INSTALL
-from jx_neuron.errors import CompilerError
+from jx_neuron.errors import CompilerError, ConfigError
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.rules import TARGETS
 from jx_neuron.runtime.bundle import Bundle, Joined
@@ -29,9 +29,38 @@ numbers have the same bits in float8_e4m3fn."""
 FIRST_RANK = 1  # argument of _parallel_executor_run: the number of ranks whose outputs are copied to the host
 
 
+LIBRARY = "JX_NEURON_RUNTIME"  # names one of LIBRARIES
+LIBRARIES = {"torch-neuronx": "torch_neuronx", "nrtpy": "nrtpy"}
+NATIVE = (2, 10)
+"""From this version on, torch-neuronx is PyTorch's backend for Trainium 2 and 3, without the classes used here."""
+
+
+def library() -> str | None:
+    """The library that runs NEFFs: what JX_NEURON_RUNTIME names, or one that is installed, or None.
+
+    Of both, torch-neuronx, unless it is PyTorch's backend. Imports neither. Raises ConfigError for another name.
+    """
+    if (named := os.environ.get(LIBRARY)) is not None:
+        if named not in LIBRARIES:
+            raise ConfigError(f"{LIBRARY}={named!r} is not legal; it may be {' or '.join(LIBRARIES)}")
+        return named
+    installed = [name for name, module in LIBRARIES.items() if util.find_spec(module) is not None]
+    if len(installed) == len(LIBRARIES):
+        return "nrtpy" if _is_native() else "torch-neuronx"
+    return installed[0] if installed else None
+
+
+def _is_native() -> bool:
+    try:
+        major, minor = metadata.version("torch-neuronx").split(".")[:2]
+        return (int(major), int(minor)) >= NATIVE
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
+
+
 def available() -> bool:
-    """Whether torch-neuronx is installed and a Neuron device exists. Imports neither torch-neuronx nor torch."""
-    return importlib.util.find_spec("torch_neuronx") is not None and any(DEVICES.glob("neuron[0-9]*"))
+    """Whether a library that runs NEFFs is installed, and a Neuron device exists."""
+    return library() is not None and any(DEVICES.glob("neuron[0-9]*"))
 
 
 def target() -> str | None:
@@ -80,7 +109,12 @@ class NeuronRuntime:
         (token,) = self._torch.ops.neuron._parallel_executor_run(executor, inputs, FIRST_RANK)
         self._runs += 1
         first = token if isinstance(token, self._torch.Tensor) else token[0]  # newer torch-neuronx: ranks joined
-        return StepOutput(first.numpy(), _Logits(self, _outputs(program)[1]))
+        logits = outputs_beside_state(program)[1]
+
+        def ranks() -> list[np.ndarray]:
+            return [rank.numpy() for rank in self._read(self._device_tensor(logits))]
+
+        return StepOutput(first.numpy(), Logits(ranks, logits.split_axis, lambda: self._runs))
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         """Copies through the host, as transformers-neuronx broadcasts its KV cache."""
@@ -108,15 +142,12 @@ class NeuronRuntime:
     def _executor(self, program: ProgramSpec) -> Any:
         if program.name not in self._executors:
             classes, tp = self._torch.classes.neuron, self._bundle.tp_degree
-            neff = self._bundle.neff(program.name)
-            if neff is None:
-                raise CompilerError(f"the program {program.name} has no NEFF; compile the model with neuronx-cc first")
-            model = classes.ParallelModel(neff, tp, 0, tp)
-            with _one_set_of_weights():
+            model = classes.ParallelModel(self._bundle.require_neff(program.name), tp, 0, tp)
+            with one_set_of_weights():
                 model.load()
             inputs, outputs = self._tensor_set("input", program.inputs), self._tensor_set("output", program.outputs)
             input_tensors = [self._device_tensor(tensor) for tensor in program.inputs if tensor.kind == "input"]
-            token, _ = _outputs(program)
+            token, _ = outputs_beside_state(program)
             self._executors[program.name] = classes.ParallelExecutor(
                 model, inputs, outputs, input_tensors, [self._device_tensor(token)]
             )
@@ -159,22 +190,23 @@ class NeuronRuntime:
         return self._torch.from_numpy(array.view(integer)).view(getattr(self._torch, name))
 
 
-class _Logits:
-    """Logits on the NeuronCores, joined from all of them when read. The next run overwrites them."""
+class Logits:
+    """Logits on the NeuronCores, joined from all of them when read. The next run overwrites them.
 
-    def __init__(self, runtime: NeuronRuntime, tensor: TensorSpec):
-        self._runtime, self._tensor, self._made_by = runtime, tensor, runtime._runs
+    ranks: reads each core's part; the whole where `axis` is None.
+    runs:  how many runs there were.
+    """
+
+    def __init__(self, ranks: Callable[[], list[np.ndarray]], axis: int | None, runs: Callable[[], int]):
+        self._ranks, self._axis, self._runs, self._made_by = ranks, axis, runs, runs()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        runtime = self._runtime
-        if runtime._runs != self._made_by:
+        if self._runs() != self._made_by:
             raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
-        ranks = runtime._read(runtime._device_tensor(self._tensor))
-        joined = Joined([rank.numpy() for rank in ranks], self._tensor.split_axis)
-        return np.asarray(joined, dtype)
+        return np.asarray(Joined(self._ranks(), self._axis), dtype)
 
 
-def _outputs(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:
+def outputs_beside_state(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:
     """A program's outputs beside the state: tokens and logits."""
     token, logits = (tensor for tensor in program.outputs if tensor.kind == "output")
     return token, logits
@@ -193,7 +225,7 @@ def _torch() -> Any:
 
 
 @contextmanager
-def _one_set_of_weights() -> Iterator[None]:
+def one_set_of_weights() -> Iterator[None]:
     """Makes the Neuron runtime keep DMA descriptors of one set of tensors, unless the user has set the variable."""
     is_unset = IO_RING_CACHE not in os.environ
     if is_unset:
