@@ -136,7 +136,7 @@ class NeuronAutoModelForCausalLM:
     @classmethod
     @accepts(LoweringOptions)
     def from_config(cls, config: Mapping[str, Any], **options: Unpack[LoweringOptions]) -> Self:
-        """Takes what a config.json says, and no weights: for `cpu_compile` and `save`, and a later `load` of it.
+        """Takes what a config.json says, and no weights: for `cpu_compile` and `save`, and a later `load`.
 
         The arguments are those of `from_pretrained`.
         """
@@ -183,8 +183,8 @@ class NeuronAutoModelForCausalLM:
     def to_neuron(self) -> Self:
         """Reads the weights onto the devices and readies the programs.
 
-        With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles those that
-        no `load` brought. Raises CompilerError where that cannot be.
+        With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles the ones
+        that no `load` brought. Raises CompilerError where that cannot be.
         """
         self._engine()
         return self
@@ -318,8 +318,8 @@ class NeuronAutoModelForCausalLM:
     ) -> Iterator[Step]:
         """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
 
-        logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
-                  ones; 0 for the token's alone.
+        logprobs: gives the log-probability of each token by the model itself, and those of this number of the most
+                  likely ones; 0 for the token's alone.
         draft:    that of `generate`.
         """
         drafter = self.drafter(draft)
@@ -388,9 +388,9 @@ class NeuronAutoModelForCausalLM:
 
         texts:  a text or several, which take a tokenizer; or token ids: a row [t], or rows of any lengths, as lists,
                 numpy, jax or torch.
-        stride: a text longer than n_positions is scored in windows that start so many tokens apart, each token with
-                what its first window holds before it (https://huggingface.co/docs/transformers/perplexity); by default
-                half of n_positions.
+        stride: a text longer than n_positions is scored in windows that start `stride` tokens apart, each token with
+                the tokens before it in its first window (https://huggingface.co/docs/transformers/perplexity); by
+                default half of n_positions.
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
@@ -460,7 +460,7 @@ class NeuronAutoModelForCausalLM:
 
     @property
     def limits(self) -> prompts.Limits:
-        """What a call may hold."""
+        """The largest sizes of a call."""
         return self._client.limits
 
     @property
