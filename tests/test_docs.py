@@ -1,7 +1,8 @@
 """Every command and Python block of the documents runs, and what they say of the code is so.
 
 A document's blocks run from top to bottom in one folder: Python in one namespace, commands in a shell. A block may say,
-after its language, `slow` (minutes: run with -m slow, in a clone) or `notest:` and a reason. A block of `text` after
+after its language, `slow` (minutes: run with -m slow, in a clone), `server` (slow, and goes on until the page ends) or
+`notest:` and a reason. A block of `text` after
 one that runs is its output: numbers may differ, and an ellipsis is any text.
 """
 
@@ -9,7 +10,6 @@ import ast
 import contextlib
 import doctest
 import io
-import json
 import os
 import re
 import shutil
@@ -32,11 +32,8 @@ from markdown_it import MarkdownIt
 
 import jx_neuron
 from jx_neuron.cli.app import app
-from jx_neuron.models.registry import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
-import generated  # noqa: E402
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("python", "sh")
@@ -135,7 +132,9 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
     for block in blocks(path):
         if not block.language.startswith("{"):  # what Sphinx fills in
             assert block.language in RUN, f"line {block.line}: {block.language!r} is not run"
-            assert block.marker in ("", "slow") or re.fullmatch(r"notest: .{10,}", block.marker), f"line {block.line}"
+            assert block.marker in ("", "slow", "server") or re.fullmatch(r"notest: .{10,}", block.marker), (
+                f"line {block.line}"
+            )
     for kind, content, line in parts(path):
         if kind == "code_block":
             assert not re.search(r"^\s*(\$|>>>|jx-neuron|pip|pytest|python|import|from)\b", content, re.MULTILINE), line
@@ -196,6 +195,18 @@ def subprocess_of(block: Block, path: Path) -> None:
     block.check(path, done.stdout)
 
 
+@contextlib.contextmanager
+def serving(block: Block) -> Iterator[None]:
+    """Runs the block's server, and waits until it is ready."""
+    with subprocess.Popen(["bash", "-c", f"exec {block.text}"], stdin=subprocess.DEVNULL) as server:
+        try:
+            health = "curl -sf --retry 300 --retry-delay 1 --retry-all-errors http://127.0.0.1:8000/health"
+            subprocess.run(health.split(), check=True, timeout=300)
+            yield
+        finally:
+            server.terminate()
+
+
 def as_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts jx-neuron and python on PATH as installing does, for tests that run without installing."""
     script = place.parent / "bin" / "jx-neuron"
@@ -239,9 +250,12 @@ def test_commands_run_in_a_clone_with_nothing_installed(
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
         as_installed(place, monkeypatch)
-    for block in blocks(path):
-        if block.marker == "slow" or (block.language == "sh" and block.is_run):
-            subprocess_of(block, path)
+    with contextlib.ExitStack() as servers:
+        for block in blocks(path):
+            if block.marker == "server":
+                servers.enter_context(serving(block))
+            elif block.marker == "slow" or (block.language == "sh" and block.is_run):
+                subprocess_of(block, path)
 
 
 def test_inline_commands_have_such_options() -> None:
@@ -288,63 +302,7 @@ def test_files_that_are_named_exist() -> None:
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
-def test_the_table_of_peers_is_up_to_date() -> None:
-    listed = re.search(
-        r"^<!-- peers: .* -->\n(.*)<!-- /peers -->$", (ROOT / "docs/benchmarks.md").read_text(), re.M | re.S
-    )
-    assert listed is not None
-    assert listed[1] == generated.peers() + "\n", "python docs/generated.py peers prints what belongs there"
-
-
-def test_the_table_of_features_names_tests_that_exist() -> None:
-    features = json.loads((ROOT / "docs" / "features.json").read_text())
-    named = {test for feature in features for backend, test in feature.items() if backend != "feature" and test}
-    assert len(named) > 20
-    for test in named:
-        file, name = test.split("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text())
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
-    assert all(any(feature[backend] for backend in ("xla", "host", "neuron")) for feature in features)
-
-
-def test_families_beside_those_of_other_projects() -> None:
-    others = json.loads((ROOT / "docs" / "families.json").read_text())
-    for project in others.values():
-        assert project["source"].startswith("https://")
-        assert re.fullmatch(r"[A-Z][a-z]+ 20\d\d", project["date"])
-        assert {*project["yes"], *project.get("contrib", ())} <= set(transformers.CONFIG_MAPPING)
-        assert not set(project["yes"]) & set(project.get("contrib", ()))
-    head, _, *rows = (re.split(r" *\| *", line)[1:-1] for line in generated.families().split("\n\n")[0].splitlines())
-    assert head == ["model_type", "jx_neuron", *others]
-    ours = {name for name, entry in FAMILIES.items() if isinstance(entry, str)}
-    assert {row[0].strip("`") for row in rows if row[1] == "yes"} == ours
-    assert rows[-1][1] == str(len(ours))
-
-
-def test_benchmark_tables_hold_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {"tokens_per_second": 9.6, "prefill_milliseconds": 70.2, "decode_over_hf": 1.5, "prefill_over_hf": 0.5}
-    engines = {
-        "jx_neuron_f32": ours,
-        "jx_neuron_bf16": {"tokens_per_second": 12.0, "decode_over_hf": 2.0},
-        "hf": {"tokens_per_second": 6.4, "prefill_milliseconds": 35.0},
-    }
-    monkeypatch.setattr(generated, "ROOT", tmp_path)
-    file = tmp_path / "benchmarks" / "results" / "gpt2.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"model": "gpt2", "rows": [{"batch": 4, "engines": engines}]}))
-    assert generated.peers().splitlines() == [
-        "| model | phase | batch | hf |",
-        "| --- | --- | --- | --- |",
-        "| gpt2 | decode | 4 | 1.50 / 2.00 |",
-        "| gpt2 | prefill | 4 | 0.50 |",
-    ]
-    assert generated.rates().splitlines()[2:] == [
-        "| gpt2 | decode | 4 | 6 | 12 | 10 |",
-        "| gpt2 | prefill | 4 | 35 |  | 70 |",
-    ]
-
-
-INSTALLED_FROM_AN_INDEX = re.compile(r"""pip3?\s+install(?:\s+[^\s&;|]+){0,6}?\s+['"]?jx[-_]neuron(?! compile)""")
+INSTALLED_FROM_AN_INDEX = re.compile(r"""pip3?\s+install(?:\s+[^\s&;|`]+){0,6}?\s+['"]?jx[-_]neuron(?! compile)""")
 
 
 def test_nothing_of_ours_is_installed_by_a_name_that_is_on_no_index() -> None:
