@@ -31,6 +31,8 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"jx_neuron {release}"
 html_theme_options = {"sidebar_hide_name": False}
 

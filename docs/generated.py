@@ -1,7 +1,6 @@
 """The parts of the documents that are made from the code, so that they cannot differ from it.
 
-`python docs/generated.py PART` prints one of them; README.md holds that of `models`, and benchmarks.md
-that of `peers`.
+`python docs/generated.py PART` prints one of them; benchmarks.md has a copy of `peers`.
 """
 
 import ast
@@ -213,11 +212,47 @@ def serve_metrics() -> str:
     return _table(("metric", "kind", "meaning"), rows)
 
 
+def notebook() -> str:
+    """The notebook of examples/ as Markdown, with its outputs; plots are data URIs."""
+    parts = []
+    for cell in json.loads((ROOT / "examples" / "sampling.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            if plot := output.get("data", {}).get("image/png"):
+                parts.append(f"![A plot of the cell above](data:image/png;base64,{''.join(plot.split())})")
+            elif text := "".join(output.get("text", output.get("data", {}).get("text/plain", ""))):
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
+def examples() -> str:
+    """The scripts of examples/, each with the first line of its documentation."""
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    lines = [(ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0] for path in scripts]
+    return _table(("script", "shows"), [(f"`{path.name}`", line) for path, line in zip(scripts, lines, strict=True)])
+
+
+def features() -> str:
+    """What each backend supports, with the test that shows it, from features.json."""
+    backends = ("xla", "host", "neuron")
+    rows = []
+    for feature in json.loads((ROOT / "docs" / "features.json").read_text()):
+        tests = [feature.get(backend, "") for backend in backends]
+        cells = [f"`{test.replace('::', '` `')}`" if "::" in test else test for test in tests]
+        rows.append((feature["feature"], *cells))
+    return _table(("feature", *(f"`{backend}`" for backend in backends)), rows)
+
+
 PARTS = {
     part.__name__: part
     for part in (
-        command_line, compiler_errors, config_fields, families, gguf, instances, known, models, neuron_config, peers,
-        rates, rooms, rules, serve_fields, serve_ignored, serve_metrics, serve_refused, targets,
+        command_line, compiler_errors, config_fields, examples, families, features, gguf, instances, known, models,
+        neuron_config, notebook, peers, rates, rooms, rules, serve_fields, serve_ignored, serve_metrics, serve_refused,
+        targets,
     )
 }  # fmt: skip
 

@@ -220,8 +220,8 @@ class Client:
     ) -> Request:
         """A request for answers to one prompt.
 
-        prompt_logprobs: gives the log-probability of each token of the prompt, and those of so many of the most likely
-                         ones; None for none.
+        prompt_logprobs: gives the log-probability of each token of the prompt, and those of this number of the most
+                         likely ones; None for none.
 
         Raises InputError where the model cannot take it.
         """

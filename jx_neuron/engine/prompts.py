@@ -161,7 +161,7 @@ def rows_of(
             )
         first, last = mask.argmax(-1), t - mask[:, ::-1].argmax(-1)
         if (mask.sum(-1) != last - first).any():
-            raise InputError("attention_mask has a gap inside a row; padding may stand only on its left and right")
+            raise InputError("attention_mask has a gap inside a row; padding may be only on its left and right")
     return [row[f:e].astype(np.int32) for row, f, e in zip(ids_bt, first, last, strict=True)]
 
 

@@ -121,8 +121,8 @@ class Calls:
     ) -> Iterator[Step]:
         """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
 
-        logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
-                  ones; 0 for the token's alone.
+        logprobs: gives the log-probability of each token by the model itself, and those of this number of the most
+                  likely ones; 0 for the token's alone.
         draft, adapter: those of `generate`.
         """
         drafter = self.drafter(draft)
@@ -240,9 +240,9 @@ class Calls:
 
         texts:  a text or several, which take a tokenizer; or token ids: a row [t], or rows of any lengths, as lists,
                 numpy, jax or torch.
-        stride: a text longer than n_positions is scored in windows that start so many tokens apart, each token with
-                what its first window holds before it (https://huggingface.co/docs/transformers/perplexity); by default
-                half of n_positions.
+        stride: a text longer than n_positions is scored in windows that start `stride` tokens apart, each token with
+                the tokens before it in its first window (https://huggingface.co/docs/transformers/perplexity); by
+                default half of n_positions.
         adapter: that of `generate`, for all, or one for each text.
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
@@ -316,7 +316,7 @@ class Calls:
 
     @property
     def limits(self) -> Limits:
-        """What a call may hold."""
+        """The largest sizes of a call."""
         return self._client.limits
 
     @property

@@ -139,7 +139,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
     @classmethod
     @accepts(LoweringOptions)
     def from_config(cls, config: Mapping[str, Any], **options: Unpack[LoweringOptions]) -> Self:
-        """Takes what a config.json says, and no weights: for `cpu_compile` and `save`, and a later `load` of it.
+        """Takes what a config.json says, and no weights: for `cpu_compile` and `save`, and a later `load`.
 
         The arguments are those of `from_pretrained`.
         """
@@ -173,8 +173,8 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
     def to_neuron(self) -> Self:
         """Reads the weights onto the devices and readies the programs.
 
-        With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles those that
-        no `load` brought. Raises CompilerError where that cannot be.
+        With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles the ones
+        that no `load` brought. Raises CompilerError where that cannot be.
         """
         self._engine()
         return self
