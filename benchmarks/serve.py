@@ -1,10 +1,10 @@
-"""Throughput and time to first token over HTTP, beside vLLM's CPU build and llama.cpp's server, as JSON.
+"""Throughput and time to first token over HTTP, beside vLLM's CPU build, vLLM with this package's plugin, and llama.cpp's server.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
     VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
 
 The model is SmolLM2 in float32. Each round times every server once, and the engine of this package without HTTP.
-Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
+It prints JSON. Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
 
 tokens_per_second: of answers to as many requests as are sent at once, each with a prompt of its own
 engine:            the same prompts by `generate`
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,11 @@ def engine(task: Task, options: argparse.Namespace) -> Callable[[list[list[int]]
     return lambda prompts: model.generate(prompts, sampling)
 
 
-PEERS: Mapping[str, Callable[[Task], Ask]] = {"vllm": vllm_server, "llama_cpp": llama_cpp_server}
+PEERS: Mapping[str, Callable[[Task], Ask]] = {
+    "vllm": vllm_server,
+    "vllm_plugin": partial(vllm_server, plugins="jx_neuron"),
+    "llama_cpp": llama_cpp_server,
+}
 
 
 def measure(

@@ -28,7 +28,8 @@ class Drawing(Protocol):
         ...
 
 
-class StepRow(NamedTuple):
+@dataclass(frozen=True)
+class StepRow:
     """Tokens of one sequence in a step.
 
     slot:    where they go; the row itself in a program that is `in_place`.

@@ -53,11 +53,11 @@ class JxNeuronPlatform(Platform):  # type: ignore[misc]
         for refused, message in (
             (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size: use --tensor-parallel-size"),
             (config.speculative_config is not None, "--speculative-config: leave it out"),
-            (config.lora_config is not None, '--enable-lora: merge one with --additional-config \'{"adapter": …}\''),
+            (config.lora_config is not None, "--enable-lora: merge one with --additional-config '{\"adapter\": …}'"),
             (config.kv_transfer_config is not None, "--kv-transfer-config: keys and values stay in their worker"),
             (
                 cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
-                "--kv-cache-dtype: use --additional-config '{\"kv_quant\": \"s8\"}'",
+                '--kv-cache-dtype: use --additional-config \'{"kv_quant": "s8"}\'',
             ),
         ):
             if refused:
@@ -91,7 +91,7 @@ class JxNeuronPlatform(Platform):  # type: ignore[misc]
         if getattr(params, "prompt_logprobs", None) is not None and not cls.options.scores:
             raise InputError(
                 "prompt_logprobs takes programs that give all logits; start vLLM with --additional-config "
-                '\'{"output_all_logits": true}\''
+                "'{\"output_all_logits\": true}'"
             )
 
     @classmethod

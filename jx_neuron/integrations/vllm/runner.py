@@ -54,7 +54,8 @@ class Chosen(NamedTuple):
     likelihood: Likelihood | None
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """Tokens of a request that go through one step."""
 
     request: Request
@@ -268,8 +269,8 @@ class Runner:
             if part.request.likelihoods is not None and logits_tv is not None:
                 part.request.likelihoods.add(part.start, logits_tv)
             if part.last:
-                chooses = logits_tv is not None and self.on_host(part.request)
-                self._drawn[part.request] = _Drawn(output, row, logits_tv[-1] if chooses else None)
+                last_v = logits_tv[-1] if logits_tv is not None and self.on_host(part.request) else None
+                self._drawn[part.request] = _Drawn(output, row, last_v)
 
     def _row(self, part: _Part) -> StepRow:
         request, start, end = part.request, part.start, part.start + part.count

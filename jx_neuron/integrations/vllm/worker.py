@@ -1,7 +1,7 @@
 """The worker: a model with its runtime, and vLLM's schedule as turns of a `Runner`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
