@@ -1,10 +1,10 @@
-"""Throughput and time to first token over HTTP, beside vLLM's CPU build, vLLM with this package's plugin, and llama.cpp's server.
+"""Throughput and time to first token over HTTP, as JSON: beside vLLM with and without our plugin, and llama.cpp.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
     VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
 
 The model is SmolLM2 in float32. Each round times every server once, and the engine of this package without HTTP.
-It prints JSON. Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
+Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
 
 tokens_per_second: of answers to as many requests as are sent at once, each with a prompt of its own
 engine:            the same prompts by `generate`

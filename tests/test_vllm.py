@@ -1,4 +1,4 @@
-"""vLLM with the plugin, in the virtual environment whose Python VLLM_PYTHON names (docs/vllm.md): against HF and ours."""
+"""vLLM with the plugin, in the virtual environment whose Python VLLM_PYTHON names (docs/vllm.md)."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 
 from jx_neuron import SamplingParams
 
+HOST = {"backend": "host", "output_all_logits": True}
 RUN = """
 import json, sys
 
@@ -34,7 +35,8 @@ if __name__ == "__main__":
         logprobs=[[d[t].logprob for t, d in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)] for o in greedy],
         of_prompts=[[d[t].logprob for t, d in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])] for o in greedy],
         seeded=answers(llm.generate(prompts, P(temperature=0.8, top_k=20, seed=7, **whole))),
-        penalized=answers(llm.generate(prompts, P(temperature=0, repetition_penalty=1.5, presence_penalty=1.0, **whole))),
+        penalized=answers(llm.generate(
+            prompts, P(temperature=0, repetition_penalty=1.5, presence_penalty=1.0, **whole))),
         several=answers(llm.generate(prompts[:1], P(temperature=0.8, seed=7, n=3, **whole))),
         regex=llm.generate(["ab"], P(temperature=0, max_tokens=8,
             structured_outputs=StructuredOutputsParams(regex="[xyz]{3}")))[0].outputs[0].text,
@@ -65,8 +67,7 @@ def run(folder: Path, prompts: list[list[int]], **more: object) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"tensor_parallel_size": 2}, {"additional_config": {"backend": "host",
-                                                                                          "output_all_logits": True}}])  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"tensor_parallel_size": 2}, {"additional_config": HOST}])
 def test_vllm_gives_what_hf_and_this_package_give(folder: Path, more: dict) -> None:
     prompts = [tiny.prompts(1, length)[0].tolist() for length in (1, 5, 33, 40, 70, 12)]
     result = run(folder, prompts, **more)

@@ -39,7 +39,7 @@ class JxNeuronWorker(WorkerBase):  # type: ignore[misc]
             raise ConfigError("jx_neuron reads weights from a checkpoint; leave out --load-format dummy")
         context, capacity = options.context_length_estimate, config.max_model_len
         if context is None and options.backend == "xla":
-            context = [size for size in CONTEXT if size <= capacity] or None
+            context = tuple(size for size in CONTEXT if size <= capacity) or None
         self._model = NeuronAutoModelForCausalLM.from_pretrained(
             config.model,
             revision=config.revision,
