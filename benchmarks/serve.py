@@ -1,4 +1,4 @@
-"""Throughput and time to first token over HTTP, beside vLLM's CPU build and llama.cpp's server, as JSON.
+"""Throughput and time to first token over HTTP, as JSON: beside vLLM with and without our plugin, and llama.cpp.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
     VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,11 @@ def engine(task: Task, options: argparse.Namespace) -> Callable[[list[list[int]]
     return lambda prompts: model.generate(prompts, sampling)
 
 
-PEERS: Mapping[str, Callable[[Task], Ask]] = {"vllm": vllm_server, "llama_cpp": llama_cpp_server}
+PEERS: Mapping[str, Callable[[Task], Ask]] = {
+    "vllm": vllm_server,
+    "vllm_plugin": partial(vllm_server, plugins="jx_neuron"),
+    "llama_cpp": llama_cpp_server,
+}
 
 
 def measure(

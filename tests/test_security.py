@@ -220,6 +220,13 @@ ALLOWED = {
         "transformers.GenerationConfig": PARTS,
         "transformers.modeling_outputs.CausalLMOutputWithPast": PARTS,
     },
+    "integrations/vllm/platform.py": {"torch.no_grad": "a context in which torch keeps no gradients"},
+    "integrations/vllm/worker.py": {
+        FROM_PRETRAINED: OWN,
+        "torch.device": TENSORS,
+        "torch.float32": TENSORS,
+        "torch.from_numpy": TENSORS,
+    },
     "engine/prompts.py": {"torch.from_numpy": TENSORS, "torch.iinfo": TENSORS},
     "engine/stopping.py": {"torch.cat": TENSORS, "torch.from_numpy": TENSORS},
     "checkpoint/gguf/tokenizer.py": {

@@ -9,15 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-import numpy as np
-
 from jx_neuron.engine.readiness import Readiness
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
 from jx_neuron.engine.slots import Copy, Slots
 from jx_neuron.step.buckets import Buckets, fit
 from jx_neuron.step.program_key import Kind, ProgramKey
-from jx_neuron.step.step_input import DRAWN_LAST, StepInput
+from jx_neuron.step.step_input import DRAWN_LAST, StepInput, StepRow
 
 VERIFY_SIZES = (2, 4, 8)
 """Tokens of steps that verify drafts, where programs are compiled on demand. On a CPU, more tokens take longer each
@@ -169,7 +167,7 @@ class Scheduler:
         while length - done > 1 and self._chunk_sizes:
             count = min(length - done, self._chunk_sizes[-1])
             t = fit(self._chunk_sizes, count)
-            keys.append(ProgramKey(key.kind, key.rows, t, self._positions(done + count, t), key.candidates))
+            keys.append(ProgramKey(key.kind, key.rows, t, self.buckets.positions(done + count, t), key.candidates))
             done += count
         if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
             rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self.running))
@@ -207,10 +205,6 @@ class Scheduler:
         sizes = self._chunk_sizes if sequence.computed else self._whole_sizes
         return min(count, sizes[-1]) if sizes else 1
 
-    def _positions(self, length: int, tokens: int) -> int:
-        """The token bucket of a step of `tokens` tokens that goes on behind others, up to `length`."""
-        return next(s for s in self.buckets.tokens if s >= length and s > tokens)
-
     def _is_short(self, sequence: Sequence) -> bool:
         """Whether a step that verifies drafts takes all that remains of a sequence: what an earlier one is to compute
         again, or tokens of which all logits are wanted."""
@@ -245,7 +239,7 @@ class Scheduler:
             wanted = self._key("decode", rows, 1, self.buckets.positions(end), sequences)
         else:
             t = fit(self._verify_sizes, most)
-            wanted = self._key("verify", rows, t, self._positions(end, t), sequences)
+            wanted = self._key("verify", rows, t, self.buckets.positions(end, t), sequences)
         return self._turn(self._fitting(wanted, behind=True) or wanted, slots, counts)
 
     def _prefill(self, sequences: SequenceOf[Sequence]) -> Turn:
@@ -263,7 +257,7 @@ class Scheduler:
             counts = list(map(self._count, alike[:n]))
             t, rows = fit(sizes, max(counts)), fit(self.prompt_rows, n)
             end = max(sequence.computed + count for sequence, count in zip(alike, counts, strict=False))
-            wanted = self._key(kind, rows, t, self._positions(end, t) if behind else t, alike[:n])
+            wanted = self._key(kind, rows, t, self.buckets.positions(end, t) if behind else t, alike[:n])
             key = self._fitting(wanted, behind=behind)
             if n == 1 or (key is not None and (self.budget is None or rows * t <= self.budget)):
                 break
@@ -284,43 +278,25 @@ class Scheduler:
 
     def _turn(self, key: ProgramKey, sequences: dict[int, Sequence], counts: dict[int, int]) -> Turn:
         """A step of sequences by row, which count as computed from now on."""
-        layouts = key.inputs(adapters=self._adapters)
-        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layouts.items()}
-        for name in ("temperature_b", "top_k_b", "top_p_b"):
-            if name in arrays:
-                arrays[name][:] = 1
-        if "slot_b" in arrays:
-            taken = {sequence.slot for sequence in sequences.values()}
-            others = iter([number for number in range(len(self.slots)) if number not in taken])
-            slot_b = [sequences[i].slot if i in sequences else next(others) for i in range(key.rows)]
-            arrays["slot_b"][:] = np.array(slot_b, np.int32)
-        turn_rows = []
+        rows, turn_rows = [], []
         for index, sequence in sequences.items():
             start, count = sequence.computed, counts[index]
             known = sequence.tokens[start : start + count]
-            unknown = [DRAWN_LAST] * (count - len(known) - len(sequence.draft))
-            arrays["tokens_bt"][index, :count] = known + unknown + sequence.draft
-            arrays["start_b"][index] = -1 - start if sequence.again else start
-            arrays["length_b"][index] = count if key.kind == "verify" else self._extent(sequence) - start
-            if self._adapters:
-                arrays["adapter_b"][index] = sequence.adapter
+            tokens = [*known, *[DRAWN_LAST] * (count - len(known) - len(sequence.draft)), *sequence.draft]
+            at = -1 - start if sequence.again else start
+            length = count if key.kind == "verify" else self._extent(sequence) - start
+            first, drawn = sequence.length - sequence.prompt, 1 + len(sequence.draft)
+            rows.append(
+                StepRow(sequence.slot or 0, tokens, at, length, sequence.drawing, first, drawn, sequence.adapter)
+            )
             last = start + count >= sequence.length
-            if sequence.drawing is not None and "temperature_b" in arrays:
-                drawing = sequence.drawing
-                arrays["temperature_b"][index], arrays["top_k_b"][index] = drawing.temperature, drawing.top_k
-                arrays["top_p_b"][index] = drawing.top_p
-                first = sequence.length - sequence.prompt
-                uniform = [drawing.uniform(first + n) for n in range(1 + len(sequence.draft))]
-                numbers = arrays["uniform_bt" if key.kind == "verify" else "uniform_b"]
-                before = 0 if key.kind != "verify" else count - len(uniform)
-                numbers.reshape(key.rows, -1)[index, before : before + len(uniform)] = uniform
             turn_rows.append(Row(index, sequence, start, count, last))
             sequence.computed, sequence.used = start + count, self._clock
             sequence.written = max(sequence.written if start and not sequence.again else 0, sequence.computed)
             sequence.again = False
             if last and sequence.drawing is not None:
                 sequence.pending += 1
-        return Turn(StepInput(key, arrays), tuple(turn_rows))
+        return Turn(StepInput.of(key, rows, len(self.slots), self._adapters), tuple(turn_rows))
 
     def take(self, sequence: Sequence, token: int) -> None:
         """The token that a step drew for a sequence, or that the host chose for it."""

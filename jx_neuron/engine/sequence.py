@@ -5,26 +5,10 @@ A sequence is tokens of which a slot of the state table holds the first `compute
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from jx_neuron.engine.drafting import Speculation
-from jx_neuron.step.step_input import StepInput
-
-
-class Drawing(Protocol):
-    """How a program draws a sequence's tokens; the numbers are those of `jx_neuron.nn.sampling.Sampling`."""
-
-    @property
-    def candidates(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    def uniform(self, index: int) -> float:
-        """The uniform number of the answer's token `index`."""
-        ...
+from jx_neuron.step.step_input import Drawing, StepInput
 
 
 @dataclass(eq=False)

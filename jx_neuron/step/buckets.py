@@ -85,13 +85,16 @@ class Buckets:
         """The longest sequence, prompt and answer together."""
         return self.tokens[-1]
 
-    def positions(self, length: int) -> int:
-        """The smallest token bucket that holds `length` positions.
+    def positions(self, length: int, tokens: int = 0) -> int:
+        """The smallest token bucket that holds `length` positions, and more than the `tokens` of a step that goes on
+        behind others.
 
         >>> Buckets.of(600).positions(130)
         256
+        >>> Buckets.of(600).positions(130, tokens=256)
+        512
         """
-        return fit(self.tokens, length)
+        return fit(self.tokens, max(length, tokens + 1))
 
     def programs(self, rows: int, candidates: int) -> list[ProgramKey]:
         """Every program that prompts and answers up to the capacity can call for.
