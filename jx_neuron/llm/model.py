@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, Unpack, overload
 
+from jx_neuron import distributed
 from jx_neuron.config import GenerationConfig, NeuronConfig
 from jx_neuron.engine import prompts, scoring
 from jx_neuron.engine.answer import Step
@@ -70,6 +71,7 @@ class NeuronAutoModelForCausalLM:
     def _start(self) -> Engine:
         jobs = self.neuron_config.compilation_worker_count
         runtime = self._origin.runtime(self.backend, self._deployment, jobs)
+        runtime = distributed.shared(runtime, self.settings, self.config)
         return Engine.of_model(runtime, self.settings, self._origin.first_not_finite)
 
     @classmethod
