@@ -47,7 +47,7 @@ def main() -> None:
         from jx_neuron.runtime import xla
 
         request_devices(tp // count)
-        assert models and xla and jax.devices()
+        assert all((models, xla, jax.devices()))
         (out / f"base-{rank}").write_text(str(memory("VmHWM")))
     model = NeuronAutoModelForCausalLM.from_pretrained(
         folder, tp_degree=tp, batch_size=4, n_positions=96, context_length_estimate=32

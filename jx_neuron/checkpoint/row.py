@@ -247,6 +247,7 @@ class W:
         sizes, axis = self.sizes(config), self._split.index(True)
         letter, padding = self.letters[axis], padding.of(self.layer)
         names = list(self.names(sizes))
+        arrays: list[Any]
         if letter == self.stacked:
             entry_n = self._of_core(padding.apply(np.arange(1, len(names) + 1), 0, letter), padding, core, 0)
             shape = self.source_shape(sizes)

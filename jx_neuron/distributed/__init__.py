@@ -1,11 +1,11 @@
 """One model on the devices of several processes, which may be on several hosts.
 
-    from jx_neuron import NeuronAutoModelForCausalLM, distributed
+from jx_neuron import NeuronAutoModelForCausalLM, distributed
 
-    distributed.join("host1,host2")          # the same script in every process
-    model = NeuronAutoModelForCausalLM.from_pretrained("my-llama", tp_degree=8)
-    distributed.follow(model)                # returns in the first process alone
-    print(model.generate("Once upon a time"))
+distributed.join("host1,host2")          # the same script in every process
+model = NeuronAutoModelForCausalLM.from_pretrained("my-llama", tp_degree=8)
+distributed.follow(model)                # returns in the first process alone
+print(model.generate("Once upon a time"))
 """
 
 import atexit
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 
@@ -23,12 +23,9 @@ from jx_neuron.distributed.shared import Follower, Shared
 from jx_neuron.errors import InputError
 from jx_neuron.runtime.base import Runtime
 
-if TYPE_CHECKING:
-    from jx_neuron.llm.model import NeuronAutoModelForCausalLM
-
 __all__ = ["follow", "group", "join"]
 
-NEVER = 10**6  # seconds: the group notices the dead itself
+_NEVER = 10**6  # seconds: the group notices the dead itself
 
 _group: Group | None = None
 _runtimes: list[tuple[Runtime, str]] = []
@@ -61,7 +58,7 @@ def join(hosts: str = AUTO, rank: int | None = None) -> Group:
         found.count,
         found.rank,
         local_device_ids=None,
-        heartbeat_timeout_seconds=NEVER,
+        heartbeat_timeout_seconds=_NEVER,
         shutdown_timeout_seconds=1,
     )
     return _group
@@ -77,7 +74,11 @@ def shared(runtime: Runtime, settings: Any, config: Any) -> Runtime:
     return Shared(runtime, _group, len(_runtimes) - 1, model) if _group.is_leader else runtime
 
 
-def follow(*models: "NeuronAutoModelForCausalLM") -> None:
+class _Model(Protocol):
+    def to_neuron(self) -> Any: ...
+
+
+def follow(*models: _Model) -> None:
     """Reads the weights of `models`, the same in every process. In the first process it then returns; in the others it
     runs what the first does until that ends, and then ends with status 0; with 1 after an error."""
     for model in models:

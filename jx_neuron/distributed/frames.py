@@ -1,6 +1,6 @@
 """Messages between processes: a header in JSON, and numpy arrays as they are in memory.
 
-    length of the header, 4 bytes, big-endian | header | arrays
+length of the header, 4 bytes, big-endian | header | arrays
 """
 
 import json

@@ -121,7 +121,7 @@ class Group:
             connection.sendall(Message("refused", {"reason": reason}).encoded())
             connection.close()
             raise InputError(f"a process cannot join: {reason}")
-        self._connections[rank] = connection
+        self._connections[int(rank or 0)] = connection
 
     def _follow(self) -> str:
         hosts, end = self.hosts, time.monotonic() + START_SECONDS

@@ -97,7 +97,7 @@ class Logits:
 
 def gathered(logits: jax.Array) -> np.ndarray:
     """An array of all processes' devices, whole; every process has to call it."""
-    everywhere = NamedSharding(logits.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+    everywhere = NamedSharding(logits.sharding.mesh, PartitionSpec())
     return np.asarray(jax.jit(lambda array: array, out_shardings=everywhere)(logits))
 
 

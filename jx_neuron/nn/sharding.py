@@ -52,8 +52,8 @@ def spread(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
     if rest or min(map(len, own)) < each:
         raise InputError(
             f"tp_degree={count} over {len(processes)} processes takes a multiple of {len(processes)}, and {each} "
-            f"devices of each; JAX has {', '.join(str(len(devices)) for devices in own)} ({devices[0].platform}). Where "
-            "something has used JAX before the model was made, call jx_neuron.request_devices first"
+            f"devices of each; JAX has {', '.join(str(len(devices)) for devices in own)} ({devices[0].platform}). "
+            "Where something has used JAX before the model was made, call jx_neuron.request_devices first"
         )
     return [device for devices in own for device in devices[:each]]
 
