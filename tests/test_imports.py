@@ -16,7 +16,7 @@ LEVELS = [
     {"step"},
     {"lowering"},
     {"compiler", "artifact"},
-    {"runtime"},
+    {"distributed", "runtime"},
     {"engine", "planning"},
     {"llm"},
     {"integrations", "serve"},

@@ -28,6 +28,7 @@ PUBLIC = {
         AMP ContinuousBatchingConfig GQA GenerationConfig KVCacheQuantizationConfig NeuronConfig PerRow
         QuantizationConfig dtype_of
     """,
+    "jx_neuron.distributed": "follow group join",
     "jx_neuron.errors": """
         ArtifactError CheckpointError CompilerError ConfigError InputError JxNeuronError LoweringError
         NonFiniteError
@@ -79,6 +80,7 @@ def test_a_name_without_an_underscore_is_listed(module: str) -> None:
 INTERNAL = {
     "jx_neuron.config": {"READ"},
     "jx_neuron.checkpoint.hf_config": {"in_range", "shown"},
+    "jx_neuron.distributed": {"AUTO", "Follower", "Group", "Hosts", "Shared", "end", "shared"},
     "jx_neuron.lowering.verify.checking": {"RULE_MODULES"},
 }  # of this package's own use
 

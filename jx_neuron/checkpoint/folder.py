@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from jx_neuron.checkpoint import quantized
@@ -115,6 +116,11 @@ class Checkpoint:
         """The same in parts along its first axis, where the file can be read so."""
         with boundary(self.path):
             yield from self._tensor(name).slices()
+
+    def part(self, name: str, axis: int, index_n: np.ndarray) -> Array:
+        """The entries `index_n`, ascending, of an axis of tensor `name`; no more is held where it can be read so."""
+        with boundary(self.path):
+            return self._tensor(name).part(axis, index_n)
 
     def tokenizer(self, *, plain: bool = False) -> Any:
         """The checkpoint's `transformers` tokenizer, chat template included; needs no torch.

@@ -82,10 +82,14 @@ class Layout:
     @property
     def composed(self) -> str:
         """The parameter's axes; an axis of a quotient is composed of its groups."""
-        return " ".join(
-            next((f"({b} {a}_by_{b})" for a, b in _NAME.findall(self.taken) if a == letter), letter)
-            for letter in self.after.split()
-        )
+        return " ".join(self._composed)
+
+    @property
+    def _composed(self) -> list[str]:
+        quotients = _NAME.findall(self.taken)
+        return [
+            next((f"({b} {a}_by_{b})" for a, b in quotients if a == letter), letter) for letter in self.after.split()
+        ]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that the tensor must have."""
@@ -111,6 +115,41 @@ class Layout:
         used = {letter: sizes[letter] for letter in ParsedExpression(self.composed).identifiers}
         return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
 
+    def places(self, letter: str, sizes: Mapping[str, int]) -> "Places | None":
+        """Where the parameter's entries along `letter` are in the tensor; None unless these are along one axis of it,
+        which has letters of its own and any sum."""
+        composed = dict(zip(self.after.split(), (set(re.findall(r"\w+", one)) for one in self._composed), strict=True))
+        letters = [set(group) for group in self.groups]
+        if self.parts:
+            letters = [group | set(" ".join(self.parts).split()) if PARTS in group else group for group in letters]
+        axis = next((i for i, group in enumerate(letters) if composed[letter] <= group), None)
+        if axis is None or (self.parts and PARTS not in letters[axis]):
+            return None
+        if letters[axis] & set().union(*letters[:axis], *letters[axis + 1 :]) - {"1"}:
+            return None
+        own = [one for one in self.after.split() if composed[one] <= letters[axis]]
+        used = {letter for one in (*letters[axis], *own) for letter in one.split("_by_")}
+        alone = {one: size if one in used else 1 for one, size in sizes.items()}
+        shape = self.shape(alone)
+        number = self.apply(np.arange(1, shape[axis] + 1).reshape(shape), alone)
+        return Places(axis, own, number.reshape([sizes[one] for one in own]))
+
+    def placed(self, part: np.ndarray, places: "Places", index_n: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The entries `places` of the parameter, of the entries `index_n` of the tensor's axis."""
+        axis, number = places.axis, places.number
+        if not index_n.size:
+            index_n, part = np.zeros(1, int), np.zeros((*part.shape[:axis], 1, *part.shape[axis + 1 :]), part.dtype)
+        taken = np.take(part, np.searchsorted(index_n, number - 1).clip(0, len(index_n) - 1), axis)
+        if not number.all():
+            taken *= (number > 0).reshape(*number.shape, *[1] * (part.ndim - axis - 1)).astype(part.dtype)
+        before = [f"({' '.join(group)})" for group in self.groups]
+        before[axis] = " ".join(places.letters)
+        after = zip(self.after.split(), self._composed, strict=True)
+        pattern = f"{' '.join(before)} -> {' '.join(one if one in places.letters else many for one, many in after)}"
+        sizes = self._with_quotients(sizes)
+        free = ParsedExpression(" ".join(before)).identifiers - set(places.letters)
+        return einops.rearrange(taken, pattern, **{one: sizes[one] for one in free})
+
     def restore(self, parameter: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The inverse of `apply`: the tensor, or the part that is taken, with the tensor's axes one by one."""
         sizes = self._with_quotients(sizes)
@@ -122,6 +161,19 @@ class Layout:
 
     def _lengths(self, sizes: Mapping[str, int]) -> list[int]:
         return [math.prod(sizes[letter] for letter in part.split() if letter != "1") for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Entries of a parameter, and where they are along an axis of its tensor.
+
+    letters: the axes of the parameter that the tensor's axis has.
+    number:  over those, one more than the entry of the tensor's axis; 0 is a zero that pads.
+    """
+
+    axis: int
+    letters: Sequence[str]
+    number: np.ndarray
 
 
 def restored(layouts: Sequence[Layout], parameters: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:

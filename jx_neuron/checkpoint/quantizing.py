@@ -55,5 +55,6 @@ def quantized(source: Source, wide: Source, forms: Mapping[str, Form], dtype: np
         ],
         read=read,
         split=split,
+        core=None,
         name=lambda name: source.name(parts[name][0] if name in parts else name),
     )

@@ -39,6 +39,13 @@ def affine(tensors: Tensors, name: str, grouped: bool) -> tuple[np.ndarray, np.n
     return read(name, grouped)
 
 
+def part(tensors: Tensors, name: str, axis: int, index_n: np.ndarray) -> np.ndarray:
+    """The entries `index_n`, ascending, of an axis of a tensor; the rest is not held where `tensors` has a method of
+    this name."""
+    read: Callable[..., np.ndarray] | None = getattr(tensors, "part", None)
+    return np.take(tensors.read(name), index_n, axis) if read is None else read(name, axis, index_n)
+
+
 @dataclass(frozen=True)
 class W:
     """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
@@ -258,6 +265,37 @@ class W:
             for part, layout, spec in zip(PARTS, layouts, specs, strict=True)
         )
         return a, b
+
+    def core(self, config: HFConfig, tensors: Tensors, padding: Padding, core: int) -> np.ndarray:
+        """The part of one core, padded: `pad` of `read`, divided; of HF's tensors no more is held than it takes, where
+        these can be read in part."""
+        if self.is_computed or True not in self._split:
+            whole = self.pad(self.read(config, tensors), padding)
+            return self._of_core(whole, padding, core) if True in self._split else whole
+        sizes, axis = self.sizes(config), self._split.index(True)
+        letter, padding = self.letters[axis], padding.of(self.layer)
+        names = list(self.names(sizes))
+        arrays: list[Any]
+        if letter == self.stacked:
+            entry_n = self._of_core(padding.apply(np.arange(1, len(names) + 1), 0, letter), padding, core, 0)
+            shape = self.source_shape(sizes)
+            arrays = [tensors.read(names[entry - 1]) if entry else None for entry in entry_n.tolist()]
+            dtype = next((array.dtype for array in arrays if array is not None), np.dtype(np.float32))
+            stack = np.stack([np.zeros(shape, dtype) if array is None else array for array in arrays])
+            return self._layout.apply(stack, {**sizes, letter: len(arrays)})
+        before, after = self.layout.split("->")
+        layout = parse(f"{before}->{' '.join(one for one in after.split() if one != self.stacked)}")
+        if (places := layout.places(letter, sizes)) is None:
+            return self._of_core(self.pad(self.read(config, tensors), padding), padding, core)
+        own = list(places.letters).index(letter)
+        number = self._of_core(padding.apply(places.number, own, letter), padding, core, own)
+        index_n, places = np.unique(number[number > 0]) - 1, replace(places, number=number)
+        arrays = [layout.placed(part(tensors, name, places.axis, index_n), places, index_n, sizes) for name in names]
+        return np.stack(arrays, self.letters.index(self.stacked)) if self.stacked else arrays[0]
+
+    def _of_core(self, whole: np.ndarray, padding: Padding, core: int, axis: int | None = None) -> np.ndarray:
+        axis = self._split.index(True) if axis is None else axis
+        return np.split(whole, padding.tp_degree, axis)[core]
 
     @property
     def _split(self) -> list[bool]:

@@ -91,6 +91,23 @@ class Tensor:
             for start in range(0, self.shape[0], step):
                 yield self.rows(start, min(start + step, self.shape[0]))
 
+    def part(self, axis: int, index_n: npt.NDArray[np.int64]) -> Array:
+        """The entries `index_n`, ascending, of an axis: of about `SLICE` bytes at a time, where it can be read so."""
+        if self.rows is None:
+            return np.take(self.load(), index_n, axis)
+        part = allocate((*self.shape[:axis], len(index_n), *self.shape[axis + 1 :]), self.dtype)
+        step = max(1, SLICE * self.shape[0] // max(1, self.nbytes))
+        for start in range(0, self.shape[0], step):
+            if axis:
+                stop = min(start + step, self.shape[0])
+                part[start:stop] = np.take(self.rows(start, stop), index_n, axis)
+                continue
+            low, high = np.searchsorted(index_n, (start, start + step))
+            if low < high:
+                first = int(index_n[low])
+                part[low:high] = self.rows(first, int(index_n[high - 1]) + 1)[index_n[low:high] - first]
+        return part
+
 
 def check_file(path: Path) -> None:
     """Raises CheckpointError where `path` is no file, is empty, or is a Git LFS pointer."""

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.row import REPLICATED, Tensors, W
+from jx_neuron.checkpoint.row import REPLICATED, Tensors, W, slices
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.nn.sharding import Padding
+from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.util.ondemand import OnDemand
 from jx_neuron.util.pages import scratch
 from jx_neuron.util.progress import prefetch, track
@@ -166,7 +166,8 @@ def _unclaimed(name: str, table: Sequence[W], config: HFConfig) -> str:
 
 
 def _check_copy(copy: Copy, source: str, tensors: Tensors) -> None:
-    if not np.array_equal(tensors.read(copy.name), tensors.read(source)):
+    pairs = zip(slices(tensors, copy.name), slices(tensors, source), strict=False)
+    if tensors.shape(copy.name) != tensors.shape(source) or not all(np.array_equal(*pair) for pair in pairs):
         raise CheckpointError(
             f"the checkpoint's {copy.name} differs from {source}, and the config ties the two; "
             "set tie_word_embeddings to false in config.json if they are meant to differ"
@@ -186,6 +187,7 @@ class Source:
     split:  returns its partition.
     name:   returns its name in the checkpoint.
     slices: returns a whole parameter in parts along its first axis; None where all are read whole.
+    core:   returns the part of a parameter that a core has, without reading more; None where all are read whole.
     affine: returns the scales and offsets that its numbers are stored with, or None, as Checkpoint.affine does.
     """
 
@@ -195,6 +197,7 @@ class Source:
     name: Callable[[str], str] = str
     slices: Callable[[str], Iterator[np.ndarray]] | None = None
     affine: Callable[[str, bool], tuple[np.ndarray, np.ndarray] | None] = lambda path, grouped: None
+    core: Callable[[str, int], np.ndarray] | None = None
 
     def place(
         self,
@@ -225,6 +228,28 @@ class Source:
         for path, array in arrays:
             sharding = NamedSharding(mesh, REPLICATED if path in packing else self.split(path))
             placed[path] = jax.device_put(array, sharding).block_until_ready()
+        return dict(sorted(placed.items()))
+
+    def place_own(self, mesh: Mesh, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+        """Places all parameters, of shapes and shardings `arrays`, on a mesh of several processes, of which each reads
+        what its own devices take."""
+        core_of = {device: core for core, device in enumerate(mesh.devices.flat)}
+
+        def read(path: str) -> list[np.ndarray]:
+            split, own = self.split(path), [core_of[device] for device in mesh.local_devices]
+            if AXIS not in tuple(split):
+                return [np.ascontiguousarray(self.read(path))] * len(own)
+            if self.core is not None:
+                return [np.ascontiguousarray(self.core(path, core)) for core in own]
+            parts = np.split(self.read(path), mesh.size, tuple(split).index(AXIS))
+            return [np.ascontiguousarray(parts[core]) for core in own]
+
+        placed: Params = {}
+        paths = track(self.paths, "loading weights", len(self.paths))
+        for path, parts in zip(paths, prefetch(read, self.paths), strict=True):
+            shards = [jax.device_put(part, device) for part, device in zip(parts, mesh.local_devices, strict=True)]
+            array = arrays[path]
+            placed[path] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
         return dict(sorted(placed.items()))
 
     def parts(self, tp_degree: int) -> Mapping[str, list[np.ndarray]]:
@@ -266,7 +291,11 @@ def from_checkpoint(
     def name(path: str) -> str:
         return by_path[path].name
 
-    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices, affine)
+    def core(path: str, number: int) -> np.ndarray:
+        row = by_path[path]
+        return row.core(config, tensors, padding, number).astype(row.dtype(dtype), copy=False)
+
+    return Source(list(by_path), read, split, name, None if padding.tp_degree > 1 else slices, affine, core)
 
 
 def from_params(params: Mapping[str, Any], rows: Sequence[W], padding: Padding, dtype: np.dtype[Any]) -> Source:

@@ -1,10 +1,12 @@
 """The arguments and options that commands share, and their shell completions."""
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jx_neuron.cli import interrupts
 from jx_neuron.cli.terminal import shortened
 from jx_neuron.errors import InputError
 
@@ -104,6 +106,23 @@ def adapters(pairs: list[str] | None) -> dict[str, str]:
             raise InputError(f"--adapters {pair} is not legal; it takes NAME=DIR, each with a name of its own")
         named[name] = path(folder)
     return named
+
+
+def join(hosts: str | None, rank: int | None, tp: int) -> None:
+    """Joins the processes of --hosts, where it is given."""
+    from jx_neuron import distributed
+    from jx_neuron.nn.sharding import request_devices
+
+    if hosts is None:
+        if rank is not None:
+            raise InputError("--host-rank goes with --hosts")
+        return
+    group = distributed.join(hosts, rank)
+    interrupts.at_end.append(group.close)
+    if not group.is_leader:  # launchers and terminals signal all processes, and the leader drains first
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: group.stop())
+    request_devices(-(-tp // group.hosts.count))
 
 
 def sampling(
@@ -239,6 +258,26 @@ KvQuant = Annotated[
     ),
 ]
 Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.", rich_help_panel=MODEL)]
+Hosts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST,HOST|auto",
+        help="Share the model among processes, the first of which serves; auto asks torchrun, Slurm or "
+        "LeaderWorkerSet (docs/several-hosts.md).",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+HostRank = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Which of --hosts this is.",
+        show_default="the one with an address of here",
+        rich_help_panel=MODEL,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.", rich_help_panel=MODEL)]
 NPositions = Annotated[
     int | None,

@@ -62,6 +62,8 @@ def command(
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     adapters: options.Adapters = None,
+    hosts: options.Hosts = None,
+    host_rank: options.HostRank = None,
     most_waiting: Annotated[
         int, typer.Option(min=0, metavar="N", help="Requests that may wait for a slot; beyond, 429 with Retry-After.")
     ] = 256,
@@ -93,6 +95,7 @@ def command(
     keys = api_key or [key for key in [os.environ.get(KEY, "")] if key]
     if not all(keys):
         raise InputError("--api-key is empty; give a key, or leave it out")
+    from jx_neuron import distributed
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
@@ -100,6 +103,7 @@ def command(
         from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
     except ImportError as error:
         raise InputError(f"the server cannot be imported ({error}): pip install {EXTRA}") from None
+    options.join(hosts, host_rank, tp)
     path = demo_model() if demo else options.model(argument)
     model = NeuronAutoModelForCausalLM.from_pretrained(
         path,
@@ -111,7 +115,9 @@ def command(
         revision=revision,
         adapter=adapter,
         adapters=options.adapters(adapters),
-    ).to_neuron()
+    )
+    drafter = options.drafter(draft, model)
+    distributed.follow(model, *([drafter] if isinstance(drafter, NeuronAutoModelForCausalLM) else []))
     settings = ServerSettings(
         names=served_model_name or [_name(path)],
         api_keys=keys,
@@ -126,7 +132,7 @@ def command(
     def ready(port: int) -> None:
         _announce(settings.names[0], host, port, bool(keys), as_json)
 
-    engine = AsyncEngine(model, most_waiting=most_waiting, draft=options.drafter(draft, model))
+    engine = AsyncEngine(model, most_waiting=most_waiting, draft=drafter)
     application = app(model, engine, settings)
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
 

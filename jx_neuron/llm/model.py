@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, Unpack
 
+from jx_neuron import distributed
 from jx_neuron.config import NeuronConfig
 from jx_neuron.engine.client import Client
 from jx_neuron.engine.defaults import SamplingDefaults
@@ -69,6 +70,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
     def _start(self) -> Engine:
         jobs = self.neuron_config.compilation_worker_count
         runtime = self._origin.runtime(self.backend, self._deployment, jobs)
+        runtime = distributed.shared(runtime, self.settings, self.config)
         return Engine.of_model(runtime, self.settings, self._origin.first_not_finite)
 
     @classmethod

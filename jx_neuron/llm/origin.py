@@ -173,11 +173,13 @@ class DecoderOrigin(ABC):
         return deployment().run_on(backend, parameters, jobs)
 
     def _check_host(self, positions: int) -> None:
+        from jx_neuron.lowering import _jaxlib
         from jx_neuron.planning import limits
 
         settings = self.settings
         rows = settings.batch_sizes[0]
-        limits.check_host(self.decoder, settings.tp_degree, rows, positions, settings.dtype.itemsize)
+        itemsize, processes = settings.dtype.itemsize, _jaxlib.processes()
+        limits.check_host(self.decoder, settings.tp_degree, rows, positions, itemsize, processes)
 
     def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
         """Each rank's part of each parameter, read when asked for."""

@@ -31,6 +31,13 @@ def client(devices: int) -> Any:
     return _jax.get_tfrt_cpu_client(asynchronous=True, num_devices=devices)
 
 
+def processes() -> int:
+    """How many processes `jax.distributed` has joined; no backend is started."""
+    from jax._src import distributed
+
+    return int(distributed.global_state.num_processes or 1)
+
+
 def unpartitioned_hlo(stablehlo: bytes) -> bytes:
     """An HloModuleProto of a StableHLO module, unpartitioned."""
     computation = _jax.mlir.mlir_module_to_xla_computation(stablehlo, use_tuple_args=False, return_tuple=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jx_neuron.checkpoint.row import Tensors, affine, slices
+from jx_neuron.checkpoint.row import Tensors, affine, part, slices
 from jx_neuron.errors import ConfigError
 from jx_neuron.util.arguments import shown
 
@@ -87,6 +87,10 @@ class TextTensors:
     def slices(self, name: str) -> Iterator[np.ndarray]:
         """The same in parts along its first axis, where it can be read so."""
         return slices(self.tensors, self.theirs[name])
+
+    def part(self, name: str, axis: int, index_n: np.ndarray) -> np.ndarray:
+        """Some entries of an axis of a tensor, as Checkpoint.part gives them."""
+        return part(self.tensors, self.theirs[name], axis, index_n)
 
 
 def text_name(name: str) -> str | None:

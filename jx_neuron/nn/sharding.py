@@ -41,6 +41,23 @@ def mesh(tp_degree: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices[:tp_degree]), (AXIS,))
 
 
+def spread(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """As many of the devices of each process, `count` in all, in order of processes.
+
+    Raises InputError where that cannot be.
+    """
+    processes = sorted({device.process_index for device in devices})
+    each, rest = divmod(count, len(processes))
+    own = [[device for device in devices if device.process_index == process] for process in processes]
+    if rest or min(map(len, own)) < each:
+        raise InputError(
+            f"tp_degree={count} over {len(processes)} processes takes a multiple of {len(processes)}, and {each} "
+            f"devices of each; JAX has {', '.join(str(len(devices)) for devices in own)} ({devices[0].platform}). "
+            "Where something has used JAX before the model was made, call jx_neuron.request_devices first"
+        )
+    return [device for devices in own for device in devices[:each]]
+
+
 def padded(size: int, tp_degree: int) -> int:
     """The least multiple of `tp_degree` that is at least `size`.
 

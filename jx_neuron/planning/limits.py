@@ -20,11 +20,12 @@ def check_degree(model: Decoder, tp_degree: int) -> None:
         )
 
 
-def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int) -> None:
-    """Raises InputError where weights and the cache of `batch` rows of `positions` exceed this machine's memory."""
-    outline = Outline.of(model)
-    weights = tp_degree * outline.weight_bytes(tp_degree, itemsize)
-    cache = tp_degree * outline.cache_bytes(tp_degree, batch, positions, itemsize)
+def check_host(model: Decoder, tp_degree: int, batch: int, positions: int, itemsize: int, processes: int = 1) -> None:
+    """Raises InputError where weights and the cache of `batch` rows of `positions` exceed this machine's memory; of
+    several processes, the share of one."""
+    outline, cores = Outline.of(model), -(-tp_degree // processes)
+    weights = cores * outline.weight_bytes(tp_degree, itemsize)
+    cache = cores * outline.cache_bytes(tp_degree, batch, positions, itemsize)
     check_memory(weights + cache, f"tp_degree={tp_degree}, {batch} rows and {positions} positions take")
 
 

@@ -35,6 +35,8 @@ class Sharded:
         return Ops(cores=self._mesh.size)
 
     def _place(self, source: Source) -> Params:
+        if self._mesh.is_multi_process:
+            return source.place_own(self._mesh, self._decoder.abstract_params(self._dtype, self._mesh))
         return source.place(self._mesh)
 
     def state(self, slots: int, positions: int, *, verifies: bool) -> State:

@@ -34,6 +34,9 @@ def mesh(tp_degree: int) -> Mesh:
 
     Raises InputError where JAX has too few devices of another kind.
     """
+    if jax.distributed.is_initialized():
+        sharding.request_devices(-(-tp_degree // _jaxlib.processes()))
+        return sharding.mesh(tp_degree, sharding.spread(jax.devices(), tp_degree))
     devices = jax.devices()
     if len(devices) < tp_degree and devices[0].platform == "cpu":
         devices = _jaxlib.client(tp_degree).devices()
@@ -119,8 +122,7 @@ class XlaRuntime:
             return self._grown(self._state, slots, positions)
         empty = self._shapes(slots, positions)
         self._check_memory(empty)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), empty)
-        return jax.device_put(zeros, jax.tree.map(_sharding, empty))
+        return jax.tree.map(_zeros, empty)
 
     def _grown(self, state: State, slots: int, positions: int) -> State:
         slots, positions = max(slots, state.slots), max(positions, state.positions)
@@ -180,6 +182,11 @@ class XlaRuntime:
             executable = lowered.compile()
         release_memory()
         return executable
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda _: np.zeros(shape, leaf.dtype))
 
 
 def _sharding(leaf: Any) -> Any:

@@ -1,0 +1,160 @@
+"""A runtime of several processes: the leader sends each call to the others, which make the same calls in order."""
+
+import queue
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from threading import RLock
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jx_neuron.distributed.frames import Message
+from jx_neuron.distributed.group import SILENCE_SECONDS, Group, end
+from jx_neuron.errors import InputError, JxNeuronError
+from jx_neuron.runtime.base import Runtime
+from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step_input import StepInput, StepOutput
+
+
+class Shared:
+    """A leader's runtime.
+
+    model: what identifies the model; it has to be the same in every process.
+    """
+
+    _order = RLock()  # of all runtimes: collectives start in the same order everywhere
+
+    def __init__(self, runtime: Runtime, group: Group, number: int, model: str):
+        self._runtime, self._group, self._number = runtime, group, number
+        self._steps = 0
+        self._call("model", model=model)
+
+    @property
+    def programs(self) -> frozenset[ProgramKey] | None:
+        return self._runtime.programs
+
+    def loaded(self, program: ProgramKey) -> bool:
+        return self._runtime.loaded(program)
+
+    def load(self, programs: Iterable[ProgramKey]) -> None:
+        if keys := [key for key in programs if not self.loaded(key)]:
+            self._call("load", keys=[asdict(key) for key in keys])
+            self._runtime.load(keys)
+
+    def run(self, step: StepInput) -> StepOutput:
+        with self._order:
+            self._call("run", step.arrays, key=asdict(step.key))
+            try:
+                token_b1, logits = self._runtime.run(step)
+            except JxNeuronError:  # the others raise it too
+                raise
+            except Exception as error:
+                end(f"process 0 cannot run a step ({error}), so all processes end")
+            self._steps += 1
+            return StepOutput(token_b1, Logits(self, logits, self._steps))
+
+    def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
+        with self._order:
+            self._call("copy", {"source_n": source_n, "target_n": target_n})
+            self._runtime.copy(source_n, target_n)
+
+    def clear(self, slot_n: np.ndarray) -> None:
+        with self._order:
+            self._call("clear", {"slot_n": slot_n})
+            self._runtime.clear(slot_n)
+
+    def reset(self, slots: int, positions: int) -> None:
+        with self._order:
+            self._call("reset", slots=slots, positions=positions)
+            self._runtime.reset(slots, positions)
+
+    def gather(self, logits: Any, step: int) -> np.ndarray:
+        """Logits of the last step, whole."""
+        with self._order:
+            if step != self._steps:
+                raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
+            self._call("gather")
+            return gathered(logits)
+
+    def _call(self, kind: str, arrays: Any = None, **fields: Any) -> None:
+        with self._order:
+            self._group.send(Message(kind, {"runtime": self._number, **fields}, arrays or {}))
+
+
+class Logits:
+    """Logits on the devices of all processes, joined when read. The next run overwrites them."""
+
+    def __init__(self, runtime: Shared, logits: Any, step: int):
+        self._runtime, self._logits, self._step = runtime, logits, step
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._runtime.gather(self._logits, self._step), dtype)
+
+
+def gathered(logits: jax.Array) -> np.ndarray:
+    """An array of all processes' devices, whole; every process has to call it."""
+    everywhere = NamedSharding(logits.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(lambda array: array, out_shardings=everywhere)(logits))
+
+
+class Follower:
+    """Makes the leader's calls on the runtimes of this process."""
+
+    def __init__(self, group: Group, runtimes: list[tuple[Runtime, str]]):
+        self._group, self._runtimes = group, runtimes
+        self._loader = ThreadPoolExecutor(1, "jx-neuron-loader")
+        self._logits: dict[int, Any] = {}
+
+    def run(self) -> None:
+        """Returns once the leader has ended."""
+        error: JxNeuronError | None = None
+        while (message := self._next(error)).kind != "close":
+            try:
+                self._do(message)
+                error = None
+            except JxNeuronError as raised:
+                error = raised
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self, error: JxNeuronError | None) -> Message:
+        """The next call; after an error that of a leader which has it too. Raises the error for any other."""
+        if error is None:
+            return self._group.received.get()
+        with suppress(queue.Empty):
+            message = self._group.received.get(timeout=SILENCE_SECONDS / 4)
+            if message.kind in ("reset", "close"):
+                return message
+        raise error
+
+    def _do(self, message: Message) -> None:
+        fields, arrays = dict(message.fields), message.arrays
+        number = fields.pop("runtime")
+        runtime, model = self._runtimes[number]
+        match message.kind:
+            case "model":
+                if fields["model"] != model:
+                    raise InputError(
+                        f"process 0 has another model ({fields['model']}) than process {self._group.hosts.rank} "
+                        f"({model}); start the same command, with the same files, on every host"
+                    )
+            case "load":
+                self._loader.submit(runtime.load, [ProgramKey(**key) for key in fields["keys"]])
+            case "run":
+                key = ProgramKey(**fields["key"])
+                if not runtime.loaded(key):  # the loader may be at it
+                    self._loader.submit(lambda: None).result()
+                self._logits[number] = runtime.run(StepInput(key, arrays)).logits
+            case "gather":
+                gathered(self._logits[number])
+            case "copy":
+                runtime.copy(arrays["source_n"], arrays["target_n"])
+            case "clear":
+                runtime.clear(arrays["slot_n"])
+            case "reset":
+                runtime.reset(fields["slots"], fields["positions"])
+            case kind:
+                raise InputError(f"process 0 asks for {kind!r}, which this version does not know")

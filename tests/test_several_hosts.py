@@ -1,0 +1,178 @@
+"""Several processes give the tokens of one, and end together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import serving
+import tiny
+import torch
+import transformers
+from families import OPTIONS
+
+from jx_neuron.distributed.frames import Message, ProtocolError, receive
+from jx_neuron.distributed.hosts import PORT, Hosts
+from jx_neuron.errors import InputError
+
+SCRIPT = Path(__file__).with_name("several_hosts.py")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextmanager
+def processes(commands: list[list[object]]) -> Iterator[list[subprocess.Popen[str]]]:
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), "JAX_PLATFORMS": "cpu"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    started = [subprocess.Popen([sys.executable, *map(str, command)], **pipes) for command in commands]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def spread(folder: Path, out: Path, count: int, tp: int, what: str = "answers") -> list[list[object]]:
+    out.mkdir()
+    port = free_port()
+    return [[SCRIPT, rank, count, port, tp, folder, out, what] for rank in range(count)]
+
+
+def answers(folder: Path, out: Path, count: int, tp: int) -> dict[str, list[object]]:
+    with processes(spread(folder, out, count, tp)) as started:
+        for process in started:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    return json.loads((out / "answers.json").read_text())
+
+
+def same(one: dict[str, list[object]], several: dict[str, list[object]]) -> None:
+    np.testing.assert_allclose(several.pop("logits"), one.pop("logits"), atol=1e-4)
+    assert several == one
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **OPTIONS[name][0])
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "tp"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mixtral"])
+def test_the_tokens_of_one_process(name: str, count: int, tp: int, tmp_path: Path) -> None:
+    folder = tiny.saved("llama", tmp_path / "model") if name == "llama" else checkpoint(name, tmp_path / "model")
+    same(answers(folder, tmp_path / "one", 1, tp), answers(folder, tmp_path / "several", count, tp))
+
+
+def wait_for(path: Path, started: list[subprocess.Popen[str]], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in started), [p.communicate() for p in started]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_all(victim: int, number: int, tmp_path: Path) -> None:
+    folder = tiny.saved("llama", tmp_path / "model")
+    with processes(spread(folder, tmp_path / "out", 2, 2, "wait")) as started:
+        wait_for(tmp_path / "out" / "ready", started)
+        began = time.monotonic()
+        started[victim].send_signal(number)
+        _, errors = started[1 - victim].communicate(timeout=30)
+        assert time.monotonic() - began < 30
+        assert started[1 - victim].returncode == 1
+        assert f"process {victim} of 2 is gone" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", [0, 1])
+def test_a_server_of_two_processes_ends_with_its_leader(to: int, tmp_path: Path) -> None:
+    folder, port = serving.checkpoint(tmp_path / "model"), free_port()
+    hosts = ["--hosts", f"127.0.0.1:{port},127.0.0.1", "--tp", 2, "--n-positions", 64, "--batch-size", 2]
+    serve = ["-m", "jx_neuron", "serve", folder, "--port", 0, "--json", *hosts, "--host-rank"]
+    with processes([[*serve, 0], [*serve, 1]]) as started:
+        url = json.loads(started[0].stdout.readline())["url"]
+        serving.wait_until_ready(url)
+        body = dict(model="model", prompt="abc", max_tokens=4, temperature=0)
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] > 0
+        started[to].send_signal(signal.SIGTERM)
+        for process in started:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
+
+
+def test_hosts_of_a_list_and_of_launchers() -> None:
+    assert Hosts.of("127.0.0.1:9000,b", 1) == Hosts("127.0.0.1", 9000, 2, 1)
+    assert Hosts.of("192.0.2.1,127.0.0.1") == Hosts("192.0.2.1", PORT, 2, 1)
+    torchrun = dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="29500")
+    assert Hosts.of("auto", environment=torchrun) == Hosts("a", 29501, 4, 3)
+    slurm = dict(SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_JOB_ID="4007", SLURM_STEP_NODELIST="trn-[012-013],x")
+    assert Hosts.of("auto", environment=slurm) == Hosts("trn-012", PORT + 7, 2, 1)
+    lws = dict(LWS_LEADER_ADDRESS="s-0.s.default", LWS_GROUP_SIZE="2", LWS_WORKER_INDEX="0")
+    assert Hosts.of("auto", environment=lws) == Hosts("s-0.s.default", PORT, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rank", "message"),
+    [
+        ("auto", None, "there is no launcher"),
+        ("127.0.0.1,127.0.0.1", None, "2 of the hosts .* --host-rank"),
+        ("127.0.0.1,,", 0, "write host1,host2"),
+        ("127.0.0.1:x", 0, "write host1,host2"),
+        ("127.0.0.1", 1, "process 1 of 1"),
+    ],
+)
+def test_hosts_that_cannot_be(hosts: str, rank: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Hosts.of(hosts, rank, environment={})
+
+
+def test_messages_arrive_whole_and_others_are_refused() -> None:
+    arrays = {"tokens_bt": np.arange(6, dtype=np.int32).reshape(2, 3), "empty": np.zeros((0, 2), np.float32)}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(Message("run", {"runtime": 1}, arrays).encoded() + Message("beat").encoded())
+        message, beat = receive(theirs), receive(theirs)
+        assert message is not None
+        assert (message.kind, message.fields, beat) == ("run", {"runtime": 1}, Message("beat"))
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(message.arrays[name], array)
+        ours.sendall(Message("beat").encoded()[:-3])
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(ProtocolError):
+            receive(theirs)
+    for listed in ([["a", "object", [1]]], [["a", "int32", [2**40]]], [["a", "int32", [-1]]], [3], 3):
+        header = json.dumps(["run", {}, listed]).encode()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(len(header).to_bytes(4, "big") + header)
+            with pytest.raises(ProtocolError):
+                receive(theirs)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"GET / HTTP/1.1\r\n")
+        with pytest.raises(ProtocolError, match=re.escape("claims a header")):
+            receive(theirs)
