@@ -93,7 +93,7 @@ def test_commands(folder: Path, tmp_path: Path) -> None:
     assert json.loads(one.read_text()) == [{"role": "system", "content": "be  brief"}]
     assert json.loads(two.read_text()) == []
     assert "/reset " in done.stderr
-    assert "(cut short by --max-new-tokens" in done.stderr
+    assert "(cut short by --max-tokens" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from packaging.metadata import Metadata
 import jx_neuron
 
 ROOT = Path(__file__).parent.parent
-KINDS = {".py", ".md", ".ipynb", ".json", ".svg", ".png", ".toml", ".typed"}
+KINDS = {".py", ".md", ".ipynb", ".json", ".svg", ".png", ".toml", ".typed", ".yml", ".cff"}
 BARE = {"LICENSE", ".gitignore", "PKG-INFO", ".ci/run"}  # files of no such kind that an sdist may hold
-FOLDERS = ("jx_neuron", "tests", "examples", "docs", "benchmarks")
+FOLDERS = (".github", "jx_neuron", "tests", "examples", "docs", "benchmarks")
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +64,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     own = {name for name in names if ".dist-info/" not in name}
     assert own == {path.relative_to(ROOT).as_posix() for path in (ROOT / "jx_neuron").rglob("*.py")} | {
-        "jx_neuron/py.typed"
-    }
+        "jx_neuron/models/known.json", "jx_neuron/py.typed",
+    }  # fmt: skip
     assert {name.rpartition("dist-info/")[2] for name in names - own} == {
         "METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE",
     }  # fmt: skip
@@ -75,7 +75,8 @@ def test_the_sdist_holds_what_building_and_testing_take(unpacked: Path) -> None:
     names = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     for folder in FOLDERS:
         assert on_disk(folder) <= names
-    assert {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"} | BARE <= names
+    root = {"pyproject.toml", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"}
+    assert root | BARE <= names
     assert {name for name in names if Path(name).suffix not in KINDS} == BARE
     assert os.access(unpacked / ".ci" / "run", os.X_OK)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jx_neuron.serve.answers import StopFilter, held_back
+from jx_neuron.engine.stopping import StopFilter, held_back
 from jx_neuron.serve.errors import APIError
 from jx_neuron.serve.protocol import NamedTool, Tool
 from jx_neuron.serve.tools import Call, Forced, Hermes, Llama, forced_schema, parser_of

@@ -30,8 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (sample, chat, serve, score, quantize, compile, check, plan, bench):
-    app.command(module.__name__.rpartition(".")[2], cls=Command)(module.command)
+COMMANDS = {
+    "Run a model": (sample, chat, serve),
+    "Measure and shrink one": (score, bench, quantize),
+    "For Trainium and Inferentia": (plan, compile, check),
+}
+for title, modules in COMMANDS.items():
+    for module in modules:
+        app.command(module.__name__.rpartition(".")[2], cls=Command, rich_help_panel=title)(module.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -35,7 +35,7 @@ def command(
 
         jx-neuron bench --demo
 
-        jx-neuron bench ./my-gpt2 --batch-size 8 --amp bf16 --json
+        jx-neuron bench ./my-gpt2 --batch-size 8 --dtype bf16 --json
     """
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jx_neuron.cli import interrupts, options
-from jx_neuron.cli.prompts import SIGN, every_line, rendered_by_template, typed
+from jx_neuron.cli.prompts import SIGN, every_line, rendered_by_template, texts_of, typed
 from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util.durable import write_file
@@ -68,19 +68,24 @@ class _Chat:
                 f"the conversation would have {len(ids)} tokens, and n_positions={capacity} leaves no room for an "
                 "answer: say less, /reset, or start with a larger --n-positions"
             )
+        from jx_neuron.engine.stopping import StopFilter
+
+        stop = StopFilter(self.sampling.stop or (), include=False)
         self.interrupt.stopped, answer, reason = False, "", None
         with closing(self.conversation.answer(self.model.request(ids, self.sampling))) as events:
             for event in events:
-                typer.echo(event.text, nl=False)
+                reason = event.finish_reason
+                text, _ = stop.add(event.text, last=reason is not None)
+                typer.echo(text, nl=False)
                 sys.stdout.flush()
-                answer, reason = answer + event.text, event.finish_reason
+                answer += text
                 if self.interrupt.stopped:
                     break
         typer.echo()
         if self.interrupt.stopped and reason is None:
             print_message("(stopped)", err=True)
         elif reason == "length":
-            print_message("(cut short by --max-new-tokens, or by n_positions)", err=True)
+            print_message("(cut short by --max-tokens, or by n_positions)", err=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def save(self, name: str) -> None:
@@ -114,17 +119,36 @@ class _Chat:
 def command(
     argument: options.Model = None,
     demo: options.Demo = False,
-    system: Annotated[
-        str, typer.Option(metavar="TEXT", help="The system message.", show_default="the chat template's, or none")
-    ] = "",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Say this, and leave after the answer; more than once for several turns.",
+            show_default=False,
+            rich_help_panel=options.PROMPTS,
+        ),
+    ] = None,
+    file: options.Files = None,
+    system: options.System = "",
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Longest answer, in tokens.", show_default="as many as there is room"),
+        typer.Option(
+            "--max-tokens",
+            "--max-new-tokens",
+            min=1,
+            metavar="N",
+            help="Longest answer, in tokens.",
+            show_default="as many as there is room",
+            rich_help_panel=options.CHOICE,
+        ),
     ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -148,6 +172,7 @@ def command(
 
     if demo == (argument is not None):
         raise InputError("name a checkpoint folder, .gguf file or hub id, or use --demo alone")
+    messages = texts_of(prompt, file)
     model = NeuronAutoModelForCausalLM.from_pretrained(
         argument or demo_model(),
         n_positions=n_positions,
@@ -158,10 +183,14 @@ def command(
         adapter=adapter,
     )
     rendered_by_template(model.tokenizer, [{"role": "user", "content": "a"}], "use jx-neuron sample")
-    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
     interrupt = _Interrupt()
     chat = _Chat(model.to_neuron(), sampling, Conversation(model.engine), interrupt)
     chat.begin(system)
+    if messages:
+        for message in messages:
+            chat.say(message)
+        return
     if not typed():
         for message in _messages(every_line()):
             if message.strip() and not chat.obey(message):

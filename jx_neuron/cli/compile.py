@@ -86,9 +86,9 @@ def command(
     Where neuronx-cc would refuse a program, nothing is written. With its weights, the folder is all that is needed to
     run: jx-neuron sample DIR.
 
-        jx-neuron compile ./opt-13b --tp 2 --amp f16 --target trn1 -o opt-13b-tp2
+        jx-neuron compile ./opt-13b --tp 2 --dtype f16 --target trn1 -o opt-13b-tp2
 
-        jx-neuron compile facebook/opt-30b --tp 8 --amp f16 --hlo-only --no-weights -o opt-30b-hlo
+        jx-neuron compile facebook/opt-30b --tp 8 --dtype f16 --hlo-only --no-weights -o opt-30b-hlo
     """
     from jx_neuron import artifact
     from jx_neuron.compiler import neuronx_cc

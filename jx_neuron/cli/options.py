@@ -96,13 +96,19 @@ def drafter(draft: str | None, target: Any) -> Any:
 
 
 def sampling(
-    max_tokens: int | None, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+    max_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: list[str] | None = None,
 ) -> "SamplingParams":
     """The likeliest token each time, unless --temperature, --top-k or --top-p is given."""
     from jx_neuron.engine.options import SamplingParams
 
     greedy = temperature is None and top_k is None and top_p is None
-    return SamplingParams(max_tokens, top_k=1 if greedy else top_k, top_p=top_p, temperature=temperature, seed=seed)
+    how = dict(top_p=top_p, temperature=temperature, seed=seed, stop=stop or None)
+    return SamplingParams(max_tokens, top_k=1 if greedy else top_k, **how)  # type: ignore[arg-type]
 
 
 def _targets() -> list[str]:
@@ -128,18 +134,74 @@ Model = Annotated[
         callback=model,
     ),
 ]
-Temperature = Annotated[float | None, typer.Option(min=0, metavar="T", help="Sample at this temperature.")]
-TopK = Annotated[int | None, typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.")]
-TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.")]
-Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.")]
+CHOICE, PROMPTS, MODEL = "How tokens are chosen", "Prompts", "Model"
+"""Titles of groups of options."""
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", "--temp", min=0, metavar="T", help="Sample at this temperature.", rich_help_panel=CHOICE
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="K", help="Sample from the K likeliest tokens; 0 for all.", rich_help_panel=CHOICE),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="Sample from the likeliest tokens that sum to P.", rich_help_panel=CHOICE),
+]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Make sampling repeatable.", rich_help_panel=CHOICE)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="End an answer before this text; more than once for several.",
+        show_default=False,
+        rich_help_panel=CHOICE,
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="A prompt; more than once for several.",
+        show_default=False,
+        rich_help_panel=PROMPTS,
+    ),
+]
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--file",
+        metavar="FILE",
+        help="Take a file's whole text for a prompt; - is standard input. More than once for several.",
+        show_default=False,
+        rich_help_panel=PROMPTS,
+    ),
+]
+System = Annotated[
+    str,
+    typer.Option("--system", metavar="TEXT", help="The system message.", show_default=False, rich_help_panel=PROMPTS),
+]
 Amp = Annotated[
-    str, typer.Option(metavar="DTYPE", help="Dtype of weights and cache: f32, f16 or bf16.", autocompletion=_amps)
+    str,
+    typer.Option(
+        "--dtype",
+        "--amp",
+        metavar="DTYPE",
+        help="Dtype of weights and cache: f32, f16 or bf16.",
+        autocompletion=_amps,
+        rich_help_panel=MODEL,
+    ),
 ]
 Quant = Annotated[
     str | None,
     typer.Option(
         metavar="FORM",
         help="Store weights in int8, int4 or fp8 (docs/quantization.md).",
+        rich_help_panel=MODEL,
         show_default=False,
         autocompletion=_quants,
     ),
@@ -153,16 +215,21 @@ KvQuant = Annotated[
     typer.Option(
         metavar="FORM",
         help="Store keys and values in int8 or fp8.",
-        show_default="as --amp",
+        show_default="as --dtype",
+        rich_help_panel=MODEL,
         autocompletion=lambda: list(KV_FORMS),
     ),
 ]
-Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.")]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")]
+Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel degree.", rich_help_panel=MODEL)]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.", rich_help_panel=MODEL)]
 NPositions = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Longest prompt and answer together.", show_default="2048, or what it was trained on"
+        min=1,
+        metavar="N",
+        help="Longest prompt and answer together.",
+        show_default="2048, or what it was trained on",
+        rich_help_panel=MODEL,
     ),
 ]
 Target = Annotated[
@@ -174,7 +241,9 @@ Target = Annotated[
         autocompletion=_targets,
     ),
 ]
-Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)
+]
 Draft = Annotated[
     str | None,
     typer.Option(
@@ -182,10 +251,18 @@ Draft = Annotated[
         help="Guess tokens ahead, by prompt lookup or a smaller model; the tokens stay the same (docs/speculation.md).",
         show_default=False,
         autocompletion=lambda: ["ngram", *models()],
+        rich_help_panel=MODEL,
     ),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Merge a LoRA adapter, a folder of PEFT or a hub id.", show_default=False),
+    typer.Option(
+        metavar="DIR",
+        help="Merge a LoRA adapter, a folder of PEFT or a hub id.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
-Demo = Annotated[bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).")]
+Demo = Annotated[
+    bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).", rich_help_panel=MODEL)
+]

@@ -71,7 +71,7 @@ def command(
 
     Times are estimates by a roofline fitted on published figures.
 
-        jx-neuron plan facebook/opt-13b --amp f16
+        jx-neuron plan facebook/opt-13b --dtype f16
 
         jx-neuron plan ./my-llama --instance trn1.32xlarge --tp 8 --batch-size 4 --plot plan.png
     """

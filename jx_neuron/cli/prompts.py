@@ -4,10 +4,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from jx_neuron.cli.options import path
 from jx_neuron.errors import InputError, JxNeuronError
 
 SIGN = "> "
@@ -22,14 +24,16 @@ class Prompt:
     ids: list[int]
 
 
-def from_text(model: Any, text: str, chat: bool) -> Prompt:
-    """A text, tokenized; with `chat`, rendered by the chat template first. Raises InputError."""
+def from_text(model: Any, text: str, chat: bool, system: str = "") -> Prompt:
+    """A text, tokenized; with `chat`, rendered by the chat template first, after a system message if any. Raises
+    InputError."""
     try:
         tokenizer = model.tokenizer if chat else model.text_tokenizer
     except JxNeuronError as error:
         raise InputError(f"{error}\nA prompt may be given as token ids: --ids 1,2,3") from error
-    message = {"role": "user", "content": text}
-    rendered = rendered_by_template(tokenizer, [message], "leave --chat out") if chat else text
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    rendered = rendered_by_template(tokenizer, messages, "leave --chat and --system out") if chat else text
     ids: list[int] = tokenizer(rendered, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise InputError(f"the prompt {text!r} has no tokens; give it some text")
@@ -49,6 +53,23 @@ def from_ids(model: Any, text: str) -> Prompt:
     except JxNeuronError:
         printed = ",".join(words)
     return Prompt(text, printed, ids)
+
+
+def read_text(name: str) -> str:
+    """The text of a file, or of standard input where `name` is "-". Raises InputError where it is not UTF-8."""
+    if name == "-" and sys.stdin is None:
+        raise InputError("standard input is closed; name a file")
+    data = sys.stdin.buffer.read() if name == "-" else Path(path(name)).expanduser().read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        where = "standard input" if name == "-" else name
+        raise InputError(f"{where} is not UTF-8 text; convert it, or name another file") from None
+
+
+def texts_of(prompts: Sequence[str] | None, files: Sequence[str] | None) -> list[str]:
+    """What --prompt and --file give; a file's last line end is left out."""
+    return [*(prompts or []), *(read_text(name).removesuffix("\n").removesuffix("\r") for name in files or [])]
 
 
 def typed() -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from jx_neuron.cli import options
-from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, typed
+from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, texts_of, typed
 from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, JxNeuronError
 
@@ -41,6 +41,8 @@ def command(
             autocompletion=options.models,
         ),
     ] = None,
+    prompt: options.Prompts = None,
+    file: options.Files = None,
     demo: options.Demo = False,
     ids: Annotated[
         list[str] | None,
@@ -49,16 +51,40 @@ def command(
             help="A prompt as token ids, such as 1,2,3; more than once for several. A model without a tokenizer "
             "answers in ids.",
             show_default=False,
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt through the tokenizer's chat template.")
+        bool,
+        typer.Option(
+            "--chat", help="Put each prompt through the tokenizer's chat template.", rich_help_panel=options.PROMPTS
+        ),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
+    system: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="The system message of each prompt; implies --chat.",
+            show_default=False,
+            rich_help_panel=options.PROMPTS,
+        ),
+    ] = "",
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens",
+            "--max-new-tokens",
+            min=1,
+            metavar="N",
+            help="Longest answer, in tokens.",
+            rich_help_panel=options.CHOICE,
+        ),
+    ] = 128,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,
+    stop: options.Stop = None,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
@@ -77,18 +103,21 @@ def command(
 
         jx-neuron sample --demo "The capital of France is"
 
-        jx-neuron sample ./my-llama --chat --temperature 0.7 "Why is the sky blue?"
+        jx-neuron sample ./my-llama --chat --temperature 0.7 -p "Why is the sky blue?" --max-tokens 64
     """
     from jx_neuron.checkpoint.demo import demo_model
     from jx_neuron.llm import NeuronAutoModelForCausalLM
 
-    texts = list(arguments or [])
-    if not demo and not texts:
+    words = list(arguments or [])
+    if not demo and not words:
         raise InputError("no model: name a checkpoint folder, .gguf file or hub id, or use --demo")
-    if chat and ids:
+    if (chat or system) and ids:
         raise InputError("--chat takes text; leave it out with --ids, or give the prompt as text")
+    name = None if demo else options.model(words.pop(0))
+    texts = words + texts_of(prompt, file)
+    chat = chat or bool(system)
     model = NeuronAutoModelForCausalLM.from_pretrained(
-        demo_model() if demo else options.model(texts.pop(0)),
+        demo_model() if name is None else name,
         batch_size=batch_size,
         n_positions=n_positions,
         tp_degree=tp,
@@ -98,16 +127,16 @@ def command(
         adapter=adapter,
     )
     drafter = options.drafter(draft, model)
-    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
-        for prompt in prompts:
-            _check_length(prompt, max_new_tokens, model.buckets.capacity)
+        for each in prompts:
+            _check_length(each, max_new_tokens, model.buckets.capacity)
         return _answers(model, prompts, sampling, as_json, drafter)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
-        prompts += [from_text(model, text, chat) for text in texts or ([] if ids else lines())]
+        prompts += [from_text(model, text, chat, system) for text in texts or ([] if ids else lines())]
         if not prompts:
             raise InputError("no prompt: give one after MODEL, or one a line on standard input")
         answers = answered(prompts)
@@ -117,7 +146,7 @@ def command(
         answers = []
         for line in lines():
             try:
-                answers += answered([from_text(model, line, chat)])
+                answers += answered([from_text(model, line, chat, system)])
             except JxNeuronError as error:
                 print_message(f"jx-neuron: {error}", err=True)
     if answers and not as_json:
@@ -127,25 +156,30 @@ def command(
 def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
     if (length := len(prompt.ids) + new) > capacity:
         raise InputError(
-            f"a prompt of {len(prompt.ids)} tokens and --max-new-tokens {new} make {length}, "
+            f"a prompt of {len(prompt.ids)} tokens and --max-tokens {new} make {length}, "
             f"beyond the {capacity} positions; shorten either, or raise --n-positions"
         )
 
 
 def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool, drafter: Any) -> list[Answer]:
     """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
+    from jx_neuron.engine.stopping import StopFilter
+
     answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
     printed = [prompt.printed for prompt in prompts]
     live = len(prompts) == 1 and not as_json
     events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True, draft=drafter)
     if live:
         typer.echo(printed[0], nl=False)
+    filters = [StopFilter(sampling.stop or (), include=False) for _ in prompts]
     ended, shown = [False] * len(prompts), 0
     for event in events:
-        answer, text = answers[event.prompt], f",{event.token}" if event.text is None else event.text
+        answer, text = answers[event.prompt], f",{event.token}"
+        if event.text is not None:
+            text, _ = filters[event.prompt].add(event.text, last=event.finish_reason is not None)
+            answer.text += text
         answer.time_to_first_token = answer.time_to_first_token or event.seconds
         answer.tokens.append(event.token)
-        answer.text += event.text or ""
         printed[event.prompt] += text
         if live:
             typer.echo(text, nl=False)

@@ -1,12 +1,12 @@
 """jx-neuron score: how well a model predicts a text."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jx_neuron.cli import options
+from jx_neuron.cli.prompts import read_text
 from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError
 
@@ -16,7 +16,8 @@ def command(
         list[str],
         typer.Argument(
             metavar="[MODEL] FILE",
-            help="A checkpoint folder, .gguf file or hub id, and a text file in UTF-8. With --demo, the file alone.",
+            help="A checkpoint folder, .gguf file or hub id, and a text file in UTF-8, or - for standard "
+            "input. With --demo, the file alone.",
             show_default=False,
             autocompletion=options.models,
         ),
@@ -54,7 +55,7 @@ def command(
 
     if len(arguments) != 2 - demo:
         raise InputError("name a model and one file of text, or with --demo the file alone")
-    text = _read(Path(options.path(arguments[-1])))
+    text = read_text(arguments[-1])
     model = NeuronAutoModelForCausalLM.from_pretrained(
         demo_model() if demo else options.model(arguments[0]),
         n_positions=n_positions,
@@ -73,10 +74,3 @@ def command(
         typer.echo(json.dumps(dict(amp=amp, quant=quant) | fields))
     else:
         print_message(f"perplexity {score.perplexity:.4f} over {score.tokens} tokens")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; convert it, or name another file") from None

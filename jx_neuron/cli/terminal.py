@@ -1,6 +1,5 @@
 """Help and messages that fit the terminal, however narrow."""
 
-import difflib
 import errno
 import os
 import re
@@ -16,9 +15,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from jx_neuron.cli import hints
+
 WHOLE: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
 NARROW = 60  # terminal columns below which help has one column of text, not two
-LIKE = 0.7  # difflib ratio from which a name is suggested for a misspelt one
 
 
 def columns(stream: IO[str]) -> int:
@@ -83,23 +83,11 @@ def show_usage_error(error: Any) -> None:
     """Prints click's error about an argument as `print_message` does, and suggests options for a misspelt one."""
     message = error.format_message()
     if getattr(error, "possibilities", None) is not None and error.ctx is not None:
-        options = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
-        names = similar(error.option_name, [*options, "--help"])
-        message = error.message.rstrip(".") + (f". Did you mean {' or '.join(map(repr, names))}?" if names else "")
+        hint = hints.for_option(error.ctx.command, error.ctx.find_root().command, error.option_name)
+        message = f"{error.message.rstrip('.')}. {hint}" if hint else error.message.rstrip(".")
     text = _fitted(f"Error: {message}", sys.stderr).removeprefix("Error: ")
     error.format_message = lambda: text
     error.show()
-
-
-def similar(typed: str, options: Sequence[str]) -> list[str]:
-    """The options that begin with `typed`, then the ones with a similar spelling.
-
-    >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
-    ['--temperature']
-    """
-    begun = [option for option in options if option.startswith(typed)]
-    names = [option.lstrip("-") for option in options if option not in begun]
-    return begun + [f"--{name}" for name in difflib.get_close_matches(typed.lstrip("-"), names, cutoff=LIKE)]
 
 
 def _fitted(text: str, stream: IO[str]) -> str:
@@ -202,15 +190,40 @@ class Command(TyperCommand):
         """The arguments of the usage line, by their names."""
         return ["[OPTIONS]", *(str(p.metavar) for p in self.params if p.param_type_name == "argument")]
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Options by group, each with its short name and the first of its long ones."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            names, text = record
+            for alias in [name for name in parameter.opts if name.startswith("--")][1:]:
+                names = names.replace(f", {alias}", "")
+            argument = parameter.param_type_name == "argument"
+            title = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
+            sections.setdefault(title, []).append((names, text))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
 
 class Group(TyperGroup):
     """Commands with this help."""
 
     context_class = _Context
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begins with. Raises click's UsageError, with what to type instead."""
+        if args[0] not in self.commands and not args[0].startswith("-") and (hint := hints.for_command(args)):
+            ctx.fail(f"No such command {shortened(args[0])!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Each command with the first paragraph of its help."""
-        with formatter.section("Commands"):
-            formatter.write_dl(
-                [(name, (command.help or "").partition("\n\n")[0]) for name, command in self.commands.items()]
-            )
+        """Commands by group, each with the first paragraph of its help."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            title = getattr(command, "rich_help_panel", None) or "Commands"
+            sections.setdefault(title, []).append((name, (command.help or "").partition("\n\n")[0]))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jx_neuron.engine.options import SamplingParams
-from jx_neuron.engine.stopping import Detokenizer
+from jx_neuron.engine.stopping import Detokenizer, StopFilter
 from jx_neuron.engine.ticket import Event
 from jx_neuron.serve.protocol import Sampling
 from jx_neuron.serve.served import Served
@@ -30,35 +30,6 @@ class Piece:
     event: Event
     finish_reason: str | None
     stop_reason: str | int | None = None
-
-
-class StopFilter:
-    """Leaves the stop string out of an answer's text, and holds text back that may begin one."""
-
-    def __init__(self, strings: Sequence[str], include: bool):
-        self._strings, self._include, self._held = strings, include, ""
-
-    def add(self, text: str, *, last: bool) -> tuple[str, str | None]:
-        """The text that is certain, and the stop string that ends it."""
-        text = self._held + text
-        matches = [(at, string) for string in self._strings if (at := text.find(string)) >= 0]
-        if last and matches:
-            at, string = min(matches)
-            return text[: at + len(string) if self._include else at], string
-        count = 0 if last else held_back(text, self._strings)
-        self._held = text[len(text) - count :]
-        return text[: len(text) - count], None
-
-
-def held_back(text: str, strings: Sequence[str]) -> int:
-    """The length of the longest end of `text` that begins one of `strings`.
-
-    >>> held_back("one <to", ["<tool>"])
-    3
-    """
-    most = max((len(string) for string in strings), default=0)
-    ends = (text[-count:] for count in range(min(most, len(text)), 0, -1))
-    return next((len(end) for end in ends if any(string.startswith(end) for string in strings)), 0)
 
 
 class Answers:

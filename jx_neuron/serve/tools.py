@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jx_neuron.serve.answers import held_back
+from jx_neuron.engine.stopping import held_back
 from jx_neuron.serve.errors import invalid
 from jx_neuron.serve.protocol import NamedTool, Tool
 
