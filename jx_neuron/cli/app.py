@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from jx_neuron.cli import bench, chat, check, compile, interrupts, plan, quantize, sample, score, serve
+from jx_neuron.cli import bench, chat, check, compile, info, interrupts, models, plan, quantize, sample, score, serve
 from jx_neuron.cli.terminal import Command, Group, Output, plain_warnings, print_message, shortened, show_usage_error
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.util import temporary
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 COMMANDS = {
     "Run a model": (sample, chat, serve),
+    "Choose one": (models, info),
     "Measure and shrink one": (score, bench, quantize),
     "For Trainium and Inferentia": (plan, compile, check),
 }
