@@ -13,11 +13,13 @@ from jx_neuron.errors import ArtifactError, LoweringError
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.operators import CUSTOM_CALLS
+from jx_neuron.nn.lora import PARTS, Adapters, part_of
 from jx_neuron.nn.sharding import padded
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.parsing import boundary
 
 KINDS = ("param", "state", "input", "rank")  # in the order of a program's inputs
+MOST_LAYERS = 1024
 
 
 def check_fit(
@@ -32,6 +34,7 @@ def check_fit(
     dtype: np.dtype[Any],
     vocab_size: int,
     quant: QuantizationConfig | None,
+    adapters: Adapters | None,
 ) -> None:
     """Raises ArtifactError unless `program` is the step of `key` (`jx_neuron.step`) and has the signature of `hlo`.
 
@@ -39,11 +42,14 @@ def check_fit(
                              `state_dtypes` the dtypes of arrays that have one of their own.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     quant: how weights are quantized; None where they are not.
+    adapters: those that rows name; None where there are none.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):
         raise _misfit(program, f"its inputs are not of the kinds {', '.join(KINDS)}, in this order")
-    expected = [(name, dims, np.dtype(type_).name) for name, (dims, type_) in key.inputs().items()]
+    expected = [
+        (name, dims, np.dtype(type_).name) for name, (dims, type_) in key.inputs(adapters=adapters is not None).items()
+    ]
     if _layouts(by_kind["input"]) != expected or any(set(tensor.partition) - {None} for tensor in by_kind["input"]):
         raise _misfit(program, f"it takes {_listed(by_kind['input'])}, not {expected}")
     if _layouts(by_kind["rank"]) not in ([], [("rank", (1,), "int32")]):
@@ -61,7 +67,9 @@ def check_fit(
             f"its state has {_listed(others or tables)}, not {slots} slots of {positions} positions, {dtype.name}, of "
             f"{', '.join(state)}",
         )
-    _check_codes(program, {tensor.name: tensor for tensor in by_kind["param"]}, quant, dtype)
+    parameters = {tensor.name: tensor for tensor in by_kind["param"]}
+    _check_codes(program, parameters, quant, dtype)
+    _check_adapters(program, parameters, adapters)
     _check_outputs(program, by_kind["state"], key, vocab_size)
     _check_hlo(program, hlo)
 
@@ -101,6 +109,24 @@ def _check_codes(
             codes, scales = (parameters[f"{path}.{part}"] for part in ("codes", "scales"))
             if 2 * math.prod(codes.shape) != (quant.group_size or 0) * math.prod(scales.shape):
                 raise _misfit(program, f"{_listed([codes, scales])} are not of group_size={quant.group_size}")
+
+
+def _check_adapters(program: ProgramSpec, parameters: Mapping[str, TensorSpec], adapters: Adapters | None) -> None:
+    """Raises ArtifactError unless there are A and B of `adapters`, and of no others, beside each matrix of theirs."""
+    actual = {name for name in parameters if name.rpartition(".")[2] in PARTS}
+    if adapters is None:
+        if actual:
+            raise _misfit(program, f"it takes {min(actual)}, and its settings have no adapters")
+        return
+    matrices = {name.removesuffix(".codes"): 0 for name in parameters}
+    paths = adapters.paths(matrices, MOST_LAYERS)
+    expected = {part_of(path, part) for path in paths for part in PARTS}
+    if not paths or actual != expected:
+        raise _misfit(program, f"it has no A and B, or others, where its settings have {len(adapters.names)} adapters")
+    for path in paths:
+        a, b = (parameters[part_of(path, part)].shape for part in PARTS)
+        if (a[0], a[-1], *b[:2]) != (*adapters.sizes.values(), *adapters.sizes.values()):
+            raise _misfit(program, f"A and B of {path} are {list(a)} and {list(b)}, not of {adapters.sizes}")
 
 
 def _stored_forms(path: str, quant: QuantizationConfig | None, dtype: np.dtype[Any]) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
 from jx_neuron.nn.encoded import StateDtype
+from jx_neuron.nn.lora import Adapters
 from jx_neuron.step.buckets import MOST_BUCKETS, Buckets
 from jx_neuron.step.program_key import ProgramKey
 
@@ -62,6 +63,7 @@ class Settings:
     state_dtypes: the dtypes of those arrays that have one of their own, whatever `amp` is.
     quant:        how weights are quantized; None where they are not.
     speculation:  tokens of the programs that verify drafts, ascending; none where there are no such programs.
+    adapters:     those that each row of a program names one of; None where there are none.
 
     Raises ValueError for settings that contradict each other.
     """
@@ -83,6 +85,7 @@ class Settings:
     state_dtypes: Annotated[Mapping[str, StateDtype], Field(max_length=MOST_ENTRIES)] = field(default_factory=dict)
     quant: QuantizationConfig | None = None
     speculation: Annotated[tuple[Positive, ...], Field(max_length=MOST_BUCKETS)] = ()
+    adapters: Adapters | None = None
 
     __pydantic_config__ = RECORD
 

@@ -134,6 +134,15 @@ def restored(layouts: Sequence[Layout], parameters: Sequence[np.ndarray], sizes:
     return einops.rearrange(whole, f"{' '.join(first.axes)} -> {first.before}")
 
 
+def axes_of(text: str) -> list[str]:
+    """The axes of one side of a pattern as they are written.
+
+    >>> axes_of("(k ([n/k h] + h + h)) d")
+    ['(k ([n/k h] + h + h))', 'd']
+    """
+    return re.findall(r"\((?:[^()]|\([^()]*\))*\)|\S+", text)
+
+
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layout:
     """The layout that `text` writes. Raises ValueError unless it has one arrow, and in a sum one part in brackets."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in folders of PEFT, and the tensors of a checkpoint with one merged into them.
+"""LoRA adapters in folders of PEFT.
 
 W' = W + s·B·A, where s = alpha / r, or alpha / √r with rslora (Hu et al., arXiv:2106.09685; Kalajdzievski,
 arXiv:2312.03732).
@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.hub import local_path
-from jx_neuron.checkpoint.row import Tensors, W, slices
 from jx_neuron.checkpoint.tensor_files import Tensor, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
+from jx_neuron.nn.lora import MOST_RANK
 from jx_neuron.util.arguments import shown
 from jx_neuron.util.parsing import boundary, read_json_file, typed
 
@@ -46,7 +45,7 @@ ABSENT: tuple[Any, ...] = (None, False, [], {})
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _LAYER = r".*?\.[^.]*\.(\d+)\."
 Names = list[str] | str
-Rank = Annotated[int, Field(gt=0, le=2**20)]
+Rank = Annotated[int, Field(gt=0, le=MOST_RANK)]
 
 
 class LoraConfig(BaseModel):
@@ -116,6 +115,10 @@ class Pair:
         """s·B·A, float32 [outputs, inputs]."""
         a, b = (tensor.load().astype(np.float32) for tensor in (self.a, self.b))
         return (b @ a) * np.float32(self.scale)
+
+    def scaled_b(self) -> np.ndarray:
+        """s·B, float32 [outputs, r]."""
+        return self.b.load().astype(np.float32) * np.float32(self.scale)
 
 
 @dataclass(frozen=True)
@@ -195,83 +198,3 @@ def _pair(file: Path, module: str, parts: Mapping[str, Tensor], config: LoraConf
             f"[outputs, r] with r={rank}, which {ADAPTER_CONFIG} says. {MERGE}."
         )
     return Pair(a, b, config.scale(module))
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Tensors of a checkpoint, of which some have something added, in float32."""
-
-    tensors: Tensors
-    added: Mapping[str, Callable[[], np.ndarray]]
-
-    def names(self) -> Iterable[str]:
-        """The names of the tensors."""
-        return self.tensors.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self.tensors.shape(name)
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor."""
-        array = self.tensors.read(name)
-        return array.astype(np.float32) + self.added[name]() if name in self.added else array
-
-    def slices(self, name: str) -> Iterator[np.ndarray]:
-        """The same in parts along its first axis, where it can be read so and nothing is added to it."""
-        return iter([self.read(name)]) if name in self.added else slices(self.tensors, name)
-
-
-def merged(
-    tensors: Tensors,
-    adapter: Adapter,
-    rows: Iterable[W],
-    matches: Sequence[W],
-    config: HFConfig,
-    text_name: Callable[[str], str | None],
-) -> Merged:
-    """A checkpoint's tensors with an adapter merged into them.
-
-    rows:      rows of the weight table that fill the model's parameters, alternatives too.
-    matches:   those of `rows` that the checkpoint has tensors for, with its names.
-    text_name: returns the name that a tensor of a multimodal model has in its text model; None for others.
-
-    Raises CheckpointError for a module that the model does not have, or has in other sizes.
-    """
-    places = dict(_places(rows, matches, config))
-    names = {module: f"{module}.weight" for module in adapter.pairs}
-    names = {module: text_name(name) or name for module, name in names.items()}
-    if unknown := [module for module, name in names.items() if name not in places]:
-        some = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-        raise CheckpointError(
-            f"{adapter.path} has A and B of {some}, and the model has no such matrix of its own; is it an adapter of "
-            f"another model? {MERGE}."
-        )
-    added: dict[str, Callable[[], np.ndarray]] = {}
-    for module, pair in adapter.pairs.items():
-        name, row = places[names[module]]
-        transposed, shape = row.has_inputs_first, tuple(tensors.shape(name))
-        if pair.shape != (shape[::-1] if transposed else shape):
-            raise CheckpointError(
-                f"{adapter.path}: B·A of {module} is {list(pair.shape)}, [outputs, inputs], and the model's "
-                f"{name} {'[inputs, outputs]' if transposed else '[outputs, inputs]'} {list(shape)}; it is an adapter "
-                "of another model."
-            )
-        added[name] = _transposed(pair.product) if transposed else pair.product
-    return Merged(tensors, added)
-
-
-def _transposed(product: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-    return lambda: product().T
-
-
-def _places(rows: Iterable[W], matches: Sequence[W], config: HFConfig) -> Iterable[tuple[str, tuple[str, W]]]:
-    """Of each name that HF has for a matrix: the checkpoint's name, and a row that reads it."""
-    by_target = {row.target: row for row in matches}
-    for row in rows:
-        match, sizes = by_target[row.target], row.sizes(config)
-        if row.is_computed or not row.name.endswith(".weight") or len(row.source_shape(sizes)) != 2:
-            continue
-        if (row.axes, row.parts, row.part) == (match.axes, match.parts, match.part):
-            for name, there in zip(row.names(sizes), match.names(sizes), strict=True):
-                yield name, (there, match)

@@ -10,8 +10,9 @@ from einops import EinopsError
 from jax.sharding import PartitionSpec
 
 from jx_neuron.checkpoint.hf_config import HFConfig
-from jx_neuron.checkpoint.layout import Layout, parse, restored
+from jx_neuron.checkpoint.layout import Layout, axes_of, parse, restored
 from jx_neuron.errors import ConfigError
+from jx_neuron.nn.lora import COUNT, PARTS, RANK, part_of
 from jx_neuron.nn.sharding import AXIS, Padding
 
 REPLICATED = PartitionSpec()
@@ -200,7 +201,7 @@ class W:
     def read(self, config: HFConfig, tensors: Tensors) -> np.ndarray:
         """The parameter, unpadded: computed, or laid out of HF's tensors."""
         sizes = self.sizes(config)
-        return self._laid_out(
+        return self.laid_out(
             [self.compute(config)] if self.is_computed else [*map(tensors.read, self.names(sizes))], sizes
         )
 
@@ -212,9 +213,10 @@ class W:
         if not pairs or any(pair is None for pair in pairs):
             return None
         scales, offsets = zip(*pairs, strict=True)
-        return self._laid_out(scales, sizes), self._laid_out(offsets, sizes)
+        return self.laid_out(scales, sizes), self.laid_out(offsets, sizes)
 
-    def _laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+    def laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+        """Our layout of HF's tensors, one or those that are stacked."""
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 
     def slices(self, config: HFConfig, tensors: Tensors) -> Iterator[np.ndarray]:
@@ -230,6 +232,32 @@ class W:
             if split:
                 array = padding.of(self.layer).apply(array, axis, letter)
         return array
+
+    def low_rank(self) -> tuple["W", "W"] | None:
+        """The rows of A and B of adapters, [i, r, inputs] and [i, outputs, r] in HF's layout; None where the parameter
+        is no matrix of one tensor that has its inputs before or behind its outputs."""
+        written, groups = axes_of(self.layout.split("->")[0]), self._layout.groups
+        if self.stacked or self.is_computed or len(written) != 2:
+            return None
+        at = 0 if self.has_inputs_first else 1
+        inputs, ours = groups[at], self.letters
+        outputs = [letter for letter in ours if letter not in inputs]
+        if ours not in (inputs + outputs, outputs + inputs):
+            return None
+        split = dict(zip(ours, (*self.partition, *[None] * len(ours)), strict=False))
+        layouts = (
+            f"{COUNT} {RANK} {written[at]} -> {COUNT} {' '.join(inputs)} {RANK}",
+            f"{COUNT} {written[1 - at]} {RANK} -> {COUNT} {RANK} {' '.join(outputs)}",
+        )
+        specs = (
+            PartitionSpec(None, *(split[letter] for letter in inputs), None),
+            PartitionSpec(None, None, *(split[letter] for letter in outputs)),
+        )
+        a, b = (
+            W(self.source, part_of(self.target, part), layout, spec, self.exact, self.layer)
+            for part, layout, spec in zip(PARTS, layouts, specs, strict=True)
+        )
+        return a, b
 
     @property
     def _split(self) -> list[bool]:

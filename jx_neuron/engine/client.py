@@ -22,7 +22,7 @@ from jx_neuron.engine.stopping import Criteria, Detokenizer
 from jx_neuron.engine.ticket import Event, Ticket
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.step.buckets import MOST_ROWS
-from jx_neuron.util.arguments import integer
+from jx_neuron.util.arguments import integer, per_row, shown
 
 
 @dataclass
@@ -55,16 +55,36 @@ class Client:
         """The number of answers to each prompt."""
         return self.settings.slots // self.limits.batch
 
-    def forward(self, input_ids: Any, cache_ids: Any, start_ids: Any) -> Any:
+    def adapter_numbers(self, adapter: Any, rows: int) -> list[int]:
+        """The number of each row's adapter, by the name of one for all, or of one for each; 0 for None.
+
+        Raises InputError for an adapter that the model does not have.
+        """
+        names = self.settings.adapters.names if self.settings.adapters else ()
+
+        def number(name: str, one: Any) -> int:
+            if one is None:
+                return 0
+            if not isinstance(one, str) or one not in names:
+                legal = ", ".join(map(repr, names)) or "none; make it with adapters={name: folder}"
+                raise InputError(f"{name}={shown(one)} is no adapter of this model; it has {legal}")
+            return 1 + names.index(one)
+
+        return per_row("adapter", adapter, rows, number)
+
+    def forward(self, input_ids: Any, cache_ids: Any, start_ids: Any, adapter: Any = None) -> Any:
         """Logits of prompts, or of tokens that continue a thread's last call, or numbered sequences."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
-        if self.neuron_config.continuous_batching is not None and start_ids is not None:
+        numbered = self.neuron_config.continuous_batching is not None and start_ids is not None
+        if adapter is not None and (numbered or cache_ids is not None):
+            raise InputError("adapter goes with prompts alone: what goes on keeps that of its prompt; leave it out")
+        if numbered:
             return prompts.like(input_ids, self._of_numbered(ids_bt, cache_ids, start_ids))
         every = self.neuron_config.output_all_logits
         if cache_ids is None:
             self.last.close()
-            rows = self._rows(ids_bt, start_ids)
-            return self.last.begin(self.engine(), rows).logits(every)
+            rows, adapters = self._rows(ids_bt, start_ids), self.adapter_numbers(adapter, len(ids_bt))
+            return self.last.begin(self.engine(), rows, adapters).logits(every)
         start_b = prompts.starts(cache_ids, start_ids, ids_bt.shape, self.limits)
         logits_btv = self.last.at(start_b).extend(ids_bt, every)
         return logits_btv if every else logits_btv[:, 0]
@@ -102,12 +122,13 @@ class Client:
         options: Options,
         streamer: Any,
         drafter: Drafter | None = None,
+        adapter: Any = None,
     ) -> Any:
         """Prompts and answers, as the type of `input_ids`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
         restore = prompts.restore_as(input_ids, self.settings.vocab_size)
         streamed = np.asarray if isinstance(input_ids, list | tuple) else restore
-        answers = self.steps(ids_bt, sequence_length, start_ids, options, drafter=drafter)
+        answers = self.steps(ids_bt, sequence_length, start_ids, options, drafter=drafter, adapter=adapter)
         parts = [np.repeat(ids_bt, self.copies, axis=0)]
         try:
             with closing(answers):
@@ -132,6 +153,7 @@ class Client:
         logprobs: int | None = None,
         text: bool = False,
         drafter: Drafter | None = None,
+        adapter: Any = None,
     ) -> Generator[Step, None, None]:
         """Yields the answers to a batch of prompts step by step; nothing runs before the first `next`."""
         ids_bt = prompts.batch_of(input_ids, self.limits)
@@ -142,6 +164,7 @@ class Client:
             self.limits.capacity if sequence_length is None else sequence_length, ids_bt.shape[1], self.limits
         )
         rows = self._rows(ids_bt, start_ids, options.get("attention_mask"))
+        adapters = self.adapter_numbers(adapter, len(rows))
         copies, room = self.copies, length - ids_bt.shape[1]
         choices = self.defaults.choices(options, len(rows) * copies, room, samples=True, logprobs=logprobs)
         criteria = criteria_of(options.get("stopping_criteria_list"))
@@ -153,23 +176,27 @@ class Client:
         def run() -> Generator[Step, None, None]:
             tickets: list[Ticket] = []
             texts: list[Detokenizer] = []
-            for row in map(np.ndarray.tolist, rows if room else ()):
+            for row, number in zip(map(np.ndarray.tolist, rows), adapters, strict=True) if room else ():
                 first = len(tickets)
                 answers = choices[first : first + copies]
-                tickets += self.engine().submit(row, answers, first, tokenizer, drafter=drafter)
+                tickets += self.engine().submit(row, answers, first, tokenizer, drafter=drafter, adapter=number)
                 if text and tokenizer is not None:
                     texts += [Detokenizer(tokenizer, row, skip_special_tokens=True) for _ in range(copies)]
             yield from steps(tickets, pad, texts, criteria, logprobs)
 
         return run()
 
-    def events(self, several: Any, sampling: Any, drafter: Drafter | None = None) -> Iterator[Event]:
+    def events(
+        self, several: Any, sampling: Any, drafter: Drafter | None = None, adapter: Any = None
+    ) -> Iterator[Event]:
         """Yields every token of the answers to any number of prompts as it is drawn."""
-        return self._generation(several, sampling, drafter)[1]
+        return self._generation(several, sampling, drafter, adapter)[1]
 
-    def generations(self, several: Any, sampling: Any, drafter: Drafter | None = None) -> list[Generation]:
+    def generations(
+        self, several: Any, sampling: Any, drafter: Drafter | None = None, adapter: Any = None
+    ) -> list[Generation]:
         """The whole answers to any number of prompts."""
-        requests, events = self._generation(several, sampling, drafter)
+        requests, events = self._generation(several, sampling, drafter, adapter)
         return generation.whole(requests, events)
 
     def request(
@@ -178,6 +205,7 @@ class Client:
         sampling: SamplingParams,
         prompt_logprobs: int | None = None,
         drafter: Drafter | None = None,
+        adapter: Any = None,
     ) -> Request:
         """A request for answers to one prompt.
 
@@ -190,11 +218,11 @@ class Client:
         if prompt_logprobs is not None:
             integer("prompt_logprobs", prompt_logprobs, least=0, most=self.settings.vocab_size)
             self._require_all_logits("prompt_logprobs")
-        choices = self._choices(tokens, sampling)
-        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs, drafter)
+        choices, (number,) = self._choices(tokens, sampling), self.adapter_numbers(adapter, 1)
+        return Request(tokens, choices, self._tokenizer_for(choices, text=True), prompt_logprobs, drafter, number)
 
     def _generation(
-        self, several: Any, sampling: Any, drafter: Drafter | None
+        self, several: Any, sampling: Any, drafter: Drafter | None, adapter: Any
     ) -> tuple[list[Request], Iterator[Event]]:
         rows = [self._prompt(prompt, number) for number, prompt in enumerate(prompts.several(several))]
         samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(rows)
@@ -203,7 +231,8 @@ class Client:
         choices = [self._choices(row, params) for row, params in zip(rows, samplings, strict=True)]
         tokenizer = self._tokenizer_for([answers[0] for answers in choices], text=True)
         requests = [
-            Request(row, answers, tokenizer, drafter=drafter) for row, answers in zip(rows, choices, strict=True)
+            Request(row, answers, tokenizer, drafter=drafter, adapter=number)
+            for row, answers, number in zip(rows, choices, self.adapter_numbers(adapter, len(rows)), strict=True)
         ]
         self.last.close()
         return requests, generation.events(self.engine(), requests)
@@ -231,13 +260,13 @@ class Client:
             sampling.options, answers, steps, samples=False, logprobs=sampling.logprobs, grammar=sampling.grammar
         )
 
-    def log_likelihoods(self, rows: Sequence[Any], stride: int | None) -> list[scoring.Parts]:
+    def log_likelihoods(self, rows: Sequence[Any], stride: int | None, adapter: Any = None) -> list[scoring.Parts]:
         """The log-probability of each token of each row, given those before it."""
         self._require_all_logits("scores")
         tokens = [self._row(row, f"row {number}") for number, row in enumerate(rows)]
-        stride = scoring.stride_of(stride, self.limits.capacity)
+        stride, adapters = scoring.stride_of(stride, self.limits.capacity), self.adapter_numbers(adapter, len(rows))
         self.last.close()
-        return scoring.log_likelihoods(self.engine(), tokens, stride)
+        return scoring.log_likelihoods(self.engine(), tokens, stride, adapters)
 
     def _require_all_logits(self, what: str) -> None:
         if self.defaults.candidates is not None and not self.settings.all_logits:
@@ -246,15 +275,16 @@ class Client:
                 "make the model with neuron_config=NeuronConfig(output_all_logits=True)"
             )
 
-    def keep_prefix(self, input_ids: Any) -> None:
-        """Computes one row of tokens and keeps it as a prefix; None drops the kept prefix."""
+    def keep_prefix(self, input_ids: Any, adapter: Any = None) -> None:
+        """Computes one row of tokens and keeps it as a prefix of an adapter; None drops the kept prefix."""
         if input_ids is None:
             self.engine().keep_prefix(None)
             return
         row = prompts.row_of(input_ids, self.limits)
         prompts.batch_of(row[None], self.limits)
+        (number,) = self.adapter_numbers(adapter, 1)
         self.last.close()
-        self.engine().keep_prefix(row.tolist())
+        self.engine().keep_prefix(row.tolist(), number)
 
     def _tokenizer_for(self, choices: Sequence[Choice], text: bool) -> Any:
         """The tokenizer where stop strings need it, or where `text` is true and there is one; else None."""

@@ -75,6 +75,7 @@ class Engine:
             rotations=None if settings.rotations is None else Rotations(*settings.rotations),
             window=settings.window,
             verify_sizes=VERIFY_SIZES if on_demand else settings.speculation,
+            adapters=settings.adapters is not None,
         )
         return cls(runtime, scheduler, settings.vocab_size, first_not_finite)
 
@@ -86,6 +87,7 @@ class Engine:
         tokenizer: Any = None,
         prompt_logprobs: int | None = None,
         drafter: Drafter | None = None,
+        adapter: int = 0,
     ) -> list[Ticket]:
         """Submits a prompt, for one answer by each of `choices`; the prompt is computed once.
 
@@ -94,10 +96,12 @@ class Engine:
         prompt_logprobs: how many of the most likely tokens the first ticket has at each position of the prompt, with
                          their log-probabilities; None for no log-probabilities of the prompt.
         drafter:         guesses what follows; None for no drafts.
+        adapter:         the number of the answers' adapter; 0 for none.
         """
         tokens = [int(token) for token in prompt]
         tickets = [
-            Ticket(self, tokens, choice, row + number, tokenizer, drafter) for number, choice in enumerate(choices)
+            Ticket(self, tokens, choice, row + number, tokenizer, drafter, adapter)
+            for number, choice in enumerate(choices)
         ]
         if prompt_logprobs is not None:
             tickets[0].score_prompt(prompt_logprobs)
@@ -208,13 +212,14 @@ class Engine:
                 for sequence in sequences:
                     self.scheduler.pause(sequence)
 
-    def keep_prefix(self, tokens: SequenceOf[int] | None) -> None:
-        """Computes tokens once, for the sequences that start with them; None drops the kept prefix."""
+    def keep_prefix(self, tokens: SequenceOf[int] | None, adapter: int = 0) -> None:
+        """Computes tokens once, for the sequences of an adapter that start with them; None drops the kept prefix."""
         with self.lock:
             self.scheduler.slots.keep_prefix(None, aside=False)
             if tokens is None:
                 return
-            sequence = Sequence([int(token) for token in tokens], sink=Collector(self, every=False, holds=True))
+            sink = Collector(self, every=False, holds=True)
+            sequence = Sequence([int(token) for token in tokens], adapter=adapter, sink=sink)
             self.compute([sequence])
             target_slot = self.scheduler.slots.keep_prefix(sequence, aside=self.runtime.programs is None)
             if target_slot is not None:

@@ -60,6 +60,7 @@ class Request:
     tokenizer:       None for events without text.
     prompt_logprobs: the number of most likely tokens at each position of the prompt; None for no log-probabilities.
     drafter:         guesses what follows; None for no drafts.
+    adapter:         the number of the answers' adapter; 0 for none.
     """
 
     prompt: Sequence[int]
@@ -67,6 +68,7 @@ class Request:
     tokenizer: Any
     prompt_logprobs: int | None = None
     drafter: Drafter | None = None
+    adapter: int = 0
 
 
 class RunningAnswer:
@@ -91,7 +93,13 @@ class RunningAnswer:
 def start(engine: Engine, request: Request, number: int = 0) -> list[RunningAnswer]:
     """Submits a request, prompt `number` of its call."""
     tickets = engine.submit(
-        request.prompt, request.choices, number, request.tokenizer, request.prompt_logprobs, request.drafter
+        request.prompt,
+        request.choices,
+        number,
+        request.tokenizer,
+        request.prompt_logprobs,
+        request.drafter,
+        request.adapter,
     )
     return [RunningAnswer(ticket, request, number, answer) for answer, ticket in enumerate(tickets)]
 

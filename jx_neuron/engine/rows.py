@@ -36,9 +36,13 @@ class Rows:
     computed again when it is extended.
     """
 
-    def __init__(self, engine: Engine, rows: SequenceOf[np.ndarray]):
+    def __init__(self, engine: Engine, rows: SequenceOf[np.ndarray], adapters: SequenceOf[int] | None = None):
+        """adapters: the number of each row's adapter; None for none."""
         self._engine = engine
-        self._sequences = [Sequence(row.tolist(), sink=Collector(engine)) for row in rows]
+        self._sequences = [
+            Sequence(row.tolist(), adapter=adapter, sink=Collector(engine))
+            for row, adapter in zip(rows, adapters or [0] * len(rows), strict=True)
+        ]
 
     @property
     def count(self) -> int:
@@ -106,9 +110,9 @@ class LastRows(threading.local):
 
     _rows: Rows | None = None
 
-    def begin(self, engine: Engine, rows: SequenceOf[np.ndarray]) -> Rows:
-        """Replaces the rows by new ones."""
-        self._rows = Rows(engine, rows)
+    def begin(self, engine: Engine, rows: SequenceOf[np.ndarray], adapters: SequenceOf[int]) -> Rows:
+        """Replaces the rows by new ones, of adapters by number."""
+        self._rows = Rows(engine, rows, adapters)
         return self._rows
 
     def at(self, start_n: np.ndarray) -> Rows:

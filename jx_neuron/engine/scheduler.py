@@ -40,6 +40,7 @@ class Scheduler:
     budget:       most tokens of prompts in a turn, where one row does not take more; None for no limit. Within a
                   budget, chunks behind others take the fewest rows.
     verify_sizes: tokens of steps that verify drafts, ascending.
+    adapters:     whether the model has adapters, and steps the number of each row's.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Scheduler:
         window: int | None = None,
         budget: int | None = None,
         verify_sizes: SequenceOf[int] = VERIFY_SIZES,
+        adapters: bool = False,
     ):
         self.buckets, self.batch_sizes, self.prompt_rows = buckets, batch_sizes, prompt_rows or batch_sizes
         sizes = buckets.context if chunk_sizes is None else chunk_sizes
@@ -60,6 +62,7 @@ class Scheduler:
         self._chunk_sizes = [t for t in sizes if 1 < t < buckets.capacity]
         self._verify_sizes = [t for t in verify_sizes if t < buckets.capacity]
         self._candidates, self._rotations, self._window, self.budget = candidates, rotations, window, budget
+        self._adapters = adapters
         self.slots = Slots(batch_sizes[-1], buckets.context[-1], rotations, window)
         self._waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -281,7 +284,8 @@ class Scheduler:
 
     def _turn(self, key: ProgramKey, sequences: dict[int, Sequence], counts: dict[int, int]) -> Turn:
         """A step of sequences by row, which count as computed from now on."""
-        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in key.inputs().items()}
+        layouts = key.inputs(adapters=self._adapters)
+        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layouts.items()}
         for name in ("temperature_b", "top_k_b", "top_p_b"):
             if name in arrays:
                 arrays[name][:] = 1
@@ -298,6 +302,8 @@ class Scheduler:
             arrays["tokens_bt"][index, :count] = known + unknown + sequence.draft
             arrays["start_b"][index] = -1 - start if sequence.again else start
             arrays["length_b"][index] = count if key.kind == "verify" else self._extent(sequence) - start
+            if self._adapters:
+                arrays["adapter_b"][index] = sequence.adapter
             last = start + count >= sequence.length
             if sequence.drawing is not None and "temperature_b" in arrays:
                 drawing = sequence.drawing

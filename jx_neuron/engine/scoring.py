@@ -53,13 +53,21 @@ def stride_of(stride: Any, capacity: int) -> int:
     return max(1, capacity // 2) if stride is None else integer("stride", stride, most=capacity)
 
 
-def log_likelihoods(engine: Engine, rows: SequenceOf[np.ndarray], stride: int) -> list[Parts]:
-    """The log-probability of each row's tokens [t]. Rows of similar length share steps. `stride` is that of `score`."""
+def log_likelihoods(
+    engine: Engine, rows: SequenceOf[np.ndarray], stride: int, adapters: SequenceOf[int]
+) -> list[Parts]:
+    """The log-probability of each row's tokens [t], by its adapter. Rows of similar length share steps. `stride` is
+    that of `score`."""
     capacity = engine.scheduler.buckets.capacity
     parts = [Parts(np.zeros(len(row) - 1, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
     windows = [window for n, row in enumerate(rows) for window in _windows(engine, n, row, capacity, stride, parts[n])]
     windows.sort(key=lambda window: -len(window.tokens))
-    engine.compute([Sequence(window.tokens.tolist(), every_logits=True, sink=window) for window in windows])
+    engine.compute(
+        [
+            Sequence(window.tokens.tolist(), every_logits=True, adapter=adapters[window.row], sink=window)
+            for window in windows
+        ]
+    )
     return parts
 
 
@@ -68,7 +76,7 @@ class _Window(Collector):
 
     def __init__(self, engine: Engine, row: int, start: int, scored: int, tokens: np.ndarray, parts: Parts):
         super().__init__(engine, row, every=True)
-        self.tokens = tokens
+        self.row, self.tokens = row, tokens
         self._start, self._scored, self._parts = start, scored, parts
 
     def add(self, begin: int, logits_tv: np.ndarray) -> None:

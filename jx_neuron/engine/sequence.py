@@ -36,6 +36,7 @@ class Sequence:
     limit:        most tokens that it may come to by drawing; no more than `prompt` for one that draws none.
     drawing:      how programs draw; None where they do not: the host chooses, or nobody does.
     every_logits: the logits of every token are wanted, not only of the last.
+    adapter:      the number of its adapter; 0 for none. What another adapter computed is of no use to it.
     source:       a sequence that begins with the same tokens, to copy them from.
     extents:      of each given token, the length of the sequence that it was computed in, which RoPE may depend on.
     computed:     how many tokens the slot holds, or will once the steps under way have run.
@@ -54,6 +55,7 @@ class Sequence:
     drawing: Drawing | None = None
     every_logits: bool = False
     source: "Sequence | None" = None
+    adapter: int = 0
     extents: list[int] = field(default_factory=list)
     prompt: int = 0
     sink: Any = None
@@ -89,7 +91,14 @@ class Sequence:
 
     def fork(self) -> "Sequence":
         """Another that begins with the same tokens, which are copied where they can be."""
-        return Sequence(list(self.tokens), extents=list(self.extents), prompt=self.prompt, source=self, sink=self.sink)
+        return Sequence(
+            list(self.tokens),
+            source=self,
+            adapter=self.adapter,
+            extents=list(self.extents),
+            prompt=self.prompt,
+            sink=self.sink,
+        )
 
     def crop(self, length: int) -> None:
         """Forgets the tokens from `length` on."""

@@ -16,13 +16,14 @@ Copy = tuple[int, int]
 
 @dataclass
 class Slot:
-    """A slot's owner; without one, its tokens and their former owner."""
+    """A slot's owner; without one, its tokens, their former owner, and the adapter that computed them."""
 
     owner: "weakref.ref[Sequence] | None" = None
     tokens: list[int] = field(default_factory=list)
     prompt: int = 0
     former: "weakref.ref[Sequence] | None" = None
     extent: int = 0
+    of_adapter: int = 0
 
     @property
     def sequence(self) -> Sequence | None:
@@ -34,6 +35,12 @@ class Slot:
         """The most tokens that the slot held since its first."""
         owner = self.sequence
         return self.extent if owner is None else owner.written
+
+    @property
+    def adapter(self) -> int:
+        """The number of the adapter that computed what the slot holds."""
+        owner = self.sequence
+        return self.of_adapter if owner is None else owner.adapter
 
 
 class _Choice(NamedTuple):
@@ -60,6 +67,7 @@ class Slots:
         self._slots = [Slot() for _ in range(count)]
         self.prefix: list[int] = []
         """Tokens that are kept for sequences that start with them: their slot is taken by others last."""
+        self._prefix_adapter = 0
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots)
@@ -83,10 +91,11 @@ class Slots:
         aside: in a slot behind the decoding ones. Its number is returned, and the caller copies the sequence there.
         """
         del self._slots[self._count :]
-        self.prefix = [] if sequence is None else list(sequence.tokens)
+        self.prefix, self._prefix_adapter = ([], 0) if sequence is None else (list(sequence.tokens), sequence.adapter)
         if sequence is None or not aside:
             return None
-        self._slots.append(Slot(None, self.prefix, sequence.prompt, extent=sequence.written))
+        kept = Slot(None, self.prefix, sequence.prompt, extent=sequence.written, of_adapter=sequence.adapter)
+        self._slots.append(kept)
         return len(self._slots) - 1
 
     def forget(self) -> None:
@@ -116,7 +125,12 @@ class Slots:
         if sequence.slot is not None:
             valid = min(sequence.computed, len(sequence.tokens))
             self._slots[sequence.slot] = Slot(
-                None, sequence.tokens[:valid], sequence.prompt, weakref.ref(sequence), sequence.written
+                None,
+                sequence.tokens[:valid],
+                sequence.prompt,
+                weakref.ref(sequence),
+                sequence.written,
+                sequence.adapter,
             )
             sequence.slot = None
 
@@ -171,7 +185,7 @@ class Slots:
         return _Choice(number, source if reusable[source] else None, reusable[source])
 
     def _shared(self, sequence: Sequence, slot: Slot) -> int:
-        if sequence.every_logits and sequence.source is None:
+        if (sequence.every_logits and sequence.source is None) or slot.adapter != sequence.adapter:
             return 0
         owner = slot.sequence
         if owner is None:
@@ -188,7 +202,7 @@ class Slots:
             if not self._rotations.same(prompt, sequence.prompt):
                 return 0
             valid = min(valid, prompt, sequence.prompt)
-        prefix = min(len(self.prefix), valid)
+        prefix = min(len(self.prefix), valid) if self._prefix_adapter == sequence.adapter else 0
         if prefix and sequence.tokens[: len(self.prefix)] == self.prefix and tokens[:prefix] == self.prefix[:prefix]:
             return prefix
         if self._least is None:
@@ -197,7 +211,8 @@ class Slots:
         return count if count >= self._least else 0
 
     def _keeps_prefix(self, slot: Slot) -> bool:
-        return bool(self.prefix) and slot.tokens[: len(self.prefix)] == self.prefix
+        same = slot.adapter == self._prefix_adapter
+        return bool(self.prefix) and same and slot.tokens[: len(self.prefix)] == self.prefix
 
 
 def _common(a: SequenceOf[int], b: SequenceOf[int], most: int) -> int:

@@ -56,6 +56,7 @@ class Ticket:
         row: int,
         tokenizer: Any,
         drafter: Drafter | None = None,
+        adapter: int = 0,
     ):
         self._engine, self._choice, self._row = engine, choice, row
         self._began = time.perf_counter()
@@ -68,7 +69,8 @@ class Ticket:
         self._of_prompt: PromptLikelihoods | None = None
         self._grammar = None if choice.grammar is None else choice.grammar.copy()
         self._drawing = None if choice.on_host else choice.draw
-        self.sequence = Sequence(list(prompt), len(prompt) + choice.steps, self._drawing, sink=self)
+        limit = len(prompt) + choice.steps
+        self.sequence = Sequence(list(prompt), limit, self._drawing, adapter=adapter, sink=self)
         if drafter is not None:
             self.sequence.speculation = Speculation(drafter, self.sequence.tokens)
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:  # running a saved model needs no model code
     from jx_neuron.engine.options import SamplingParams
 
 
+AdapterNames = str | Sequence[str | None] | None
+"""An adapter by name for all rows, or one for each; None for none."""
+
+
 class NeuronAutoModelForCausalLM:
     """A decoder of any supported family.
 
@@ -94,6 +98,8 @@ class NeuronAutoModelForCausalLM:
         revision, token, local_files_only, cache_dir: huggingface-hub's, for a hub id.
         adapter:                 a LoRA adapter, a folder of PEFT or a hub id, merged into the weights in float32 before
                                  they are cast or quantized.
+        adapters:                LoRA adapters by name, folders of PEFT or hub ids, side by side in every program: each
+                                 row names one, or none (docs/adapters.md).
         context_unroll, unroll:  of transformers-neuronx; have no effect: programs for Neuron have every layer.
 
         Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
@@ -107,7 +113,7 @@ class NeuronAutoModelForCausalLM:
             return cls(checkpoint, backend, options["neuron_config"])
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
-        if options["adapter"] is not None:
+        if options["adapter"] is not None or options["adapters"]:
             raise ArtifactError("a saved model takes no adapter; save it anew, from its checkpoint with the adapter")
         saved = SavedModel.open(os.fspath(path))
         require_saved(options, saved.settings)
@@ -256,13 +262,21 @@ class NeuronAutoModelForCausalLM:
             "Threads may share it; another process makes its own with from_pretrained"
         )
 
-    def __call__(self, input_ids: Any, cache_ids: Any = None, start_ids: Any = None) -> Any:
+    def __call__(
+        self,
+        input_ids: Any,
+        cache_ids: Any = None,
+        start_ids: Any = None,
+        *,
+        adapter: AdapterNames = None,
+    ) -> Any:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
         cache_ids: None for prompts, which empty the cache first; or the position of the first token, or of each, to go
                    on from what this thread's last call left.
         start_ids: [b], the first real position of each left-padded row; where `cache_ids` go on, that of its prompt.
+        adapter:   that of `generate`, of prompts.
 
         With `NeuronConfig(continuous_batching=…)`, start_ids [n] or [n, 1] are the sequences of the rows, and cache_ids
         [n, t] the positions of their tokens, followed by 0 for padding. A sequence begins at position 0, and goes on
@@ -271,7 +285,7 @@ class NeuronAutoModelForCausalLM:
 
         Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
         """
-        return self._client.forward(input_ids, cache_ids, start_ids)
+        return self._client.forward(input_ids, cache_ids, start_ids, adapter)
 
     forward = __call__
 
@@ -283,6 +297,7 @@ class NeuronAutoModelForCausalLM:
         *,
         streamer: Any = None,
         draft: Any = None,
+        adapter: AdapterNames = None,
         **options: Unpack[Options],
     ) -> Any:
         """Continues each row up to `sequence_length` tokens, the prompt counted, or until all rows have ended.
@@ -291,7 +306,7 @@ class NeuronAutoModelForCausalLM:
         sequence_length: by default the GenerationConfig's max_length, or else n_positions.
         start_ids:       [b], the first real position of each left-padded row.
         streamer:        an HF streamer; its put() gets the prompt, then the tokens of each step.
-        draft:           that of `generate`.
+        draft, adapter:  those of `generate`.
         options:         those of `jx_neuron.engine.options.Options`: top_k, top_p, temperature, seed and more. What
                          is not given is the GenerationConfig's, or else top_k=50: see "Defaults" in
                          docs/getting-started.md.
@@ -304,7 +319,7 @@ class NeuronAutoModelForCausalLM:
         Threads may call at once; they take turns.
         """
         drafter = self.drafter(draft)
-        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer, drafter)
+        return self._client.sample(input_ids, sequence_length, start_ids, options, streamer, drafter, adapter)
 
     def stream(
         self,
@@ -314,17 +329,25 @@ class NeuronAutoModelForCausalLM:
         *,
         logprobs: int | None = None,
         draft: Any = None,
+        adapter: AdapterNames = None,
         **options: Unpack[Options],
     ) -> Iterator[Step]:
         """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
 
         logprobs: gives the log-probability of each token by the model itself, and those of so many of the most likely
                   ones; 0 for the token's alone.
-        draft:    that of `generate`.
+        draft, adapter: those of `generate`.
         """
         drafter = self.drafter(draft)
         return self._client.steps(
-            input_ids, sequence_length, start_ids, options, logprobs=logprobs, text=True, drafter=drafter
+            input_ids,
+            sequence_length,
+            start_ids,
+            options,
+            logprobs=logprobs,
+            text=True,
+            drafter=drafter,
+            adapter=adapter,
         )
 
     @overload
@@ -335,6 +358,7 @@ class NeuronAutoModelForCausalLM:
         *,
         stream: Literal[False] = False,
         draft: Any = None,
+        adapter: AdapterNames = None,
     ) -> list[Generation]: ...
     @overload
     def generate(
@@ -344,6 +368,7 @@ class NeuronAutoModelForCausalLM:
         *,
         stream: Literal[True],
         draft: Any = None,
+        adapter: AdapterNames = None,
     ) -> Iterator[Event]: ...
     def generate(
         self,
@@ -352,6 +377,7 @@ class NeuronAutoModelForCausalLM:
         *,
         stream: bool = False,
         draft: Any = None,
+        adapter: AdapterNames = None,
     ) -> list[Generation] | Iterator[Event]:
         """Answers to any number of prompts of any lengths; as many are under way at a time as batch_size says.
 
@@ -361,29 +387,36 @@ class NeuronAutoModelForCausalLM:
         draft:    what guesses tokens, which the model then verifies several at a time (docs/speculation.md): "ngram"
                   looks them up in prompt and answer; another model of the same tokens, or a
                   `jx_neuron.engine.drafting.Drafter`. The tokens are those without.
+        adapter:  the name of one of the model's `adapters`, for all, or one for each prompt; None for none.
 
         Raises InputError before anything runs for a prompt or a sampling that the model cannot take, and NonFiniteError
         where logits hold a NaN or an infinity.
         """
         drafter = self.drafter(draft)
         if stream:
-            return self._client.events(prompts, sampling, drafter)
-        return self._client.generations(prompts, sampling, drafter)
+            return self._client.events(prompts, sampling, drafter, adapter)
+        return self._client.generations(prompts, sampling, drafter, adapter)
 
     def request(
-        self, prompt: Any, sampling: "SamplingParams", prompt_logprobs: int | None = None, *, draft: Any = None
+        self,
+        prompt: Any,
+        sampling: "SamplingParams",
+        prompt_logprobs: int | None = None,
+        *,
+        draft: Any = None,
+        adapter: str | None = None,
     ) -> Request:
         """A request for `jx_neuron.serve.AsyncEngine`; the arguments are those of its `submit`, and `draft`.
 
         Raises InputError where the model cannot take it.
         """
-        return self._client.request(prompt, sampling, prompt_logprobs, self.drafter(draft))
+        return self._client.request(prompt, sampling, prompt_logprobs, self.drafter(draft), adapter)
 
     def drafter(self, draft: Any) -> Drafter | None:
         """The drafter that the `draft` of `generate` names. Raises InputError or ConfigError where it cannot be one."""
         return drafts.drafter_of(draft, self)
 
-    def score(self, texts: Any, *, stride: int | None = None) -> list[Score]:
+    def score(self, texts: Any, *, stride: int | None = None, adapter: AdapterNames = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.
 
         texts:  a text or several, which take a tokenizer; or token ids: a row [t], or rows of any lengths, as lists,
@@ -391,29 +424,37 @@ class NeuronAutoModelForCausalLM:
         stride: a text longer than n_positions is scored in windows that start so many tokens apart, each token with
                 what its first window holds before it (https://huggingface.co/docs/transformers/perplexity); by default
                 half of n_positions.
+        adapter: that of `generate`, for all, or one for each text.
 
         Raises InputError for what is neither, and for ids that the vocabulary does not have.
         """
-        return [scoring.summary(parts) for parts in self.log_likelihoods(prompts.several(texts), stride=stride)]
+        rows = self.log_likelihoods(prompts.several(texts), stride=stride, adapter=adapter)
+        return [scoring.summary(parts) for parts in rows]
 
-    def log_likelihoods(self, rows: Sequence[Any], *, stride: int | None = None) -> list[scoring.Parts]:
+    def log_likelihoods(
+        self,
+        rows: Sequence[Any],
+        *,
+        stride: int | None = None,
+        adapter: AdapterNames = None,
+    ) -> list[scoring.Parts]:
         """What each row's tokens are worth one by one, given those before them: log-probability, and whether likeliest.
 
-        rows: texts, or token ids [t], a row each. The `stride` is that of `score`.
+        rows: texts, or token ids [t], a row each. `stride` and `adapter` are those of `score`.
 
         Raises InputError where programs were compiled without output_all_logits, and for ids that there are not.
         """
-        return self._client.log_likelihoods(rows, stride)
+        return self._client.log_likelihoods(rows, stride, adapter)
 
-    def keep_prefix(self, input_ids: Any) -> None:
+    def keep_prefix(self, input_ids: Any, *, adapter: str | None = None) -> None:
         """Computes tokens [t] or [1, t] once and keeps them: prompts that all start with them go on from there.
 
         What such prompts give is what they would give without. On backend "xla" they have a slot of their own; on the
         others, whose tables have one for each row of a batch, they are computed again after prompts that take all, and
         with recurrent layers after each prompt that takes their slot: its state cannot go back to them.
-        None forgets them.
+        None forgets them. They serve prompts of one adapter, or of none.
         """
-        self._client.keep_prefix(input_ids)
+        self._client.keep_prefix(input_ids, adapter)
 
     def update_generation_config(self, generation_config: GenerationConfig) -> None:
         """Has `sample` choose tokens so where it is not told otherwise, from now on. Nothing is compiled.

@@ -50,6 +50,7 @@ class CheckpointOptions(ModelOptions, total=False):
     local_files_only: bool | None
     cache_dir: str | os.PathLike[str] | None
     adapter: str | os.PathLike[str] | None
+    adapters: Mapping[str, str | os.PathLike[str]] | None
     context_unroll: int | None
     unroll: int | None
 
@@ -68,6 +69,7 @@ DEFAULTS = CheckpointOptions(
     local_files_only=None,
     cache_dir=None,
     adapter=None,
+    adapters=None,
     context_unroll=None,
     unroll=None,
 )
@@ -175,6 +177,7 @@ def settings_of(
         state_dtypes=decoder.state_dtypes,
         quant=decoder.quant,
         speculation=neuron_config.speculation_length,
+        adapters=decoder.adapters,
     )
     _require_possible(decoder, settings, backend, strict=neuron_config.strict_sharding)
     for note in _notes(decoder, settings):

@@ -189,7 +189,7 @@ class CheckpointOrigin(DecoderOrigin):
 
         check_family: is given the config's model_type, to refuse it before anything is made.
         """
-        from jx_neuron.llm.adapters import adapted
+        from jx_neuron.llm.adapters import adapted, beside
         from jx_neuron.models import Decoder, text_model
 
         dtype = dtype_of(options["amp"])
@@ -204,9 +204,11 @@ class CheckpointOrigin(DecoderOrigin):
         check_family(config.get("model_type"))
         decoder = as_stored(Decoder.from_config(config, integer("tp_degree", options["tp_degree"]), tensors), options)
         ids = _end_and_padding(config, checkpoint.generation_config or {})
+        decoder, with_adapters = beside(decoder, tensors, options)
         settings = settings_of(decoder, options, backend, ids)
         tensors = adapted(decoder, tensors, options)
-        return cls(decoder, settings, config, decoder.source(tensors, dtype), checkpoint, tensors)
+        source = with_adapters(decoder.source(tensors, dtype), dtype)
+        return cls(decoder, settings, config, source, checkpoint, tensors)
 
     @property
     def generation_config(self) -> dict[str, Any] | None:

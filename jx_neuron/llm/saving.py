@@ -22,6 +22,11 @@ def save_pretrained(origin: Origin, directory: str | os.PathLike[str], max_shard
             "the weights of this model were quantized as they were read, and a checkpoint is written of whole ones; "
             "write a smaller checkpoint with `jx-neuron quantize`, or load the model without quant"
         )
+    if origin.settings.adapters is not None:
+        raise ConfigError(
+            "this model has adapters side by side, and a checkpoint holds one set of weights; load it with the adapter "
+            "that is to be merged (adapter=), or without any"
+        )
     check_replaceable(folder, overwrite=False)
     tensors, config = origin.hf_tensors(), origin.config
     with writing(folder), replacing(folder) as fresh:

@@ -19,7 +19,8 @@ from jx_neuron.util.progress import track
 def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dtype: Any) -> Traced:
     """Traces the program of `key` over a state table of `slots` and `positions`."""
     params, state = decoder.abstract_params(dtype), decoder.abstract_state(slots, positions, dtype)
-    inputs = [jax.ShapeDtypeStruct(*layout) for layout in key.inputs().values()]
+    layouts = key.inputs(adapters=decoder.adapters is not None)
+    inputs = [jax.ShapeDtypeStruct(*layout) for layout in layouts.values()]
     kinds: list[Kind] = ["param", "state"]
     kinds += ["input"] * len(inputs)
     logits = PartitionSpec(*[None] * (2 if key.gives_every else 1), AXIS)
@@ -39,7 +40,7 @@ def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dt
                 *params,
                 *(f"state.{name}" for name in decoder.state_rows),
                 "state.token",
-                *key.inputs(),
+                *layouts,
             ],
         )
 

@@ -22,9 +22,10 @@ from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
 from jx_neuron.models.registry import Family, family, model_types, text_config
-from jx_neuron.nn import quantizing
+from jx_neuron.nn import lora, quantizing
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
+from jx_neuron.nn.lora import Adapters
 from jx_neuron.nn.positions import Positions
 from jx_neuron.nn.quantized import Form
 from jx_neuron.nn.sharding import AXIS, Padding
@@ -73,7 +74,10 @@ def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model at one tensor-parallel degree, without its parameters: a pure function of them."""
+    """A model at one tensor-parallel degree, without its parameters: a pure function of them.
+
+    adapters: those that it has side by side; None where it has none, and rows no number of one.
+    """
 
     model_type: str
     config: HFConfig
@@ -84,6 +88,7 @@ class Decoder:
     tp_degree: int = 1
     state: Sequence[S] = KV
     quant: QuantizationConfig | None = None
+    adapters: Adapters | None = None
 
     @classmethod
     def from_config(
@@ -156,10 +161,29 @@ class Decoder:
             raise ConfigError(f"{self.model_type} verifies no drafts: it has both recurrent layers and sliding windows")
         return replace(self, state=[*self.state, *(row.before for row in rows)])
 
+    def with_adapters(self, adapters: Adapters) -> "Decoder":
+        """The decoder with A and B beside the matrices that `adapters` are of, some of `adaptable`."""
+        paths = adapters.paths(self.shapes, self.config.layers)
+        sizes = {path: self._row[path].sizes(self.config) | adapters.sizes for path in paths}
+        shapes = {
+            row.target: tuple(sizes[path][letter] for letter in row.letters)
+            for path in paths
+            for row in self._row[path].low_rank() or ()
+        }
+        lora.attach(module := self._module, shapes, np.float32)
+        return replace(self, graph=nnx.graphdef(module), shapes={**self.shapes, **shapes}, adapters=adapters)
+
+    @cached_property
+    def adaptable(self) -> frozenset[str]:
+        """The matrices that may have adapters side by side, by path: those of layers, and that of a head."""
+        layers = lora.matrices(self._module)
+        return frozenset(path for path in layers if path in self._row and self._row[path].low_rank())
+
     @cached_property
     def padding(self) -> Padding:
-        config = self.config
-        return Padding(config.sizes, self.tp_degree, [config.sizes_of(layer) for layer in range(config.layers)])
+        config, more = self.config, self.adapters.sizes if self.adapters else {}
+        layers = [{**config.sizes_of(layer), **more} for layer in range(config.layers)]
+        return Padding({**config.sizes, **more}, self.tp_degree, layers)
 
     @cached_property
     def rows(self) -> list[W]:
@@ -229,9 +253,10 @@ class Decoder:
         }
         return dict(sorted(stored.items()))
 
-    def bind(self, params: Params) -> DecoderModule:
-        """The module that holds `params`."""
-        return cast(DecoderModule, nnx.merge(self._stored_graph, _state(params)))
+    def bind(self, params: Params, adapter_b: Array | None = None) -> DecoderModule:
+        """The module that holds `params`, and where the decoder has adapters the number of each row's."""
+        chosen = params if adapter_b is None else lora.selected(params, adapter_b)
+        return cast(DecoderModule, nnx.merge(self._stored_graph, _state(chosen)))
 
     def abstract_params(self, dtype: Any, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters as shapes, padded; sharded over `mesh` where given."""
@@ -260,7 +285,10 @@ class Decoder:
 
     @cached_property
     def _row(self) -> dict[str, W]:
-        return {row.target: row for row in self.rows}
+        rows = {row.target: row for row in self.rows}
+        for path in self.adapters.paths(self.shapes, self.config.layers) if self.adapters else ():
+            rows |= {row.target: row for row in rows[path].low_rank() or ()}
+        return rows
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:

@@ -132,7 +132,11 @@ def random_normal(key: Array, shape: tuple[int, ...], scale: float) -> Array:
 
 
 class LinearParams(nnx.Module):
-    """kernel [*inputs, *outputs], or as it is stored (jx_neuron.nn.kernel and .quantized), and bias [*outputs]."""
+    """kernel [*inputs, *outputs], or as it is stored (jx_neuron.nn.kernel and .quantized), and bias [*outputs]; with
+    adapters (jx_neuron.nn.lora) also A [i, *inputs, r] and B [i, r, *outputs]."""
+
+    lora_a: Any = None
+    lora_b: Any = None
 
     def __init__(self, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, rngs: nnx.Rngs):
         scale = 1.0 / math.sqrt(math.prod(inputs))
@@ -145,7 +149,7 @@ class Linear(LinearParams):
     """y = x · kernel + bias, over the last axes of x."""
 
     def __call__(self, x: Array) -> Array:
-        return _biased(matmul(x, self.kernel.get_value(), self.axes), self, x.dtype)
+        return _completed(matmul(x, self.kernel.get_value(), self.axes), self, x)
 
 
 class Linears(nnx.Module):
@@ -168,7 +172,7 @@ class Linears(nnx.Module):
             products = [matmul(x, layer.kernel.get_value(), layer.axes) for layer in self.layers]
         else:
             products = self.fused.get_value().matmul(x)
-        return [_biased(y, layer, x.dtype) for y, layer in zip(products, self.layers, strict=True)]
+        return [_completed(y, layer, x) for y, layer in zip(products, self.layers, strict=True)]
 
     def fuse(self, kernel: Any) -> None:
         """Stores `kernel`, a parameter that holds the kernels of all layers, in their place."""
@@ -177,12 +181,23 @@ class Linears(nnx.Module):
         self.fused = kernel
 
 
-def _biased(y: Array, layer: LinearParams, dtype: Any) -> Array:
-    return (y if layer.bias is None else y + layer.bias[...]).astype(dtype)
+def _completed(y: Array, layer: LinearParams, x: Array) -> Array:
+    """y = x · kernel, with what the rows' adapters add, and the bias."""
+    y = _adapted(y, layer, x, layer.axes)
+    return (y if layer.bias is None else y + layer.bias[...]).astype(x.dtype)
+
+
+def _adapted(y: Array, layer: Any, x: Array, axes: int) -> Array:
+    if layer.lora_a is None:
+        return y
+    return y + ops().lora(x, layer.lora_a.get_value(), layer.lora_b.get_value(), axes).astype(y.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table [entries, d], read by index; `attend` is its use as a tied language-model head."""
+    """A table [entries, d], read by index; `attend` is its use as a language-model head, which may have adapters."""
+
+    lora_a: Any = None
+    lora_b: Any = None
 
     def __init__(self, entries: int, d: int, *, rngs: nnx.Rngs):
         self.embedding: Any = nnx.Param(random_normal(rngs.params(), (entries, d), 0.02))
@@ -195,8 +210,10 @@ class Embedding(nnx.Module):
     def attend(self, x_btd: Array) -> Array:
         """Logits [b, t, v] = x · tableᵀ."""
         if isinstance(self.embedding, Quantized):
-            return ops().matmul_scaled_rows(x_btd, self.embedding.codes[...], self.embedding.scales[...])
-        return ops().matmul_rows(x_btd, self.embedding[...])
+            y_btv = ops().matmul_scaled_rows(x_btd, self.embedding.codes[...], self.embedding.scales[...])
+        else:
+            y_btv = ops().matmul_rows(x_btd, self.embedding[...])
+        return _adapted(y_btv, self, x_btd, 1)
 
 
 class LayerNorm(nnx.Module):

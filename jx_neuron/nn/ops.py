@@ -16,6 +16,7 @@ from jax import Array
 
 from jx_neuron.nn import blocks, sampling
 from jx_neuron.nn.encoded import Entries, codes, scaled
+from jx_neuron.nn.lora import OfRows
 from jx_neuron.nn.sampling import Sampling
 
 T = TypeVar("T")
@@ -49,6 +50,13 @@ class Ops:
         """x · tableᵀ of a table of codes, each row times its scale."""
         y = jnp.einsum("...k,nk->...n", x, codes_nk.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * scales_n.astype(jnp.float32)).astype(x.dtype)
+
+    def lora(self, x: Array, a: OfRows, b: OfRows, axes: int) -> Array:
+        """x · A · B of each row's adapter, [b, t, *outputs], over the last `axes` axes of x, [b, t, *inputs]."""
+        inputs = tuple(range(axes))
+        over = tuple(n + x.ndim - axes for n in inputs), tuple(n + 1 for n in inputs)
+        x_btr = jax.lax.dot_general(x, a.gathered(), (over, ((0,), (0,))))
+        return jax.lax.dot_general(x_btr, b.gathered(), (((2,), (1,)), ((0,), (0,))))
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
         """Queries that go through attention at a time: the first, the one after the last, and how many of the positions

@@ -79,6 +79,7 @@ class SavedModel:
                     dtype=settings.dtype,
                     vocab_size=settings.vocab_size,
                     quant=settings.quant,
+                    adapters=settings.adapters,
                 )
         files = self.artifact.manifest.files
         neffs = {name: partial(self.artifact.file, neff_file(name)) for name in saved if neff_file(name) in files}

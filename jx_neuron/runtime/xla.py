@@ -83,7 +83,7 @@ class XlaRuntime:
         state = self._table(key, int(step.arrays["slot_b"].max()) + 1 if "slot_b" in step.arrays else key.rows)
         program = self._program(key, state.slots, state.positions)
         self._state = None
-        arrays = (step.arrays[name] for name in key.inputs())
+        arrays = (step.arrays[name] for name in self._inputs(key))
         token_b1, logits, self._state = program(self._placed.params(key), state, *arrays)
         return StepOutput(token_b1, logits)
 
@@ -100,6 +100,10 @@ class XlaRuntime:
 
     def reset(self, slots: int, positions: int) -> None:
         self._state, self._sizes = None, (slots, positions)
+
+    def _inputs(self, key: ProgramKey) -> dict[str, Any]:
+        """Shape and dtype of each input of a program."""
+        return key.inputs(adapters=self.decoder.adapters is not None)
 
     def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
         """Slots and positions of the table that the program of `key` runs on."""
@@ -168,7 +172,7 @@ class XlaRuntime:
                 self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
             ),
         )
-        inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in key.inputs().values()]
+        inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in self._inputs(key).values()]
         release_memory()
         with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
             with gc_paused():

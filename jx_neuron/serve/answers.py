@@ -70,7 +70,13 @@ class Answers:
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
                 deadline = served.settings.request_seconds
-                stream = served.engine.submit(prompt, sampling, deadline=deadline, prompt_logprobs=prompt_logprobs)
+                stream = served.engine.submit(
+                    prompt,
+                    sampling,
+                    deadline=deadline,
+                    prompt_logprobs=prompt_logprobs,
+                    adapter=served.adapter(request.model),
+                )
                 self.streams.append(stream)
         except BaseException:
             self.close()

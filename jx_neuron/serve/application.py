@@ -74,6 +74,7 @@ def app(model: "NeuronAutoModelForCausalLM", engine: AsyncEngine, settings: Serv
     async def models(_: Request) -> Response:
         card = dict(object="model", created=served.created, owned_by="jx-neuron", root=served.name, parent=None)
         data = [dict(card, id=name, max_model_len=served.capacity) for name in settings.names]
+        data += [dict(one, id=name, parent=served.name) for name in served.adapters for one in data[:1]]
         return plain(dict(object="list", data=data))
 
     async def one_model(request: Request) -> Response:

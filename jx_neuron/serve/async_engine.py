@@ -133,11 +133,13 @@ class AsyncEngine:
         *,
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
+        adapter: str | None = None,
     ) -> Stream:
         """Submits a prompt for `sampling.n` answers. To be called on the event loop.
 
         deadline:        seconds from now after which the stream raises DeadlineExceeded; None for no limit.
         prompt_logprobs: gives the likelihood of each token of the prompt, with this number of the most likely tokens.
+        adapter:         the name of one of the model's adapters; None for none.
 
         Raises InputError where the model cannot take the request, QueueFull, ShuttingDown, and EngineFailed.
         """
@@ -145,7 +147,7 @@ class AsyncEngine:
             raise ShuttingDown("the server shuts down; send the request to another")
         if self._failure is not None or self._hangs:
             raise self._failed()
-        request = self._model.request(prompt, sampling, prompt_logprobs, draft=self._drafter)
+        request = self._model.request(prompt, sampling, prompt_logprobs, draft=self._drafter, adapter=adapter)
         waiting = sum(stream.timings.started is None for stream in self._live)
         if waiting >= self._most_waiting:
             raise QueueFull(waiting, self._retry_after(waiting))

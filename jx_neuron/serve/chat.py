@@ -119,7 +119,9 @@ class _Chat:
     def __post_init__(self) -> None:
         self._texts = Texts(self.served, bool(self.request.return_tokens_as_token_ids))
         self._choices = [_Choice(parser(self.served, self.request)) for _ in range(self.answers.n)]
-        self._head = dict(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=self.served.name)
+        self._head = dict(
+            id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=self.served.named(self.request.model)
+        )
 
     def _echo(self) -> str:
         last = self.request.messages[-1]

@@ -79,7 +79,10 @@ class _Completion:
             for _ in range(len(self.answers.prompts) * self.answers.n)
         ]
         self._head = dict(
-            id=f"cmpl-{uuid.uuid4().hex}", object="text_completion", created=int(time.time()), model=self.served.name
+            id=f"cmpl-{uuid.uuid4().hex}",
+            object="text_completion",
+            created=int(time.time()),
+            model=self.served.named(self.request.model),
         )
 
     def _echo(self, choice: int) -> tuple[str, dict[str, list[Any]] | None]:

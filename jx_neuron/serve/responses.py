@@ -194,7 +194,7 @@ class _Response:
             instructions=request.instructions,
             max_output_tokens=request.max_output_tokens,
             metadata={},
-            model=self.served.name,
+            model=self.served.named(self.request.model),
             output=self.output,
             parallel_tool_calls=request.parallel_tool_calls is not False,
             previous_response_id=None,

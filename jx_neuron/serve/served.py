@@ -10,7 +10,7 @@ import numpy as np
 
 from jx_neuron.engine.grammar import Grammar, Grammars
 from jx_neuron.engine.options import SamplingParams
-from jx_neuron.errors import JxNeuronError
+from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.serve.async_engine import AsyncEngine
 from jx_neuron.serve.constraints import Constraints
 from jx_neuron.serve.errors import APIError, invalid
@@ -33,6 +33,8 @@ class Served:
 
     def __init__(self, model: "NeuronAutoModelForCausalLM", engine: AsyncEngine, settings: ServerSettings):
         self.model, self.engine, self.settings = model, engine, settings
+        if both := sorted({*settings.names} & {*self.adapters}):
+            raise InputError(f"{both[0]!r} is the name of the model, and of an adapter; name either otherwise")
         self.created = int(time.time())
         self.capacity, self.vocab_size = model.buckets.capacity, model.settings.vocab_size
         self.metrics = Metrics(engine, settings, dict(model_max_len=self.capacity, slots=model.batch_size))
@@ -42,14 +44,27 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The model's name in answers."""
+        """The model's name."""
         return self.settings.names[0]
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """The names of the model's adapters, which requests name as models."""
+        adapters = self.model.settings.adapters
+        return adapters.names if adapters else ()
+
+    def named(self, name: str | None) -> str:
+        """The name in answers to a request of model `name`."""
+        return name if name in self.adapters and name is not None else self.name
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request of model `name` is answered by; None for the model alone."""
+        return name if name in self.adapters else None
 
     def require_name(self, name: str | None) -> None:
         """Raises APIError where a request names another model."""
-        if name is not None and name not in self.settings.names:
-            names = ", ".join(self.settings.names)
-            message = f"there is no model {name!r}; this server has {names}"
+        if name is not None and name not in (names := [*self.settings.names, *self.adapters]):
+            message = f"there is no model {name!r}; this server has {', '.join(names)}"
             raise APIError(404, message, param="model", code="model_not_found")
 
     # ---- text and tokens

@@ -51,10 +51,13 @@ class ProgramKey:
         """The shape of the tokens that it draws: [b, 1], or [b, t] to verify."""
         return self.rows, self.tokens if self.kind == "verify" else 1
 
-    def inputs(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape and dtype of each input beside parameters and state, in the program's order."""
+    def inputs(self, *, adapters: bool = False) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and dtype of each input beside parameters and state, in the program's order.
+
+        adapters: whether the model has adapters, and each row the number of one.
+        """
         b = (self.rows,)
-        integers = ("start_b", "length_b") if self.in_place else ("slot_b", "start_b", "length_b")
+        integers = [*([] if self.in_place else ["slot_b"]), "start_b", "length_b", *(["adapter_b"] if adapters else [])]
         inputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
             "tokens_bt": ((self.rows, self.tokens), np.int32)
         }

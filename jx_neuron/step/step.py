@@ -18,10 +18,11 @@ from jx_neuron.step.step_input import DRAWN_LAST
 def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
     """The program of `key`, to be jitted.
 
-    It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, temperature_b, top_k_b, top_p_b, uniform_b]). The
-    tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b to decode and to verify). length_b
-    counts the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in chunks. Tokens
-    from length_b on are padding, and a row of length 0 leaves its slot unchanged.
+    It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, adapter_b][, temperature_b, top_k_b, top_p_b,
+    uniform_b]). The tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b to decode and to
+    verify). length_b counts the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in
+    chunks. Tokens from length_b on are padding, and a row of length 0 leaves its slot unchanged. adapter_b, of models
+    that have adapters, is the number of each row's, 0 for none.
 
     It returns (next tokens [b, 1] int32, logits float32 [b, v], or [b, t, v] for scores, state). Next tokens and logits
     [b, v] are those of each row's last real token. To verify, it takes uniform_bt, and returns the next token of every
@@ -31,10 +32,11 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Array, Array,
     """
 
     def run(params: Params, state: State, tokens_bt: Array, *inputs: Array) -> tuple[Array, Array, State]:
-        slot_b, (start_b, length_b, *sampling) = (None, inputs) if key.in_place else (inputs[0], inputs[1:])
+        slot_b, (start_b, length_b, *others) = (None, inputs) if key.in_place else (inputs[0], inputs[1:])
+        adapter_b, sampling = (None, others) if decoder.adapters is None else (others[0], others[1:])
         if slot_b is None:
             tokens_bt = jnp.where(tokens_bt == DRAWN_LAST, state.token_z[: key.rows, None], tokens_bt)
-        model = decoder.bind(params)
+        model = decoder.bind(params, adapter_b)
         again_b = None
         if key.kind == "verify" and state.goes_back:
             again_b = start_b < 0
