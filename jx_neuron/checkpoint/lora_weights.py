@@ -111,8 +111,7 @@ def _transposed(product: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Adapters that a model has side by side: which there are, and of each matrix, by path, A and B by the number of the
-    adapter."""
+    """Adapters that a model has side by side, and A and B of each matrix, by its path and the adapter's number."""
 
     adapters: Adapters
     pairs: Mapping[str, Mapping[int, Pair]]
