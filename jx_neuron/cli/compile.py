@@ -79,6 +79,7 @@ def command(
     ] = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
+    adapters: options.Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
@@ -95,8 +96,8 @@ def command(
     from jx_neuron.runtime import deployment as deploy
     from jx_neuron.util import durable
 
-    if no_weights and adapter is not None:
-        raise InputError("--adapter changes weights, and --no-weights keeps none; leave out one of them")
+    if no_weights and (adapter is not None or adapters):
+        raise InputError("--adapter and --adapters change weights, and --no-weights keeps none; leave out either")
     interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
     artifact.check_replaceable(output)
@@ -114,7 +115,9 @@ def command(
     if no_weights:
         lowered = _from_config(model, revision, model_options)
     else:
-        lowered = _from_checkpoint(model, revision, model_options | dict(adapter=adapter))
+        lowered = _from_checkpoint(
+            model, revision, model_options | dict(adapter=adapter, adapters=options.adapters(adapters))
+        )
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)

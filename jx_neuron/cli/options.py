@@ -95,6 +95,17 @@ def drafter(draft: str | None, target: Any) -> Any:
     )
 
 
+def adapters(pairs: list[str] | None) -> dict[str, str]:
+    """The adapters of --adapters, by name. Raises InputError for what is no NAME=DIR, and for a name twice."""
+    named = dict[str, str]()
+    for pair in pairs or ():
+        name, _, folder = pair.partition("=")
+        if not name or not folder or name in named:
+            raise InputError(f"--adapters {pair} is not legal; it takes NAME=DIR, each with a name of its own")
+        named[name] = path(folder)
+    return named
+
+
 def sampling(
     max_tokens: int | None,
     temperature: float | None,
@@ -265,4 +276,14 @@ Adapter = Annotated[
 ]
 Demo = Annotated[
     bool, typer.Option("--demo", help="Use SmolLM2-135M-Instruct, fetched once (93 MB).", rich_help_panel=MODEL)
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="A LoRA adapter side by side with others, a folder of PEFT or a hub id; more than once for several "
+        "(docs/adapters.md).",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]

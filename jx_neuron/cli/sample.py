@@ -16,8 +16,8 @@ from jx_neuron.errors import InputError, JxNeuronError
 
 @dataclass
 class Answer:
-    """One prompt's answer, as --json prints it; times are seconds. Without a tokenizer, `text` is empty; without
-    --draft, `drafted` and `accepted` are null."""
+    """One answer to a prompt, as --json prints it; times are seconds. Without a tokenizer, `text` is empty; without
+    --draft, `drafted` and `accepted` are null, and without --adapters `adapter` is."""
 
     prompt: str
     text: str = ""
@@ -28,6 +28,7 @@ class Answer:
     tokens_per_second: float | None = None
     drafted: int | None = None
     accepted: int | None = None
+    adapter: str | None = None
 
 
 def command(
@@ -94,12 +95,14 @@ def command(
     draft: options.Draft = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
+    adapters: options.Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
 ) -> None:
     """Answer prompts with a model.
 
     The likeliest token is taken each time unless --temperature, --top-k or --top-p is given ("Defaults" in
-    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error.
+    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error. With --adapters,
+    each prompt is answered by each of them.
 
         jx-neuron sample --demo "The capital of France is"
 
@@ -125,14 +128,16 @@ def command(
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
         adapter=adapter,
+        adapters=options.adapters(adapters),
     )
+    names = model.settings.adapters.names if model.settings.adapters else [None]
     drafter = options.drafter(draft, model)
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
         for each in prompts:
             _check_length(each, max_new_tokens, model.buckets.capacity)
-        return _answers(model, prompts, sampling, as_json, drafter)
+        return _answers(model, prompts, sampling, as_json, drafter, names)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
@@ -161,14 +166,24 @@ def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
         )
 
 
-def _answers(model: Any, prompts: Sequence[Prompt], sampling: Any, as_json: bool, drafter: Any) -> list[Answer]:
-    """The answers, printed in the order of their prompts; the answer to a single prompt is printed token by token."""
+def _answers(
+    model: Any,
+    several: Sequence[Prompt],
+    sampling: Any,
+    as_json: bool,
+    drafter: Any,
+    adapters: Sequence[str | None],
+) -> list[Answer]:
+    """The answers by each adapter, printed in the order of their prompts; a single one is printed token by token."""
     from jx_neuron.engine.stopping import StopFilter
 
-    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids)) for prompt in prompts]
-    printed = [prompt.printed for prompt in prompts]
+    by = [(prompt, name) for prompt in several for name in adapters]
+    prompts, names = [prompt for prompt, _ in by], [name for _, name in by]
+    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids), adapter=name) for prompt, name in by]
+    printed = [f"{name}: {prompt.printed}" if adapters[1:] else prompt.printed for prompt, name in by]
     live = len(prompts) == 1 and not as_json
-    events = model.generate([prompt.ids for prompt in prompts], sampling, stream=True, draft=drafter)
+    ids = [prompt.ids for prompt in prompts]
+    events = model.generate(ids, sampling, stream=True, draft=drafter, adapter=names)
     if live:
         typer.echo(printed[0], nl=False)
     filters = [StopFilter(sampling.stop or (), include=False) for _ in prompts]

@@ -61,6 +61,7 @@ def command(
     draft: options.Draft = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
+    adapters: options.Adapters = None,
     most_waiting: Annotated[
         int, typer.Option(min=0, metavar="N", help="Requests that may wait for a slot; beyond, 429 with Retry-After.")
     ] = 256,
@@ -109,6 +110,7 @@ def command(
         neuron_config=options.neuron_config(quant, kv_quant),
         revision=revision,
         adapter=adapter,
+        adapters=options.adapters(adapters),
     ).to_neuron()
     settings = ServerSettings(
         names=served_model_name or [_name(path)],

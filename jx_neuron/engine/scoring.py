@@ -54,7 +54,7 @@ def stride_of(stride: Any, capacity: int) -> int:
 
 
 def log_likelihoods(
-    engine: Engine, rows: SequenceOf[np.ndarray], stride: int, adapters: SequenceOf[int]
+    engine: Engine, rows: SequenceOf[np.ndarray], stride: int, adapters: SequenceOf[int] | None = None
 ) -> list[Parts]:
     """The log-probability of each row's tokens [t], by its adapter. Rows of similar length share steps. `stride` is
     that of `score`."""
@@ -64,7 +64,9 @@ def log_likelihoods(
     windows.sort(key=lambda window: -len(window.tokens))
     engine.compute(
         [
-            Sequence(window.tokens.tolist(), every_logits=True, adapter=adapters[window.row], sink=window)
+            Sequence(
+                window.tokens.tolist(), every_logits=True, adapter=adapters[window.row] if adapters else 0, sink=window
+            )
             for window in windows
         ]
     )
