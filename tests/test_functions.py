@@ -16,13 +16,10 @@ from test_families import MAGNIFY, TOLERANCE, random_model
 from jx_neuron import AutoModelForCausalLM, InputError, NeuronConfig, QuantizationConfig
 from jx_neuron.errors import ArtifactError, ConfigError
 
-USUAL = "bloom gpt_neox lfm2 qwen3_moe".split()  # ALiBi, a fused axis, a recurrence, experts
-FIRST = [
-    pytest.param(name, options[0], id=name, marks=[] if name in USUAL else pytest.mark.slow)
-    for name, options in OPTIONS.items()
-]
+FIRST = [pytest.param(name, options[0], id=name) for name, options in OPTIONS.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "options"), FIRST)
 def test_logits_are_hfs(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Of whole prompts, in chunks, and of rows padded on either side."""
