@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -324,6 +325,15 @@ def strings(node: ast.AST) -> Iterator[str]:
             yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in found.values)
         elif isinstance(found, ast.Constant) and isinstance(found.value, str):
             yield found.value
+
+
+def test_every_extra_is_described_with_its_packages() -> None:
+    """docs/installing.md, by pyproject.toml; `test` has too many packages to name."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "docs/installing.md").read_text(), re.M)
+    described = {extra: set(packages.split(", ")) for extra, packages in rows}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra: {re.split(r"[^\w-]", requirement)[0] for requirement in extras[extra]} for extra in extras}
+    assert {**described, "test": named["test"]} == named
 
 
 def test_troubleshooting_quotes_messages_that_there_are() -> None:
