@@ -68,6 +68,8 @@ def shared(runtime: Runtime, settings: Any, config: Any) -> Runtime:
     """The runtime of a model on all processes: of the leader one that sends each call to the others."""
     if _group is None:
         return runtime
+    if runtime.programs is not None:
+        raise InputError("several processes share models of backend 'xla' alone; leave --hosts out for saved models")
     what = json.dumps([repr(settings), config], sort_keys=True, default=str)
     model = hashlib.sha256(what.encode()).hexdigest()[:16]
     _runtimes.append((runtime, model))
