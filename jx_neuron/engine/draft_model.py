@@ -81,6 +81,7 @@ class _Twin:
             return False
         pairs = zip(sequence.tokens[self.known :], new, strict=False)
         alike = self.known + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        alike = min(alike, len(row.tokens) - first - 1)  # or nothing would be left to compute
         sequence.crop(alike)
         sequence.extend(row.tokens[first + alike :])
         sequence.limit, self.known = limit, len(row.tokens) - first
