@@ -244,6 +244,6 @@ def test_a_draft_model_reads_a_long_prompt_once_a_draft_is_accepted(folder: Path
         (guess,) = drafter.propose([row])
         ends.append((len(drafter._twins[row].sequence.tokens), len(guess)))
         row.verified(3, 1)
-    (expected,) = draft.generate([row.tokens], SamplingParams(max_tokens=3))
-    assert ends == [(32 + 3, 3), (43 + 3, 3), (43 + 3, 3)]
+    (expected,) = draft.generate([row.tokens], SamplingParams(max_tokens=4))
+    assert ends == [(32 + 4, 4), (43 + 4, 4), (43 + 4, 4)]
     assert tuple(guess) == expected.ids
