@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import serving
 import tiny
 import torch
 from families import OPTIONS
@@ -23,6 +25,7 @@ from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputE
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
 from jx_neuron.nn.lora import Adapters
+from jx_neuron.serve import AsyncEngine, ServerSettings, app
 from jx_neuron.step.program_key import ProgramKey
 
 FAMILIES = "llama qwen2 qwen3 gemma3 gpt2 phi3 mixtral falcon".split()
@@ -279,3 +282,29 @@ def test_what_is_no_matrix_of_a_layer_is_refused(tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", **options)
     with pytest.raises(CheckpointError, match=r"kv_b_proj, which takes no adapters side by side.*--adapter"):
         load(tmp_path / "base", adapters={"one": tmp_path / "adapter"})
+
+
+@pytest.mark.slow
+def test_adapters_are_models_of_a_server(tmp_path: Path) -> None:
+    base = tiny.model("llama")
+    folder = serving.checkpoint(tmp_path / "base")
+    trained(base, tmp_path / "a0", **KINDS[0])
+    model = serving.model(folder, adapters={"french": tmp_path / "a0"})
+    fields = dict(prompt=tiny.prompts(1, 9)[0].tolist(), max_tokens=8, temperature=0, return_token_ids=True)
+    with serving.running(model) as url, httpx.Client(base_url=url, timeout=120) as client:
+        cards = {card["id"]: card["parent"] for card in client.get("/v1/models").json()["data"]}
+        assert cards == {"tiny": None, "other": None, "french": "tiny"}
+        answers = {
+            name: client.post("/v1/completions", json=fields | dict(model=name)).json()
+            for name in ("tiny", "french", "absent")
+        }
+    assert answers["absent"]["error"]["code"] == "model_not_found"
+    tokens = {name: answers[name]["choices"][0]["token_ids"] for name in ("tiny", "french")}
+    ids, sampling = [fields["prompt"]], SamplingParams(max_tokens=8, top_k=1)
+    for name, adapter in (("tiny", None), ("french", "french")):
+        assert answers[name]["model"] == name
+        assert tokens[name] == list(model.generate(ids, sampling, adapter=adapter)[0].ids)
+    assert tokens["tiny"] != tokens["french"]
+    settings = ServerSettings(names=("french",))
+    with pytest.raises(InputError, match="'french' is the name of the model, and of an adapter"):
+        app(model, AsyncEngine(model), settings)
