@@ -42,7 +42,7 @@ def check_fit(
                              `state_dtypes` the dtypes of arrays that have one of their own.
     vocab_size: tokens of the vocabulary; the logits of all cores are padded to a multiple of the number of cores.
     quant: how weights are quantized; None where they are not.
-    adapters: those that rows name; None where there are none.
+    adapters: the ones that rows name; None where there are none.
     """
     by_kind = {kind: [tensor for tensor in program.inputs if tensor.kind == kind] for kind in KINDS}
     if [tensor for tensors in by_kind.values() for tensor in tensors] != list(program.inputs):

@@ -63,7 +63,7 @@ class Settings:
     state_dtypes: the dtypes of those arrays that have one of their own, whatever `amp` is.
     quant:        how weights are quantized; None where they are not.
     speculation:  tokens of the programs that verify drafts, ascending; none where there are no such programs.
-    adapters:     those that each row of a program names one of; None where there are none.
+    adapters:     the ones from which each row of a program names one; None where there are none.
 
     Raises ValueError for settings that contradict each other.
     """

@@ -116,7 +116,7 @@ class Layout:
         return einops.rearrange(tensor, f"{self.taken} -> {self.composed}", **used)
 
     def places(self, letter: str, sizes: Mapping[str, int]) -> "Places | None":
-        """Where the parameter's entries along `letter` are in the tensor; None unless these are along one axis of it,
+        """Where the parameter's entries along `letter` are in the tensor; None unless these are along one of its axes,
         which has letters of its own and any sum."""
         composed = dict(zip(self.after.split(), (set(re.findall(r"\w+", one)) for one in self._composed), strict=True))
         letters = [set(group) for group in self.groups]

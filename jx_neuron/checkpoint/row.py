@@ -223,7 +223,7 @@ class W:
         return self.laid_out(scales, sizes), self.laid_out(offsets, sizes)
 
     def laid_out(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
-        """Our layout of HF's tensors, one or those that are stacked."""
+        """Our layout of HF's tensors, one or several that are stacked."""
         return self._layout.apply(np.stack(arrays) if self.stacked else arrays[0], sizes)
 
     def slices(self, config: HFConfig, tensors: Tensors) -> Iterator[np.ndarray]:

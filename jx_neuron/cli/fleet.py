@@ -102,7 +102,7 @@ def command(
         grid.add_row(fleet.instance, *map(str, counts), *late)
     out.print(grid, "")
     out.print(
-        "Latencies are those that 95 of 100 do not exceed. Step times are estimates; cores of different families are "
+        "95 of 100 latencies are at most the given ones. Step times are estimates; cores of different families are "
         "not alike.",
         style="dim",
     )

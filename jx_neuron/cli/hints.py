@@ -1,4 +1,4 @@
-"""What to type instead: names that other programs have for commands and options, and those that are misspelt."""
+"""What to type instead: names that other programs have for commands and options, and misspelt ones."""
 
 import difflib
 import shlex
@@ -126,7 +126,7 @@ def _is_like_a_model(name: str) -> bool:
 
 
 def similar(typed: str, options: Sequence[str]) -> list[str]:
-    """The options that begin with `typed`, then those that are spelt like it.
+    """The options that begin with `typed`, then the ones with a similar spelling.
 
     >>> similar("--temp", ["--amp", "--help", "--temperature", "--tp"])
     ['--temperature']

@@ -20,7 +20,7 @@ PromptTokens = Annotated[
 ]
 AnswerTokens = Annotated[
     str | None,
-    typer.Option(metavar="N|N-M", help="Tokens of an answer, likewise.", show_default="128"),
+    typer.Option(metavar="N|N-M", help="Tokens of an answer: a number or a range.", show_default="128"),
 ]
 SharedTokens = Annotated[
     int, typer.Option(min=0, metavar="N", help="Tokens of a prefix that all prompts have before their own.")

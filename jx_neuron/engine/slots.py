@@ -38,7 +38,7 @@ class Slot:
 
     @property
     def adapter(self) -> int:
-        """The number of the adapter that computed what the slot holds."""
+        """The number of the adapter that computed the slot's contents."""
         owner = self.sequence
         return self.of_adapter if owner is None else owner.adapter
 

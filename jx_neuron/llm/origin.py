@@ -255,7 +255,7 @@ class CheckpointOrigin(DecoderOrigin):
         return self.source
 
     def whole(self) -> "Source":
-        """The checkpoint's parameters, or those that are in their place."""
+        """The checkpoint's parameters, or the ones in their place."""
         from jx_neuron.checkpoint import weights
 
         decoder, dtype = replace(self.decoder, tp_degree=1), self.settings.dtype

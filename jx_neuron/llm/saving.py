@@ -25,7 +25,7 @@ def save_pretrained(origin: Origin, directory: str | os.PathLike[str], max_shard
     if origin.settings.adapters is not None:
         raise ConfigError(
             "this model has adapters side by side, and a checkpoint holds one set of weights; load it with the adapter "
-            "that is to be merged (adapter=), or without any"
+            "to merge (adapter=), or without any"
         )
     check_replaceable(folder, overwrite=False)
     tensors, config = origin.hf_tensors(), origin.config

@@ -76,7 +76,7 @@ def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
 class Decoder:
     """A model at one tensor-parallel degree, without its parameters: a pure function of them.
 
-    adapters: those that it has side by side; None where it has none, and rows no number of one.
+    adapters: the ones that it has side by side; None where it has none, and rows no number of one.
     """
 
     model_type: str

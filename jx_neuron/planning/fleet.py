@@ -56,7 +56,7 @@ class Fleet:
 
     replicas:  tensor-parallel groups of `tp_degree` cores, of `batch_size` slots each.
     cores:     of all replicas.
-    instances: that have so many groups; `instance_cores` counts their cores, used or not.
+    instances: that have this number of groups; `instance_cores` counts their cores, used or not.
     rate:      requests/s of a replica.
     service:   what a replica gives, simulated.
     """
@@ -163,7 +163,7 @@ def _fewest_cores(candidates: list[_Candidate]) -> Fleet | None:
 class _Replicas:
     """Replicas of a model, under a load and targets.
 
-    fastest: of those that are too slow even where nothing else runs, the nearest to the targets, and its name.
+    fastest: of the ones that are too slow even where nothing else runs, the nearest to the targets, and its name.
     """
 
     outline: Outline

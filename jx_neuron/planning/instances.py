@@ -98,7 +98,7 @@ class Instance:
         return max(across, 1) if tp_degree > 1 else 0
 
     def link(self, tp_degree: int) -> float:
-        """NeuronLink among `tp_degree` cores, bytes/s of a device: between hosts where one has not so many."""
+        """NeuronLink among `tp_degree` cores, bytes/s of a device: between hosts where one has fewer."""
         within = tp_degree <= self.cores // self.hosts
         return self.device.link if within or self.between is None else self.between
 

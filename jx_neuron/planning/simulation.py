@@ -46,7 +46,7 @@ class Service:
     """What a load came to.
 
     requests:            those answered.
-    refused:             those that came while as many waited as may.
+    refused:             requests that came while the queue was full.
     seconds:             from the first arrival to the last token.
     tokens_per_second:   of answers.
     first_token:         from a request's arrival to its first token.

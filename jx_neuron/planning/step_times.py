@@ -39,11 +39,11 @@ class StepTimes:
         raise NotImplementedError
 
     def copy(self, slots: int) -> float:
-        """Seconds in which so many slots are copied to others."""
+        """Seconds in which this number of slots is copied to others."""
         raise NotImplementedError
 
     def require_room(self, tokens: int) -> None:
-        """Raises InputError where a request of so many tokens is longer than the model's sequences."""
+        """Raises InputError where a request of this number of tokens is longer than the model's sequences."""
         if tokens > self.settings.buckets.capacity:
             raise InputError(
                 f"a request has {tokens} tokens, prompt and answer together, and the model "

@@ -28,7 +28,7 @@ VISIBLE_CORES = "NEURON_RT_VISIBLE_CORES"
 
 
 def rendezvous(ranks: int) -> dict[str, str]:
-    """The environment in which so many ranks of one host find each other; what the user has set is left out."""
+    """The environment in which the ranks of one host find each other; what the user has set is left out."""
     if ranks == 1 or ROOT_COMM_ID in os.environ:
         return {}
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Runs what another's scheduler plans: so many tokens of some requests a turn, each in a slot of the state table.
+"""Runs what another's scheduler plans: a number of tokens of some requests a turn, each in a slot of the state table.
 
 It knows no vLLM: requests are plain data.
 """
