@@ -87,14 +87,6 @@ class OfRows(Indexed):
         array = self.array if self.layer is None else jax.lax.dynamic_index_in_dim(self.array, self.layer, 0, False)
         return jnp.take(array, self.adapter_b, axis=0, mode="clip")
 
-    def one(self, row: int) -> Array:
-        """That of a row, of which no other is read."""
-        place = [self.adapter_b[row]] if self.layer is None else [self.layer, self.adapter_b[row]]
-        start = [jnp.asarray(n, jnp.int32) for n in place]
-        shape = self.array.shape[len(start) :]
-        part = jax.lax.dynamic_slice(self.array, [*start, *[jnp.int32(0)] * len(shape)], (1,) * len(start) + shape)
-        return part.reshape(shape)
-
 
 def selected(params: Mapping[str, Any], adapter_b: Array) -> dict[str, Any]:
     """Parameters in which A and B are those of each row."""
