@@ -115,7 +115,7 @@ def test_sums_are_float32_before_they_are_cast(llama: Path, tmp_path: Path) -> N
     "options",
     [
         dict(neuron_config=NeuronConfig(output_all_logits=True, quant=QuantizationConfig(quant_dtype="s8"))),
-        dict(backend="host", tp_degree=2),
+        pytest.param(dict(backend="host", tp_degree=2), marks=pytest.mark.slow),
     ],
     ids=["int8", "two cores"],
 )
@@ -130,6 +130,7 @@ def test_a_merged_model_is_one_like_any(options: dict[str, Any], llama: Path, tm
     np.testing.assert_array_equal(one(ids), other(ids))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_multimodal_model(tmp_path: Path) -> None:
     base = multimodal("mistral3")
     base.save_pretrained(tmp_path / "base")
@@ -236,6 +237,7 @@ def test_a_tied_head_has_no_matrix_of_its_own(tmp_path: Path) -> None:
         load(tmp_path / "base", adapter=tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_a_saved_model_takes_none(llama: Path, tmp_path: Path) -> None:
     model = load(llama / "base", adapter=llama / "adapter", backend="host")
     saved = model.save(tmp_path / "saved", sharded_weights=True)

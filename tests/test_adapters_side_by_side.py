@@ -24,7 +24,7 @@ from jx_neuron.engine.slots import Slots
 from jx_neuron.errors import ArtifactError, CheckpointError, ConfigError, InputError
 from jx_neuron.lowering.model import lower_model
 from jx_neuron.models import Decoder
-from jx_neuron.nn.lora import Adapters
+from jx_neuron.nn.adapters import Adapters
 from jx_neuron.serve import AsyncEngine, ServerSettings, app
 from jx_neuron.step.program_key import ProgramKey
 

@@ -187,6 +187,7 @@ def test_hf_compiled_with_a_static_cache_answers(model: str) -> None:
     assert rate > 0
 
 
+@pytest.mark.slow
 def test_peers_tells_its_options() -> None:
     done = run("peers.py", "--help")
     assert done.returncode == 0, done.stderr

@@ -238,7 +238,7 @@ def test_all_is_checked_before_anything_is_printed(folder: Path) -> None:
     [
         (("sample", "--tempe"), "--temperature"),
         (("sample", "--max"), "--max-tokens"),
-        (("sample", "--topk"), "--top-k"),
+        (("sample", "--topk"), "--top-k or --stop"),
         (("sample", "--n-position"), "--n-positions"),
         (("compile", "--batchsize"), "--batch-size"),
         (("plan", "--context"), "--context-length-estimate"),

@@ -155,6 +155,7 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(checkpoint: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_a_closed_or_full_standard_error_hides_no_answer(checkpoint: Path) -> None:
     answer = run("sample", checkpoint, "ab", *FEW).stdout
     assert answer

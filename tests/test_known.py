@@ -229,7 +229,12 @@ def parameters(config: dict[str, Any]) -> int:
     return one + (config[name] - 1) * (two - one)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+SLOW = {name for name in PUBLISHED if KNOWN[name]["model_type"] in DIFFER | {"mamba2"}} - {"LiquidAI/LFM2-350M"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in PUBLISHED]
+)
 def test_parameters_are_as_many_as_published(name: str) -> None:
     count, published = parameters(KNOWN[name]), PUBLISHED[name]
     if isinstance(published, int):
@@ -264,7 +269,9 @@ ACTIVE = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in ACTIVE]
+)
 def test_active_parameters_are_as_many_as_published(name: str) -> None:
     outline = Outline.of(KNOWN[name])
     embedding = min(p.elements for p in outline.parameters(1) if p.is_vocabulary_table)

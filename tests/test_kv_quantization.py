@@ -95,7 +95,9 @@ def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> No
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("dtype", "window"), [("int8", None), ("int8", 5), ("float8_e4m3", None)])
+@pytest.mark.parametrize(
+    ("dtype", "window"), [pytest.param("int8", None, marks=pytest.mark.slow), ("int8", 5), ("float8_e4m3", None)]
+)
 def test_attention_is_that_of_the_decoded_entries(layout: Any, dtype: Any, window: int | None) -> None:
     rng = np.random.default_rng(1)
     q = rng.normal(size=(SLOTS, S, K * G, H)).astype(np.float32)
@@ -155,6 +157,7 @@ def near(one: np.ndarray, other: np.ndarray, within: float) -> None:
     assert 0 < difference < within
 
 
+@pytest.mark.slow
 def test_logits_are_near_those_of_float32(llama: Path) -> None:
     exact, int8, fp8 = (logits(model(llama, quant), prompts()) for quant in (None, INT8, FP8))
     near(int8, exact, 0.03)
@@ -180,6 +183,7 @@ def test_the_host_answers_as_xla_does_in_fp8(llama: Path, tp: int) -> None:
     assert tokens(model(llama, FP8, tp_degree=tp, backend="host"), prompts()) == expected
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_alone_whole_and_of_a_copied_prefix(llama: Path, answers: list[list[int]]) -> None:
     whole = model(llama, INT8, batch_size=1, context_length_estimate=POSITIONS)
     assert [tokens(whole, [prompt])[0] for prompt in prompts()] == answers
@@ -194,6 +198,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_shared_keys_latents_and_recurrent_layers(family: str, tmp_path: Path) -> None:
     random_model(family, OPTIONS[family][0]).save_pretrained(tmp_path)

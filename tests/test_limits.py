@@ -155,6 +155,7 @@ def test_sizes_are_said_in_gib_or_tib() -> None:
     assert [gib(2**29), gib(999 * 2**30), gib(3 * 2**40)] == ["0.5 GiB", "999 GiB", "3 TiB"]
 
 
+@pytest.mark.slow
 def test_numpy_s_integers_are_integers(checkpoint: Path) -> None:
     plain = dict(batch_size=4, prompt_batch_size=2, n_positions=[16, 32], tp_degree=2, context_length_estimate=8)
     numpy = dict(

@@ -99,7 +99,7 @@ def config(name: str, options: dict) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.for_model(name.split("-", 1)[0], **options)
 
 
-@pytest.mark.parametrize("tp_degree", [1, 4])
+@pytest.mark.parametrize("tp_degree", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_agree_with_hf(name: str, tp_degree: int) -> None:
     found = parity(random_model(config(name, OPTIONS[name])), tp_degree=tp_degree)

@@ -13,7 +13,7 @@ from jx_neuron.errors import ArtifactError, LoweringError
 from jx_neuron.lowering.hlo import proto
 from jx_neuron.lowering.signature import ProgramSpec, TensorSpec
 from jx_neuron.lowering.verify.operators import CUSTOM_CALLS
-from jx_neuron.nn.lora import PARTS, Adapters, part_of
+from jx_neuron.nn.adapters import PARTS, Adapters, part_of
 from jx_neuron.nn.sharding import padded
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.parsing import boundary

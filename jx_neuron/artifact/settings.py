@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field
 from jx_neuron.config import QuantizationConfig, dtype_of
 from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, Several
 from jx_neuron.lowering.verify.rules import target_of
+from jx_neuron.nn.adapters import Adapters
 from jx_neuron.nn.encoded import StateDtype
-from jx_neuron.nn.lora import Adapters
 from jx_neuron.step.buckets import MOST_BUCKETS, Buckets
 from jx_neuron.step.program_key import ProgramKey
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jx_neuron.checkpoint.hub import local_path
 from jx_neuron.checkpoint.tensor_files import Tensor, check_file, safetensors_file, torch_file
 from jx_neuron.errors import CheckpointError
-from jx_neuron.nn.lora import MOST_RANK
+from jx_neuron.nn.adapters import MOST_RANK
 from jx_neuron.util.arguments import shown
 from jx_neuron.util.parsing import boundary, read_json_file, typed
 

@@ -13,7 +13,7 @@ from jx_neuron.checkpoint.lora import MERGE, Adapter, Pair
 from jx_neuron.checkpoint.row import Tensors, W, slices
 from jx_neuron.checkpoint.weights import Source
 from jx_neuron.errors import CheckpointError
-from jx_neuron.nn.lora import PARTS, Adapters
+from jx_neuron.nn.adapters import PARTS, Adapters
 from jx_neuron.nn.sharding import Padding
 
 

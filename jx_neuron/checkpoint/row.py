@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.layout import Layout, axes_of, parse, restored
 from jx_neuron.errors import ConfigError
-from jx_neuron.nn.lora import COUNT, PARTS, RANK, part_of
+from jx_neuron.nn.adapters import COUNT, PARTS, RANK, part_of
 from jx_neuron.nn.sharding import AXIS, Padding
 
 REPLICATED = PartitionSpec()

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from typing import NoReturn
 
 import jax
-import jaxlib
 
 from jx_neuron import __version__
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
@@ -27,7 +27,7 @@ SILENCE_SECONDS = 20.0
 """How long a process may say nothing before it counts as dead."""
 END_SECONDS = 5.0
 
-VERSIONS = f"jx_neuron {__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+VERSIONS = f"jx_neuron {__version__}, jax {jax.__version__}, jaxlib {version('jaxlib')}"
 
 
 class Group:

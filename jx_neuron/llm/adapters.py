@@ -9,7 +9,7 @@ from jx_neuron.checkpoint.lora_weights import Base, merged, side_by_side
 from jx_neuron.errors import ConfigError
 from jx_neuron.llm.options import CheckpointOptions
 from jx_neuron.models.wrapper import text_name
-from jx_neuron.nn.lora import LONGEST, MOST
+from jx_neuron.nn.adapters import LONGEST, MOST
 from jx_neuron.util.arguments import shown
 
 if TYPE_CHECKING:

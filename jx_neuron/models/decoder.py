@@ -23,9 +23,9 @@ from jx_neuron.errors import ConfigError
 from jx_neuron.models import checks
 from jx_neuron.models.registry import Family, family, model_types, text_config
 from jx_neuron.nn import lora, quantizing
+from jx_neuron.nn.adapters import Adapters
 from jx_neuron.nn.encoded import StateDtype
 from jx_neuron.nn.layout import KV, PLAIN, Kept, Layout, S
-from jx_neuron.nn.lora import Adapters
 from jx_neuron.nn.positions import Positions
 from jx_neuron.nn.quantized import Form
 from jx_neuron.nn.sharding import AXIS, Padding
