@@ -32,9 +32,9 @@ from peers import cpu
 
 from jx_neuron import NeuronAutoModelForCausalLM
 from jx_neuron.checkpoint.demo import demo_model
-from jx_neuron.cli.serve import sizes
 from jx_neuron.planning import Arrival, Load, Measured, Service, simulate
 from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app
+from jx_neuron.serve.sizes import sizes
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput, StepOutput
 

@@ -220,6 +220,7 @@ ALLOWED = {
         "transformers.GenerationConfig": PARTS,
         "transformers.modeling_outputs.CausalLMOutputWithPast": PARTS,
     },
+    "integrations/ray.py": {FROM_PRETRAINED: OWN},
     "integrations/vllm/platform.py": {"torch.no_grad": "a context in which torch keeps no gradients"},
     "integrations/vllm/worker.py": {
         FROM_PRETRAINED: OWN,

@@ -11,7 +11,7 @@ import serving
 
 from jx_neuron import SamplingParams
 from jx_neuron.artifact.folder import MANIFEST
-from jx_neuron.cli.serve import sizes
+from jx_neuron.serve.sizes import sizes
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +13,6 @@ from jx_neuron.errors import InputError
 
 LOOPBACK = "127.0.0.1"
 KEY = "JX_NEURON_API_KEY"
-BATCH, CONTEXT = 8, (16, 32)
 EXTRA = "starlette uvicorn prometheus-client llguidance"
 
 
@@ -101,6 +99,7 @@ def command(
 
     try:
         from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app, raise_file_limit
+        from jx_neuron.serve.sizes import name_of, sizes
     except ImportError as error:
         raise InputError(f"the server cannot be imported ({error}): pip install {EXTRA}") from None
     options.join(hosts, host_rank, tp)
@@ -119,7 +118,7 @@ def command(
     drafter = options.drafter(draft, model)
     distributed.follow(model, *([drafter] if isinstance(drafter, NeuronAutoModelForCausalLM) else []))
     settings = ServerSettings(
-        names=served_model_name or [_name(path)],
+        names=served_model_name or [name_of(path)],
         api_keys=keys,
         metrics_prefix=metrics_prefix,
         most_bytes=most_bytes,
@@ -135,28 +134,6 @@ def command(
     engine = AsyncEngine(model, most_waiting=most_waiting, draft=drafter)
     application = app(model, engine, settings)
     Server(application, settings, host, port, ready=ready, again=lambda: interrupts.leave(interrupts.STATUS)).run()
-
-
-def sizes(path: Any, batch_size: int | None, n_positions: int | None, context: list[int] | None) -> dict[str, Any]:
-    """The batch and context buckets of the programs; a saved model has its own where these are not given."""
-    import jax
-
-    from jx_neuron.runtime.deployment import choose_backend, is_artifact
-    from jx_neuron.step.buckets import powers_of_two
-
-    where = Path(path).expanduser()
-    if where.exists() and is_artifact(where):
-        given = dict(batch_size=batch_size, context_length_estimate=context)
-        return {name: value for name, value in given.items() if value is not None}
-    if context is None and choose_backend(None) == "xla" and jax.default_backend() == "cpu":
-        context = [t for t in CONTEXT if n_positions is None or t <= n_positions] or None
-    return dict(batch_size=powers_of_two(batch_size or BATCH), context_length_estimate=context)
-
-
-def _name(path: Any) -> str:
-    """The model's name: a hub id as it is, or the name of a folder or file."""
-    where = Path(path).expanduser()
-    return where.resolve().name.removesuffix(".gguf") if where.exists() else str(path)
 
 
 def _announce(name: str, host: str, port: int, keyed: bool, as_json: bool) -> None:

@@ -49,9 +49,9 @@ def command(
         raise InputError("name one model: a checkpoint folder, .gguf file or hub id, or --demo")
     load = loads.load(rate, prompt_tokens, answer_tokens, shared_tokens, lengths)
     from jx_neuron.checkpoint.demo import demo_model
-    from jx_neuron.cli.serve import sizes
     from jx_neuron.llm import NeuronAutoModelForCausalLM
     from jx_neuron.planning import Measured, simulate
+    from jx_neuron.serve.sizes import sizes
 
     path = demo_model() if model is None else model
     positions = load.longest if n_positions is None else n_positions

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jx_neuron.llm.model import NeuronAutoModelForCausalLM
 
 LOG = logging.getLogger("jx_neuron.serve")
+READY_SECONDS = 0.05  # between looks at whether the engine is ready
 MOST_FAILURES = 3
 """Turns in a row that fail before the engine counts as unhealthy."""
 
@@ -96,6 +97,13 @@ class AsyncEngine:
     def start(self) -> None:
         """Starts the thread, which first readies the programs."""
         self._thread.start()
+
+    async def ready(self) -> None:
+        """Waits until the programs are ready. Raises EngineFailed where they cannot be had."""
+        while not self._ready and self._failure is None:
+            await asyncio.sleep(READY_SECONDS)
+        if self._failure is not None:
+            raise self._failed()
 
     @property
     def healthy(self) -> bool:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from jx_neuron.serve.errors import APIError, api_error, invalid
 from jx_neuron.serve.fields import known
 from jx_neuron.serve.served import Served
+from jx_neuron.serve.settings import ServerSettings
 
 IGNORED_HEADER = "X-Ignored-Fields"
 READ_ON = 4  # times the limit that is read of a body, so that its sender reads the error
@@ -42,9 +43,8 @@ def sse(value: Any, event: str | None = None) -> str:
     return f"event: {event}\ndata: {dumps(value)}\n\n" if event else f"data: {dumps(value)}\n\n"
 
 
-async def body_of(request: Request, served: Served) -> dict[str, Any]:
-    """The JSON object of a request. Raises APIError: 408 where it does not arrive in time, 413 where it is too long."""
-    settings = served.settings
+async def bytes_of(request: Request, settings: ServerSettings) -> bytes:
+    """A request's body. Raises APIError: 408 where it does not arrive in time, 413 where it is too long."""
     too_large = APIError(413, f"the body is longer than {settings.most_bytes} bytes; send less", code="body_too_large")
     chunks, size = [], 0
     try:
@@ -60,8 +60,14 @@ async def body_of(request: Request, served: Served) -> dict[str, Any]:
         raise APIError(408, message, headers={"Connection": "close"}) from None
     if size > settings.most_bytes:
         raise too_large
+    return b"".join(chunks)
+
+
+async def body_of(request: Request, settings: ServerSettings) -> dict[str, Any]:
+    """The JSON object of a request. Raises APIError, as `bytes_of` does, and where it is no JSON object."""
+    body = await bytes_of(request, settings)
     try:
-        fields = from_json(b"".join(chunks), allow_inf_nan=False)
+        fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
@@ -77,7 +83,7 @@ def endpoint(served: Served, handle: Handler) -> Callable[[Request], Coroutine[A
             if served.draining:
                 headers = {"Retry-After": "5", "Connection": "close"}
                 raise APIError(503, "the server shuts down", code="shutting_down", headers=headers)
-            body = await body_of(request, served)
+            body = await body_of(request, served.settings)
             fields, ignored = known(body, body.get("n"))
             headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
             result = await unless_disconnected(request.receive, handle(served, fields))
