@@ -41,6 +41,7 @@ class Group:
         self.received: queue.Queue[Message] = queue.Queue()
         self._closing, self._sending = threading.Event(), threading.Lock()
         self._connections: dict[int, socket.socket] = {}
+        self._meetings = 0
         self.coordinator = self._lead() if self.is_leader else self._follow()
         for rank, connection in self._connections.items():
             connection.settimeout(SILENCE_SECONDS)
@@ -61,6 +62,18 @@ class Group:
                     connection.sendall(data)
                 except OSError as error:
                     self._died(rank, str(error))
+
+    def meeting(self) -> int:
+        """The number of a new meeting, for the leader."""
+        self._meetings += 1
+        return self._meetings
+
+    def meet(self, number: int) -> None:
+        """Waits until each other process has said that it is at the leader's meeting."""
+        away = self.hosts.count - 1
+        while away:
+            message = self.received.get()
+            away -= message.kind == "met" and message.fields.get("number") == number
 
     def stop(self) -> None:
         """Asks the leader to end the group, as SIGTERM does."""

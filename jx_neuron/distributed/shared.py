@@ -1,10 +1,11 @@
 """A runtime of several processes: the leader sends each call to the others, which make the same calls in order."""
 
 import queue
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -31,6 +32,7 @@ class Shared:
     def __init__(self, runtime: Runtime, group: Group, number: int, model: str):
         self._runtime, self._group, self._number = runtime, group, number
         self._steps = 0
+        self._met: set[ProgramKey] = set()
         self._call("model", model=model)
 
     @property
@@ -47,8 +49,9 @@ class Shared:
 
     def run(self, step: StepInput) -> StepOutput:
         with self._order:
-            self._call("run", step.arrays, key=asdict(step.key))
             try:
+                self._meet(step.key)
+                self._call("run", step.arrays, key=asdict(step.key))
                 token_b1, logits = self._runtime.run(step)
             except JxNeuronError:  # the others raise it too
                 raise
@@ -69,6 +72,7 @@ class Shared:
 
     def reset(self, slots: int, positions: int) -> None:
         with self._order:
+            self._met.clear()
             self._call("reset", slots=slots, positions=positions)
             self._runtime.reset(slots, positions)
 
@@ -79,6 +83,15 @@ class Shared:
                 raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
             self._call("gather")
             return gathered(logits)
+
+    def _meet(self, key: ProgramKey) -> None:
+        """Waits until every process has a program. Gloo gives up when one starts a collective 30 s after another."""
+        if key not in self._met:
+            number = self._group.meeting()
+            self._call("meet", key=asdict(key), number=number)
+            self._runtime.load([key])
+            self._group.meet(number)
+            self._met.add(key)
 
     def _call(self, kind: str, arrays: Any = None, **fields: Any) -> None:
         with self._order:
@@ -97,8 +110,12 @@ class Logits:
 
 def gathered(logits: jax.Array) -> np.ndarray:
     """An array of all processes' devices, whole; every process has to call it."""
-    everywhere = NamedSharding(logits.sharding.mesh, PartitionSpec())
-    return np.asarray(jax.jit(lambda array: array, out_shardings=everywhere)(logits))
+    return np.asarray(_whole(NamedSharding(logits.sharding.mesh, PartitionSpec()))(logits))
+
+
+@cache
+def _whole(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=everywhere)
 
 
 class Follower:
@@ -143,10 +160,14 @@ class Follower:
                     )
             case "load":
                 self._loader.submit(runtime.load, [ProgramKey(**key) for key in fields["keys"]])
-            case "run":
+            case "meet":
                 key = ProgramKey(**fields["key"])
                 if not runtime.loaded(key):  # the loader may be at it
                     self._loader.submit(lambda: None).result()
+                runtime.load([key])
+                self._group.send(Message("met", {"number": fields["number"]}))
+            case "run":
+                key = ProgramKey(**fields["key"])
                 self._logits[number] = runtime.run(StepInput(key, arrays)).logits
             case "gather":
                 gathered(self._logits[number])
