@@ -466,7 +466,7 @@ def fails() -> dict[str, tuple[dict[str, Any], str]]:
             {"parameters": {name: [a] for name, a in WEIGHTS[0].items()}},
             "1 parts, and there are 2",
         ),
-        "no such dtype": ({"settings": dataclasses.replace(SETTINGS, amp="f64")}, "amp='f64' is not supported"),
+        "no such dtype": ({"settings": dataclasses.replace(SETTINGS, amp="f64")}, "dtype 'f64' is not supported"),
         "not a number": ({"config": {"eps": float("nan")}}, "kept as JSON"),
         "not JSON": ({"config": {"dtype": object()}}, "kept as JSON"),
         "a NEFF of nothing": ({"neffs": {"prefill": b"x"}}, "no such program"),

@@ -166,7 +166,7 @@ def test_a_program_that_fails_to_compile_leaves_nothing(checkpoint: Path, compil
     ("arguments", "words"),
     [
         (["--target", "trn9"], ["unknown target 'trn9'; choose one of inf2, trn1"]),
-        (["--amp", "f8"], ["amp='f8' is not supported"]),
+        (["--dtype", "f8"], ["dtype 'f8' is not supported"]),
         (["--n-positions", 16, "--context-length-estimate", 32], ["context_length_estimate=32 exceeds n_positions=16"]),
     ],
 )

@@ -7,6 +7,9 @@ import pytest
 import tiny
 from test_chat_command import TEMPLATE
 from test_cli import run
+from typer.main import get_command
+
+from jx_neuron.cli.app import app
 
 FEW = ("--max-tokens", 6)
 
@@ -20,6 +23,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_other_spellings_are_read_alike() -> None:
+    sample = get_command(app).commands["sample"]
+
+    def read(*arguments: str) -> dict[str, object]:
+        return sample.make_context("sample", ["./m", "-p", "a", "--seed", "3", *arguments]).params
+
+    usual = read("--max-tokens", "6", "--temperature", "1", "--dtype", "bf16", "--draft", "ngram")
+    assert (usual["max_new_tokens"], usual["temperature"], usual["amp"]) == (6, 1.0, "bf16")
+    assert read("--max-new-tokens", "6", "--temp", "1", "--amp", "bf16", "--draft", "ngram") == usual
+
+
+@pytest.mark.slow
 def test_other_spellings_give_the_same_answer(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("the cat\n")
     usual = run("sample", folder, "the cat", "--max-tokens", 6, "--temperature", 1, "--seed", 3, "--dtype", "f32")
@@ -51,16 +66,18 @@ def test_turns_of_chat_are_those_that_are_typed(folder: Path) -> None:
     assert turns.stdout == run("chat", folder, *FEW, stdin="ab\ncd\n").stdout
 
 
-@pytest.mark.parametrize("command", ["sample", "chat"])
+@pytest.mark.parametrize("command", ["sample", pytest.param("chat", marks=pytest.mark.slow)])
 def test_an_answer_ends_before_a_stop_string(folder: Path, command: str) -> None:
     how = (command, folder, "-p", "ab", *(["--chat"] if command == "sample" else []), "--max-tokens", 12)
     answer = run(*how).stdout.removesuffix("\n")
     stop = answer[4:6]
-    done = run(*how, "--stop", "not in it", "--stop", stop)
-    assert done.stdout == answer[: answer.index(stop)] + "\n"
-    if command == "sample":
-        answer = json.loads(run(*how, "--stop", stop, "--json").stdout)
-        assert (answer["finish_reason"], answer["text"]) == ("stop", done.stdout.removesuffix("\n"))
+    as_json = ["--json"] if command == "sample" else []
+    text = run(*how, "--stop", "not in it", "--stop", stop, *as_json).stdout.removesuffix("\n")
+    if as_json:
+        stopped = json.loads(text)
+        text = stopped["text"]
+        assert stopped["finish_reason"] == "stop"
+    assert text == answer[: answer.index(stop)]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_xla_is_the_checkpoints_way_and_host_the_artifacts(saved: Path, checkpoi
     ("asked", "message"),
     [
         ({"tp_degree": 4}, "saved for tp_degree=2 and not 4"),
-        ({"amp": "bf16"}, "saved for amp=float32 and not bfloat16"),
+        ({"amp": "bf16"}, "saved for dtype=float32 and not bfloat16"),
         ({"batch_size": 3}, "saved for batch_size="),
         ({"prompt_batch_size": 1}, "saved for prompt_batch_size=None and not 1"),
         ({"n_positions": 17}, "saved for n_positions="),
@@ -246,7 +246,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "ids beyond int32": (setting(generation={"pad_token_id": 2**31}), "pad_token_id=2147483648 is no token id"),
     "several paddings": (setting(generation={"pad_token_id": [1]}), "is no token id"),
     "an unknown id": (setting(generation={"bos": 1}), "bos=1 is no token id"),
-    "another dtype": (setting(amp="f64"), "amp='f64' is not supported"),
+    "another dtype": (setting(amp="f64"), "dtype 'f64' is not supported"),
     "another cache": (setting(amp="bf16"), "its state has state.0.k float32.*, not 1 slots of 24 positions, bfloat16"),
     "no such target": (setting(target="trn9"), "unknown target 'trn9'"),
     "another vocabulary": (setting(vocab_size=99), "are not of 99 tokens"),

@@ -56,7 +56,7 @@ def loss(model: Any, params: Any, ids: np.ndarray) -> jax.Array:
     return -jnp.take_along_axis(likelihoods, jnp.asarray(ids)[:, 1:, None], axis=-1).mean()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_gradients_are_torchs_and_parameters_go_back(name: str, tmp_path: Path) -> None:
     """A step of gradient descent here is one of torch on HF's model, by what save_pretrained writes of it."""
     hf, ids = tiny.model(name), tiny.prompts(2, 16)
@@ -80,6 +80,7 @@ def test_gradients_are_torchs_and_parameters_go_back(name: str, tmp_path: Path) 
     np.testing.assert_allclose(model.apply(model.params, ids), tiny.logits(again, ids), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_row_is_vmapped_and_donated_parameters_are_read_again(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.saved("llama", tmp_path), n_positions=32)
     params, ids = model.params, tiny.prompts(3, 8)

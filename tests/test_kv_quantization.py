@@ -279,7 +279,7 @@ def test_bytes_are_counted_as_they_are_stored() -> None:
         (dict(quant_dtype="s4"), "quant_dtype='s4' is not legal; it is one of s8, f8e4m3fn, f16, bf16"),
         (dict(quantize_method="direct_cast"), "leave it out, or say 'vector_dynamic' .a cast to whole numbers"),
         (dict(quant_dtype="f8e4m3fn", quantize_method="vector_dynamic"), "say 'direct_cast'"),
-        (dict(dequant_dtype="s8"), "amp='s8' is not supported"),
+        (dict(dequant_dtype="s8"), "dtype 's8' is not supported"),
     ],
     ids=str,
 )

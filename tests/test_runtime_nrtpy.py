@@ -49,9 +49,15 @@ def opened(folder: Path, backend: str = "neuron", **options: object) -> NeuronAu
     return NeuronAutoModelForCausalLM.from_pretrained(folder, backend=backend, **shape)
 
 
-@pytest.mark.parametrize(
-    ("amp", "tp"), [("f32", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("bf16", 1), ("f16", 8)])]
-)
+def test_a_checkpoint_compiled_gives_the_tokens_of_hf(checkpoint: Path, device: Device) -> None:
+    model = opened(checkpoint).to_neuron()
+    assert isinstance(model.runtime, NrtpyRuntime)
+    np.testing.assert_array_equal(model.sample(IDS, 32, top_k=1), tiny.greedy(tiny.model("llama"), IDS, 32))
+    assert set(device.reads) == {(0, 2 * 4)}  # two rows' tokens of the first rank, and no logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("amp", "tp"), [("f32", 2), ("bf16", 1), ("f16", 8)])
 def test_a_checkpoint_compiled_and_sampled_gives_the_tokens_of_the_host(
     amp: str, tp: int, checkpoint: Path, device: Device
 ) -> None:
@@ -98,6 +104,7 @@ def test_slots_are_copied_and_cleared(checkpoint: Path, device: Device) -> None:
         assert not tensor.array[1].any()
 
 
+@pytest.mark.slow
 def test_logits_are_read_before_they_are_overwritten(checkpoint: Path, device: Device) -> None:
     model = opened(checkpoint)
     model.sample(IDS, 14, top_k=1)
@@ -110,6 +117,7 @@ def test_logits_are_read_before_they_are_overwritten(checkpoint: Path, device: D
         np.asarray(first.logits)
 
 
+@pytest.mark.slow
 def test_an_error_of_a_rank_is_raised(checkpoint: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(checkpoint).to_neuron()
 
@@ -151,6 +159,7 @@ def test_what_runs_neffs_is_chosen(device: Device, tmp_path: Path, monkeypatch: 
         neuron.library()
 
 
+@pytest.mark.slow
 def test_an_empty_package_of_its_name_is_not_nrtpy(
     checkpoint: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +169,7 @@ def test_an_empty_package_of_its_name_is_not_nrtpy(
         opened(checkpoint).to_neuron()
 
 
+@pytest.mark.slow
 def test_the_stand_in_is_strict(checkpoint: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(checkpoint).to_neuron()
     runtime, program = model.runtime, model.lowered().programs[DECODE]

@@ -76,8 +76,8 @@ class HFConfig:
     legal values of fields that are supported in part. `ALIASES` is HF's attribute_map: other names of fields. `sizes`
     gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
 
-    `LAYERS_ALIKE` says that all layers have the same shapes of parameters and state, and the same collectives, so that
-    a plan needs only one of them.
+    `LAYERS_ALIKE` says that layers of one type and window have the same shapes of parameters and state, and the same
+    collectives, so that a plan needs only one of them where all have one type and window.
 
     Values must have the types of their fields. Integers are positive and below 2³¹, floats are positive numbers of
     float32. Both may be 0 where that is the default, and are at least the "least" of a field's metadata.
@@ -154,12 +154,22 @@ class HFConfig:
         """
         return [None] * self.layers
 
+    @property
+    def layers_alike(self) -> bool:
+        """Whether one layer tells the sizes and collectives of all."""
+        return self.LAYERS_ALIKE and len({*zip(self.types, self.windows, strict=True)}) == 1
+
     def with_layers(self, layers: int) -> Self:
-        """The same config with another number of layers, in HF's field. Raises ConfigError where there is none."""
+        """The same config with its first `layers`, or more where no field lists them, in HF's field.
+
+        Raises ConfigError where there is none.
+        """
         fields = {f.metadata.get("hf", f.name): f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        types = getattr(self, "layer_types", None)
+        changes = {} if types is None else {"layer_types": types[:layers]}
         for name in _LAYERS:
             if name in fields:
-                return dataclasses.replace(self, **{fields[name]: layers})  # type: ignore[type-var]
+                return dataclasses.replace(self, **changes, **{fields[name]: layers})  # type: ignore[type-var]
         raise ConfigError(
             f"{self.MODEL_TYPE}: Config says LAYERS_ALIKE, and has none of the fields {', '.join(_LAYERS)}; "
             "set LAYERS_ALIKE = False"

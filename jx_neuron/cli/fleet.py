@@ -64,7 +64,7 @@ def command(
     The server's own scheduler is simulated with estimated step times, for each degree and batch size that may have the
     fewest cores: seconds to a minute for an instance type.
 
-        jx-neuron fleet facebook/opt-13b --rate 20 --instance trn2.48xlarge --amp f16
+        jx-neuron fleet facebook/opt-13b --rate 20 --instance trn2.48xlarge --dtype f16
 
         jx-neuron fleet ./my-llama --rate 5 --prompt-tokens 64-2048 --answer-tokens 256 --first-token 0.5
     """

@@ -145,7 +145,7 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
     quant = _neuron_config(options).kv_cache_quant
     for name, value, default, saved in (
         ("tp_degree", options["tp_degree"], 1, settings.tp_degree),
-        ("amp", dtype_of(options["amp"]), dtype_of("f32"), settings.dtype),
+        ("dtype", dtype_of(options["amp"]), dtype_of("f32"), settings.dtype),
         ("batch_size", tuple(np.atleast_1d(options["batch_size"]).tolist()), (1,), tuple(settings.batch_sizes)),
         ("prompt_batch_size", options["prompt_batch_size"], None, settings.prompt_batch),
         ("n_positions", tokens, None, settings.buckets.tokens),

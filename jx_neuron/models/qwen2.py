@@ -32,6 +32,7 @@ class Config(MaxWindowLayersConfig, LlamaLikeConfig):
 
     MODEL_TYPE = "qwen2"
     COMPLETE = True
+    LAYERS_ALIKE = True
     USUAL: ClassVar[Mapping[str, Any]] = {**LlamaLikeConfig.USUAL, "use_mrope": False}
 
 

@@ -32,6 +32,7 @@ class Config(MaxWindowLayersConfig, LlamaLikeConfig):
 
     MODEL_TYPE = "qwen3"
     COMPLETE = True
+    LAYERS_ALIKE = True
 
 
 class Block(nnx.Module):

@@ -20,7 +20,7 @@ def dtype_of(amp: str) -> np.dtype[Any]:
     """
     short = _LONG.get(amp, amp)
     if short not in AMP:
-        raise ConfigError(f"amp={amp!r} is not supported; it may be one of {', '.join([*AMP, *_LONG])}")
+        raise ConfigError(f"dtype {amp!r} is not supported; it may be one of {', '.join([*AMP, *_LONG])}")
     return np.dtype(AMP[short])
 
 

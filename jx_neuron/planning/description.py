@@ -33,10 +33,10 @@ def describe(config: Mapping[str, Any], n_positions: int | None = None) -> dict[
     outline = Outline.of(config)
     settings = outline.config
     buckets = Buckets.within(settings.max_positions, settings.trained_positions, n_positions, None)
-    outlines = {None: outline} | {
-        quant: Outline.of(config, QuantizationConfig.named(quant)) for _, quant in FORMS.values() if quant
+    forms = {
+        name: _form(outline.quantized(QuantizationConfig.named(quant)) if quant else outline, amp, buckets)
+        for name, (amp, quant) in FORMS.items()
     }
-    forms = {name: _form(outlines[quant], amp, buckets) for name, (amp, quant) in FORMS.items()}
     return dict(
         model_type=outline.decoder.model_type,
         parameters=outline.parameter_count,

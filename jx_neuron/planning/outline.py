@@ -102,10 +102,14 @@ class Outline:
         model_type = model.get("model_type")
         config = family(model_type).Config.from_hf(model) if model_type in model_types() else None
         differ = quant is not None and (quant.keep or quant.no_quantize_list)
-        if config is None or not config.LAYERS_ALIKE or differ:
+        if config is None or not config.layers_alike or differ:
             return cls.of(dataclasses.replace(Decoder.from_config(model), quant=quant))
         one_layer = {"model_type": config.MODEL_TYPE, **config.with_layers(1).to_hf()}
-        return cls(dataclasses.replace(Decoder.from_config(one_layer), quant=quant), config.layers)
+        return cls(Decoder.from_config(one_layer), config.layers).quantized(quant)
+
+    def quantized(self, quant: QuantizationConfig | None) -> "Outline":
+        """The outline with the weights of every layer quantized as `quant` has it, which names no layers."""
+        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, quant=quant))
 
     def with_cache(self, dtype: StateDtype) -> "Outline":
         """The outline with keys and values stored in `dtype`. Raises ConfigError where layers keep none."""
@@ -151,9 +155,10 @@ class Outline:
             for path, parameter in decoder.abstract_params("uint8").items()
         )
 
-    def weight_bytes(self, tp_degree: int, itemsize: int) -> int:
-        """Bytes of the parameters that each core holds, padded, and split where they are."""
-        return sum(p.stored(itemsize) for p in self.parameters(tp_degree))
+    @cached_property
+    def weight_bytes(self) -> Callable[[int, int], int]:
+        """Bytes of the parameters that each core holds, padded, and split where they are, by degree and itemsize."""
+        return functools.cache(lambda tp_degree, itemsize: sum(p.stored(itemsize) for p in self.parameters(tp_degree)))
 
     def cache_bytes(self, tp_degree: int, batch: int, positions: int, itemsize: int) -> int:
         """Bytes of the state table (keys and values) that each core holds, of `batch` slots of `positions`."""
