@@ -41,7 +41,7 @@ class Numbers:
 
 
 def cases() -> Iterator[Any]:
-    quick = {"llama-0", "gpt_neox-0", "mixtral-0"}
+    quick = {"llama-0"}
     for case, id in zip(CASES, numbered(CASES), strict=True):
         yield pytest.param(*case, id=id, marks=() if id in quick else pytest.mark.slow)
 

@@ -19,6 +19,7 @@ import serving
 import tiny
 import torch
 import transformers
+import yaml
 from families import OPTIONS
 
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
@@ -148,6 +149,18 @@ def test_hosts_of_a_list_and_of_launchers() -> None:
 def test_hosts_that_cannot_be(hosts: str, rank: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Hosts.of(hosts, rank, environment={})
+
+
+def test_the_pods_of_the_example_serve_one_model() -> None:
+    example = yaml.safe_load((SCRIPT.parent.parent / "examples" / "leaderworkerset.yaml").read_text())
+    pods = example["spec"]["leaderWorkerTemplate"]
+    (container,) = pods["workerTemplate"]["spec"]["containers"]
+    program, command, folder, *arguments = container["args"]
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert (program, command) == ("jx-neuron", "serve")
+    assert options["--hosts"] == "auto"
+    assert int(options["--tp"]) % pods["size"] == 0
+    assert any(Path(folder).is_relative_to(mount["mountPath"]) for mount in container["volumeMounts"])
 
 
 def test_messages_arrive_whole_and_others_are_refused() -> None:
