@@ -52,7 +52,9 @@ def choice(tokens: int, chosen: int, seed: int = 0) -> tuple[jax.Array, jax.Arra
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"weigh_input": True}])
-@pytest.mark.parametrize(("tokens", "chosen"), [(1, 1), (1, 3), (3, 2), (40, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "chosen"), [(1, 1), *(pytest.param(*of, marks=pytest.mark.slow) for of in [(1, 3), (3, 2)]), (40, 16)]
+)
 def test_every_way_gives_the_same(
     tokens: int, chosen: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +176,7 @@ IN_BLOCKS = [
 
 @pytest.mark.parametrize(
     ("name", "number", "backend"),
-    [pytest.param(*case, marks=[] if case == ("qwen3_moe", 0, "host") else pytest.mark.slow) for case in IN_BLOCKS],
+    [pytest.param(*case, marks=[] if case == ("qwen3_moe", 0, "xla") else pytest.mark.slow) for case in IN_BLOCKS],
 )
 def test_prompts_that_go_through_in_blocks_give_hfs_logits(
     name: str, number: int, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

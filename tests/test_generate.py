@@ -93,6 +93,7 @@ def test_an_end_token_and_a_stop_string_end_their_answer_alone(model: NeuronAuto
     assert second.ids[: len(stopped.ids)] == stopped.ids
 
 
+@pytest.mark.slow
 def test_a_row_that_wants_the_host_does_not_take_others_there(model: NeuronAutoModelForCausalLM) -> None:
     mixed = model.generate(PROMPTS[:2], [DRAWN, SamplingParams(max_tokens=6, repetition_penalty=1.4)])
     alone = [

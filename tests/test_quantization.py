@@ -185,7 +185,7 @@ def test_what_is_stored_otherwise_is_said(tmp_path: Path) -> None:
     assert head.startswith("the head is not quantized")
 
 
-USUAL = ("deepseek_v3", "gemma2", "gptj", "llama", "mixtral")
+USUAL = ("deepseek_v3", "llama")
 EVERY = [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in OPTIONS]
 
 
@@ -236,9 +236,8 @@ def greedy(model: NeuronAutoModelForCausalLM) -> list[int]:
     return list(answer.ids)
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=() if form == "int4" else pytest.mark.slow) for form in CONFIGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", CONFIGS)
 def test_every_runtime_and_degree_answers_the_same(form: str, checkpoint: Path) -> None:
     quant = replace(CONFIGS[form], lm_head=True)
     answers = [
@@ -248,7 +247,7 @@ def test_every_runtime_and_degree_answers_the_same(form: str, checkpoint: Path) 
     assert all(answer == answers[0] for answer in answers)
 
 
-@pytest.mark.parametrize(("quant", "dtype"), [(S8, "int8"), (F8, "float8_e4m3")])
+@pytest.mark.parametrize(("quant", "dtype"), [(S8, "int8"), pytest.param(F8, "float8_e4m3", marks=pytest.mark.slow)])
 def test_an_artifact_keeps_codes(quant: QuantizationConfig, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     model = load(checkpoint, quant, tp_degree=2, backend="host")
     saved = NeuronAutoModelForCausalLM.from_pretrained(model.save(tmp_path / "saved", sharded_weights=True))

@@ -178,7 +178,7 @@ MIXTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f == "int4" else pytest.mark.slow) for f in FORMS])
 @pytest.mark.parametrize(
     "name", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]
 )

@@ -77,6 +77,7 @@ def property_of(examples: int):
     return holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", ["llama"], indirect=True)
 def test_padding_changes_nothing(models: Models) -> None:
     property_of(5)(models)

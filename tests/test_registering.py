@@ -339,7 +339,7 @@ def test_a_layout_that_is_not_hf_s_is_named() -> None:
     ("model", "first"),
     [
         (Shifted, "the embeddings, by"),
-        (OfHalf, "layer 1, by"),
+        pytest.param(OfHalf, "layer 1, by", marks=pytest.mark.slow),
         (Doubled, "no hidden state of the longest prompt: the logits of Model.logits"),
     ],
 )
