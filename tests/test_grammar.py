@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_answer_in_any_batch(
         SamplingParams(max_tokens=40, temperature=0.9, top_k=0, seed=seed, grammar=grammars.json_schema(schema))
         for seed, schema in enumerate(map(whole_schema, range(1, 8)))
     ]
-    alone = [model.generate([4, 9, seed], one)[0].ids for seed, one in enumerate(sampling)]
+    alone = [model.generate([4, 9, seed], one).ids for seed, one in enumerate(sampling)]
     several = [found.ids for found in model.generate([[4, 9, seed] for seed in range(7)], sampling)]
     assert several == alone
 
@@ -141,7 +141,7 @@ def test_each_of_several_answers_has_its_own_state(model: NeuronAutoModelForCaus
     sampling = SamplingParams(
         n=4, max_tokens=60, temperature=1.0, top_k=0, seed=1, grammar=grammars.regex("[a-z]{6}(, [a-z]{6}){3}")
     )
-    (found,) = model.generate([1, 2, 3], sampling)
+    found = model.generate([1, 2, 3], sampling)
     texts = [answer.text for answer in found.answers]
     assert len(set(texts)) == 4
     assert all(re.fullmatch("[a-z]{6}(, [a-z]{6}){3}", text) for text in texts)
