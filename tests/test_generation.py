@@ -103,6 +103,7 @@ def test_padded_rows_are_those_rows_alone(model, hf, ids) -> None:
     np.testing.assert_array_equal(out[0, 13:], expected[0][9:])
 
 
+@pytest.mark.slow
 def test_logits_of_prompts_and_of_what_follows(folder, model, hf, ids) -> None:
     with torch.no_grad():
         expected = hf(torch.tensor(ids)).logits.numpy()

@@ -74,6 +74,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved("llama", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.slow
 def test_host_and_xla_agree_whatever_is_asked(checkpoint: Path) -> None:
     ids = tiny.prompts(2, 21)
     options = dict(batch_size=2, n_positions=[40, 64], context_length_estimate=[8, 16], tp_degree=2)

@@ -158,7 +158,7 @@ def test_slots_are_copied_and_cleared(model: NeuronAutoModelForCausalLM, neuron:
     assert caches(neuron) == tables
 
 
-@pytest.mark.parametrize("quant_dtype", ["s8", "f8e4m3fn"])
+@pytest.mark.parametrize("quant_dtype", ["s8", pytest.param("f8e4m3fn", marks=pytest.mark.slow)])
 def test_stored_keys_and_values_are_copied_and_cleared(checkpoint: Path, neuron: Neuron, quant_dtype: str) -> None:
     config = NeuronConfig(kv_cache_quant=KVCacheQuantizationConfig(quant_dtype))
     model, host = (opened(checkpoint, backend, neuron_config=config) for backend in ("neuron", "host"))
