@@ -229,7 +229,10 @@ ALLOWED = {
         "socket.IPPROTO_TCP": "TCP",
         "socket.TCP_NODELAY": "sends without delay",
     },
-    "distributed/hosts.py": {"socket.socket": "bound to an address, to see if it is here, and closed", "socket.SOCK_STREAM": "TCP"},
+    "distributed/hosts.py": {
+        "socket.socket": "bound to an address, to see whether it is here, and closed",
+        "socket.SOCK_STREAM": "TCP",
+    },
     "engine/messages.py": {".tokenizer.apply_chat_template": TEMPLATE},
     "llm/loading.py": {"jx_neuron.llm.model.NeuronAutoModelForCausalLM.from_pretrained": OWN},
     "integrations/ray.py": {FROM_PRETRAINED: OWN},
