@@ -93,6 +93,7 @@ def test_changed_files_are_read_anew(tmp_path):
     require_same(load(folder), load(folder, plain=False))
 
 
+@pytest.mark.slow
 def test_the_second_process_does_without_transformers(tmp_path):
     """The answer to a text, of an HF folder, imports no transformers once the tokenizer is kept."""
     folder = folder_of(tmp_path / "model", "LlamaTokenizer")

@@ -57,7 +57,9 @@ def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> LlamaForSampli
     return LlamaForSampling.from_pretrained(folder, batch_size=2, n_positions=48, context_length_estimate=4)
 
 
-@pytest.mark.parametrize(("length", "total", "reusing"), LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "total", "reusing"), [LENGTHS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LENGTHS[1:])]
+)
 def test_logits_are_those_without_it(model, kind, length, total, reusing, monkeypatch) -> None:
     ids = np.random.default_rng(total).integers(0, tiny.VOCAB, (2, total))
     ids[1, :length] = ids[0, :length]

@@ -52,7 +52,10 @@ def hf_windows(hf: torch.nn.Module, ids: list[int], longest: int, stride: int) -
         pytest.param(dict(batch_size=3, n_positions=64), marks=pytest.mark.slow),
         dict(batch_size=2, n_positions=[32, 48], context_length_estimate=[4, 16]),
         pytest.param(dict(batch_size=1, n_positions=48, context_length_estimate=1), marks=pytest.mark.slow),
-        dict(batch_size=3, n_positions=64, context_length_estimate=16, tp_degree=2, backend="host"),
+        pytest.param(
+            dict(batch_size=3, n_positions=64, context_length_estimate=16, tp_degree=2, backend="host"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(batch_size=4, prompt_batch_size=2, n_positions=64), marks=pytest.mark.slow),
     ],
     ids=str,

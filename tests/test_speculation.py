@@ -81,7 +81,7 @@ def made(folder: Path, backend: str, batch: int, **options: Any) -> NeuronAutoMo
     ("backend", "batch", "count"),
     [
         ("xla", 4, 3),
-        ("host", 4, 3),
+        pytest.param("host", 4, 3, marks=pytest.mark.slow),
         *(pytest.param(backend, batch, 200, marks=pytest.mark.slow) for backend in ("xla", "host") for batch in (1, 4)),
     ],
 )
