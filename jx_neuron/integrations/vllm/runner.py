@@ -155,16 +155,12 @@ class Runner:
 
         Raises NonFiniteError for logits with a NaN or an infinity.
         """
-        tokens: dict[int, np.ndarray] = {}  # read once a step
         chosen = {}
         for name in names:
             request = self.requests[name]
             drawn, how = self._drawn[request], None
             if drawn.logits_v is None:
-                key = id(drawn.output)
-                if key not in tokens:
-                    tokens[key] = np.asarray(drawn.output.token_b1).reshape(-1)
-                token = int(tokens[key][drawn.row])
+                token = int(np.asarray(drawn.output.token_b1).reshape(-1)[drawn.row])  # JAX keeps what was read
             elif np.isfinite(drawn.logits_v).all():
                 token = self._choose(request, drawn.logits_v, masks.get(name))
                 if request.choice.logprobs is not None:
