@@ -119,7 +119,7 @@ def test_answers_that_end_are_valid(
     ]  # fmt: skip
     answers = [found.answers[0] for found in model.generate([[5, 6, 7]] * len(schemas), sampling)]
     ended = [(one, answer) for one, answer in zip(schemas, answers, strict=True) if answer.finish_reason == "stop"]
-    assert len(ended) > 0.9 * len(schemas)
+    assert len(ended) >= 0.8 * len(schemas)
     for one, answer in ended:
         jsonschema.Draft202012Validator.check_schema(one)
         jsonschema.validate(json.loads(answer.text), one, jsonschema.Draft202012Validator)

@@ -78,7 +78,7 @@ def check(found: np.ndarray, expected: np.ndarray) -> None:
 def test_sequences_of_different_ages_give_their_own_logits(family: str, tp: int) -> None:
     hf = tiny.model(family)
     of = runtime(hf, tp)
-    assert of._placed.state(1, 1).layout is (CPU if tp == 1 else PLAIN)
+    assert of._placed.state(1, 1, verifies=False).layout is (CPU if tp == 1 else PLAIN)
     last, sequences, drawn = prefilled(of, SEQUENCES), [list(tokens) for tokens in SEQUENCES], {}
     for n, tokens in enumerate(sequences):
         expected = tiny.logits(hf, np.asarray([tokens]))[0, -1]
