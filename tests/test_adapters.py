@@ -77,6 +77,7 @@ def check(ours: NeuronAutoModelForCausalLM, adapted: Any, plain: Any) -> None:
     np.testing.assert_allclose(ours(ids), expected, rtol=0, atol=1e-5 * max(1, scale))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in ALWAYS else pytest.mark.slow) for c in CASES])
 def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]

@@ -52,6 +52,7 @@ def expected(q_tnh, k_skh, v_skh, start, scale=H**-0.5, window=None, soft_cap=No
     return out_tnh
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", START)
 @pytest.mark.parametrize(

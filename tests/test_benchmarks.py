@@ -46,6 +46,7 @@ def raw(model: str) -> dict[str, Any]:
     return dict(lowered.CONFIGS[model] if model in lowered.CONFIGS else config_of(model))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("tp", [1, 8, 32])
 @pytest.mark.parametrize("model", ["gpt2-xl", "facebook/opt-13b", "EleutherAI/gpt-j-6B", "Llama-3-8B"])
 def test_two_layers_decode_within_five_percent_of_the_least_bytes(model: str, tp: int) -> None:
@@ -132,6 +133,7 @@ def test_rounding_on_the_demo_model() -> None:
     assert differences["ours, exact"]["median"] < 1.5 * differences["hf, exact"]["median"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

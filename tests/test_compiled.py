@@ -43,6 +43,7 @@ def test_programs_are_kept_however_fast_they_were_compiled(tmp_path: Path) -> No
     assert list((tmp_path / "jx-neuron" / "xla").rglob("jit_run*"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="XDG_CACHE_HOME is of Linux")
 @pytest.mark.parametrize(
     "environment",

@@ -168,6 +168,7 @@ def test_there_are_forty_fields() -> None:
     assert sum(len(fields) for table in (HONOURED, REFUSED, IGNORED) for fields in table.values()) >= 40
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in HONOURED for field in HONOURED[name]])
 def test_honoured(name: str, field: str, folders: dict[str, Path]) -> None:
     value, module, line = HONOURED[name][field]
@@ -250,6 +251,7 @@ HARMLESS = {
 ROPE = {"head_dim", "max_position_embeddings", "partial_rotary_factor", "rope_parameters", "rope_theta"}
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_that_hf_looks_for_is_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever HF's code asks a config for, declared or not, to load a model, to run it and to generate."""

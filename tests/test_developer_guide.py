@@ -56,6 +56,7 @@ def expected(hf: torch.nn.Module, input_ids: torch.Tensor, **options: object) ->
     return hf.generate(input_ids, **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("cls", "name"),
     [(GPT2ForSampling, "gpt2"), (OPTForSampling, "opt"), (GPTJForSampling, "gptj"), (LlamaForSampling, "llama")],

@@ -170,6 +170,7 @@ def test_lower_function(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", here / "mlp.hlo.pb").stdout == "mlp.hlo.pb: passes on trn1\n"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compiled", [True, False])
 def test_save_on_a_laptop_load_on_an_instance(compiled: bool, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "save_on_laptop_load_on_instance.py"

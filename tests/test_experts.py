@@ -51,6 +51,7 @@ def choice(tokens: int, chosen: int, seed: int = 0) -> tuple[jax.Array, jax.Arra
     return jnp.asarray(x_btd), jnp.asarray(weight_btc), jnp.asarray(index_btc, jnp.int32)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"weigh_input": True}])
 @pytest.mark.parametrize(
     ("tokens", "chosen"), [(1, 1), *(pytest.param(*of, marks=pytest.mark.slow) for of in [(1, 3), (3, 2)]), (40, 16)]
@@ -72,6 +73,7 @@ def test_every_way_gives_the_same(
         np.testing.assert_allclose(layer(x_btd, weight_btc, index_btc), dense, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("rows", [1, 7, 512, 4096])
 @pytest.mark.parametrize("experts", [1, 2, 64])
 def test_each_row_has_a_place_in_a_block_of_its_expert(rows: int, experts: int) -> None:
@@ -134,6 +136,7 @@ def many_experts(name: str, **sizes: int) -> dict[str, Any]:
 MIXTURES = [*(name for name in OPTIONS if hasattr(family(name).Config, "EXPERTS")), "gemma4_text"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_lowered_decode_step_reads_the_experts_chosen(name: str) -> None:
     decoder = Decoder.from_config(many_experts(name), 1)
@@ -174,6 +177,7 @@ IN_BLOCKS = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "number", "backend"),
     [pytest.param(*case, marks=[] if case == ("qwen3_moe", 0, "xla") else pytest.mark.slow) for case in IN_BLOCKS],
@@ -189,6 +193,7 @@ def test_prompts_that_go_through_in_blocks_give_hfs_logits(
     assert placed
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_decode_step_on_a_cpu_reads_single_experts_in_place(batch: int, dtype: str) -> None:

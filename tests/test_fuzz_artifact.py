@@ -108,6 +108,7 @@ def test_damaged_bytes_of_any_file(count: int, saved: Path, expected: dict[str, 
         (folder / name).write_bytes(whole)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "hlo/decode-b1-s24-k64.pb", "weights"])
 def test_damaged_files_of_a_right_hash(

@@ -76,6 +76,7 @@ def fuzz(name: str, seeds: range, folder: Path) -> tuple[int, int]:
     return refused, right
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "llama" else pytest.mark.slow) for n in CONFIGS])
 def test_damaged_configs(name: str, tmp_path: Path) -> None:
     refused, right = fuzz(name, range(60), tmp_path)

@@ -42,6 +42,7 @@ def rotations(config: Any) -> dict[str, np.ndarray]:
     return {kind: np.stack(rope(at)) for kind, rope in config.ropes.items() if rope is not None}
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [

@@ -189,6 +189,7 @@ REAL = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that public checkpoints have
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoints(name: str) -> None:
@@ -225,6 +226,7 @@ def test_aliases_are_hfs(model_type: str) -> None:
     assert config.COMPLETE
 
 
+@pytest.mark.few(15)
 @pytest.mark.filterwarnings("error::UserWarning")  # no word of a field that HF declares
 @pytest.mark.parametrize("model_type", sorted(HF))
 def test_what_hf_saves_is_read(model_type: str) -> None:

@@ -98,6 +98,7 @@ def padded() -> torch.Tensor:
     return mask
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
 def test_strategies(pair: Pair, ids: torch.Tensor, padded: torch.Tensor, options: dict) -> None:
     hf, ours = pair.generate(ids, attention_mask=padded, **options)
@@ -112,6 +113,7 @@ def test_families(name: str, tmp_path: Path, ids: torch.Tensor, padded: torch.Te
         assert torch.equal(hf, ours)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("option", PROCESSORS)
 def test_logits_processors(pair: Pair, ids: torch.Tensor, option: str) -> None:
     plain, _ = pair.generate(ids, do_sample=False, eos_token_id=9)

@@ -232,6 +232,7 @@ def parameters(config: dict[str, Any]) -> int:
 SLOW = {name for name in PUBLISHED if KNOWN[name]["model_type"] in DIFFER | {"mamba2"}} - {"LiquidAI/LFM2-350M"}
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in PUBLISHED]
 )

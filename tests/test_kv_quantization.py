@@ -70,6 +70,7 @@ def heads(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
+@pytest.mark.few(3)
 @LAYOUTS
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3", "bfloat16", "float16"])
 def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> None:
@@ -94,6 +95,7 @@ def test_entries_are_stored_as_numpy_encodes_them(layout: Any, dtype: str) -> No
             np.testing.assert_array_equal(np.asarray(written.arrays[1][1])[2, :, 4:7], scale.T)
 
 
+@pytest.mark.few(2)
 @LAYOUTS
 @pytest.mark.parametrize(
     ("dtype", "window"), [pytest.param("int8", None, marks=pytest.mark.slow), ("int8", 5), ("float8_e4m3", None)]
@@ -225,6 +227,7 @@ KEYS = [ProgramKey("decode", 2, 1, 64, 16), ProgramKey("prefill", 2, 32, 32), Pr
 LOWERED = [("llama", "int8"), ("llama", "float8_e4m3"), ("gemma3_text", "int8"), ("deepseek_v3", "int8")]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "dtype"), LOWERED)
 def test_lowered_programs_pass_and_scales_move_between_no_cores(family: str, dtype: Any) -> None:
     import transformers

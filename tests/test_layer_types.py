@@ -40,6 +40,7 @@ C = Kept((S("h", "d"),), ((3,),))
 TABLE = (A, B, C, Kept((), ()), A, replace(A, own=False), replace(B, own=False))
 
 
+@pytest.mark.few(1)
 @LAYOUTS
 def test_layers_keep_rows_of_their_own(layout) -> None:
     state = filled(layout, TABLE, 3, 8, fill=7.0)
@@ -230,6 +231,7 @@ def expected(config: Config, tensors: Tensors, tokens: list[int]) -> np.ndarray:
     return x[-1] @ tensors["embed.weight"].T
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_a_decoder_of_several_kinds_of_layers(tp: int, hybrid: None) -> None:
     decoder = Decoder.from_config({"model_type": "hybrid"}, tp)

@@ -38,6 +38,7 @@ def collectives(program: Program) -> Counter[str]:
     return Counter(c.opcode for c in program.collectives())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_collectives_of_a_step(name: str) -> None:
     per_layer = 1 if is_parallel(name, {}) else 2
@@ -73,6 +74,7 @@ def test_collectives_of_every_family(name: str, options: dict[str, Any]) -> None
             assert program.verify(target) == [], f"{program.name} on {target}"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_what_the_head_gathers_does_not_depend_on_the_vocabulary(name: str) -> None:
     for key, gathered in ((DECODE, 2 * TP * (4 + 4)), (SAMPLED, 2 * TP * 16 * (4 + 4))):
@@ -81,6 +83,7 @@ def test_what_the_head_gathers_does_not_depend_on_the_vocabulary(name: str) -> N
             assert sum(c.bytes for c in found if c.opcode == "all-gather") == gathered
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("key", [DECODE, SAMPLED, PREFILL], ids=lambda key: key.name)
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_state_is_written_in_place(name: str, key: ProgramKey) -> None:
@@ -105,6 +108,7 @@ def test_state_is_written_in_place(name: str, key: ProgramKey) -> None:
         assert written is module.entry.parameters[source]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("slots", [DECODE.rows, SLOTS])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_a_decode_step_moves_no_more_than_its_weights_and_its_bucket(name: str, slots: int) -> None:
@@ -129,6 +133,7 @@ def small(name: str) -> tuple[dict[str, Any], int]:
     return raw, next(tp for tp in (8, 4, 2, 1) if heads % tp == 0)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FIRST_RELEASE)
 def test_neuron_takes_the_checkpoints_of_the_first_release(name: str) -> None:
     raw, tp = small(name)

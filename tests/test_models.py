@@ -99,6 +99,7 @@ def config(name: str, options: dict) -> transformers.PretrainedConfig:
     return transformers.AutoConfig.for_model(name.split("-", 1)[0], **options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("tp_degree", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_agree_with_hf(name: str, tp_degree: int) -> None:
@@ -108,12 +109,14 @@ def test_options_agree_with_hf(name: str, tp_degree: int) -> None:
 
 
 # lengths 12, 7 and 1 and 8 steps: row 0 starts beyond what dynamic and longrope were made for, row 1 gets there
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ROPE)
 def test_rope_scaling_agrees_with_hf(kind: str) -> None:
     hf = transformers.LlamaConfig(**LLAMA, max_position_embeddings=10, rope_parameters=dict(ROPE[kind]))
     assert parity(random_model(hf)).worst <= 1e-5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", PLAIN)
 def test_prompts_in_chunks_agree_with_hf(name: str) -> None:
     options = PLAIN[name]

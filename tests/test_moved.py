@@ -21,6 +21,7 @@ FORMER = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("module", "names"), FORMER)
 def test_a_former_path_is_the_same_module(module: str, names: str) -> None:
     """In a process of its own, so that nothing has imported the present one before."""

@@ -109,6 +109,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return model, folder
 
 
+@pytest.mark.few(1)
 def test_parity(original: tuple[Any, Path]) -> None:
     model, folder = original
     with pytest.warns(UserWarning, match=rf"is loaded as its text model, \w+, which takes text alone; {LEFT_OUT}"):

@@ -67,6 +67,7 @@ def made(lines: list[str]) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -82,6 +83,7 @@ def test_decode_is_a_loop_that_copies_and_widens_neither_weights_nor_cache(confi
     assert len(large) == 2 * batch  # a row of keys and of values each, in place
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_many_rows_are_written_in_place_by_as_many_instructions_as_a_few(dtype) -> None:
     positions = 64
@@ -103,6 +105,7 @@ def test_a_loop_is_as_long_for_any_number_of_layers() -> None:
     assert lengths[0] == lengths[1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("dtype", "dot"),
     [
@@ -143,6 +146,7 @@ def test_a_loop_and_layers_one_by_one_give_the_same(monkeypatch) -> None:
     np.testing.assert_allclose(*logits, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("wide", [(8,), (1, 4), ()], ids=str)
 def test_vectors_are_as_wide_as_the_formulation_of_the_rows_says(wide, monkeypatch) -> None:
     pinned = {"float32": {"wide": wide, "passes": 8, "dot": "eigen"}}
@@ -173,6 +177,7 @@ class ByItself(llama.Model):
         return self.norm(x_btd), tuple(written)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_loops_over_its_blocks_itself_is_warned_of_the_cost(dtype) -> None:
     config = llama.Config.from_hf(LLAMA)
@@ -243,6 +248,7 @@ def test_blocks_that_change_a_dtype_are_applied_one_by_one() -> None:
         np.testing.assert_array_equal(jax.jit(lambda x: layers(x, empty)[0])(x), np.full(3, 30.0))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("unrolled", [3, 2], ids=["rows one by one", "rows in a loop"])
 def test_a_cpu_s_table_holds_what_a_plain_one_does(dtype, unrolled, monkeypatch) -> None:

@@ -52,6 +52,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [

@@ -41,12 +41,14 @@ def original(normed: bool = True, tied: bool = False) -> transformers.PersimmonF
     return model
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("normed", "tp_degree"), [(True, 1), (False, 1), (True, 4)])
 def test_it_is_hf_s(tmp_path: Path, normed: bool, tp_degree: int) -> None:
     original(normed).save_pretrained(tmp_path)
     assert parity(tmp_path, tp_degree=tp_degree).worst < 1e-5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_in_memory_is_hf_s_and_so_is_a_tied_head(tmp_path: Path, tied: bool) -> None:
     hf = original(tied=tied)
@@ -106,6 +108,7 @@ def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program(
     assert opcodes.count("all-reduce") == 3 * 2 + 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("table", [(), gpt2.WEIGHTS], ids=["without table", "with table"])
 def test_a_module_in_hand_is_sampled_lowered_and_saved(tmp_path: Path, table) -> None:
     config = gpt2.Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)

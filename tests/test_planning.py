@@ -70,6 +70,7 @@ def test_the_outline_of_a_config_is_that_of_the_whole_model(config: dict) -> Non
         assert quick.overhead(tp) == pytest.approx(whole.overhead(tp))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("tp", [1, 3, 8])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "llama"])
 def test_weights_and_cache_are_what_the_artifact_holds_to_the_byte(tmp_path: Path, name: str, tp: int) -> None:
@@ -90,6 +91,7 @@ def test_weights_and_cache_are_what_the_artifact_holds_to_the_byte(tmp_path: Pat
         assert found.memory.weights == outline.weight_bytes(tp, 2)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("tp", [1, 8])
 def test_estimates_hold_against_the_lowered_program(config: dict, tp: int) -> None:
     outline, decoder = Outline.of(config), Decoder.from_config(config, tp)
@@ -110,6 +112,7 @@ def test_estimates_hold_against_the_lowered_program(config: dict, tp: int) -> No
     assert len(reduces) == (2 * outline.all_reduces + 1 if tp > 1 else 0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("tp", [1, 8])
 @pytest.mark.parametrize(
     "key",
@@ -148,11 +151,13 @@ ACTIVE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ACTIVE)
 def test_as_many_parameters_are_active_as_published(name: str) -> None:
     assert Outline.of(config_of(name)).active_parameter_count / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
 
 
+@pytest.mark.few(2)
 def test_an_outline_that_is_done_with_is_not_kept(config: dict) -> None:
     outline = Outline.of(config)
     assert outline.parameters(2) is outline.parameters(2)
@@ -351,6 +356,7 @@ def test_the_table_in_the_docs_is_what_is_predicted() -> None:
         assert f"| {c.row.milliseconds:g} | {c.predicted:.1f} | {c.error:+.0%} |" in text
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "instance", "tp"),
     [

@@ -123,6 +123,7 @@ DOORS: dict[str, Callable[[NeuronAutoModelForCausalLM, Any], Any]] = {
 }
 
 
+@pytest.mark.few(40)
 @pytest.mark.parametrize(
     ("door", "bad"),
     [

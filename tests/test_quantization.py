@@ -93,6 +93,7 @@ def test_a_product_is_scaled_in_float32_and_then_rounded(result: str | None) -> 
     np.testing.assert_allclose(np.asarray(y), expected.astype(result or np.float32), rtol=2e-3 if result else 1e-5)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])
 @pytest.mark.parametrize("dot", ["eigen", "ynnpack"])
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
@@ -189,6 +190,7 @@ USUAL = ("deepseek_v3", "llama")
 EVERY = [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in OPTIONS]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("form", CONFIGS)
 @pytest.mark.parametrize("name", EVERY)
 def test_neuron_takes_it_and_scales_are_no_collective(name: str, form: str) -> None:
@@ -247,6 +249,7 @@ def test_every_runtime_and_degree_answers_the_same(form: str, checkpoint: Path) 
     assert all(answer == answers[0] for answer in answers)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("quant", "dtype"), [(S8, "int8"), pytest.param(F8, "float8_e4m3", marks=pytest.mark.slow)])
 def test_an_artifact_keeps_codes(quant: QuantizationConfig, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     model = load(checkpoint, quant, tp_degree=2, backend="host")

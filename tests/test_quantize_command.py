@@ -96,6 +96,7 @@ def test_weights_are_those_of_compressed_tensors(form: str, source: Path, writte
             np.testing.assert_array_equal(checkpoint.read(name), before.read(name))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_are_those_of_transformers(form: str, source: Path, written: Callable[[str], Path]) -> None:
     hf = transformers.AutoModelForCausalLM.from_pretrained(written(form)).eval()
@@ -178,6 +179,7 @@ MIXTURES = {
 }  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f == "int4" else pytest.mark.slow) for f in FORMS])
 @pytest.mark.parametrize(
     "name", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]

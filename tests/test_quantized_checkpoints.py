@@ -113,6 +113,7 @@ ONE_A_METHOD = ("packed-4-group", "gptq-4-act-order", "awq", "fp8-tensor", "nf4-
 FITTING = [name for name in LAYOUTS if name not in ("packed-4-groups-of-11", "awq-groups-of-11")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", [name if name in ONE_A_METHOD else pytest.param(name, marks=pytest.mark.slow) for name in FITTING]
 )

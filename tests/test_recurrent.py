@@ -60,6 +60,7 @@ def in_chunks(of: dict[str, np.ndarray], delta: bool) -> tuple[np.ndarray, np.nd
     return jax.jit(ssd)(a["v"], a["k"], a["q"], a["log"], a["s"])
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("delta", [False, True], ids=["ssd", "gated delta"])
 @pytest.mark.parametrize("decay", [1e-3, 0.5, 100.0])
 @pytest.mark.parametrize("t", [1, 5, CHUNK, CHUNK + 1, 3 * CHUNK - 7])
@@ -171,6 +172,7 @@ def test_slots_prefixes_and_answers_share_no_state(family: str, backend: str, tm
     assert [list(answer.ids) for generation in found for answer in generation.answers] == expected[:1] * 4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", RECURRENT)
 def test_bytes_of_the_state_are_those_of_the_program(family: str) -> None:
     raw = AutoConfig.for_model(family, **OPTIONS[family][0]).to_dict()

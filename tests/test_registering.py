@@ -334,6 +334,7 @@ def test_a_layout_that_is_not_hf_s_is_named() -> None:
         parity(hf(), model_type=NAME)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tp_degree", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model", "first"),

@@ -158,6 +158,7 @@ def test_slots_are_copied_and_cleared(model: NeuronAutoModelForCausalLM, neuron:
     assert caches(neuron) == tables
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("quant_dtype", ["s8", pytest.param("f8e4m3fn", marks=pytest.mark.slow)])
 def test_stored_keys_and_values_are_copied_and_cleared(checkpoint: Path, neuron: Neuron, quant_dtype: str) -> None:
     config = NeuronConfig(kv_cache_quant=KVCacheQuantizationConfig(quant_dtype))

@@ -61,6 +61,7 @@ def on_host(model: GPT2ForSampling, ids: np.ndarray, **options: object) -> np.nd
     return np.stack([step.tokens for step in model.stream(ids, LENGTH, logprobs=0, **options)], axis=1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [dict(top_k=1), SAMPLED, SAMPLED | dict(top_k=0, seed=[3, 4]), dict(top_k=[1, 7], temperature=[1, 2.0], seed=9)],
@@ -328,6 +329,7 @@ def test_ended_rows_go_on_in_a_token_of_the_vocabulary(hf, ids, tmp_path) -> Non
     assert (expected == end).sum() > 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["xla", "host"])
 def test_batches_smaller_than_compiled_and_batch_buckets(folder, hf, backend) -> None:
     ids = tiny.prompts(5, WIDTH)

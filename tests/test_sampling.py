@@ -109,6 +109,7 @@ def test_greedy_and_candidates_take_the_first_of_equals(shards: int) -> None:
     np.testing.assert_array_equal(np.asarray(value), np.take_along_axis(x, expected, -1))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("count", [8, 64, 5000])
 def test_a_cpu_draws_the_same_tokens(count: int, ties: bool) -> None:

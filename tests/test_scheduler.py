@@ -108,6 +108,7 @@ def choice_of(rng: random.Random, room: int) -> Choice:
     return Choice(draw, processors, rng.randint(1, room), eos, (), None)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("compiled", [None, 8], ids=["on demand", "compiled"])
 @pytest.mark.parametrize("budget", [None, 5, 40, "reserved"])
 @pytest.mark.parametrize("window", [None, 9, 0])

@@ -46,6 +46,7 @@ def hf_windows(hf: torch.nn.Module, ids: list[int], longest: int, stride: int) -
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

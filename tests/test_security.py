@@ -68,6 +68,7 @@ MAPS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "both" else pytest.mark.slow) for k in MAPS])
 def test_code_beside_a_checkpoint_is_refused_and_named(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "model")

@@ -25,6 +25,7 @@ def client(model: object) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [

@@ -77,6 +77,7 @@ def made(folder: Path, backend: str, batch: int, **options: Any) -> NeuronAutoMo
     return NeuronAutoModelForCausalLM.from_pretrained(folder, **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("backend", "batch", "count"),
     [

@@ -103,6 +103,7 @@ def test_sequences_of_different_ages_give_their_own_logits(family: str, tp: int)
             assert same(slot(of, number), before[number])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_slots_are_copied_and_cleared_and_the_table_grows(tp: int) -> None:
     hf = tiny.model("llama")
@@ -136,6 +137,7 @@ def every(slots: int, positions: int):
     return at([1] * slots, [1] * slots, range(slots), 1, positions)
 
 
+@pytest.mark.few(1)
 @LAYOUTS
 def test_a_window_that_would_end_beyond_the_slot_writes_the_right_positions(layout) -> None:
     state = table(layout, (3, 2, 10, 4), fill=7.0)
@@ -237,6 +239,7 @@ class Tensors(dict):
         return self[name].shape
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_recurrent_decoder_keeps_one_entry_a_slot(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
@@ -263,6 +266,7 @@ def test_a_recurrent_decoder_keeps_one_entry_a_slot(tp: int, monkeypatch: pytest
         check(np.asarray(output.logits)[place], expected([*SEQUENCES[n], token]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("kind", "tokens"), [("decode", 1), ("prefill", 4)])

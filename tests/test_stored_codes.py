@@ -51,6 +51,7 @@ def matrices(layout: Layout, folder: Path, quant: QuantizationConfig) -> Iterato
         yield Quantized(form, **parts), plain.read(path)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", EXACT)
 def test_a_form_that_has_the_stored_numbers_gives_them_exactly(name: str, tmp_path: Path) -> None:
     compared = [

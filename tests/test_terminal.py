@@ -208,6 +208,7 @@ def test_words_stay_whole_and_lines_keep_their_indent() -> None:
     assert fold("one\n\ntwo", 40) == "one\n\ntwo"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [

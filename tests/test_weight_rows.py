@@ -154,6 +154,7 @@ class Phi3(llama.Config):
     MODEL_TYPE: ClassVar[str] = "phi3"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tp_degree", [1, 2, 4])
 def test_phi_3_s_fused_projections_are_hf_s(tp_degree: int) -> None:
     made("phi3", Phi3, llama.Model, FUSED)
@@ -169,6 +170,7 @@ def test_phi_3_s_fused_projections_are_hf_s(tp_degree: int) -> None:
 QKV = "model.layers.{i}.self_attn.qkv_proj.weight"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("target", "changes", "message"),
     [
@@ -327,6 +329,7 @@ def test_the_slopes_of_alibi_are_hfs(n: int) -> None:
     np.testing.assert_allclose(ours, mpt, rtol=3e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "k", "tp_degree", "heads"),
     [

@@ -118,6 +118,7 @@ def with_tensors(folder: Path, to: Path, tensors: dict[str, np.ndarray], without
     return to
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", BUFFERS)
 def test_buffers_that_hf_drops(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = with_tensors(folders[name], tmp_path, {buffer: np.ones(3, np.float32) for buffer in BUFFERS[name]})

@@ -46,6 +46,7 @@ def grid(state, at, arrays_bts):
     return jnp.stack(outputs), joined(state)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
 @pytest.mark.parametrize("first", [6, 3], ids=["whole prompts beyond the window", "within it"])
 def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
@@ -92,6 +93,7 @@ def test_sequences_go_on_beyond_their_windows(layout, first) -> None:
     assert (done > min(filter(None, WINDOWS))).all(), done
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
 def test_a_table_grows_while_its_sequences_are_within_the_window(layout) -> None:
     state = table(layout, (2, K, 4, H), layers=2, windows=(6, None))
