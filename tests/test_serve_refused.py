@@ -164,7 +164,8 @@ def test_a_key_is_asked_for(model: object) -> None:
 
 def test_a_full_queue_says_when_to_come_again(model: object) -> None:
     with serving.running(model, most_waiting=0) as url, httpx.Client(base_url=url, timeout=60) as client:
-        response = client.post("/v1/completions", json=dict(prompt="a"))
+        assert client.post("/v1/completions", json=dict(prompt=["a"] * 4)).is_success  # as many as there are slots
+        response = client.post("/v1/completions", json=dict(prompt=["a"] * 5))
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["type"] == "rate_limit_error"
