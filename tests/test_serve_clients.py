@@ -211,6 +211,23 @@ def test_litellm(client: openai.OpenAI, server: serving.Process, name: str) -> N
     assert result["completion"] == client.completions.create(**fields).choices[0].text
 
 
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm(route: str, server: serving.Process, tasks: Path, tmp_path: Path) -> None:
+    options = [
+        "--backend", f"kind=openai_http,target={server.url},request_format={route}",
+        "--tokenizer", f"kind=huggingface_auto,model={tasks / 'hf'}",
+        "--data", "kind=synthetic_text,prompt_tokens=40,output_tokens=12",
+        "--profile", "kind=concurrent,streams=4",
+        "--constraint", "kind=max_requests,count=12",
+        "--output", f"kind=json,path={tmp_path / 'benchmarks.json'}",
+    ]  # fmt: skip
+    client_of("GUIDELLM_PYTHON", "-m", "guidellm", "run", "--disable-console", *options, cwd=tmp_path)
+    (benchmark,) = json.loads((tmp_path / "benchmarks.json").read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert (len(requests["successful"]), requests["errored"]) == (12, [])
+    assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {12}
+
+
 QUESTIONS = [
     ("The capital of France is", ["London", "Paris", "Berlin"], 1),
     ("The opposite of hot is", ["cold", "blue", "seven"], 0),

@@ -14,7 +14,7 @@ from jx_neuron.serve.protocol import Body, ChatRequest, CompletionRequest, Detok
 from jx_neuron.serve.responses import ResponsesRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
-MANY = 1000
+MANY = 2_000
 BOTH_ENDS = dict(continue_final_message=True, add_generation_prompt=True)
 
 

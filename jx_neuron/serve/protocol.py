@@ -81,7 +81,7 @@ class Sampling(Body):
     logit_bias: dict[str, Any] | None = Field(None, max_length=1024)
     allowed_token_ids: Several[int] | None = Field(None, min_length=1)
     bad_words: Several[Text] | None = Field(None, max_length=256)
-    stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
+    stop: Text | Annotated[Several[Text], Field(max_length=64)] | None = None
     stop_token_ids: Several[int] | None = Field(None, max_length=1024)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
