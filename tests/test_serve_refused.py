@@ -6,10 +6,15 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import pydantic
 import pytest
 import serving
 
+from jx_neuron.serve.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest
+from jx_neuron.serve.responses import ResponsesRequest
+
 HELLO = [{"role": "user", "content": "hello"}]
+MANY = 2_000
 BOTH_ENDS = dict(continue_final_message=True, add_generation_prompt=True)
 
 
@@ -30,6 +35,9 @@ def client(model: object) -> Iterator[httpx.Client]:
     ("path", "fields", "param"),
     [
         ("completions", dict(prompt="a", frobnicate=1), "frobnicate"),
+        ("completions", dict(prompt="a", maxTokens=1), "maxTokens"),
+        ("completions", dict(prompt="a", stop=[""]), "stop"),
+        ("completions", dict(prompt="a", logit_bias={"1": "a"}), "logit_bias"),
         ("completions", dict(prompt="a", temperature=-1), "temperature"),
         ("completions", dict(prompt="a", top_p=0), "top_p"),
         ("completions", dict(prompt="a", n=9), "n"),
@@ -59,6 +67,28 @@ def test_a_field_at_fault_is_named(path: str, fields: dict, param: str, client: 
     error = response.json()["error"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, dict(prompt=[5] * MANY + ["a"])),
+        (CompletionRequest, dict(prompt=[["a"]] * MANY)),
+        (CompletionRequest, dict(prompt="a", stop=[""] * 64)),
+        (CompletionRequest, dict(prompt="a", logit_bias={str(n): "a" for n in range(MANY)})),
+        (CompletionRequest, dict(prompt="a", allowed_token_ids=["a"] * MANY)),
+        (CompletionRequest, dict(prompt="a", **{f"x{n}": n for n in range(MANY)})),
+        (ChatRequest, dict(messages=[5] * MANY)),
+        (ChatRequest, dict(messages=[dict(role="user", content=[5] * MANY)])),
+        (ChatRequest, dict(messages=[dict(role="user") | {f"x{n}": n for n in range(MANY)}])),
+        (DetokenizeRequest, dict(tokens=["a"] * MANY)),
+        (ResponsesRequest, dict(input=[5] * MANY)),
+    ],
+)
+def test_many_faults_are_few_errors(kind: type[Body], fields: dict) -> None:
+    with pytest.raises(pydantic.ValidationError) as bad:
+        kind.model_validate(fields)
+    assert bad.value.error_count() <= 4  # of the branches of a union
 
 
 def test_no_address_is_opened(client: httpx.Client) -> None:
@@ -165,7 +195,8 @@ def test_a_key_is_asked_for(model: object) -> None:
 
 def test_a_full_queue_says_when_to_come_again(model: object) -> None:
     with serving.running(model, most_waiting=0) as url, httpx.Client(base_url=url, timeout=60) as client:
-        response = client.post("/v1/completions", json=dict(prompt="a"))
+        assert client.post("/v1/completions", json=dict(prompt=["a"] * 4)).is_success  # as many as there are slots
+        response = client.post("/v1/completions", json=dict(prompt=["a"] * 5))
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["type"] == "rate_limit_error"

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -45,16 +46,26 @@ def wait_until_idle(client: httpx.Client, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def opened(client: httpx.Client, fields: dict, buffer: int | None = None) -> socket.socket:
-    """A connection on which a request was sent, and nothing read."""
+def opened(client: httpx.Client, fields: dict, buffer: int | None = None, unsent: int = 0) -> socket.socket:
+    """A connection on which a request was sent, but for its last bytes, and nothing read."""
     connection = socket.socket()
     if buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     connection.connect((client.base_url.host, client.base_url.port))
     body = json.dumps(fields).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    connection.sendall(head + body)
+    connection.sendall((head + body)[: len(head + body) - unsent])
     return connection
+
+
+def all_of(connection: socket.socket, seconds: float) -> bytes:
+    """What arrives until the server closes the connection, or resets it."""
+    connection.settimeout(seconds)
+    parts = []
+    with connection, suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -153,26 +164,96 @@ def test_a_port_in_use_is_an_error(folder: Path) -> None:
     assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
 
 
-@pytest.mark.slow
-def test_kill_9_of_a_client_and_a_thousand_idle_connections(server: serving.Process) -> None:
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many open files as a thousand connections take."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    code = f"import httpx; httpx.post({server.url!r} + '/v1/completions', json={LONG!r} | dict(n=4), timeout=60)"
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("many_files")
+def test_kill_9_of_clients_and_a_thousand_idle_connections(server: serving.Process) -> None:
+    code = "import httpx, sys; httpx.post(sys.argv[1] + '/v1/completions', content=sys.argv[2], timeout=60)"
     with httpx.Client(base_url=server.url, timeout=60) as client:
         address = (client.base_url.host, client.base_url.port)
         idle = [socket.create_connection(address) for _ in range(1000)]
-        callers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-        time.sleep(2)
+        bodies = [json.dumps(LONG | dict(n=40, stream=stream)) for stream in (False, True, False)]
+        callers = [subprocess.Popen([sys.executable, "-c", code, server.url, body]) for body in bodies]
+        while load(client) < 3 * 40 - 10:
+            time.sleep(0.05)
         for caller in callers:
             os.kill(caller.pid, signal.SIGKILL)
             caller.wait()
-        wait_until_idle(client)
-        body = json.dumps(dict(prompt="a" * 10_000_000)).encode()
-        assert client.post("/v1/completions", content=body).status_code == 413
         assert client.post("/v1/completions", json=LONG).is_success
+        wait_until_idle(client, 5)  # 120 answers would take longer
         for connection in idle:
             connection.close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert server.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_slow_readers_delay_themselves_alone(server: serving.Process) -> None:
+    many = LONG | dict(n=64, stream=True, logprobs=20)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        none = [opened(client, many, buffer=1024) for _ in range(2)]
+        slow = opened(client, many | dict(n=2), buffer=1024)
+        wait_until_idle(client, 120)  # nothing is read, and every answer ends
+        assert client.post("/v1/completions", json=LONG).is_success
+        slowly = b""
+        while not slowly.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            slowly += slow.recv(512)
+            time.sleep(0.002)
+        slow.close()
+        time.sleep(65)
+        for connection in none:  # the rest was dropped after a minute
+            assert b"[DONE]" not in all_of(connection, 10)
+    assert server.end()[0] == 0
+
+
+@pytest.mark.slow
+def test_half_sent_bodies_end_in_time(server: serving.Process) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        began = time.monotonic()
+        halves = [opened(client, LONG, unsent=20) for _ in range(100)]
+        assert client.post("/v1/completions", json=LONG).is_success
+        for connection in halves:
+            assert all_of(connection, 60).startswith(b"HTTP/1.1 408 ")
+        assert 25 < time.monotonic() - began < 45
+        again = [opened(client, LONG, unsent=20) for _ in range(100)]
+        began = time.monotonic()
+        assert server.end()[0] == 0
+        assert time.monotonic() - began < 45
+        for connection in again:
+            assert not all_of(connection, 1).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [None, 2**24], ids=["too long", "read"])
+def test_prompts_of_10_mb(most: int | None, folder: Path) -> None:
+    options = [] if most is None else ["--most-bytes", str(most)]
+    prompts = ["a b c " * 1_700_000, [5] * 5_000_000, ["a"] * 2_500_000, [5] * 5_000_000 + ["a"]]
+    bodies = [json.dumps(dict(prompt=prompt)) for prompt in prompts]
+    chat = [dict(role="user", content="a")] * 280_000
+    bodies.append(json.dumps(dict(messages=chat)))
+    with (
+        serving.Process(folder, "--n-positions", "96", *options) as server,
+        httpx.Client(base_url=server.url, timeout=300) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        paths = ["completions"] * 4 + ["chat/completions"]
+        sent = [pool.submit(client.post, f"/v1/{path}", content=body) for path, body in zip(paths, bodies, strict=True)]
+        longest = 0.0
+        while not all(one.done() for one in sent):
+            began = time.monotonic()
+            assert client.post("/v1/completions", json=LONG | dict(max_tokens=2)).is_success
+            longest = max(longest, time.monotonic() - began)
+        expected = [413] * 5 if most is None else [400] * 5
+        assert [one.result().status_code for one in sent] == expected
+        print("longest", longest, [one.result().json()["error"]["message"][:100] for one in sent])
+        assert longest < 5
+        assert server.end()[0] == 0

@@ -159,9 +159,10 @@ class Replica:
     """A server: what `AsyncEngine` does a turn, on a clock of its own."""
 
     def __init__(self, times: StepTimes, tokens_per_turn: int, most_waiting: int):
-        self._clock, self._times, self._most_waiting = _Clock(), times, most_waiting
+        self._clock, self._times = _Clock(), times
         self._runtime = TimedRuntime(self._clock, times)
         self._engine = Engine.of_model(self._runtime, times.settings, lambda: None)
+        self._most_outstanding = self._engine.scheduler.batch_sizes[-1] + most_waiting
         budget = max(times.settings.buckets.context[-1], tokens_per_turn)
         self._runtime.load(self._engine.reserve(budget))
         self._clock.now = self._runtime._free = self._runtime.busy = 0.0
@@ -187,8 +188,7 @@ class Replica:
 
     def submit(self, arrival: Arrival) -> None:
         """Takes a request, which arrives after those before it. Refuses it where as many wait as may."""
-        waiting = sum(request.ticket.sequence.slot is None for request in self._running) + len(self._arrived)
-        if waiting >= self._most_waiting:
+        if self.outstanding >= self._most_outstanding:
             self.refused += 1
         else:
             self._arrived.append(arrival)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Event as Flag
 from threading import Thread, main_thread
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ class Stats:
 class AsyncEngine:
     """Runs the requests of one event loop on a model's engine, which a thread steps.
 
-    most_waiting:     requests that may wait for a slot before `submit` raises QueueFull.
+    most_waiting:     requests that may wait for a slot before `submit` raises QueueFull. One for which a slot is free
+                      does not wait.
     seconds_per_turn: a turn that takes longer counts as a hang: all requests fail, and `healthy` is False.
     tokens_per_turn:  most tokens of prompts in a turn.
     draft:            that of the model's `generate`, for all requests.
@@ -156,9 +158,8 @@ class AsyncEngine:
         if self._failure is not None or self._hangs:
             raise self._failed()
         request = self._model.request(prompt, sampling, prompt_logprobs, draft=self._drafter, adapter=adapter)
-        waiting = sum(stream.timings.started is None for stream in self._live)
-        if waiting >= self._most_waiting:
-            raise QueueFull(waiting, self._retry_after(waiting))
+        if (waiting := self._waiting_with_another()) > self._most_waiting:
+            raise QueueFull(waiting - 1, self._retry_after(waiting))
         stream = Stream(request, self.end)
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
@@ -192,6 +193,12 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, 0 if self._hangs else self._seconds_per_turn)
+
+    def _waiting_with_another(self) -> int:
+        """How many requests wait once another is submitted: those whose predecessors' answers take all slots."""
+        slots = self._model.engine.scheduler.batch_sizes[-1]
+        before = accumulate((stream.unended for stream in self._live), initial=0)
+        return sum(answers >= slots for answers in before)
 
     def _retry_after(self, waiting: int) -> float:
         if len(self._began) < 2:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jx_neuron.serve.errors import invalid
+from jx_neuron.serve.errors import APIError, invalid
 from jx_neuron.serve.protocol import Message, Tool
 from jx_neuron.serve.served import Served
 
@@ -35,12 +35,12 @@ async def tokens_of(
     tokenizer = served.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise invalid("this model's tokenizer has no chat template; use /v1/completions", "messages")
-    plain = [_plain(message) for message in messages]
-    functions = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-    if functions and not takes_tools(tokenizer):
-        plain, functions = _with_tools(plain, functions), []
 
     def render() -> str:
+        plain = [_plain(message) for message in messages]
+        functions = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+        if functions and not takes_tools(tokenizer):
+            plain, functions = _with_tools(plain, functions), []
         text: str = tokenizer.apply_chat_template(
             plain,
             tools=functions or None,
@@ -55,6 +55,8 @@ async def tokens_of(
 
     try:
         text = await asyncio.to_thread(render)
+    except APIError:
+        raise
     except Exception as error:  # a template is a program, and raises what it likes
         raise invalid(f"the chat template fails: {str(error) or type(error).__name__}", "messages") from error
     return await served.encode(text, bool(add_special_tokens))

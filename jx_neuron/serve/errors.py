@@ -77,12 +77,14 @@ def api_error(error: BaseException) -> APIError:
 
 def _is_tag(part: str | int) -> bool:
     """Whether a part of pydantic's location names a branch of a union, and no field."""
-    return isinstance(part, str) and (part in ("str", "int") or not part.islower() or "[" in part)
+    return isinstance(part, str) and (part in ("str", "int") or not (part.islower() and part.isidentifier()))
 
 
 def _validation(error: ValidationError) -> APIError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
-    if first["type"] == "extra_forbidden":
+    *parts, last = first["loc"] or ("",)
+    unknown = first["type"] == "extra_forbidden"
+    where = ".".join([str(part) for part in parts if not _is_tag(part)] + [str(last)] * (unknown or not _is_tag(last)))
+    if unknown:
         return invalid(f"{where} is no field that this server knows; leave it out", where, "unknown_parameter")
     return invalid(f"{where}: {first['msg']}" if where else first["msg"], where or None)

@@ -3,18 +3,30 @@
 https://platform.openai.com/docs/api-reference, https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which only the first wrong item is an error: a million errors take minutes."""
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
-Ids = Annotated[list[int], Field(max_length=1024)]
 
 
 class Body(BaseModel):
     """An object of a request. A field that it lacks is refused by name."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, fields: Any) -> Any:
+        """Leaves one unknown field, for the same reason as in `Several`."""
+        if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
+            return fields
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in fields if name not in names)
+        return {name: value for name, value in fields.items() if name in names or name == unknown}
 
 
 class StreamOptions(Body):
@@ -46,7 +58,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = Field(None, max_length=8192)
-    choice: list[str] | None = Field(None, min_length=1, max_length=1024)
+    choice: Several[str] | None = Field(None, min_length=1, max_length=1024)
     json_object: bool | None = None
 
 
@@ -66,11 +78,11 @@ class Sampling(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = Field(None, gt=0)
     no_repeat_ngram_size: int | None = Field(None, ge=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    bad_words: list[Text] | None = Field(None, max_length=256)
-    stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
-    stop_token_ids: Ids | None = None
+    logit_bias: dict[str, Any] | None = Field(None, max_length=1024)
+    allowed_token_ids: Several[int] | None = Field(None, min_length=1)
+    bad_words: Several[Text] | None = Field(None, max_length=256)
+    stop: Text | Annotated[Several[Text], Field(max_length=64)] | None = None
+    stop_token_ids: Several[int] | None = Field(None, max_length=1024)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
@@ -90,7 +102,7 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str | list[int]]
+    prompt: str | Several[int] | Several[str | Several[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0)
 
@@ -101,8 +113,8 @@ class TextPart(Body):
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Several[Any] | None = None
+    logprobs: Several[Any] | None = None
 
 
 class CalledFunction(Body):
@@ -125,13 +137,13 @@ class Message(Body):
     """A message of a conversation. Clients send some fields empty that an answer had."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Several[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Several[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: list[Any] | None = None
+    annotations: Several[Any] | None = None
     audio: None = None
     function_call: None = None
 
@@ -168,8 +180,8 @@ class NamedTool(Body):
 class Conversation(Body):
     """What the chat template renders."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] | None = Field(None, max_length=256)
+    messages: Several[Message] = Field(min_length=1)
+    tools: Several[Tool] | None = Field(None, max_length=256)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -192,8 +204,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: Several[Message] | None = Field(None, min_length=1)
+    tools: Several[Tool] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -205,4 +217,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Several[int]

@@ -15,7 +15,7 @@ from jx_neuron.serve.answers import Answers
 from jx_neuron.serve.chat import chat_answers, parser
 from jx_neuron.serve.errors import invalid
 from jx_neuron.serve.http import Chunks, sse
-from jx_neuron.serve.protocol import Body, ChatRequest, Message, Tool
+from jx_neuron.serve.protocol import Body, ChatRequest, Message, Several, Tool
 from jx_neuron.serve.served import Served
 from jx_neuron.serve.tools import Call
 
@@ -65,7 +65,7 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Several[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
@@ -74,12 +74,12 @@ class ResponsesRequest(Body):
     seed: int | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Several[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     truncation: Literal["disabled", "auto"] | None = None
-    include: list[str] | None = Field(None, max_length=0)
+    include: Several[str] | None = Field(None, max_length=0)
 
 
 async def responses(served: Served, fields: dict[str, Any]) -> dict[str, Any] | Chunks:

@@ -198,8 +198,8 @@ def stops(request: Sampling) -> list[str]:
     return [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
 
 
-def _bias(fields: dict[str, float] | None) -> dict[int, float] | None:
+def _bias(fields: dict[str, Any] | None) -> dict[int, float] | None:
     try:
-        return {int(id): value for id, value in fields.items()} if fields else None
-    except ValueError:
+        return {int(id): float(value) for id, value in fields.items()} if fields else None
+    except (TypeError, ValueError):
         raise invalid("logit_bias maps token ids to numbers", "logit_bias") from None

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ from jx_neuron.errors import JxNeuronError
 
 
 class QueueFull(JxNeuronError):  # noqa: N818
-    """As many requests wait as may.
+    """All slots are taken, and no more requests may wait.
 
     retry_after: seconds in which as many would begin at the recent rate, 1 to 60.
     """
 
     def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} requests wait, as many as may; try again in {retry_after:.0f} s")
+        super().__init__(
+            f"all slots are taken, and {waiting} requests wait, the most that may; try again in {retry_after:.0f} s"
+        )
         self.retry_after = retry_after
 
 
@@ -67,11 +69,13 @@ class Stream:
     """The events of a request's answers, as an asynchronous iterator; it raises the request's error.
 
     timings: when the request went through its stages.
+    unended: how many of its answers have not ended.
     """
 
     def __init__(self, request: Request, cancel: Callable[["Stream"], None]):
         self.request, self._cancel = request, cancel
         self.timings = Timings(time.perf_counter())
+        self.unended = len(request.choices)
         self.answers: list[RunningAnswer] = []  # of the engine's thread
         self.cancelled = False  # written on the loop, and read by the thread
         self._events = deque[Event]()
@@ -107,11 +111,12 @@ class Stream:
         """Ends the answers; their slots are free at the next turn. Nothing happens where they have ended."""
         self._cancel(self)
 
-    def receive(self, events: Iterable[Event], error: BaseException | None, ended: bool) -> None:
+    def receive(self, events: Sequence[Event], error: BaseException | None, ended: bool) -> None:
         """Takes what a turn gave, on the loop."""
         if self._ended:
             return
         self._events.extend(events)
+        self.unended -= sum(event.finish_reason is not None for event in events)
         self._error, self._ended = error, ended
         if ended and self.timer is not None:
             self.timer.cancel()
