@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import transformers
 import yaml
 from families import OPTIONS
 
+from jx_neuron import SamplingParams
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
 from jx_neuron.distributed.hosts import PORT, Hosts
 from jx_neuron.errors import InputError
@@ -108,21 +110,65 @@ def test_a_dead_process_ends_all(victim: int, number: int, tmp_path: Path) -> No
         assert f"process {victim} of 2 is gone" in errors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", [0, 1])
-def test_a_server_of_two_processes_ends_with_its_leader(to: int, tmp_path: Path) -> None:
-    folder, port = serving.checkpoint(tmp_path / "model"), free_port()
-    hosts = ["--hosts", f"127.0.0.1:{port},127.0.0.1", "--tp", 2, "--n-positions", 64, "--batch-size", 2]
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
+    """The processes of a server of two, and its address once it is ready."""
+    hosts = ["--hosts", f"127.0.0.1:{free_port()},127.0.0.1", "--tp", 2, "--n-positions", 64, "--batch-size", 2]
     serve = ["-m", "jx_neuron", "serve", folder, "--port", 0, "--json", *hosts, "--host-rank"]
     with processes([[*serve, 0], [*serve, 1]]) as started:
-        url = json.loads(started[0].stdout.readline())["url"]
+        line = started[0].stdout.readline()
+        assert line, started[0].communicate()
+        url = json.loads(line)["url"]
         serving.wait_until_ready(url)
-        body = dict(model="model", prompt="abc", max_tokens=4, temperature=0)
-        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] > 0
-        started[to].send_signal(signal.SIGTERM)
+        yield started, url
+
+
+def complete(url: str, **body: object) -> list[int]:
+    body = dict(max_tokens=16, temperature=0, ignore_eos=True, return_token_ids=True) | body
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_server_of_two_processes(to: int, number: int, tmp_path: Path) -> None:
+    folder = serving.checkpoint(tmp_path / "model")
+    prompts = [[5, 9, 2, 11], [7] * 9, list(range(1, 30))]
+    greedy = SamplingParams(max_tokens=16, top_k=1, eos_token_id=-1)
+    expected = [list(answer.answers[0].ids) for answer in serving.model(folder).generate(prompts, greedy)]
+    with server(folder) as (started, url):
+        assert complete(url, prompt="abc")
+        assert [complete(url, prompt=prompt) for prompt in prompts] == expected  # while programs are loaded
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            assert list(threads.map(lambda prompt: complete(url, prompt=prompt), prompts)) == expected
+        began = time.monotonic()
+        started[to].send_signal(number)
         for process in started:
-            _, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=30)
             assert process.returncode == 0, errors
+            assert "Traceback" not in errors
+            assert output == ""  # beside the line with the address
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_server_ends_with_a_process_that_dies(victim: int, tmp_path: Path) -> None:
+    def ask(url: str) -> None:
+        while True:
+            complete(url, prompt=[5, 9, 2])
+
+    with server(serving.checkpoint(tmp_path / "model")) as (started, url), ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(ask, url) for _ in range(2)]
+        time.sleep(0.5)
+        assert not any(one.done() for one in asked), [one.exception() for one in asked]
+        started[victim].kill()
+        _, errors = started[1 - victim].communicate(timeout=30)
+        assert started[1 - victim].returncode == 1
+        assert f"process {victim} of 2 is gone" in errors
+        assert "Traceback" not in errors
+        print(errors)
 
 
 def test_hosts_of_a_list_and_of_launchers() -> None:

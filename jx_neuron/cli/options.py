@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jx_neuron.cli import interrupts
-from jx_neuron.cli.terminal import shortened
+from jx_neuron.cli.terminal import reserve_stdout, shortened
 from jx_neuron.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def join(hosts: str | None, rank: int | None, tp: int) -> None:
         if rank is not None:
             raise InputError("--host-rank goes with --hosts")
         return
+    reserve_stdout()  # Gloo prints
     group = distributed.join(hosts, rank)
     interrupts.at_end.append(group.close)
     if not group.is_leader:  # launchers and terminals signal all processes, and the leader drains first

@@ -110,6 +110,15 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def reserve_stdout() -> None:
+    """Gives standard output to this package alone: what libraries in C++ print there goes to standard error."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    own.reconfigure(line_buffering=own.isatty())
+    os.dup2(2, 1)
+    sys.stdout = Output(own)  # type: ignore[assignment]
+
+
 class Output:
     """Standard output, whose errors name it."""
 

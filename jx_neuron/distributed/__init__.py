@@ -20,7 +20,7 @@ import jax
 from jx_neuron.distributed.group import Group, end
 from jx_neuron.distributed.hosts import AUTO, Hosts
 from jx_neuron.distributed.shared import Follower, Shared
-from jx_neuron.errors import InputError
+from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.runtime.base import Runtime
 
 __all__ = ["follow", "group", "join"]
@@ -88,8 +88,10 @@ def follow(*models: _Model) -> None:
     if _group is not None and not _group.is_leader:
         try:
             Follower(_group, _runtimes).run()
-        except Exception as error:
+        except JxNeuronError as error:
             end(f"process {_group.hosts.rank} of {_group.hosts.count} failed: {error}")
+        except Exception as error:
+            _group.fail(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the interpreter's end would wait for collectives

@@ -3,6 +3,7 @@
 A collective that waits for a process that is gone cannot be interrupted, so a process ends itself when another has.
 """
 
+import itertools
 import os
 import queue
 import signal
@@ -40,8 +41,9 @@ class Group:
         self.hosts = hosts
         self.received: queue.Queue[Message] = queue.Queue()
         self._closing, self._sending = threading.Event(), threading.Lock()
+        self._numbers = itertools.count()
         self._connections: dict[int, socket.socket] = {}
-        self._meetings = 0
+        self._meetings: dict[int, queue.Queue[str]] = {}
         self.coordinator = self._lead() if self.is_leader else self._follow()
         for rank, connection in self._connections.items():
             connection.settimeout(SILENCE_SECONDS)
@@ -64,16 +66,29 @@ class Group:
                     self._died(rank, str(error))
 
     def meeting(self) -> int:
-        """The number of a new meeting, for the leader."""
-        self._meetings += 1
-        return self._meetings
+        """Opens a meeting, for the leader. The others come to it by its number."""
+        number = next(self._numbers)
+        self._meetings[number] = queue.Queue()
+        return number
 
-    def meet(self, number: int) -> None:
-        """Waits until each other process has said that it is at the leader's meeting."""
-        away = self.hosts.count - 1
-        while away:
-            message = self.received.get()
-            away -= message.kind == "met" and message.fields.get("number") == number
+    def come(self, number: int, error: str = "") -> None:
+        """Tells the leader that this process is at a meeting; with an error where it cannot be."""
+        self.send(Message("come", {"number": number, "error": error}))
+
+    def meet(self, number: int) -> str:
+        """Waits until all processes are at a meeting, for the leader. Returns the error of one of them, or ""."""
+        come = self._meetings[number]
+        errors = [come.get() for _ in range(self.hosts.count - 1)]
+        del self._meetings[number]
+        return max(errors)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Ends all processes after an error of a step. Where that is because a process is gone, the message says so."""
+        time.sleep(END_SECONDS)  # in which `_listen` hears of it
+        if self._closing.is_set():
+            os._exit(0)
+        reason = (str(error) or repr(error)).splitlines()[0]
+        end(f"process {self.hosts.rank} of {self.hosts.count} failed ({reason}), so all processes end")
 
     def stop(self) -> None:
         """Asks the leader to end the group, as SIGTERM does."""
@@ -172,13 +187,15 @@ class Group:
                     self._closing.set()
                     threading.Timer(END_SECONDS, os._exit, (0,)).start()
                     self.received.put(message)
+                elif message.kind == "come":
+                    self._meetings[message.fields["number"]].put(message.fields["error"])
                 elif message.kind == "stop":
                     os.kill(os.getpid(), signal.SIGTERM)
                 else:
                     self.received.put(message)
         except TimeoutError:
             reason = f"it has said nothing for {SILENCE_SECONDS:g} s"
-        except (OSError, ProtocolError) as error:
+        except (OSError, ProtocolError, LookupError) as error:
             reason = str(error)
         if not self._closing.is_set():
             self._died(rank, reason)

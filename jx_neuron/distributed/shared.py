@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jx_neuron.distributed.frames import Message
-from jx_neuron.distributed.group import SILENCE_SECONDS, Group, end
+from jx_neuron.distributed.group import SILENCE_SECONDS, Group
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.runtime.base import Runtime
 from jx_neuron.step.program_key import ProgramKey
@@ -32,7 +32,7 @@ class Shared:
     def __init__(self, runtime: Runtime, group: Group, number: int, model: str):
         self._runtime, self._group, self._number = runtime, group, number
         self._steps = 0
-        self._met: set[ProgramKey] = set()
+        self._loaded: set[ProgramKey] = set()
         self._call("model", model=model)
 
     @property
@@ -40,25 +40,34 @@ class Shared:
         return self._runtime.programs
 
     def loaded(self, program: ProgramKey) -> bool:
-        return self._runtime.loaded(program)
+        """Whether every process has a program. Gloo gives up where one starts a collective 30 s after another."""
+        return program in self._loaded and self._runtime.loaded(program)
 
     def load(self, programs: Iterable[ProgramKey]) -> None:
-        if keys := [key for key in programs if not self.loaded(key)]:
-            self._call("load", keys=[asdict(key) for key in keys])
+        if not (keys := [key for key in programs if not self.loaded(key)]):
+            return
+        number = self._group.meeting()
+        self._call("load", keys=[asdict(key) for key in keys], number=number)
+        try:
             self._runtime.load(keys)
+        finally:
+            error = self._group.meet(number)
+        if error:
+            raise InputError(error)
+        self._loaded.update(keys)
 
     def run(self, step: StepInput) -> StepOutput:
         with self._order:
+            self.load([step.key])
+            self._call("run", step.arrays, key=asdict(step.key))
             try:
-                self._meet(step.key)
-                self._call("run", step.arrays, key=asdict(step.key))
                 token_b1, logits = self._runtime.run(step)
             except JxNeuronError:  # the others raise it too
                 raise
             except Exception as error:
-                end(f"process 0 cannot run a step ({error}), so all processes end")
+                self._group.fail(error)
             self._steps += 1
-            return StepOutput(token_b1, Logits(self, logits, self._steps))
+            return StepOutput(Tokens(token_b1, self._group), Logits(self, logits, self._steps))
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         with self._order:
@@ -72,7 +81,6 @@ class Shared:
 
     def reset(self, slots: int, positions: int) -> None:
         with self._order:
-            self._met.clear()
             self._call("reset", slots=slots, positions=positions)
             self._runtime.reset(slots, positions)
 
@@ -82,20 +90,27 @@ class Shared:
             if step != self._steps:
                 raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
             self._call("gather")
-            return gathered(logits)
-
-    def _meet(self, key: ProgramKey) -> None:
-        """Waits until every process has a program. Gloo gives up when one starts a collective 30 s after another."""
-        if key not in self._met:
-            number = self._group.meeting()
-            self._call("meet", key=asdict(key), number=number)
-            self._runtime.load([key])
-            self._group.meet(number)
-            self._met.add(key)
+            try:
+                return gathered(logits)
+            except Exception as error:
+                self._group.fail(error)
 
     def _call(self, kind: str, arrays: Any = None, **fields: Any) -> None:
         with self._order:
             self._group.send(Message(kind, {"runtime": self._number, **fields}, arrays or {}))
+
+
+class Tokens:
+    """Tokens of a step, read once it has ended."""
+
+    def __init__(self, token_b1: jax.Array, group: Group):
+        self._token_b1, self._group = token_b1, group
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        try:
+            return np.asarray(self._token_b1, dtype)
+        except Exception as error:
+            self._group.fail(error)
 
 
 class Logits:
@@ -159,13 +174,8 @@ class Follower:
                         f"({model}); start the same command, with the same files, on every host"
                     )
             case "load":
-                self._loader.submit(runtime.load, [ProgramKey(**key) for key in fields["keys"]])
-            case "meet":
-                key = ProgramKey(**fields["key"])
-                if not runtime.loaded(key):  # the loader may be at it
-                    self._loader.submit(lambda: None).result()
-                runtime.load([key])
-                self._group.send(Message("met", {"number": fields["number"]}))
+                keys = [ProgramKey(**key) for key in fields["keys"]]
+                self._loader.submit(self._load, runtime, keys, fields["number"])
             case "run":
                 key = ProgramKey(**fields["key"])
                 self._logits[number] = runtime.run(StepInput(key, arrays)).logits
@@ -179,3 +189,11 @@ class Follower:
                 runtime.reset(fields["slots"], fields["positions"])
             case kind:
                 raise InputError(f"process 0 asks for {kind!r}, which this version does not know")
+
+    def _load(self, runtime: Runtime, keys: Iterable[ProgramKey], number: int) -> None:
+        try:
+            runtime.load(keys)
+        except Exception as error:
+            self._group.come(number, f"process {self._group.hosts.rank} cannot load a program: {error}")
+        else:
+            self._group.come(number)

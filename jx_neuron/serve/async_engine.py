@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jx_neuron.engine.generation import start
 from jx_neuron.engine.options import SamplingParams
 from jx_neuron.engine.ticket import Event
+from jx_neuron.errors import JxNeuronError
 from jx_neuron.serve.stream import DeadlineExceeded, EngineFailed, News, QueueFull, ShuttingDown, Stream
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.util.progress import track
@@ -272,6 +273,8 @@ class AsyncEngine:
         engine, chunk = self._model.engine, self._model.buckets.context[-1]
         self._faster = engine.reserve(max(chunk, self._tokens_per_turn), verifies=self._drafter is not None)
         self._to_load = len(self._faster)
+        with suppress(JxNeuronError):  # a model without a tokenizer takes tokens alone
+            _ = self._model.tokenizer  # transformers takes seconds to import, and the loop would wait
         self._loader.start()
         self._ready = True
 
