@@ -52,13 +52,13 @@ class Shared:
             try:
                 self._meet(step.key)
                 self._call("run", step.arrays, key=asdict(step.key))
-                token_b1, logits = self._runtime.run(step)
+                output = self._runtime.run(step)
             except JxNeuronError:  # the others raise it too
                 raise
             except Exception as error:
                 end(f"process 0 cannot run a step ({error}), so all processes end")
             self._steps += 1
-            return StepOutput(token_b1, Logits(self, logits, self._steps))
+            return output._replace(logits=Logits(self, output.logits, self._steps))
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         with self._order:

@@ -87,8 +87,8 @@ class XlaRuntime:
         program = self._program(key, state.slots, state.positions)
         self._state = None
         arrays = (step.arrays[name] for name in self._inputs(key))
-        token_b1, logits, self._state = program(self._placed.params(key), state, *arrays)
-        return StepOutput(token_b1, logits)
+        *outputs, self._state = program(self._placed.params(key), state, *arrays)
+        return StepOutput(*outputs)
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         if self._state is not None:
@@ -106,7 +106,10 @@ class XlaRuntime:
 
     def _inputs(self, key: ProgramKey) -> dict[str, Any]:
         """Shape and dtype of each input of a program."""
-        return key.inputs(adapters=self.decoder.adapters is not None)
+        inputs: dict[str, Any] = key.inputs(adapters=self.decoder.adapters is not None)
+        if key.kind == "draft":
+            inputs["features_bte"] = (key.rows, key.tokens, self.decoder.config.sizes["e"]), self.dtype
+        return inputs
 
     def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
         """Slots and positions of the table that the program of `key` runs on."""
@@ -169,7 +172,7 @@ class XlaRuntime:
         program = jax.jit(
             self._placed.step(key),
             donate_argnums=1,
-            out_shardings=(everywhere, split, jax.tree.map(_sharding, state)),
+            out_shardings=(everywhere, split, *[everywhere] * bool(key.taps), jax.tree.map(_sharding, state)),
             compiler_options=xla_options.options(
                 self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
             ),
