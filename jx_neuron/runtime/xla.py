@@ -21,6 +21,7 @@ from jx_neuron.runtime.cpu.weights import OneCPU
 from jx_neuron.runtime.gpu import OneGPU
 from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step import inputs
 from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.pages import check_memory, gc_paused, release_memory
 from jx_neuron.util.progress import track
@@ -86,7 +87,7 @@ class XlaRuntime:
         state = self._table(key, int(step.arrays["slot_b"].max()) + 1 if "slot_b" in step.arrays else key.rows)
         program = self._program(key, state.slots, state.positions)
         self._state = None
-        arrays = (step.arrays[name] for name in self._inputs(key))
+        arrays = (step.arrays[name] for name in inputs(self.decoder, key, self.dtype))
         *outputs, self._state = program(self._placed.params(key), state, *arrays)
         return StepOutput(*outputs)
 
@@ -103,13 +104,6 @@ class XlaRuntime:
 
     def reset(self, slots: int, positions: int) -> None:
         self._state, self._sizes = None, (slots, positions)
-
-    def _inputs(self, key: ProgramKey) -> dict[str, Any]:
-        """Shape and dtype of each input of a program."""
-        inputs: dict[str, Any] = key.inputs(adapters=self.decoder.adapters is not None)
-        if key.kind == "draft":
-            inputs["features_bte"] = (key.rows, key.tokens, self.decoder.config.sizes["e"]), self.dtype
-        return inputs
 
     def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
         """Slots and positions of the table that the program of `key` runs on."""
@@ -177,11 +171,14 @@ class XlaRuntime:
                 self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
             ),
         )
-        inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in self._inputs(key).values()]
+        arrays = [
+            jax.ShapeDtypeStruct(*layout, sharding=everywhere)
+            for layout in inputs(self.decoder, key, self.dtype).values()
+        ]
         release_memory()
         with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
             with gc_paused():
-                lowered = program.lower(self._placed.params(key), state, *inputs)
+                lowered = program.lower(self._placed.params(key), state, *arrays)
             executable = lowered.compile()
         release_memory()
         return executable

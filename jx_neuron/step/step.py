@@ -17,6 +17,17 @@ from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import DRAWN_LAST
 
 
+def inputs(decoder: Decoder, key: ProgramKey, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each input of `step` beside parameters and state, in order, by name.
+
+    dtype: that of the model.
+    """
+    layouts: dict[str, tuple[tuple[int, ...], Any]] = {**key.inputs(adapters=decoder.adapters is not None)}
+    if key.kind == "draft":
+        layouts["features_bte"] = (key.rows, key.tokens, decoder.config.sizes["e"]), dtype
+    return layouts
+
+
 def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Any, ...]]:
     """The program of `key`, to be jitted; of a "draft" that of `jx_neuron.step.draft`.
 
