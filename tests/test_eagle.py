@@ -139,7 +139,7 @@ def test_tokens_of_others_are_not_needed(llama: Path, tmp_path: Path) -> None:
     """Of a kept prefix, and of another answer to the same prompt, the head has no features."""
     head = eagle_heads.saved(*eagle_heads.random_head(), tmp_path / "head")
     model, prefix = made(llama, 4), prompts(1)[0]
-    rows, sampling = [prefix + [5, 6], prefix + [7], [*prefix, 5, 6, 8]], replace(SEEDED, n=2)
+    rows, sampling = [[*prefix, 5, 6], [*prefix, 7], [*prefix, 5, 6, 8]], replace(SEEDED, n=2)
     model.keep_prefix(prefix)
     plain, drafted = model.generate(rows, sampling), model.generate(rows, sampling, draft=head)
     assert [[a.ids for a in g.answers] for g in drafted] == [[a.ids for a in g.answers] for g in plain]
@@ -236,7 +236,7 @@ def test_targets_that_a_head_cannot_draft_for_are_refused(llama: Path, tmp_path:
     head = eagle_heads.saved(*eagle_heads.random_head(), tmp_path / "head")
     host = NeuronAutoModelForCausalLM.from_pretrained(llama, backend="host", n_positions=[64])
     host.enable_speculative_decoder(4)
-    with pytest.raises(ConfigError, match="backend 'host'.*backend='xla'"):
+    with pytest.raises(ConfigError, match="backend 'host' give no hidden states"):
         host.drafter(head)
     other = NeuronAutoModelForCausalLM.from_pretrained(tiny.saved("gpt2", tmp_path / "gpt2"), backend="xla")
     with pytest.raises(ConfigError, match="'gpt2'"):

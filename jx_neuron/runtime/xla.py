@@ -171,10 +171,8 @@ class XlaRuntime:
                 self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
             ),
         )
-        arrays = [
-            jax.ShapeDtypeStruct(*layout, sharding=everywhere)
-            for layout in inputs(self.decoder, key, self.dtype).values()
-        ]
+        layouts = inputs(self.decoder, key, self.dtype).values()
+        arrays = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in layouts]
         release_memory()
         with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
             with gc_paused():
