@@ -308,7 +308,8 @@ Draft = Annotated[
     str | None,
     typer.Option(
         metavar="ngram|MODEL",
-        help="Guess tokens ahead, by prompt lookup or a smaller model; the tokens stay the same (docs/speculation.md).",
+        help="Guess tokens ahead, by prompt lookup, a smaller model or an EAGLE-3 head; the tokens stay the same "
+        "(docs/speculation.md).",
         show_default=False,
         autocompletion=lambda: ["ngram", *models()],
         rich_help_panel=MODEL,
