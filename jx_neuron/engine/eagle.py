@@ -1,6 +1,5 @@
 """An EAGLE-3 head as a drafter: it drafts from the hidden states of the model that verifies, in slots of its own."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -117,9 +116,9 @@ class _Twin:
             self.first, self.begin, self.parts = start, start, []
         elif start < self.begin:
             self.begin, self.parts = start, []
-        else:
-            self.parts = list(_cut(self.parts, start - self.begin))
-        self.parts.append(np.array(features_te))
+        elif start < self.begin + self.count:
+            self.parts = [np.concatenate(self.parts)[: start - self.begin]]
+        self.parts.append(features_te)
 
     def follows(self, tokens: SequenceOf[int]) -> bool:
         """Whether it has features of all tokens but the last, and some to compute."""
@@ -127,19 +126,10 @@ class _Twin:
 
     def pop(self, count: int) -> np.ndarray:
         """The first `count` features, [t, e], which count as computed."""
-        features_te = np.concatenate(list(_cut(self.parts, count)))
-        whole = np.concatenate(self.parts)
-        self.parts = [whole[count:]] if len(whole) > count else []
+        features_te = np.concatenate(self.parts)
+        self.parts = [features_te[count:]] if count < len(features_te) else []
         self.begin += count
-        return features_te
-
-
-def _cut(parts: SequenceOf[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The first `count` entries."""
-    for part in parts:
-        if count > 0:
-            yield part[:count]
-        count -= len(part)
+        return features_te[:count]
 
 
 def _grown(size: int, least: int) -> int:
