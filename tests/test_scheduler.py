@@ -116,7 +116,7 @@ def choice_of(rng: random.Random, room: int) -> Choice:
 def test_any_schedule_gives_each_request_what_it_gets_alone(compiled, budget, window, turns) -> None:
     rng = random.Random(f"{compiled} {budget}")
     engine = engine_of(compiled=compiled, budget=None if budget == "reserved" else budget, window=window)
-    rest = list(engine.reserve(40, verifies=True)) if budget == "reserved" else []
+    rest = list(engine.reserve(40, drafter=NgramDrafter())) if budget == "reserved" else []
     capacity = engine.scheduler.buckets.capacity
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(3)]
     callers: list[Caller] = []

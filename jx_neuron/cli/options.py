@@ -82,11 +82,14 @@ def neuron_config(quant: str | None, kv_quant: str | None = None, **options: Any
 
 
 def drafter(draft: str | None, target: Any) -> Any:
-    """What --draft names for the model `target`: "ngram", or a model made as it is, with weights as they are stored."""
-    from jx_neuron.llm import NeuronAutoModelForCausalLM
+    """What --draft names for the model `target`: "ngram", an EAGLE-3 head, or a model made as it is, with weights as
+    they are stored."""
+    from jx_neuron.llm import NeuronAutoModelForCausalLM, eagle
 
     if draft in (None, "ngram"):
         return draft
+    if eagle.is_head(model(draft)):
+        return target.drafter(model(draft))
     settings = target.settings
     return NeuronAutoModelForCausalLM.from_pretrained(
         model(draft),
@@ -306,7 +309,8 @@ Draft = Annotated[
     str | None,
     typer.Option(
         metavar="ngram|MODEL",
-        help="Guess tokens ahead, by prompt lookup or a smaller model; the tokens stay the same (docs/speculation.md).",
+        help="Guess tokens ahead, by prompt lookup, a smaller model or an EAGLE-3 head; the tokens stay the same "
+        "(docs/speculation.md).",
         show_default=False,
         autocompletion=lambda: ["ngram", *models()],
         rich_help_panel=MODEL,

@@ -61,13 +61,15 @@ class Shared:
             self.load([step.key])
             self._call("run", step.arrays, key=asdict(step.key))
             try:
-                token_b1, logits = self._runtime.run(step)
+                output = self._runtime.run(step)
             except JxNeuronError:  # the others raise it too
                 raise
             except Exception as error:
                 self._group.fail(error)
             self._steps += 1
-            return StepOutput(Tokens(token_b1, self._group), Logits(self, logits, self._steps))
+            return output._replace(
+                token_b1=Tokens(output.token_b1, self._group), logits=Logits(self, output.logits, self._steps)
+            )
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         with self._order:

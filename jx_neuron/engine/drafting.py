@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 FIRST, MOST = 3, 15
 """Tokens of a sequence's first draft, and of any draft at most."""
@@ -18,6 +20,8 @@ class Drafter(Protocol):
     """Guesses what follows. A guess changes how fast tokens come, and never which.
 
     pause: turns of a sequence without drafts, after poor ones.
+
+    One that drafts from the model's hidden states is a `FeatureDrafter`.
     """
 
     pause: int
@@ -29,6 +33,30 @@ class Drafter(Protocol):
     def close(self, row: "Speculation") -> None:
         """The row has ended."""
         ...
+
+
+@runtime_checkable
+class FeatureDrafter(Drafter, Protocol):
+    """A drafter that takes what enters some of the model's layers."""
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        """These layers."""
+        ...
+
+    def take(self, row: "Speculation", start: int, features_tid: np.ndarray) -> None:
+        """What entered the layers `taps`, [t, i, d], at the row's positions from `start` on; again where the model has
+        computed these anew."""
+        ...
+
+    def reserve(self, rows: int, positions: int) -> None:
+        """Readies the drafter for as many rows of as many positions: no draft waits for a compilation afterwards."""
+        ...
+
+
+def taps_of(drafters: Iterable[Drafter | None]) -> tuple[int, ...]:
+    """The layers, ascending, whose inputs any of `drafters` takes."""
+    return tuple(sorted({tap for drafter in drafters if isinstance(drafter, FeatureDrafter) for tap in drafter.taps}))
 
 
 class Drafts(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.engine import speculation
 from jx_neuron.engine.collector import Collector
-from jx_neuron.engine.drafting import Drafter
+from jx_neuron.engine.drafting import Drafter, FeatureDrafter
 from jx_neuron.engine.options import Choice
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.scheduler import VERIFY_SIZES, Scheduler
@@ -178,6 +178,7 @@ class Engine:
             drawn = np.zeros(key.drawn, np.int32)
             if self._yields(under_way) or any(row.last and row.sequence.drawing is not None for row in turn.rows):
                 drawn = np.asarray(output.token_b1).reshape(-1, key.drawn[1])  # waits for it
+            features = np.asarray(output.features) if key.taps else None
             for row in turn.rows:
                 sink = row.sequence.sink
                 logits = output.logits[row.index] if sink.wants_logits(row) else None
@@ -187,6 +188,8 @@ class Engine:
                         speculation.take(row, token_t, logits, goes_back=self.scheduler.is_recurrent)
                     else:
                         sink.take(row, token_t[0], logits)
+                    if features is not None:
+                        speculation.give_features(row, key.taps, features[row.index])
                 except Exception as error:  # of a tokenizer, or of a caller's stopping criterion
                     self.fail(row.sequence, error)
 
@@ -249,20 +252,20 @@ class Engine:
         self.scheduler.forget()
         self.runtime.reset(*(self.scheduler.largest if self.reserved else self.scheduler.sizes() or (1, 1)))
 
-    def reserve(self, budget: int, *, verifies: bool = False) -> SequenceOf[ProgramKey]:
+    def reserve(self, budget: int, *, drafter: Drafter | None = None) -> SequenceOf[ProgramKey]:
         """Readies the engine for callers that come and go: their turns wait for no compilation, nor for a long prompt.
 
         The state table keeps its largest size from now on, a turn takes at most `budget` tokens of prompts, and where
         the runtime compiles on demand, every program draws from the whole vocabulary.
 
-        verifies: whether drafts are verified; else there are none.
+        drafter: that of all callers; None where there are no drafts.
 
         Returns programs that are faster than those in use, for `runtime.load`; another thread may load them.
         """
         with self.lock:
             self.reserved = True
             if self.runtime.programs is None:
-                readiness = self.scheduler.reserve(budget, self.vocab_size, self.runtime.loaded, verifies=verifies)
+                readiness = self.scheduler.reserve(budget, self.vocab_size, self.runtime.loaded, drafter)
                 first, rest = readiness.first, readiness.rest
             else:
                 self.scheduler.budget = budget
@@ -271,6 +274,8 @@ class Engine:
             self.runtime.load(first)
             self.compute([sequence := Sequence([0], sink=Collector(self))])
             self.scheduler.close(sequence)
+            if isinstance(drafter, FeatureDrafter):
+                drafter.reserve(*self.scheduler.largest)
             if self.scheduler.batch_sizes[-1] > 1:
                 self.runtime.copy(np.array([0], np.int32), np.array([1], np.int32))
             return rest

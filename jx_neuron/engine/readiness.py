@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jx_neuron.step.buckets import Buckets
 from jx_neuron.step.program_key import Kind, ProgramKey
@@ -36,8 +36,10 @@ class Readiness:
         budget: int,
         candidates: int,
         loaded: Callable[[ProgramKey], bool],
+        taps: tuple[int, ...] = (),
     ) -> "Readiness":
-        """The programs of a scheduler with these sizes and a budget, which all draw from `candidates` tokens."""
+        """The programs of a scheduler with these sizes and a budget, which all draw from `candidates` tokens, and give
+        what enters the layers `taps`."""
         least, whole = prompt_rows[0], [t for t in buckets.context if t > 1]
         several = [(rows, t, t) for rows in prompt_rows[1:] for t in whole if rows * t <= budget]
         one = [(least, t, t) for t in whole] + [(least, t, s) for t in chunk_sizes for s in buckets.tokens if s > t]
@@ -46,6 +48,7 @@ class Readiness:
         keys += [ProgramKey("verify", *sizes, candidates) for sizes in drafts]
         keys += [ProgramKey("prefill", *sizes, candidates) for sizes in (*one, *several)]
         keys += [ProgramKey("score", *sizes, candidates) for sizes in one]
+        keys = [replace(key, taps=taps) for key in keys]
         first: list[ProgramKey] = []
         for kind in KINDS:
             rows = batch_sizes[-1] if kind in ("decode", "verify") else least
@@ -71,6 +74,7 @@ class Readiness:
             and key.rows >= wanted.rows
             and key.tokens >= wanted.tokens
             and key.positions >= wanted.positions
+            and set(key.taps) >= set(wanted.taps)
             and not (behind and key.positions == key.tokens)
             and self.loaded(key)
         ]

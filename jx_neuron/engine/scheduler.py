@@ -8,7 +8,9 @@ last".
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
+from jx_neuron.engine.drafting import Drafter, taps_of
 from jx_neuron.engine.readiness import Readiness
 from jx_neuron.engine.rotations import Rotations
 from jx_neuron.engine.sequence import Plan, Row, Sequence, Turn
@@ -69,23 +71,23 @@ class Scheduler:
         self._readiness: Readiness | None = None
 
     def reserve(
-        self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool], *, verifies: bool
+        self, budget: int, candidates: int, loaded: Callable[[ProgramKey], bool], drafter: Drafter | None = None
     ) -> Readiness:
         """Plans for callers that come and go, from now on: turns within a budget, of programs that are `loaded`.
 
         All draw from `candidates` tokens. Of a prompt, any number of tokens is taken from a slot, of its smallest chunk
         at least: a slot's owner may be another caller, whose chunks have other boundaries, and who drew some of them.
-        Drafts are verified where `verifies`.
+        Drafts are verified where there is a `drafter`.
 
         Returns the programs to load.
         """
         self.budget, self._candidates = budget, candidates
         self.slots.take_any(self._whole_sizes[0] if self._whole_sizes else 1)
-        if not verifies:
+        if drafter is None:
             self._verify_sizes = []
         sizes = self._chunk_sizes, self._verify_sizes
         self._readiness = Readiness.of(
-            self.buckets, self.batch_sizes, self.prompt_rows, *sizes, budget, candidates, loaded
+            self.buckets, self.batch_sizes, self.prompt_rows, *sizes, budget, candidates, loaded, taps_of([drafter])
         )
         return self._readiness
 
@@ -167,12 +169,12 @@ class Scheduler:
         while length - done > 1 and self._chunk_sizes:
             count = min(length - done, self._chunk_sizes[-1])
             t = fit(self._chunk_sizes, count)
-            keys.append(ProgramKey(key.kind, key.rows, t, self.buckets.positions(done + count, t), key.candidates))
+            keys.append(replace(key, tokens=t, positions=self.buckets.positions(done + count, t)))
             done += count
         if (sequence.remaining and sequence.drawing is not None) or length - done == 1:
             rows = fit(self.batch_sizes, max((s.slot or 0) + 1 for s in self.running))
             positions = self.buckets.positions(min(length + 1, self.buckets.capacity))
-            keys.append(ProgramKey("decode", rows, 1, positions, key.candidates))
+            keys.append(ProgramKey("decode", rows, 1, positions, key.candidates, key.taps))
         return keys
 
     def _admit(self) -> list[Copy]:
@@ -271,7 +273,8 @@ class Scheduler:
     def _key(self, kind: Kind, rows: int, tokens: int, positions: int, sequences: SequenceOf[Sequence]) -> ProgramKey:
         """The smallest program for a step of `sequences`."""
         candidates = [s.drawing.candidates for s in sequences if s.drawing is not None]
-        return ProgramKey(kind, rows, tokens, positions, self._candidates or max(candidates, default=1))
+        taps = taps_of(s.speculation.drafter for s in sequences if s.speculation is not None)
+        return ProgramKey(kind, rows, tokens, positions, self._candidates or max(candidates, default=1), taps)
 
     def _fitting(self, wanted: ProgramKey, *, behind: bool) -> ProgramKey | None:
         return wanted if self._readiness is None else self._readiness.fitting(wanted, behind=behind)

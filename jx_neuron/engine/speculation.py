@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jx_neuron.engine.drafting import Drafter
+from jx_neuron.engine.drafting import Drafter, FeatureDrafter
 from jx_neuron.engine.sequence import Row, Sequence
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ def propose(engine: "Engine") -> None:
 def is_due(sequence: Sequence) -> bool:
     """Whether the next turn may have a draft of a sequence, which takes all of its tokens."""
     return sequence.speculation is not None and not sequence.speculation.wait
+
+
+def give_features(row: Row, taps: SequenceOf[int], features_tid: np.ndarray) -> None:
+    """Gives the drafter of a row what entered its layers, of the `taps` of a step, where the sequence goes on."""
+    sequence, speculation = row.sequence, row.sequence.speculation
+    count = min(row.count, sequence.computed - row.start)  # fewer where tokens of a draft were refused
+    if speculation is None or not isinstance(speculation.drafter, FeatureDrafter) or count < 1:
+        return
+    own = [taps.index(layer) for layer in speculation.drafter.taps]
+    speculation.drafter.take(speculation, row.start, features_tid[:count, own])
 
 
 def take(row: Row, token_t: SequenceOf[int], logits_tv: np.ndarray | None, *, goes_back: bool) -> None:

@@ -23,6 +23,7 @@ from jx_neuron.step.buckets import Buckets
 if TYPE_CHECKING:
     from jx_neuron.artifact.settings import Settings
     from jx_neuron.engine.client import Client
+    from jx_neuron.engine.eagle import EagleDrafter
     from jx_neuron.engine.options import SamplingParams
     from jx_neuron.llm.origin import Origin
     from jx_neuron.util.once import Once
@@ -37,6 +38,7 @@ class Calls:
     settings: "Settings"
     backend: str
     _origin: "Origin"
+    _heads: "dict[str, EagleDrafter]"
     _engine: "Once[Engine]"
     _client: "Client"
     _plain_tokenizer: "Once[Any]"
@@ -199,7 +201,8 @@ class Calls:
         stream:   True returns an iterator of events, one for each token, instead of whole answers.
         draft:    guesses tokens, which the model then verifies several at a time (docs/speculation.md): "ngram" looks
                   them up in prompt and answer; or another model with the same tokens, or a
-                  `jx_neuron.engine.drafting.Drafter`. The answers are the same as without a draft.
+                  `jx_neuron.engine.drafting.Drafter`; or the folder or hub id of an EAGLE-3 head of the model. The
+                  answers are the same as without a draft.
         adapter:  the name of one of the model's `adapters`, for all, or one for each prompt; None for none.
         keywords: fields of `SamplingParams`, which replace those of `sampling`; or HF's names for them:
                   max_new_tokens, do_sample, num_return_sequences, stop_strings.

@@ -1,12 +1,14 @@
 """What a call's `draft` names, as a drafter."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jx_neuron.engine.draft_model import ModelDrafter
-from jx_neuron.engine.drafting import Drafter, NgramDrafter
+from jx_neuron.engine.drafting import Drafter, FeatureDrafter, NgramDrafter
 from jx_neuron.errors import ConfigError, InputError
+from jx_neuron.llm import eagle
 from jx_neuron.llm.origin import DecoderOrigin, Origin
 from jx_neuron.util.arguments import shown
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def drafter_of(draft: Any, target: "Calls") -> Drafter | None:
-    """The drafter that `draft` names: "ngram", another model, or a drafter itself; None for None.
+    """The drafter that `draft` names: "ngram", an EAGLE-3 head, another model, or a drafter itself; None for None.
 
     Raises InputError for anything else, and ConfigError where the target cannot verify drafts, or a model cannot draft
     for it.
@@ -33,11 +35,16 @@ def drafter_of(draft: Any, target: "Calls") -> Drafter | None:
         return _of_model(draft, target)
     if isinstance(draft, str) and draft == "ngram":
         return NgramDrafter()
+    if isinstance(draft, os.PathLike) or (isinstance(draft, str) and ("/" in draft or os.path.exists(draft))):
+        return eagle.drafter_of(draft, target)
     if all(hasattr(draft, name) for name in ("propose", "close", "pause")):
         drafter: Drafter = draft
+        if isinstance(drafter, FeatureDrafter):
+            eagle.check(drafter, target)
         return drafter
     raise InputError(
-        f'draft={shown(draft)} is not legal; it takes "ngram", another model, or a jx_neuron.engine.drafting.Drafter'
+        f'draft={shown(draft)} is not legal; it takes "ngram", the folder of an EAGLE-3 head, another model, or a '
+        "jx_neuron.engine.drafting.Drafter"
     )
 
 

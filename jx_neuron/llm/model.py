@@ -48,7 +48,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         backend, self.settings, self.config = self.backend, origin.settings, dict(origin.config)
         if (batching := self.neuron_config.continuous_batching) is not None:
             batching.require_fit(self.settings.slots, self.settings.buckets.capacity)
-        self._origin = origin
+        self._origin, self._heads = origin, {}
         self._deployment = Once(lambda: origin.deployment)
         self._engine = Once(self._start)
         self._plain_tokenizer = Once(lambda: origin.tokenizer(plain=True))

@@ -8,7 +8,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Self, Unpack, cast
 
-from jx_neuron.engine.drafting import Drafter, Speculation
+import numpy as np
+
+from jx_neuron.engine.drafting import Drafter, FeatureDrafter, Speculation
 from jx_neuron.engine.options import Options
 from jx_neuron.errors import ConfigError
 from jx_neuron.llm.drafts import drafter_of
@@ -35,6 +37,23 @@ class AtMost:
 
     def close(self, row: Speculation) -> None:
         self.drafter.close(row)
+
+
+class FeaturesAtMost(AtMost):
+    """The same of a `FeatureDrafter`."""
+
+    drafter: FeatureDrafter
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        """Of the other."""
+        return self.drafter.taps
+
+    def take(self, row: Speculation, start: int, features_tid: np.ndarray) -> None:
+        self.drafter.take(row, start, features_tid)
+
+    def reserve(self, rows: int, positions: int) -> None:
+        self.drafter.reserve(rows, positions)
 
 
 class SpeculativeGenerator:
@@ -64,7 +83,8 @@ class SpeculativeGenerator:
         if eos_token_id is not None:
             options["eos_token_override"] = eos_token_id
         drafter = drafter_of(self.draft, self.target)
-        at_most = None if drafter is None else AtMost(drafter, self.k - 1)
+        kind = FeaturesAtMost if isinstance(drafter, FeatureDrafter) else AtMost
+        at_most = None if drafter is None else kind(drafter, self.k - 1)
         return self.target.sample(input_ids, sequence_length, start_ids, streamer=streamer, draft=at_most, **options)
 
 

@@ -12,27 +12,27 @@ from jx_neuron.models import Decoder
 from jx_neuron.nn.ops import Ops, using
 from jx_neuron.nn.sharding import AXIS
 from jx_neuron.step.program_key import ProgramKey
-from jx_neuron.step.step import step
+from jx_neuron.step.step import inputs, step
 from jx_neuron.util.progress import track
 
 
 def trace_step(decoder: Decoder, key: ProgramKey, slots: int, positions: int, dtype: Any) -> Traced:
     """Traces the program of `key` over a state table of `slots` and `positions`."""
     params, state = decoder.abstract_params(dtype), decoder.abstract_state(slots, positions, dtype)
-    layouts = key.inputs(adapters=decoder.adapters is not None)
-    inputs = [jax.ShapeDtypeStruct(*layout) for layout in layouts.values()]
+    layouts = inputs(decoder, key, dtype)
+    arrays = [jax.ShapeDtypeStruct(*layout) for layout in layouts.values()]
     kinds: list[Kind] = ["param", "state"]
-    kinds += ["input"] * len(inputs)
+    kinds += ["input"] * len(arrays)
     logits = PartitionSpec(*[None] * (2 if key.gives_every else 1), AXIS)
     with using(Ops(cores=decoder.tp_degree)):
         return trace(
             step(decoder, key),
             params,
             state,
-            *inputs,
+            *arrays,
             tp_degree=decoder.tp_degree,
-            in_specs=[{path: decoder.partition(path) for path in params}, state.partition(), *[None] * len(inputs)],
-            out_specs=(PartitionSpec(), logits, state.partition()),
+            in_specs=[{path: decoder.partition(path) for path in params}, state.partition(), *[None] * len(arrays)],
+            out_specs=(PartitionSpec(), logits, *[PartitionSpec()] * bool(key.taps), state.partition()),
             donate_argnums=(1,),
             name=key.name,
             input_kinds=kinds,

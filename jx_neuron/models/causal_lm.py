@@ -1,6 +1,6 @@
 """What is around the blocks of every decoder: token embeddings, a last norm, and the head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -48,6 +48,12 @@ class CausalLM(nnx.Module):
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         x_btd, state = self.layers(self.embed(tokens_bt, at), state, at, *self.block_args(at))
         return self.norm(x_btd), state
+
+    def tapped(self, tokens_bt: Array, state: State, at: Positions, taps: Sequence[int]) -> tuple[Array, State, Array]:
+        """The same, and what enters the layers `taps`, [b, t, i, d]."""
+        x_btd = self.embed(tokens_bt, at)
+        x_btd, state, entering = self.layers.tapped(taps, x_btd, state, at, *self.block_args(at))
+        return self.norm(x_btd), state, jnp.stack(entering, axis=2)
 
     def embed(self, tokens_bt: Array, at: Positions) -> Array:
         """What enters the first block, [b, t, d]."""

@@ -80,11 +80,11 @@ def layer_norm(source: str, target: str | None = None, *, width: str = "d", bias
     return (scale, W(f"{source}.bias", f"{target}.bias", f"{width} -> {width}"))[: 1 + bias]
 
 
-def column_parallel(source: str, target: str, outputs: str, *, bias: bool = True) -> tuple[W, ...]:
-    """A torch Linear from "d" to `outputs`, such as "n h", whose first axis is split; "[f] + f" takes a part of one."""
-    return _column_parallel(
-        source, target, _axis(outputs), outputs.partition("[")[2].partition("]")[0] or outputs, bias
-    )
+def column_parallel(source: str, target: str, outputs: str, *, inputs: str = "d", bias: bool = True) -> tuple[W, ...]:
+    """A torch Linear from `inputs` to `outputs`, such as "n h", whose first axis is split; "[f] + f" takes a part of
+    one."""
+    letters = outputs.partition("[")[2].partition("]")[0] or outputs
+    return _column_parallel(source, target, _axis(outputs), letters, bias, inputs)
 
 
 def row_parallel(source: str, target: str, inputs: str, *, bias: bool = True) -> tuple[W, ...]:
@@ -101,10 +101,11 @@ def attention(
     out: str = "o_proj",
     fused: str | None = None,
     grouped: str | None = None,
+    inputs: str = "d",
     bias: bool = True,
     out_bias: bool | None = None,
 ) -> tuple[W, ...]:
-    """The projections of jx_neuron.nn.sublayers.Attention.
+    """The projections of jx_neuron.nn.sublayers.Attention, from `inputs` and to "d".
 
     HF has q_proj, k_proj and v_proj, or one module: `fused` has them end to end, and `grouped` has of each key/value
     head its queries, its key and its value. `out` is HF's name of o_proj. `out_bias` is `bias` unless given.
@@ -115,7 +116,7 @@ def attention(
     else:
         outputs = (Q, K, V) if fused else ("n h", "k h", "k h")
         projections = dict(zip(("q_proj", "k_proj", "v_proj"), outputs, strict=True))
-        qkv = _linears(source, f"{target}.qkv", projections, fused, bias)
+        qkv = _linears(source, f"{target}.qkv", projections, fused, bias, inputs)
     out_bias = bias if out_bias is None else out_bias
     return (*qkv, *row_parallel(f"{source}.{out}", f"{target}.o_proj", "n h", bias=out_bias))
 
@@ -176,17 +177,19 @@ def alibi_slopes(config: Any) -> np.ndarray:
     return np.exp2(-8 * i / p).astype(np.float32)
 
 
-def _column_parallel(source: str, target: str, axis: str, letters: str, bias: bool) -> tuple[W, ...]:
+def _column_parallel(source: str, target: str, axis: str, letters: str, bias: bool, inputs: str = "d") -> tuple[W, ...]:
     rest = [None] * (len(letters.split()) - 1)
-    kernel = W(f"{source}.weight", f"{target}.kernel", f"{axis} d -> d {letters}", P(None, AXIS, *rest))
+    kernel = W(f"{source}.weight", f"{target}.kernel", f"{axis} {inputs} -> {inputs} {letters}", P(None, AXIS, *rest))
     return (kernel, W(f"{source}.bias", f"{target}.bias", f"{axis} -> {letters}", P(AXIS, *rest)))[: 1 + bias]
 
 
-def _linears(source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool) -> tuple[W, ...]:
+def _linears(
+    source: str, target: str, projections: dict[str, str], fused: str | None, bias: bool, inputs: str = "d"
+) -> tuple[W, ...]:
     return tuple(
         row
         for name, outputs in projections.items()
-        for row in column_parallel(f"{source}.{fused or name}", f"{target}.{name}", outputs, bias=bias)
+        for row in column_parallel(f"{source}.{fused or name}", f"{target}.{name}", outputs, inputs=inputs, bias=bias)
     )
 
 

@@ -9,6 +9,7 @@ heads, MLP and vocabulary padded for tensor parallelism.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -36,9 +37,22 @@ class Layers(nnx.List[Any]):
 
     def __call__(self, x: Array, state: State, *args: Any) -> tuple[Array, State]:
         """x through every block, called as block(x, its layer's state, *args), and the state written."""
+        return self._span(0, len(self), x, state, *args)
+
+    def tapped(self, taps: Sequence[int], x: Array, state: State, *args: Any) -> tuple[Array, State, list[Array]]:
+        """The same, and what enters the layers `taps`, ascending."""
+        entering = []
+        for first, last in pairwise((0, *taps, len(self))):
+            x, state = self._span(first, last, x, state, *args)
+            entering.append(x)
+        return x, state, entering[:-1]
+
+    def _span(self, first: int, last: int, x: Array, state: State, *args: Any) -> tuple[Array, State]:
+        """x through the blocks from `first` to before `last`."""
         if self._depth is None:
-            return through(list(self), x, state, *args)
-        period, periods = self._length, self._depth // self._length
+            return through(list(self)[first:last], x, state, *args, first=first)
+        period, periods = self._length, last // self._length
+        begin = -(-first // period)  # whole periods are looped over
 
         def apply_period(number: Array, carry: tuple[Array, State]) -> tuple[Array, State]:
             x, state = carry
@@ -47,12 +61,15 @@ class Layers(nnx.List[Any]):
                 state = part.state
             return x, state
 
-        if not state.repeats(period, periods) or _avals(
-            jax.eval_shape(apply_period, np.int32(0), (x, state))
-        ) != _avals((x, state)):
-            return through(list(self), x, state, *args)
-        x, state = jax.lax.fori_loop(0, periods, apply_period, (x, state))
-        return through(self[period * periods :], x, state, *args, first=period * periods)
+        if (
+            begin >= periods
+            or not state.repeats(period, self._depth // period)
+            or _avals(jax.eval_shape(apply_period, np.int32(0), (x, state))) != _avals((x, state))
+        ):
+            return through(self[first:last], x, state, *args, first=first)
+        x, state = through(self[first : period * begin], x, state, *args, first=first)
+        x, state = jax.lax.fori_loop(begin, periods, apply_period, (x, state))
+        return through(self[period * periods : last], x, state, *args, first=period * periods)
 
     @property
     def period(self) -> int:

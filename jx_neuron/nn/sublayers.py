@@ -29,6 +29,7 @@ class Attention(nnx.Module):
     rope:            how heads are rotated: rope_half or rope_interleaved.
     sinks:           each head has a logit that takes part in the softmax and has no value, as `attend` takes it.
     scale, window, chunk, soft_cap: those of `attend`.
+    inputs:          the width of what queries, keys and values are made of; by default that of what it gives.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Attention(nnx.Module):
         chunk: int | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
+        inputs: int | None = None,
         rngs: nnx.Rngs,
     ):
         d, n, k, h = (sizes[c] for c in "dnkh")
         outputs = {name: (n if name == "q_proj" else k, h) for name in projections}
-        self.qkv = Linears((d,), outputs, bias=bias, rngs=rngs)
+        self.qkv = Linears((d if inputs is None else inputs,), outputs, bias=bias, rngs=rngs)
         self.o_proj = Linear((n, h), (d,), bias=bias if out_bias is None else out_bias, rngs=rngs)
         self.sinks = nnx.Param(jnp.zeros((n,))) if sinks else None
         self.q_norm: Any = q_norm

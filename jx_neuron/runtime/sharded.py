@@ -48,11 +48,11 @@ class Sharded:
         """The parameters that the step of `key` takes."""
         return self._params
 
-    def step(self, key: ProgramKey) -> Callable[..., tuple[Array, Array, State]]:
+    def step(self, key: ProgramKey) -> Callable[..., tuple[Any, ...]]:
         """The step of `key`, over `params(key)`."""
         traced = step(self._decoder_of(key), key)
 
-        def run(params: Params, state: State, *inputs: Array) -> tuple[Array, Array, State]:
+        def run(params: Params, state: State, *inputs: Array) -> tuple[Any, ...]:
             with using(self.ops):
                 return traced(params, state, *inputs)
 

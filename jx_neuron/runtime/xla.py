@@ -21,6 +21,7 @@ from jx_neuron.runtime.cpu.weights import OneCPU
 from jx_neuron.runtime.gpu import OneGPU
 from jx_neuron.runtime.sharded import Sharded
 from jx_neuron.step.program_key import ProgramKey
+from jx_neuron.step.step import inputs
 from jx_neuron.step.step_input import StepInput, StepOutput
 from jx_neuron.util.pages import check_memory, gc_paused, release_memory
 from jx_neuron.util.progress import track
@@ -86,9 +87,9 @@ class XlaRuntime:
         state = self._table(key, int(step.arrays["slot_b"].max()) + 1 if "slot_b" in step.arrays else key.rows)
         program = self._program(key, state.slots, state.positions)
         self._state = None
-        arrays = (step.arrays[name] for name in self._inputs(key))
-        token_b1, logits, self._state = program(self._placed.params(key), state, *arrays)
-        return StepOutput(token_b1, logits)
+        arrays = (step.arrays[name] for name in inputs(self.decoder, key, self.dtype))
+        *outputs, self._state = program(self._placed.params(key), state, *arrays)
+        return StepOutput(*outputs)
 
     def copy(self, source_n: np.ndarray, target_n: np.ndarray) -> None:
         if self._state is not None:
@@ -103,10 +104,6 @@ class XlaRuntime:
 
     def reset(self, slots: int, positions: int) -> None:
         self._state, self._sizes = None, (slots, positions)
-
-    def _inputs(self, key: ProgramKey) -> dict[str, Any]:
-        """Shape and dtype of each input of a program."""
-        return key.inputs(adapters=self.decoder.adapters is not None)
 
     def _sizes_for(self, key: ProgramKey, slots: int = 0) -> tuple[int, int]:
         """Slots and positions of the table that the program of `key` runs on."""
@@ -169,16 +166,17 @@ class XlaRuntime:
         program = jax.jit(
             self._placed.step(key),
             donate_argnums=1,
-            out_shardings=(everywhere, split, jax.tree.map(_sharding, state)),
+            out_shardings=(everywhere, split, *[everywhere] * bool(key.taps), jax.tree.map(_sharding, state)),
             compiler_options=xla_options.options(
                 self._platform, self._placed.formulation, key.rows * key.tokens, self._placed.codes
             ),
         )
-        inputs = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in self._inputs(key).values()]
+        layouts = inputs(self.decoder, key, self.dtype).values()
+        arrays = [jax.ShapeDtypeStruct(*layout, sharding=everywhere) for layout in layouts]
         release_memory()
         with jax.set_mesh(self.mesh), xla_options.precision(self._platform, self.dtype):
             with gc_paused():
-                lowered = program.lower(self._placed.params(key), state, *inputs)
+                lowered = program.lower(self._placed.params(key), state, *arrays)
             executable = lowered.compile()
         release_memory()
         return executable

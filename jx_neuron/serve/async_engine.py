@@ -271,7 +271,7 @@ class AsyncEngine:
 
     def _warm_up(self) -> None:
         engine, chunk = self._model.engine, self._model.buckets.context[-1]
-        self._faster = engine.reserve(max(chunk, self._tokens_per_turn), verifies=self._drafter is not None)
+        self._faster = engine.reserve(max(chunk, self._tokens_per_turn), drafter=self._drafter)
         self._to_load = len(self._faster)
         with suppress(JxNeuronError):  # a model without a tokenizer takes tokens alone
             _ = self._model.tokenizer  # transformers takes seconds to import, and the loop would wait

@@ -91,7 +91,9 @@ class StepOutput(NamedTuple):
 
     token_b1: the next token of each row, int32 [b, 1]; of a "verify" that of each token, [b, t].
     logits:   float32 [b, v], or [b, t, v] of a "score" or "verify"; v padded to the tensor-parallel degree.
+    features: what enters each layer of `key.taps`, [b, t, i, d] in the model's dtype; None without any.
     """
 
     token_b1: Any
     logits: Any
+    features: Any = None
