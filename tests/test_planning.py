@@ -276,6 +276,7 @@ def test_what_cannot_run_is_refused_with_what_is_legal_and_the_nearest_that_work
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_nearest_plan_works() -> None:
     instances = ("inf2.xlarge", "inf2.24xlarge", "trn1", "trn2")
     asks = itertools.product((LLAMA_7B, LLAMA_70B), instances, (1, 8, 64, 512), (2048, 32768))
