@@ -1,4 +1,4 @@
-"""Options of a model beside its checkpoint, named as in transformers-neuronx."""
+"""Options of a model besides its checkpoint, named as in transformers-neuronx."""
 
 import dataclasses
 import re

@@ -27,8 +27,8 @@ class Options(TypedDict, total=False):
     top_p_min_tokens:       a row: but at least this number.
     min_p:                  a row: keeps tokens at least this probable, relative to the most likely one.
     temperature:            a row: divides the logits; 0 is greedy.
-    seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits, but
-                            for rounding); None draws one. A list holds one a row, each as if that row were alone.
+    seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits,
+                            except for rounding); None draws one. A list holds one a row, each as if that row were alone.
     repetition_penalty:     a row: divides positive logits, and multiplies negative ones, of tokens seen in prompt or
                             answer.
     presence_penalty:       a row: subtracted from the logits of tokens that are in the answer.
@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     no_repeat_ngram_size:   no run of this number of tokens comes twice; 0 turns it off.
     logit_bias:             added to the logits of these token ids; -inf bans one, and not every one may be.
     eos_token_override:     the token or tokens that end a row, instead of the checkpoint's; -1 for none.
-    stop_strings:           a text or several that end a row whose answer comes to hold one; takes a tokenizer.
+    stop_strings:           a text or several that end a row whose answer contains one; takes a tokenizer.
     stopping_criteria_list: HF stopping criteria: called with ids [b, tokens so far] as a torch tensor, and None.
     """
 
@@ -67,7 +67,7 @@ class SamplingParams:
     max_tokens: most tokens of an answer; None for as many as n_positions has room for.
     n:          how many answers; the prompt is computed once.
     seed:       the same seed gives the same answers, whatever other prompts there are; None draws one.
-    stop:       a text or several that end an answer that comes to hold one; takes a tokenizer.
+    stop:       a text or several that end an answer that contains one; takes a tokenizer.
     eos_token_id: the token or tokens that end an answer, instead of the checkpoint's; -1 for none.
     logprobs:   gives the log-probability of each token, and those of this number of the most likely; None for none.
     grammar:    what the answers may be, by `jx_neuron.engine.grammar.Grammars`; each answer has a copy. None for any.
@@ -108,7 +108,7 @@ class Choice:
 
     steps:    the most tokens to draw.
     eos:      the tokens that end the sequence.
-    logprobs: the number of most likely tokens with log-probabilities, beside the drawn token; None for none at all.
+    logprobs: the number of most likely tokens with log-probabilities, besides the drawn token; None for none at all.
     grammar:  masks logits after `processors`; None for none.
     """
 

@@ -82,14 +82,14 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
 
         batch_size:              most rows of a call, or a list of batch buckets; a call of fewer is padded.
         prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:
-                                 prompts go through once, and their keys and values are copied. It divides batch_size.
+                                 prompts are computed once, and their keys and values are copied. It divides batch_size.
         n_positions:             longest sequence, prompt and answer together, or a list of token buckets; by default
                                  2048, or what the model was trained on where that is less.
         tp_degree:               how many cores share the model.
         amp:                     dtype of weights and cache: f32, f16 or bf16.
         dtype:                   the same under HF's name: "float32", "float16" or "bfloat16", or a dtype of numpy, jax
                                  or torch.
-        context_length_estimate: longest prompt that goes through in one piece, or a list of context buckets.
+        context_length_estimate: longest prompt that is computed in one piece, or a list of context buckets.
         neuron_config:           further options, a `NeuronConfig`.
         backend:                 "xla" runs the model through jax.jit, "host" runs its lowered programs on host
                                  devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
@@ -104,7 +104,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
         was saved for: arguments that ask for another shape are refused.
 
-        Raises CheckpointError, ArtifactError, ConfigError or InputError that says what cannot be had.
+        Raises CheckpointError, ArtifactError, ConfigError or InputError that says what is wrong and what is legal.
         """
         path, backend = pretrained_model_name_or_path, deploy.choose_backend(options["backend"])
         if not deploy.is_artifact(path):
@@ -113,7 +113,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
         if options["adapter"] is not None or options["adapters"]:
-            raise ArtifactError("a saved model takes no adapter; save it anew, from its checkpoint with the adapter")
+            raise ArtifactError("a saved model takes no adapter; save it again, from its checkpoint with the adapter")
         saved = SavedModel.open(os.fspath(path))
         require_saved(options, saved.settings)
         cls._check_family(saved.settings.model_type)
@@ -130,7 +130,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         weights: "Sequence[W]" = (),
         **options: Unpack[ModelOptions],
     ) -> Self:
-        """Takes a decoder with its parameters in hand, such as one just trained, and no checkpoint.
+        """Takes a decoder module with its parameters, such as one just trained, and no checkpoint.
 
         `module` does as the families' `Model` does; `weights` is its weight table, which says how parameters are split,
         and may be left out at a `tp_degree` of 1. The other arguments are those of `from_pretrained`.
@@ -200,7 +200,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         """Writes what was lowered and compiled, the tokenizer, and with `sharded_weights` each core's weights.
 
         The folder is written whole or not at all. With weights, `from_pretrained(directory)` is all that is needed to
-        run it; without, `load(directory)` spares a model made from the checkpoint its compilation.
+        run it; without, `load(directory)` saves a model made from the checkpoint its compilation.
         """
         parameters = self._origin.parameters() if sharded_weights else None
         save_tokenizer = self._origin.save_tokenizer
@@ -231,7 +231,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         differences = saved.settings.differences(self.settings)
         if differences or not self._origin.matches(saved.config):
             what = ", ".join(differences) or "another config"
-            raise ArtifactError(f"{directory} was saved for {what}; make the model with the same, or save it anew")
+            raise ArtifactError(f"{directory} was saved for {what}; make the model with the same, or save it again")
         self._deployment.set(saved.deployment)
         return self
 
