@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     min_p:                  a row: keeps tokens at least this probable, relative to the most likely one.
     temperature:            a row: divides the logits; 0 is greedy.
     seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits,
-                            except for rounding); None draws one. A list holds one a row, each as if that row were alone.
+                            except for rounding); None draws one. A list has one a row, each as if that row were alone.
     repetition_penalty:     a row: divides positive logits, and multiplies negative ones, of tokens seen in prompt or
                             answer.
     presence_penalty:       a row: subtracted from the logits of tokens that are in the answer.
