@@ -1,4 +1,4 @@
-"""How the time of a decode step grows with context: its bytes, weights and state, beside those of a short context.
+"""How the time of a decode step grows with context, compared with its bytes of weights and state.
 
     python benchmarks/context.py smollm2 --positions 128 512 2048
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--amp", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--kv", choices=["int8", "float8_e4m3", "float16", "bfloat16"], help="dtype of the state")
-    parser.add_argument("--rounds", type=int, default=31, help="steps timed of each, in turn")
+    parser.add_argument("--rounds", type=int, default=31, help="steps timed of each, alternating")
     options = parser.parse_args()
 
     decoder, dtype, rng = Decoder.from_config(CONFIGS[options.model]), jnp.dtype(options.amp), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The engines that ours is measured beside, each a function of a task, on every core of the CPU."""
+"""The engines that ours is compared with, each a function of a task, on every core of the CPU."""
 
 import json
 import subprocess

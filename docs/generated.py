@@ -95,7 +95,7 @@ def rules() -> str:
 def compiler_errors() -> str:
     """What only compiling can tell, by code."""
     rows = [(_code(code), meaning, way_out) for code, (meaning, way_out) in sorted(ERRORS.items())]
-    return _table(("code", "meaning", "the way out"), rows)
+    return _table(("code", "meaning", "remedy"), rows)
 
 
 def targets() -> str:
@@ -153,7 +153,7 @@ def command_line() -> str:
 def peers() -> str:
     """How many times as fast as each peer we are, from benchmarks/results: in float32, then in bfloat16.
 
-    Beside peers in bfloat16, in bfloat16 alone.
+    Compared with peers in bfloat16, in bfloat16 only.
     """
 
     def ratios(engines: Engines, phase: str, peer: str) -> str:

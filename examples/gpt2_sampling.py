@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="cores that share the model (%(default)s)")
     asked = parser.parse_args()
 
-    # Two rows, so that prompts go through in pairs. Names and shapes of all tensors are checked here; `to_neuron` reads
+    # Two rows, so prompts are computed in pairs. Names and shapes of all tensors are checked here; `to_neuron` reads
     # them, shard by shard.
     model = GPT2ForSampling.from_pretrained(asked.model, batch_size=2, tp_degree=asked.tp, amp="f32")
     model.to_neuron()

@@ -3,7 +3,7 @@
     python examples/lower_function.py --tp 4 --output mlp.hlo.pb
     jx-neuron check mlp.hlo.pb --target trn1
 
-The function is plain JAX. Shardings are given beside it; no device, no compiler and no values are needed to lower it.
+The function is plain JAX. Shardings are separate arguments. Lowering needs no device, no compiler and no values.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Options of a model beside its checkpoint, named as in transformers-neuronx."""
+"""Options of a model besides its checkpoint, named as in transformers-neuronx."""
 
 import dataclasses
 import re
@@ -106,15 +106,15 @@ class GenerationConfig:
     global_top_k:   the number of candidates of compiled programs (the static size of their top-k); `top_k` may be
                     changed up to it without compiling anything.
     eos_token_id:   the token or tokens that end a row, instead of the checkpoint's; -1 for none.
-    dynamic:        whether `update_generation_config` may change it, as in transformers-neuronx; neither compiles.
+    dynamic:        whether `update_generation_config` may change it, as in transformers-neuronx.
     deterministic:  every draw takes the median of the distribution: the first token at which the cumulative probability
                     exceeds 0.5.
-    per_batch_line: top_k, top_p, temperature and top_p_min_tokens hold one value a row.
+    per_batch_line: top_k, top_p, temperature and top_p_min_tokens have a value for each row.
 
-    Fields may be assigned. A model takes a copy when it is made and at `update_generation_config`, so that a later
-    assignment changes no model. Lists are kept as tuples. Equal by value, and not hashable.
+    Fields may be assigned. A model copies the config when it is made and at `update_generation_config`; a later
+    assignment changes no model. Lists become tuples. Equal by value, and not hashable.
 
-    Raises ConfigError for a value that is not legal, when made and when assigned to; the old value then stays.
+    Raises ConfigError for a value that is not legal, also at an assignment; the old value then stays.
     """
 
     max_length: int | None = None
@@ -292,17 +292,17 @@ _REFUSED: dict[str, Sequence[Any]] = dict(
 class NeuronConfig:
     """Options of the lowered model.
 
-    group_query_attention:     a `GQA`; heads are replicated or padded as the tensor-parallel degree calls for.
-    on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and how many candidates programs keep.
+    group_query_attention:     a `GQA`; heads are replicated or padded for the tensor-parallel degree.
+    on_device_generation:      a `GenerationConfig`: the defaults of `sample`, and the number of candidates of programs.
     quant:                     a `QuantizationConfig`: weights are stored in 8 or 4 bits.
     output_all_logits:         calling the model returns the logits of every token of the prompt.
     padding_side:              the side of a row on which `start_ids` and `attention_mask` have padding; the right one
                                with continuous_batching.
     compilation_worker_count:  the number of programs that the compiler works on at once.
     strict_sharding:           refuses a tensor-parallel degree for which heads would be padded.
-    kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, where not in `amp`.
-    speculation_length:        tokens of the programs that verify drafts, 2 to 16, or several such numbers: a draft has
-                               one fewer. None for no such programs; with backend "xla" there are always some.
+    kv_cache_quant:            a `KVCacheQuantizationConfig`: how keys and values are stored, if not in `amp`.
+    speculation_length:        tokens of the programs that verify drafts, 2 to 16, or several such numbers. A draft has
+                               one token fewer. None for no such programs. Backend "xla" always has some.
     continuous_batching:       a `ContinuousBatchingConfig`: calls of the model name sequences.
 
     Raises ConfigError for an option that is unknown, or whose value changes results in a way that is not supported.

@@ -148,7 +148,7 @@ def test_the_notebook_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_gptj_gives_at_tp_8_what_it_gives_on_one_core(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = ("--n-positions", 64, "--amp", "f32", "--new-tokens", NEW, "--backend", "host")
-    with pytest.warns(UserWarning, match="holds 4 heads as 8"):
+    with pytest.warns(UserWarning, match="pads 4 heads to 8"):
         script("gptj_tp8.py", "--model", "gptj", *how)
     collectives, answer = capsys.readouterr().out.splitlines()
     layers = tiny.CONFIGS["gptj"]().n_layer

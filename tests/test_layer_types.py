@@ -247,8 +247,8 @@ def test_a_decoder_of_several_kinds_of_layers(tp: int, hybrid: None) -> None:
 
 def test_what_the_decoder_of_several_kinds_says_of_itself(hybrid: None) -> None:
     decoder = Decoder.from_config({"model_type": "hybrid"}, 2)
-    heads = ("6 query heads as 8", "3 key/value heads as 4")  # those of wide layers divide
-    widths = ("an MLP width of 5 as 6", "a vocabulary of 101 as 102", "an MLP width of 9 as 10")
+    heads = ("6 query heads to 8", "3 key/value heads to 4")  # those of wide layers divide
+    widths = ("an MLP width of 5 to 6", "a vocabulary of 101 to 102", "an MLP width of 9 to 10")
     assert decoder.padding.changes == (*heads, *widths)
     with pytest.raises(InputError, match="tp_degree=2 does not divide the 6 query and 3 key/value heads"):
         decoder.padding.require_exact()

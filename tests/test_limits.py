@@ -73,7 +73,7 @@ def test_the_largest_legal_degree_is_legal_and_the_next_is_not(checkpoint: Path)
     with pytest.raises(InputError) as refusal:
         from_config(checkpoint, tp_degree=100_000)
     most = int(str(refusal.value).rpartition(" ")[2])
-    with pytest.warns(UserWarning, match=f"tp_degree={most} holds .*: 1[45]\\d\\d\\..% more weights"):
+    with pytest.warns(UserWarning, match=f"tp_degree={most} pads .*: 1[45]\\d\\d\\..% more weights"):
         from_config(checkpoint, tp_degree=most)
     with pytest.raises(InputError, match="pads this model to 16 times"):
         from_config(checkpoint, tp_degree=most + 1)

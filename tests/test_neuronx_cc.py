@@ -280,7 +280,7 @@ def test_a_failing_program_names_the_code_and_the_way_out(tmp_path: Path, monkey
         compiled("context", "decode")
     text = str(error.value)
     assert "2.21.18209.0+043b1bf7 could not compile the program 'decode' for trn1: NCC_EOOM001" in text
-    assert "more device memory than a core has. The way out: use a larger tp degree" in text
+    assert "more device memory than a core has. Remedy: use a larger tp degree" in text
     assert "[NCC_EOOM001] decode cannot be compiled" in text
     (log,) = (tmp_path / "cache").rglob("*.log")
     assert f"({log})" in text

@@ -226,7 +226,7 @@ def test_gpt2_xl_is_for_one_core_by_the_strict_rules_and_for_any_with_padding() 
     assert "first release" in next(d.refusal for d in strict.degrees if d.tp_degree == 16)
     padded = plan(config, "trn1.32xlarge")
     assert [d.refusal for d in padded.degrees] == [None] * 5
-    assert padding_note(config, 8).startswith("tp_degree=8 holds 25 heads as 32")
+    assert padding_note(config, 8).startswith("tp_degree=8 pads 25 heads to 32")
     assert padding_note(config, 1) is None
 
 

@@ -29,6 +29,21 @@ DIALECT = {
     r"\bwhoever\b": "anyone who",
     r"\bnothing but\b": "only",
     r"\blikewise\b": "also",
+    r"\banew\b": "again",
+    r"\bspares?\b(?= (?:a|an|the)\b)": "saves",
+    r"\bbut for\b": "except for",
+    r"\bways? out\b": "remedy",
+    r"(?<![.])(?<!import adapted, )\bbeside\b(?= [a-z`])": "next to, besides, or compared with",
+    r"\bin turn(?=[,;:]|\.\s)": "alternating",
+    r"\b(?:to|cannot|can|could) be had\b": "is not possible, or is not there",
+    r"\b(?:are|is) level\b": "equal",
+    r"\bcomes? to hold\b": "contains",
+    r"\b(?:prompts?|queries|rows|tokens) (?:that )?go(?:es)? through\b": "is computed",
+    r"\b(?:is|are|was|were) told\b": "say who says it, and how",
+    r"\bbears? on\b": "affects",
+    r"\bin hand\b": "say where it is",
+    r"\bas it came\b": "unchanged",
+    r"\bare said to\b": "say who says it",
 }
 
 
@@ -54,4 +69,8 @@ def test_the_list_finds_what_it_lists() -> None:
         "What a slot then holds", "by hand", "is to be", "lies", "stand", "those that",
     ]  # fmt: skip
     assert dialect("a part\n    of\n    # it")[0].startswith("line 2: ")
+    assert [line.split("'")[1] for line in dialect("Rows go through\nblocks anew, in turn, beside the rest.")] == [
+        "anew", "beside", "in turn", "Rows go through",
+    ]  # fmt: skip
     assert not dialect("A stand-in for it stands for a solution. Whatever holds, understand standard lines.")
+    assert not dialect("for row in turn.rows:\n    beside = [row, beside + 1]")

@@ -74,7 +74,8 @@ def test_a_checkpoint_compiled_and_sampled_gives_the_tokens_of_xla(
     assert sorted(call["module"] for call in calls) == sorted(key.name for key in model.settings.programs)
     for call in calls:
         assert {"--framework=XLA", "--target=trn1", "--model-type=transformer", "--auto-cast=none"} < set(call["argv"])
-    for how in (dict(top_k=1), dict(top_k=30, top_p=0.95, temperature=1.2, seed=3)):
+    drawn = dict(top_k=30, top_p=0.95, temperature=1.2, seed=3)
+    for how in (dict(top_k=1), drawn, drawn | dict(start_ids=[5, 0])):
         # in 16 bits, degrees and backends may round to different tokens
         again = xla if amp == "f32" else model
         np.testing.assert_array_equal(model.sample(IDS, 32, **how), again.sample(IDS, 32, **how))

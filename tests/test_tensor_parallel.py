@@ -130,10 +130,10 @@ def test_padding_says_what_it_does_and_what_it_costs() -> None:
     assert Padding(sizes(12, 12) | {"f": 96, "v": 104}, 4).describe(0.0) is None
     said = Padding(sizes(25, 25), 8).describe(0.123)
     assert said == (
-        "tp_degree=8 holds 25 heads as 32, an MLP width of 90 as 96, a vocabulary of 101 as 104: 12.3% more weights"
+        "tp_degree=8 pads 25 heads to 32, an MLP width of 90 to 96, a vocabulary of 101 to 104: 12.3% more weights"
     )
     said = Padding(sizes(6, 3), 8).describe(0.0001)
-    assert "6 query heads as 8, 3 key/value heads replicated to 8" in said
+    assert "6 query heads to 8, 3 key/value heads by copies to 8" in said
     assert said.endswith("under 0.1% more weights")
 
 

@@ -121,7 +121,7 @@ def test_what_it_writes_fits_the_terminal(
         if how is PLAIN:
             assert not re.search(r"\x1b\[[\d;]*m", written)
     text = " ".join(" ".join(said).split())
-    assert "jx-neuron: tp_degree=2 holds a vocabulary of 101 as 102" in text
+    assert "jx-neuron: tp_degree=2 pads a vocabulary of 101 to 102" in text
     assert "Error: No such command 'sampel'. Did you mean 'sample'?" in text
 
 

@@ -112,7 +112,7 @@ def _check_codes(
 
 
 def _check_adapters(program: ProgramSpec, parameters: Mapping[str, TensorSpec], adapters: Adapters | None) -> None:
-    """Raises ArtifactError unless there are A and B of `adapters`, and of no others, beside each matrix of theirs."""
+    """Raises ArtifactError unless there are A and B of `adapters`, and of no others, for each matrix of theirs."""
     actual = {name for name in parameters if name.rpartition(".")[2] in PARTS}
     if adapters is None:
         if actual:

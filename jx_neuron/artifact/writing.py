@@ -59,7 +59,7 @@ def write(
         freed when it is written.
       neffs: by program name; programs may lack one.
       extra_files: content by path inside the artifact.
-      tools: versions to record beside those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
+      tools: versions to record besides those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
 
     Raises ArtifactError where the parts do not fit together, the folder holds anything but an artifact, or the disk
     refuses it. The former content of the folder is then intact.

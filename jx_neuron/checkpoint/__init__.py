@@ -1,6 +1,10 @@
 """Checkpoints: finding and opening them, the formats of their tensors, configs and tokenizers, and the weight table."""
 
+import os
+
 from jx_neuron.util.lazy import exports
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns where torch is absent
 
 __getattr__, __dir__, __all__ = exports(
     __name__,

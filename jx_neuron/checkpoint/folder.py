@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates beside the default one
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates besides the default one
 READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
 INDEX = ".index.json"
 LAYOUTS: Mapping[str, str] = {  # in order of preference: a file of weights or index, and the pattern of its shards

@@ -149,7 +149,7 @@ class SideBySide:
 
 
 def side_by_side(named: Mapping[str, Adapter], base: Base, adaptable: Collection[str]) -> SideBySide:
-    """Adapters by name, to be computed beside the matrices that they are of, some of `adaptable`.
+    """Adapters by name, to be computed next to the matrices that they are of, some of `adaptable`.
 
     Raises CheckpointError where one does not fit, or is of another matrix.
     """

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 MOST_HEADER = 16 * 2**20  # bytes of a safetensors header; 126 layers take some 100 kB
 MOST_TENSORS = 100_000
 SLICE = 4 * 2**20  # bytes of a tensor that are read at a time where it is not needed whole
-TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped anew
+TORCH_PAGES = 16 * 2**20  # resident bytes of a mapped torch file, after which it is mapped again
 
 SAFETENSORS_DTYPES: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -211,7 +211,7 @@ def _check_zip(path: Path) -> None:
 class _TorchFile:
     """A torch file read by `torch.load(weights_only=True)`, mapped where its format allows.
 
-    Pages stay resident as long as their mapping, so the file is mapped anew after TORCH_PAGES. A file that cannot be
+    Pages stay resident as long as their mapping, so the file is mapped again after TORCH_PAGES. A file that cannot be
     mapped is loaded whole, and each tensor is freed once it is read.
     """
 

@@ -41,7 +41,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that a checkpoint may hold beside the tensor `of` to which it is tied. It must then equal that."""
+    """A tensor that a checkpoint may have besides the tensor `of` to which it is tied. It must then equal that."""
 
     name: str
     of: str

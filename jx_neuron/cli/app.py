@@ -72,7 +72,6 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises KeyboardInterrupt.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns where torch is absent
     try:
         _check_streams()
         with plain_warnings(), redirect_stdout(Output(sys.stdout)):

@@ -54,7 +54,7 @@ def command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Longest prompt that goes through in one piece; more than once, the context buckets.",
+            help="Longest prompt that is computed in one piece; more than once, the context buckets.",
             show_default="half of each token bucket",
         ),
     ] = None,

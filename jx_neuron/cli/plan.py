@@ -47,7 +47,7 @@ def command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Longest prompt that goes through in one piece.",
+            help="Longest prompt that is computed in one piece.",
             show_default="half of --n-positions",
         ),
     ] = None,

@@ -61,10 +61,10 @@ def explain(log: str, status: int) -> str:
             meaning, way_out = rule.title, f"{rule.advice}; `jx-neuron check` names the instruction"
         else:
             return f"{label}. See {DOCS}/{code}.html"
-        return f"{label}: {meaning}. The way out: {way_out}"
+        return f"{label}: {meaning}. Remedy: {way_out}"
     if status == -signal.SIGKILL:
         meaning, way_out = _HOST_MEMORY
-        return f"{meaning} (SIGKILL). The way out: {way_out}"
+        return f"{meaning} (SIGKILL). Remedy: {way_out}"
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}"
     if status == 0:

@@ -46,7 +46,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """The neuronx-cc on PATH, or beside this Python's executable.
+    """The neuronx-cc on PATH, or next to this Python's executable.
 
     Raises CompilerError, which says what to install, where there is none.
     """
@@ -67,7 +67,7 @@ def find_compiler() -> Compiler:
 
 
 def command(compiler: Compiler, hlo: Path, neff: Path, options: CompilerOptions) -> list[str]:
-    """The command that compiles the HloModuleProto file `hlo` to `neff`, with the log beside it."""
+    """The command that compiles the HloModuleProto file `hlo` to `neff`, with the log next to it."""
     return [
         str(compiler.path),
         "compile",

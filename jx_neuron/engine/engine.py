@@ -59,7 +59,7 @@ class Engine:
 
     @classmethod
     def of_model(cls, runtime: Runtime, settings: Settings, first_not_finite: Callable[[], str | None]) -> "Engine":
-        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts go through in chunks of
+        """The engine of a model with `settings`. Where `runtime` compiles on demand, prompts are computed in chunks of
         any context bucket, and a power of two at a time unless settings have several batch sizes or a prompt batch;
         rows sample from any number of candidates."""
         on_demand, buckets = runtime.programs is None, settings.buckets

@@ -21,7 +21,7 @@ from jx_neuron.util.arguments import integers, plain, shown
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of the sequence `number`, the first of them at position `start`; at 0, the sequence begins anew."""
+    """Tokens of the sequence `number`, the first of them at position `start`; at 0, the sequence begins again."""
 
     number: int
     start: int
@@ -72,7 +72,7 @@ def _flat(value: Any) -> Any:
 class NumberedSequences:
     """The sequences of a model by number. Any thread may continue any of them.
 
-    A sequence keeps its slot until it begins anew, or other requests need the slot; then it is computed again when it
+    A sequence keeps its slot until it begins again, or other requests need the slot; then it is computed again when it
     goes on.
     """
 
@@ -107,7 +107,7 @@ class NumberedSequences:
 
     @contextmanager
     def _continued(self, engine: Engine, pieces: SequenceOf[Piece]) -> Iterator[list[Sequence]]:
-        """The sequences of `pieces`, to be computed. An error while they are makes the next piece begin anew."""
+        """The sequences of `pieces`, to be computed. An error while they are makes the next piece begin again."""
         with self._lock:
             for piece in pieces:
                 length = len(self._sequences[piece.number].tokens) if piece.number in self._sequences else 0

@@ -19,24 +19,25 @@ PerRow = float | Sequence[float]
 
 
 class Options(TypedDict, total=False):
-    """How tokens are chosen, and when a row has ended; what says "a row" also takes one value for each.
+    """Sampling and stopping options. An option marked "per row" also takes a list with a value for each row.
 
     attention_mask:         [b, t], 1 on real tokens; instead of start_ids.
-    top_k:                  a row: keeps the most likely tokens; 1 is greedy, 0 keeps the whole vocabulary.
-    top_p:                  a row: of those keeps the fewest whose probabilities sum to this.
-    top_p_min_tokens:       a row: but at least this number.
-    min_p:                  a row: keeps tokens at least this probable, relative to the most likely one.
-    temperature:            a row: divides the logits; 0 is greedy.
-    seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits, but
-                            for rounding); None draws one. A list holds one a row, each as if that row were alone.
-    repetition_penalty:     a row: divides positive logits, and multiplies negative ones, of tokens seen in prompt or
+    top_k:                  per row: keeps the most likely tokens; 1 is greedy, 0 keeps the whole vocabulary.
+    top_p:                  per row: keeps the fewest of these tokens whose probabilities sum to this.
+    top_p_min_tokens:       per row: the least number of tokens that top_p keeps.
+    min_p:                  per row: keeps tokens at least this probable, relative to the most likely one.
+    temperature:            per row: divides the logits; 0 is greedy.
+    seed:                   the same seed gives a row the same tokens in any batch, bucket and degree (in 16 bits,
+                            except for rounding); None draws a seed. A list has a seed for each row, which then gets the
+                            tokens that it would get alone.
+    repetition_penalty:     per row: divides positive logits, and multiplies negative ones, of tokens in prompt or
                             answer.
-    presence_penalty:       a row: subtracted from the logits of tokens that are in the answer.
-    frequency_penalty:      a row: subtracted once for each time that a token is in the answer.
-    no_repeat_ngram_size:   no run of this number of tokens comes twice; 0 turns it off.
-    logit_bias:             added to the logits of these token ids; -inf bans one, and not every one may be.
+    presence_penalty:       per row: subtracted from the logits of tokens in the answer.
+    frequency_penalty:      per row: subtracted once for each time that a token is in the answer.
+    no_repeat_ngram_size:   no run of this number of tokens occurs twice; 0 turns it off.
+    logit_bias:             added to the logits of these token ids; -inf bans a token, but not all tokens.
     eos_token_override:     the token or tokens that end a row, instead of the checkpoint's; -1 for none.
-    stop_strings:           a text or several that end a row whose answer comes to hold one; takes a tokenizer.
+    stop_strings:           a text or several that end a row whose answer contains one; needs a tokenizer.
     stopping_criteria_list: HF stopping criteria: called with ids [b, tokens so far] as a torch tensor, and None.
     """
 
@@ -59,18 +60,18 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the answers to one prompt are chosen, and when they end.
+    """Sampling and stopping options of the answers to one prompt.
 
-    What is None is as the model's `GenerationConfig` says, or else greedy: nothing is sampled unless one of top_k,
-    top_p, min_p and temperature is given.
+    None is the value of the model's `GenerationConfig`. Without one, decoding is greedy unless top_k, top_p, min_p or
+    temperature is set.
 
-    max_tokens: most tokens of an answer; None for as many as n_positions has room for.
-    n:          how many answers; the prompt is computed once.
-    seed:       the same seed gives the same answers, whatever other prompts there are; None draws one.
-    stop:       a text or several that end an answer that comes to hold one; takes a tokenizer.
+    max_tokens: largest number of tokens of an answer; None for as many as n_positions has room for.
+    n:          number of answers; the prompt is computed once.
+    seed:       the same seed gives the same answers, whatever the other prompts; None draws a seed.
+    stop:       a text or several that end an answer that contains one; needs a tokenizer.
     eos_token_id: the token or tokens that end an answer, instead of the checkpoint's; -1 for none.
-    logprobs:   gives the log-probability of each token, and those of this number of the most likely; None for none.
-    grammar:    what the answers may be, by `jx_neuron.engine.grammar.Grammars`; each answer has a copy. None for any.
+    logprobs:   adds the log-probability of each token, and of this number of the most likely tokens; None for none.
+    grammar:    the form of the answers, from `jx_neuron.engine.grammar.Grammars`; each answer has a copy. None for any.
 
     The others are those of `jx_neuron.engine.options.Options`.
     """
@@ -104,11 +105,11 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Choice:
-    """How one sequence's tokens are chosen, and when it ends.
+    """Sampling and stopping of one sequence.
 
     steps:    the most tokens to draw.
     eos:      the tokens that end the sequence.
-    logprobs: the number of most likely tokens with log-probabilities, beside the drawn token; None for none at all.
+    logprobs: the number of most likely tokens with log-probabilities, besides the drawn token; None for none at all.
     grammar:  masks logits after `processors`; None for none.
     """
 

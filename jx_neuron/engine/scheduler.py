@@ -245,7 +245,7 @@ class Scheduler:
         return self._turn(self._fitting(wanted, behind=True) or wanted, slots, counts)
 
     def _prefill(self, sequences: SequenceOf[Sequence]) -> Turn:
-        """Chunks of prompts that go through one program: like the first, at the beginning or behind other tokens.
+        """Chunks of prompts that one program computes: like the first, at the beginning or behind other tokens.
 
         The boundaries of a prompt's chunks are its own, whatever others there are.
         """

@@ -1,4 +1,4 @@
-"""Sequences that go through a model, and the steps that take them: plain data.
+"""Sequences of tokens, and the steps that compute them: plain data.
 
 A sequence is tokens of which a slot of the state table holds the first `computed`.
 """
@@ -13,11 +13,11 @@ from jx_neuron.step.step_input import Drawing, StepInput
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens that go through a model, and where they are.
+    """The tokens of a sequence, and how far they are computed.
 
     tokens:       known ones: given, or drawn and read.
     prompt:       how many were given at first.
-    limit:        most tokens that it may come to by drawing; no more than `prompt` for one that draws none.
+    limit:        most tokens that it may have after drawing; no more than `prompt` for one that draws none.
     drawing:      how programs draw; None where they do not: the host chooses, or nobody does.
     every_logits: the logits of every token are wanted, not only of the last.
     adapter:      the number of its adapter; 0 for none. What another adapter computed is of no use to it.

@@ -111,7 +111,7 @@ class Ticket:
 
     @property
     def drafts(self) -> Drafts | None:
-        """What the answer's drafts have come to; None without a drafter."""
+        """The counts of the answer's drafts; None without a drafter."""
         speculation = self.sequence.speculation
         return None if speculation is None else speculation.drafts
 

@@ -107,7 +107,7 @@ class HuggingFaceGenerationModelAdapter(PreTrainedModel, GenerationMixin):  # ty
         return True
 
     def reset_generation(self) -> None:
-        """Does nothing: each call of `generate` begins anew."""
+        """Does nothing: each call of `generate` starts from the beginning."""
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *others: Any

@@ -33,7 +33,7 @@ AdapterNames = str | Sequence[str | None] | None
 
 
 class Calls:
-    """What a model is asked for; `NeuronAutoModelForCausalLM` inherits it."""
+    """The calls of a model. `NeuronAutoModelForCausalLM` inherits them."""
 
     settings: "Settings"
     backend: str
@@ -49,17 +49,18 @@ class Calls:
         """Logits after the last token of each row, float32 [b, v]; of every token [b, t, v] with `output_all_logits`.
 
         input_ids: [b, t] integers, as lists, numpy, jax or torch.
-        cache_ids: None for prompts, which empty the cache first; or the position of the first token, or of each, to go
-                   on from what this thread's last call left.
-        start_ids: [b], the first real position of each left-padded row; where `cache_ids` go on, that of its prompt.
-        adapter:   that of `generate`, of prompts.
+        cache_ids: None for prompts, which empty the cache first. Or the position of the first token, or of each token,
+                   to continue from this thread's last call.
+        start_ids: [b], the first real position of each left-padded row. With `cache_ids`, that of its prompt.
+        adapter:   that of `generate`, for prompts.
 
         With `NeuronConfig(continuous_batching=…)`, start_ids [n] or [n, 1] are the sequences of the rows, and cache_ids
-        [n, t] the positions of their tokens, followed by 0 for padding. A sequence begins at position 0, and goes on
-        where it ends or before. Rows that go on by several tokens have logits after each, [n, t, v]. A model that has
-        on_device_generation gives the tokens drawn, int64 [n, 1]. Torch tensors of ids have torch tensors returned.
+        [n, t] the positions of their tokens, followed by 0 for padding. A sequence begins at position 0, and continues
+        at its end or before. Rows that continue by several tokens have logits after each token, [n, t, v]. A model with
+        on_device_generation returns the sampled tokens, int64 [n, 1]. For ids in torch, tensors of torch are returned.
 
-        Raises InputError where the compiled model cannot take them, and NonFiniteError for logits that are not finite.
+        Raises InputError for a call that the compiled model does not support, and NonFiniteError for logits that are
+        not finite.
         """
         return self._client.forward(input_ids, cache_ids, start_ids, adapter)
 
@@ -68,10 +69,10 @@ class Calls:
     def speculative_forward(
         self, input_ids: Any, cache_ids: Any, start_ids: Any = None, speculation_length: int | None = None
     ) -> Any:
-        """Logits of every token of `input_ids` [b, k], which go on from position `cache_ids` of what this thread's last
-        call left: float32 [b, k, v]. `speculation_length`, where it is given, is k.
+        """Logits of every token of `input_ids` [b, k], which continue this thread's last call at position `cache_ids`:
+        float32 [b, k, v]. `speculation_length` is k, or None.
 
-        Raises InputError for tokens that cannot go on there.
+        Raises InputError for tokens that cannot continue there.
         """
         logits_bkv = self._client.speculative_logits(input_ids, cache_ids, start_ids)
         if speculation_length not in (None, logits_bkv.shape[1]):
@@ -121,10 +122,10 @@ class Calls:
         adapter: AdapterNames = None,
         **options: Unpack[Options],
     ) -> Iterator[Step]:
-        """The answer of `sample` as it is made: for each step the tokens, their text, why rows ended, and when.
+        """Yields the answer of `sample` step by step: the tokens, their text, why rows ended, and the time.
 
-        logprobs: gives the log-probability of each token by the model itself, and those of this number of the most
-                  likely ones; 0 for the token's alone.
+        logprobs: adds the log-probability of each token, and of this number of the most likely tokens; 0 for the
+                  token only.
         draft, adapter: those of `generate`.
         """
         drafter = self.drafter(draft)
@@ -241,14 +242,14 @@ class Calls:
     def score(self, texts: Any, *, stride: int | None = None, adapter: AdapterNames = None) -> list[Score]:
         """Log-likelihood and perplexity of each text, or of each row of token ids.
 
-        texts:  a text or several, which take a tokenizer; or token ids: a row [t], or rows of any lengths, as lists,
+        texts:  a text or several, which need a tokenizer. Or token ids: a row [t], or rows of any lengths, as lists,
                 numpy, jax or torch.
         stride: a text longer than n_positions is scored in windows that start `stride` tokens apart, each token with
                 the tokens before it in its first window (https://huggingface.co/docs/transformers/perplexity); by
                 default half of n_positions.
         adapter: that of `generate`, for all, or one for each text.
 
-        Raises InputError for what is neither, and for ids that the vocabulary does not have.
+        Raises InputError for anything else, and for ids that are not in the vocabulary.
         """
         rows = self.log_likelihoods(split_prompts(texts)[0], stride=stride, adapter=adapter)
         return [scoring.summary(parts) for parts in rows]
@@ -256,65 +257,66 @@ class Calls:
     def log_likelihoods(
         self, rows: Sequence[Any], *, stride: int | None = None, adapter: AdapterNames = None
     ) -> list[scoring.Parts]:
-        """What each row's tokens are worth one by one, given those before them: log-probability, and whether likeliest.
+        """For each token of each row, its log-probability after the tokens before it, and whether it is the likeliest.
 
         rows: texts, or token ids [t], a row each. `stride` and `adapter` are those of `score`.
 
-        Raises InputError where programs were compiled without output_all_logits, and for ids that there are not.
+        Raises InputError if programs were compiled without output_all_logits, and for ids that are not in the
+        vocabulary.
         """
         return self._client.log_likelihoods(rows, stride, adapter)
 
     def keep_prefix(self, input_ids: Any, *, adapter: str | None = None) -> None:
-        """Computes tokens [t] or [1, t] once and keeps them: prompts that all start with them go on from there.
+        """Computes tokens [t] or [1, t] once, and keeps their keys and values for prompts that begin with them.
 
-        What such prompts give is what they would give without. On backend "xla" they have a slot of their own; on the
-        others, whose tables have one for each row of a batch, they are computed again after prompts that take all, and
-        with recurrent layers after each prompt that takes their slot: its state cannot go back to them.
-        None forgets them. The kept tokens serve prompts with the same adapter only.
+        Answers do not change. On backend "xla" the prefix has a slot of its own. On the other backends it shares the
+        slots of the batch, and is computed again after prompts that used every slot. With recurrent layers it is
+        computed again after each prompt that used its slot, because their state cannot be cropped.
+        None removes the prefix. It is used for prompts with the same adapter only.
         """
         self._client.keep_prefix(input_ids, adapter)
 
     def update_generation_config(self, generation_config: GenerationConfig) -> None:
-        """Has `sample` choose tokens so where it is not told otherwise, from now on. Nothing is compiled.
+        """Replaces the defaults of `sample` and `stream`. Nothing is compiled.
 
-        The model takes a copy: what is assigned to `generation_config` later takes another call.
+        The model has a copy: call this again after a later change of `generation_config`.
 
-        Raises ConfigError where the model was made with one that is not dynamic, and for an end token that the
-        vocabulary does not have.
+        Raises ConfigError if the model was made with a config that is not dynamic, and for an end token that is not in
+        the vocabulary.
         """
         self._client.defaults = self._client.defaults.updated(generation_config)
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The model's own copy of the GenerationConfig it was made with, or last updated to; None without one."""
+        """The model's copy of the GenerationConfig that it was made with, or was last updated to; None without one."""
         return self._client.defaults.generation_config
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a row, by the GenerationConfig, else generation_config.json, else config.json.
+        """The tokens that end a row: from the GenerationConfig, else generation_config.json, else config.json.
 
-        Ids that the vocabulary does not have, such as -1, are left out.
+        Ids that are not in the vocabulary, such as -1, are left out.
         """
         return self._client.defaults.eos_token_ids
 
     @property
     def hf_generation_config(self) -> dict[str, Any] | None:
-        """What generation_config.json says, None without one; of a saved model, its end and padding tokens."""
+        """The contents of generation_config.json, or None; for a saved model, its end and padding tokens."""
         return self._origin.generation_config
 
     @property
     def batch_size(self) -> int:
-        """Most rows of a call; where prompts are given several answers, of the answers."""
+        """The largest number of rows of a call; with `prompt_batch_size`, of answers."""
         return self.settings.slots
 
     @property
     def most_prompts(self) -> int:
-        """How many prompts a call takes."""
+        """The largest number of prompts of a call."""
         return self.limits.batch
 
     @property
     def copies(self) -> int:
-        """How many answers each prompt is given."""
+        """The number of answers to each prompt."""
         return self._client.copies
 
     @property
@@ -329,21 +331,21 @@ class Calls:
 
     @property
     def engine(self) -> Engine:
-        """What runs the programs, and whose turn it is."""
+        """The engine, which plans and runs the turns of all callers."""
         return self._engine()
 
     @property
     def runtime(self) -> Runtime:
-        """What runs the programs."""
+        """The runtime, which runs the programs."""
         return self.engine.runtime
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, an HF one. Raises InputError where the model came without."""
+        """The tokenizer of HF transformers. Raises InputError if the checkpoint has none."""
         return self._origin.tokenizer()
 
     @property
     def text_tokenizer(self) -> Any:
-        """What makes tokens of texts and texts of tokens: `tokenizer` once it is loaded, for it may be changed; before,
-        one that gives the same and loads faster. Raises InputError where the model came without."""
+        """The tokenizer in use: `tokenizer` once it is loaded, since it may be changed; before, one that gives the same
+        results and loads faster. Raises InputError if the checkpoint has none."""
         return self.tokenizer if "tokenizer" in vars(self) else self._plain_tokenizer()

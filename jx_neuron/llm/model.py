@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # running a saved model needs no model code
 class NeuronAutoModelForCausalLM(Calls, Trainable):
     """A decoder of any supported family.
 
-    Made by `from_pretrained` or `from_module`. `to_neuron` reads its weights and readies its programs (the first use
-    does, where it was not called); then `sample` and `stream` give tokens, and calling it gives logits. `save` keeps
-    what was lowered and compiled.
+    `from_pretrained` opens a checkpoint. `generate` answers texts, messages or token ids. `sample` and `stream` are the
+    calls of transformers-neuronx. A call of the model returns logits. `to_neuron` reads the weights and prepares the
+    programs; otherwise the first call does. `save` writes lowered or compiled programs.
     """
 
     MODEL_TYPE: ClassVar[str | None] = None
@@ -80,20 +80,20 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
     ) -> Self:
         """Opens a checkpoint: a folder, a file of weights, or a Hugging Face hub id; or a folder that `save` wrote.
 
-        batch_size:              most rows of a call, or a list of batch buckets; a call of fewer is padded.
-        prompt_batch_size:       most prompts of a call, where each is given batch_size / prompt_batch_size answers:
-                                 prompts go through once, and their keys and values are copied. It divides batch_size.
+        batch_size:              largest number of rows of a call, or a list of batch buckets; fewer rows are padded.
+        prompt_batch_size:       largest number of prompts of a call. Each prompt gets batch_size / prompt_batch_size
+                                 answers; it is computed once, and its keys and values are copied. Divides batch_size.
         n_positions:             longest sequence, prompt and answer together, or a list of token buckets; by default
-                                 2048, or what the model was trained on where that is less.
-        tp_degree:               how many cores share the model.
+                                 2048, or the trained positions if they are fewer.
+        tp_degree:               number of cores that share the model.
         amp:                     dtype of weights and cache: f32, f16 or bf16.
         dtype:                   the same under HF's name: "float32", "float16" or "bfloat16", or a dtype of numpy, jax
                                  or torch.
-        context_length_estimate: longest prompt that goes through in one piece, or a list of context buckets.
+        context_length_estimate: longest prompt that is computed in one piece, or a list of context buckets.
         neuron_config:           further options, a `NeuronConfig`.
         backend:                 "xla" runs the model through jax.jit, "host" runs its lowered programs on host
-                                 devices, "neuron" runs what neuronx-cc makes of them; by default neuron where there
-                                 is one, else xla.
+                                 devices, "neuron" runs them compiled by neuronx-cc; by default neuron if there is a
+                                 device, else xla.
         revision, token, local_files_only, cache_dir: huggingface-hub's, for a hub id.
         adapter:                 a LoRA adapter, a folder of PEFT or a hub id, merged into the weights in float32 before
                                  they are cast or quantized.
@@ -101,10 +101,10 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
                                  row names one, or none (docs/adapters.md).
         context_unroll, unroll:  of transformers-neuronx; have no effect: programs for Neuron have every layer.
 
-        Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model with weights is what it
-        was saved for: arguments that ask for another shape are refused.
+        Names and shapes of all tensors are checked here; `to_neuron` reads them. A saved model has the shape that it
+        was saved for: other arguments are refused.
 
-        Raises CheckpointError, ArtifactError, ConfigError or InputError that says what cannot be had.
+        Raises CheckpointError, ArtifactError, ConfigError or InputError that says what is wrong and what is legal.
         """
         path, backend = pretrained_model_name_or_path, deploy.choose_backend(options["backend"])
         if not deploy.is_artifact(path):
@@ -113,7 +113,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         if options["backend"] == "xla":
             raise ArtifactError("a saved model holds programs and no model code; its backend is host or neuron")
         if options["adapter"] is not None or options["adapters"]:
-            raise ArtifactError("a saved model takes no adapter; save it anew, from its checkpoint with the adapter")
+            raise ArtifactError("a saved model takes no adapter; save it again, from its checkpoint with the adapter")
         saved = SavedModel.open(os.fspath(path))
         require_saved(options, saved.settings)
         cls._check_family(saved.settings.model_type)
@@ -130,7 +130,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         weights: "Sequence[W]" = (),
         **options: Unpack[ModelOptions],
     ) -> Self:
-        """Takes a decoder with its parameters in hand, such as one just trained, and no checkpoint.
+        """Takes a decoder module with its parameters, such as one just trained, and no checkpoint.
 
         `module` does as the families' `Model` does; `weights` is its weight table, which says how parameters are split,
         and may be left out at a `tp_degree` of 1. The other arguments are those of `from_pretrained`.
@@ -141,7 +141,7 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
     @classmethod
     @accepts(LoweringOptions)
     def from_config(cls, config: Mapping[str, Any], **options: Unpack[LoweringOptions]) -> Self:
-        """Takes what a config.json says, and no weights: for `cpu_compile` and `save`, and a later `load`.
+        """Makes a model of a config.json, without weights: for `cpu_compile`, `save` and a later `load`.
 
         The arguments are those of `from_pretrained`.
         """
@@ -160,10 +160,10 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
             )
 
     def enable_speculative_decoder(self, speculation_length: int | Sequence[int], batch_sizes: Any = None) -> None:
-        """Has programs made that verify drafts, of `speculation_length` tokens each, before `to_neuron`; as
-        `NeuronConfig(speculation_length=…)` does. The rows are those of the model, `batch_sizes` or None.
+        """Adds programs that verify drafts of `speculation_length` tokens, like `NeuronConfig(speculation_length=…)`.
 
-        Raises ConfigError where the programs are made already, and for other batch_sizes.
+        Call it before `to_neuron`. `batch_sizes` is that of the model, or None. Raises ConfigError if the programs are
+        made already, and for other batch_sizes.
         """
         if batch_sizes is not None and tuple(integers("batch_sizes", batch_sizes)) != self.settings.batch_sizes:
             raise ConfigError(f"batch_sizes={batch_sizes!r}: the model has {self.settings.batch_sizes}; leave it out")
@@ -173,47 +173,47 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         self._make_of(drafts.enabled(self._origin, lengths))
 
     def to_neuron(self) -> Self:
-        """Reads the weights onto the devices and readies the programs.
+        """Reads the weights onto the devices and prepares the programs.
 
-        With backend "xla", a program is compiled when it is first needed; with "neuron", neuronx-cc compiles the ones
-        that no `load` brought. Raises CompilerError where that cannot be.
+        With backend "xla", a program is compiled when it is first needed. With "neuron", neuronx-cc compiles the
+        programs that `load` did not read. Raises CompilerError if it fails.
         """
         self._engine()
         return self
 
     def lowered(self) -> Deployment:
-        """The programs as they go to neuronx-cc, made when first asked for."""
+        """The programs as neuronx-cc gets them, lowered at the first call."""
         return self._deployment()
 
     def cpu_compile(self, target: str | None = None) -> Self:
         """Lowers, checks and compiles for Neuron without a device, so that `save` can follow.
 
-        target: inf2, trn1, trn1n, trn2 or trn3; by default what NEURON_CC_FLAGS says, then this machine's, then trn1.
+        target: inf2, trn1, trn1n, trn2 or trn3; by default that of NEURON_CC_FLAGS, then this machine's, then trn1.
 
-        Raises LoweringError for programs that the target cannot run, and CompilerError without neuronx-cc; `save` alone
-        needs none, and keeps the lowered programs.
+        Raises LoweringError for programs that the target cannot run, and CompilerError without neuronx-cc. `save`
+        without `cpu_compile` needs no compiler, and writes the lowered programs.
         """
         self.lowered().compile(target, self.neuron_config.compilation_worker_count)
         return self
 
     def save(self, directory: str | os.PathLike[str], *, sharded_weights: bool = False) -> Path:
-        """Writes what was lowered and compiled, the tokenizer, and with `sharded_weights` each core's weights.
+        """Writes lowered or compiled programs, the tokenizer, and with `sharded_weights` each core's weights.
 
-        The folder is written whole or not at all. With weights, `from_pretrained(directory)` is all that is needed to
-        run it; without, `load(directory)` spares a model made from the checkpoint its compilation.
+        The folder is written completely or not at all. With weights, `from_pretrained(directory)` runs it. Without
+        weights, a model made from the checkpoint calls `load(directory)`, and compiles nothing.
         """
         parameters = self._origin.parameters() if sharded_weights else None
         save_tokenizer = self._origin.save_tokenizer
         return deploy.save(os.fspath(directory), self.lowered(), self.config, parameters, save_tokenizer)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
-        """Writes a checkpoint of what is loaded, for transformers and `from_pretrained`, and returns its folder.
+        """Writes a checkpoint of the loaded model, for transformers and `from_pretrained`, and returns its folder.
 
-        config.json, generation_config.json, the tokenizer's files, and weights as safetensors: HF's tensors in the
-        dtype `amp`, widened where the checkpoint's are quantized. Of a multimodal model it is the text model. The
-        folder, new or empty, is whole or absent, whenever the process ends.
+        The folder has config.json, generation_config.json, the tokenizer's files, and safetensors: HF's tensors in the
+        dtype `amp`, widened if the checkpoint's are quantized. For a multimodal model, the text model is written. The
+        folder must be new or empty. It is complete or absent, even if the process is killed.
 
-        max_shard_size: most bytes of a file of weights, a number or a text such as "5GB".
+        max_shard_size: largest size of a file of weights, a number of bytes or a text such as "5GB".
 
         Raises ConfigError where the model was loaded with `quant` (`jx-neuron quantize` writes such checkpoints),
         ArtifactError for a folder that is not empty or cannot be written, and for a model that `save` wrote.
@@ -223,15 +223,15 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         return save_pretrained(self._origin, directory, max_shard_size)
 
     def load(self, directory: str | os.PathLike[str]) -> Self:
-        """Takes the programs that `save` wrote, so that `to_neuron` need not lower and compile them.
+        """Reads the programs that `save` wrote, so that `to_neuron` does not lower and compile them.
 
-        Raises ArtifactError where they were made for another model, degree, dtype, batch or buckets.
+        Raises ArtifactError if they were made for another model, degree, dtype, batch or buckets.
         """
         saved = SavedModel.open(os.fspath(directory))
         differences = saved.settings.differences(self.settings)
         if differences or not self._origin.matches(saved.config):
             what = ", ".join(differences) or "another config"
-            raise ArtifactError(f"{directory} was saved for {what}; make the model with the same, or save it anew")
+            raise ArtifactError(f"{directory} was saved for {what}; make the model with the same, or save it again")
         self._deployment.set(saved.deployment)
         return self
 

@@ -1,4 +1,4 @@
-"""What a model is made for: the options of its constructors, and the settings that they come to."""
+"""What a model is made for: the options of its constructors, and the settings that follow from them."""
 
 import dataclasses
 import functools
@@ -155,18 +155,18 @@ def require_saved(options: ModelOptions, settings: Settings) -> None:
         ("speculation_length", _neuron_config(options).speculation_length, (), settings.speculation),
     ):
         if value not in (default, saved):
-            raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save anew")
+            raise ArtifactError(f"it was saved for {name}={saved} and not {value}; leave that out, or save again")
 
 
 def settings_of(
     decoder: "Decoder", options: LoweringOptions, backend: str, generation: Mapping[str, Any] | None = None
 ) -> Settings:
-    """What `options`, all of them, come to for a decoder.
+    """The settings that `options`, all of them, give a decoder.
 
     generation: the ids of the end and padding tokens.
 
     Warns of positions that the model was not trained on, and of what the degree pads. Raises InputError or ConfigError
-    for what cannot be had: on the machine of backend "neuron", and with "host" on any.
+    for what is not possible: on the machine of backend "neuron", and with "host" on any.
     """
     config, neuron_config = decoder.config, _neuron_config(options)
     buckets = Buckets.within(

@@ -91,7 +91,7 @@ class Origin(Protocol):
         ...
 
     def first_not_finite(self) -> str | None:
-        """The first tensor that holds a NaN or an infinity once it is cast; all are read anew."""
+        """The first tensor that holds a NaN or an infinity once it is cast; all are read again."""
         ...
 
     def tokenizer(self, *, plain: bool = False) -> Any:

@@ -60,7 +60,7 @@ class CausalLM(nnx.Module):
         return self.embed_tokens(tokens_bt)
 
     def block_args(self, at: Positions) -> tuple[Any, ...]:
-        """What every block takes beside x_btd, its layer's state and `at`."""
+        """What every block takes besides x_btd, its layer's state and `at`."""
         return ()
 
     def logits(self, x_btd: Array) -> Array:

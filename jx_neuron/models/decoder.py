@@ -125,7 +125,7 @@ class Decoder:
     def from_module(
         cls, module: nnx.Module, config: HFConfig, table: Sequence[W] = (), tp_degree: int = 1
     ) -> "Decoder":
-        """The decoder of a module in hand; `table` is needed above a tensor-parallel degree of 1."""
+        """The decoder of a module with its parameters; `table` is needed above a tensor-parallel degree of 1."""
         checks.sizes(config, KV)
         shapes = shapes_of(module)
         checks.table(table, config, shapes, complete=False)
@@ -152,7 +152,7 @@ class Decoder:
     def with_drafts(self) -> "Decoder":
         """The decoder whose recurrent layers also keep what they kept before the last step that verified a draft.
 
-        Raises ConfigError where layers beside them keep a window of positions, which drafts would overwrite.
+        Raises ConfigError where other layers keep a window of positions, which drafts would overwrite.
         """
         rows = [row for row in self.state if row.position_axis is None]
         if not rows or rows[0].before in self.state:
@@ -162,7 +162,7 @@ class Decoder:
         return replace(self, state=[*self.state, *(row.before for row in rows)])
 
     def with_adapters(self, adapters: Adapters) -> "Decoder":
-        """The decoder with A and B beside the matrices that `adapters` are of, some of `adaptable`."""
+        """The decoder with A and B next to the matrices that `adapters` are of, some of `adaptable`."""
         paths = adapters.paths(self.shapes, self.config.layers)
         sizes = {path: self._row[path].sizes(self.config) | adapters.sizes for path in paths}
         shapes = {
@@ -202,7 +202,7 @@ class Decoder:
         )
 
     def source_of(self, params: Mapping[str, Any], dtype: Any) -> weights.Source:
-        """Parameters in hand, unpadded."""
+        """The parameters of a module, unpadded."""
         return self._quantized(
             lambda dtype: weights.from_params(params, self.rows, self.padding, np.dtype(dtype)), dtype
         )

@@ -1,4 +1,4 @@
-"""What families with Gated DeltaNet beside gated attention share (Qwen3-Next and Qwen3.5).
+"""What families with Gated DeltaNet next to gated attention share (Qwen3-Next and Qwen3.5).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_next/modeling_qwen3_next.py
 """
@@ -38,7 +38,7 @@ class DeltaNetConfig(HybridConfig, LlamaLikeConfig):
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
 
-    # what is drafted beside the next token, and the dtype that kernels keep the state in, which is float32 here
+    # what is drafted besides the next token, and the dtype that kernels keep the state in, which is float32 here
     INERT: ClassVar[frozenset[str]] = frozenset(
         "mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings".split()
     )
@@ -78,7 +78,7 @@ class DeltaNetBlock(HybridBlock):
 
 
 def delta_net_layer(*, grouped: bool = False) -> tuple[W, ...]:
-    """The rows of a DeltaNetBlock but for its `mlp`; `grouped` as `_gated_delta_net` has it."""
+    """The rows of a DeltaNetBlock except for its `mlp`; `grouped` as `_gated_delta_net` has it."""
     theirs, ours = "model.layers.{i}.", "layers.{i}."
     return (
         rms_norm(theirs + "input_layernorm", ours + "norm"),

@@ -1,4 +1,4 @@
-"""What decoders share whose blocks have experts beside a dense MLP (Gemma 4).
+"""What decoders share whose blocks have experts next to a dense MLP (Gemma 4).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma4/modeling_gemma4.py
 """
@@ -24,7 +24,7 @@ __all__ = ["ExpertsBeside", "ExpertsBesideConfig", "experts_beside"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsBesideConfig(RopeConfig):
-    """Every layer has experts beside its MLP where `enable_moe_block`, which needs the other fields."""
+    """Every layer has experts next to its MLP where `enable_moe_block`, which needs the other fields."""
 
     enable_moe_block: bool = False
     num_experts: int | None = None

@@ -51,7 +51,7 @@ class Config(MambaConfig):
     COMPLETE = True
     LAYERS_ALIKE = True
     ALIASES = {"layer_types": "layers_block_type"}  # noqa: RUF012
-    # how many tokens HF computes at a time, of how many it gives logits, and what files of the Hub have beside it
+    # how many tokens HF computes at a time, of how many it gives logits, and what files of the Hub have besides it
     INERT = frozenset(
         "attn_layer_indices layer_types layers_block_type mamba_chunk_size mamba_use_mlp mlp_expansion_factor "
         "num_logits_to_keep".split()

@@ -99,7 +99,7 @@ class Model(ScaledModel):
 
 
 def shared_mlp(target: str) -> tuple[W, ...]:
-    """The MLP of every layer, alone or beside experts."""
+    """The MLP of every layer, alone or next to experts."""
     return (
         *column_parallel(L + "shared_mlp.input_linear", target + ".gate_up.gate_proj", GATE, bias=False),
         *column_parallel(L + "shared_mlp.input_linear", target + ".gate_up.up_proj", UP, bias=False),

@@ -35,7 +35,7 @@ def _variants(pattern: str) -> list[str]:
 KNOWN = dict(_read())
 """Configs by Hub id.
 
-Fields and values are those of each config.json that bear on the model. Token ids come with a checkpoint's tokenizer. Of
+Fields and values are those of each config.json that affect the model. Token ids come with a checkpoint's tokenizer. Of
 a checkpoint with an image encoder it is the config of the text model.
 """
 

@@ -295,7 +295,7 @@ class NoRopeLayersConfig(RopeConfig):
 
 
 class LlamaLikeModel(CausalLM):
-    """Its blocks take the rotation of heads beside the state.
+    """Its blocks take the rotation of heads besides the state.
 
     norm: by default RMSNorm, which a LlamaLikeConfig has. rope: by default the config's, of all layers.
     """
@@ -361,7 +361,7 @@ EXTRA_TENSORS = (
 
 
 def _without_truncate(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an entry for a layer type HF reads all but this, which it looks for beside the entries."""
+    """Of an entry for a layer type HF reads all but this, which it looks for next to the entries."""
     return {key: value for key, value in parameters.items() if key != "truncate"}
 
 

@@ -91,7 +91,7 @@ def _are_sizes(entry: Any) -> bool:
 
 
 class LayerInputs(nnx.Module):
-    """What enters each layer beside the hidden states: of the token, and of its embedding."""
+    """What enters each layer besides the hidden states: of the token, and of its embedding."""
 
     def __init__(self, sizes: Mapping[str, int], eps: float, rngs: nnx.Rngs):
         d, u, p, q = (sizes[c] for c in "dupq")

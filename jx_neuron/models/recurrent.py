@@ -78,7 +78,7 @@ class HybridConfig(RopeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(LlamaLikeConfig):
-    """The fields of decoders that have Mamba-2 beside attention."""
+    """The fields of decoders that have Mamba-2 next to attention."""
 
     mamba_n_heads: int = 128
     mamba_d_head: int | str = "auto"

@@ -232,7 +232,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """What a token's experts give, and a shared expert of all tokens beside them."""
+    """What a token's experts give, and a shared expert of all tokens as well."""
 
     def __init__(self, gate: nnx.Module, experts: Experts, shared_expert: nnx.Module | None = None):
         self.gate: Any = gate

@@ -35,7 +35,7 @@ def absorbs(expanded: int, rank: int, tokens: int, positions: int) -> bool:
 
 
 def multiply_adds(sizes: Mapping[str, int], tokens: int, positions: int) -> int:
-    """Multiplications of one head for the `tokens` of a row, beside one of each token by each parameter: of scores and
+    """Multiplications of one head for the `tokens` of a row, besides one of each token by each parameter: of scores and
     values, and of making keys and values of latents where there are more positions than tokens."""
     c, u, o, r = (sizes[letter] for letter in "cuor")
     if absorbs(c + o, r, tokens, positions):
@@ -47,7 +47,7 @@ class LatentAttention(nnx.Module):
     """Each head's key and value are k_b_proj · latent and v_b_proj · latent, the key with the rotated part behind it.
 
     low_rank: queries are made of a latent too.
-    bias:     of the projections from and to the model's width, but for q_proj.
+    bias:     of the projections from and to the model's width, except for q_proj.
     scale:    of scores.
     rope:     how the rotated parts are: rope_half or rope_interleaved.
     """

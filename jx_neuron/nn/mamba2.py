@@ -1,4 +1,4 @@
-"""The recurrent sublayer of Mamba-2 (Dao, Gu, arXiv:2405.21060), whole or beside attention.
+"""The recurrent sublayer of Mamba-2 (Dao, Gu, arXiv:2405.21060), whole or next to attention.
 
 Array suffixes are those of jx_neuron.nn.recurrent. `sizes` gives each axis letter its length, as a Config's does.
 """

@@ -1,4 +1,4 @@
-"""The equations that backends compute in forms of their own, beside the products of nn/kernel.py.
+"""The equations that backends compute in forms of their own, besides the products of nn/kernel.py.
 
 `Ops` has them as the chip and several devices get them. A backend has a subclass, which `using` names while a program
 is traced; the layers call `ops()`. Array suffixes are those of jx_neuron.nn.layers, g query heads of a key head.
@@ -32,10 +32,10 @@ class Ops:
     cores: int = field(default=1, kw_only=True)
 
     IN_BLOCKS: ClassVar[bool] = True
-    """Whether many tokens go through experts in blocks."""
+    """Whether experts compute many tokens in blocks."""
 
     def once(self, x: T) -> T:
-        """x, where a backend would otherwise compute it anew for each of its uses."""
+        """x, where a backend would otherwise compute it again for each of its uses."""
         return x
 
     def mean(self, x: Array) -> Array:
@@ -59,7 +59,7 @@ class Ops:
         return jax.lax.dot_general(x_btr, b.gathered(), (((2,), (1,)), ((0,), (0,))))
 
     def query_blocks(self, tokens: int, positions: int) -> list[tuple[int, int, int]]:
-        """Queries that go through attention at a time: the first, the one after the last, and how many of the positions
+        """Queries that attention computes at a time: the first, the one after the last, and how many of the positions
         are read for them. The last query is at the last position, or before it."""
         return [(0, tokens, positions)]
 
@@ -78,8 +78,8 @@ class Ops:
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
         """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.
 
-        The parameters of those chosen are gathered where they are fewer than all. Many tokens go through in blocks that
-        share an expert, where that pays, and others through every expert.
+        The parameters of those chosen are gathered where they are fewer than all. Many tokens are computed in
+        blocks that share an expert, where that is faster, and others by every expert.
         """
         if index_btc.size < layer.count:
             return layer.of_chosen(x_btd, weight_btc, index_btc)

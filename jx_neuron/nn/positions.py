@@ -19,7 +19,7 @@ class Positions:
 
     position_bt: absolute position of each token, int32; those of a row follow each other.
     extent_b:    length of each row's sequence as far as it is known, int32; beyond the tokens of this step where a
-                 prompt goes through in chunks.
+                 prompt is computed in chunks.
     length_b:    how many of the t tokens are real, int32; those after are padding. 0 leaves the row's slot as it is.
     slot_b:      each row's slot, int32, all different; None where row i is slot i.
     positions:   how many positions of a slot attention sees, s. A step with s = t begins at position 0.

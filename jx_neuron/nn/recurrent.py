@@ -1,7 +1,7 @@
 """What recurrent layers share: a causal convolution, and linear recurrences computed in chunks.
 
 A state S [i, j] of each head is multiplied by a decay at every token, and changed by an outer product. Within a chunk
-of tokens that comes to matrix products; from chunk to chunk the state goes on. One token is a chunk of one.
+of tokens that becomes matrix products; from chunk to chunk the state goes on. One token is a chunk of one.
 
 Padding has no decay and adds nothing. Array suffixes are those of jx_neuron.nn.layers, and: s tokens too, g groups, q
 heads of a group, p heads (g·q), i size of a head, j size of the state, c channels, r inputs that a convolution keeps.

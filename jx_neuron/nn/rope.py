@@ -166,7 +166,7 @@ class RopeScaling:
         return r, part
 
     def _checked(self, p: dict[str, Any], also: Collection[str]) -> dict[str, Any]:
-        """The keys of `p` that are read, with numbers as floats but for lists; the others' names go to `unread`."""
+        """The keys of `p` that are read, with numbers as floats except for lists; the others' names go to `unread`."""
         kind, r = self.kind, self.r
         if not isinstance(kind, str) or kind not in _KEYS:
             raise ConfigError(f"rope_type {shown(kind)} is not supported; it may be one of {', '.join(_KEYS)}")

@@ -137,7 +137,7 @@ class Padding:
     zero row of the next projection, so it never changes a result.
 
     >>> Padding({"n": 6, "k": 2, "h": 16, "f": 90, "v": 100}, tp_degree=4).changes
-    ('6 query heads as 8', '2 key/value heads replicated to 4', 'an MLP width of 90 as 92')
+    ('6 query heads to 8', '2 key/value heads by copies to 4', 'an MLP width of 90 to 92')
     """
 
     sizes: Mapping[str, int]
@@ -192,29 +192,29 @@ class Padding:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What is padded or replicated, one phrase each."""
+        """The sizes that are padded or replicated, one phrase each."""
         return tuple(dict.fromkeys(change for padding in self.distinct for change in padding._changes()))
 
     def _changes(self) -> Iterator[str]:
         for letter, heads in self._heads.items():
             n, k, (kind, groups), (n_slots, k_slots) = heads.n, heads.k, NAMES[letter], heads.counts
             if n_slots != n:
-                yield f"{n} {kind if letter != 'n' or n != k else ''}heads as {n_slots}"
+                yield f"{n} {kind if letter != 'n' or n != k else ''}heads to {n_slots}"
             if n != k != k_slots:
-                yield f"{k} {groups} {'replicated to' if heads.are_replicated else 'as'} {k_slots}"
+                yield f"{k} {groups} {'by copies ' if heads.are_replicated else ''}to {k_slots}"
         for letter, name in {"f": "an MLP width of", "v": "a vocabulary of"}.items():
             if letter in self.sizes and self.size(letter) != self.sizes[letter]:
-                yield f"{name} {self.sizes[letter]} as {self.size(letter)}"
+                yield f"{name} {self.sizes[letter]} to {self.size(letter)}"
 
     def describe(self, overhead: float) -> str | None:
-        """One line on what is padded or replicated and what it costs: `overhead`, a fraction of the parameters.
+        """One line on the sizes that are padded or replicated, and their cost: `overhead`, a fraction of parameters.
 
-        None where nothing is.
+        None if there are none.
         """
         if not self.changes:
             return None
         cost = f"{overhead:.1%}" if overhead >= 0.001 else "under 0.1%"
-        return f"tp_degree={self.tp_degree} holds {', '.join(self.changes)}: {cost} more weights"
+        return f"tp_degree={self.tp_degree} pads {', '.join(self.changes)}: {cost} more weights"
 
     def require_exact(self) -> None:
         """Raises InputError where heads are padded, naming the degrees at which they are not."""

@@ -357,7 +357,7 @@ def _places(layout: Layout, layers: tuple[Kept, ...]) -> list[tuple[int, int]]:
 
 
 def joined(layers: "State | Sequence[LayerState]") -> State:
-    """The state table after a step, of what a decoder gives: a State, or each layer's part as it came of one table."""
+    """The state table after a step, from what a decoder returns: a State, or the parts of the layers in order."""
     if isinstance(layers, State):
         return dataclasses.replace(layers, passed={})
     state = layers[0].state

@@ -7,7 +7,7 @@ or taken from the lowered programs. Code and DMA rings are allowances:
   https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/explore/device-memory.html
 - Rings: descriptors of the DMA engines' transfers. They grow with the programs, and are known only once these are
   compiled. The allowance is that of the first release's examples (29 GB for opt-13b, 66 GB for opt-30b, both 5 % above
-  weights and cache). As much as 6.5 GB beside 8.2 GB of tensors has been reported for a core: a plan without room for
+  weights and cache). As much as 6.5 GB for 8.2 GB of tensors has been reported for a core: a plan without room for
   so much is called tight.
 """
 

@@ -201,7 +201,7 @@ class Outline:
         return of_experts / self.config.sizes.get("e", 1)
 
     def blocks(self, tp_degree: int, rows: int) -> int:
-        """In how many blocks `rows` go through the experts of a layer; 0 where they do not."""
+        """In how many blocks the experts compute `rows` of a layer; 0 where they do not."""
         chosen, sizes = self.config.chosen, self.config.sizes
         if chosen is None or rows * chosen < sizes["e"]:
             return 0
@@ -210,7 +210,7 @@ class Outline:
         return blocks.count(rows * chosen, sizes["e"]) if pay else 0
 
     def block_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
-        """What a core reads and writes for blocks beside each parameter once: an expert's for each further block, and
+        """What a core reads and writes for blocks besides each parameter once: an expert's for each further block, and
         what enters a block and comes out, which is read again."""
         if not (count := self.blocks(tp_degree, rows)):
             return 0

@@ -186,7 +186,7 @@ def padding_note(model: Mapping[str, Any] | Decoder | Outline, tp_degree: int) -
 
     >>> from jx_neuron.models.known import config_of
     >>> padding_note(config_of("gpt2-xl"), 8)
-    'tp_degree=8 holds 25 heads as 32, a vocabulary of 50257 as 50264: 8.8% more weights'
+    'tp_degree=8 pads 25 heads to 32, a vocabulary of 50257 to 50264: 8.8% more weights'
     """
     outline = Outline.of(model)
     return outline.padding(tp_degree).describe(outline.overhead(tp_degree))

@@ -89,7 +89,7 @@ class Request:
         return dataclasses.replace(self, batch_size=batch_size)
 
     def with_positions(self, n_positions: int) -> "Request":
-        """The request with another capacity. Context buckets are chosen anew, and are not larger than before."""
+        """The request with another capacity. Context buckets are chosen again, and are not larger than before."""
         longest = max(self.buckets.context)
         buckets = Buckets.of(n_positions)
         context = tuple(size for size in buckets.context if size <= longest) or (min(longest, n_positions),)

@@ -81,7 +81,7 @@ class Speed:
         return roof + outline.layers * (self.collectives(batch * tokens) + self.constants.layer)
 
     def prompt_seconds(self, batch: int, tokens: int, buckets: Buckets) -> float:
-        """Seconds to the first token of a prompt; a longer one goes through in chunks of the largest context bucket."""
+        """Seconds to the first token of a prompt; a longer one is computed in chunks of the largest context bucket."""
         chunk, total = buckets.context[-1], 0.0
         while tokens > chunk:
             total += self.to_first_token(batch, chunk, buckets.capacity)
@@ -124,7 +124,7 @@ def speed(outline: Outline, instance: Instance, tp_degree: int, itemsize: int) -
 
 @dataclass(frozen=True)
 class Compared:
-    """A published time beside the predicted one, in milliseconds."""
+    """A published time and the predicted one, in milliseconds."""
 
     row: published.Decode | published.Prefill
     predicted: float
@@ -136,7 +136,7 @@ class Compared:
 
 
 def compare(constants: Constants = FITTED) -> list[Compared]:
-    """Every published row beside its prediction."""
+    """Every published row with its prediction."""
     return [Compared(row, 1e3 * _predict(row, constants)) for row in (*published.DECODE, *published.PREFILL)]
 
 

@@ -41,7 +41,7 @@ class Bundle:
         if key not in self.programs:
             raise InputError(
                 f"no program {key.name} was compiled; there are {', '.join(sorted(k.name for k in self.programs))}. "
-                "Compile the model anew with the batch size, buckets and options that this call needs"
+                "Compile the model again with the batch size, buckets and options that this call needs"
             )
         return self.programs[key]
 

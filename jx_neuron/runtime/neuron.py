@@ -207,7 +207,7 @@ class Logits:
 
 
 def outputs_beside_state(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:
-    """A program's outputs beside the state: tokens and logits."""
+    """A program's outputs besides the state: tokens and logits."""
     token, logits = (tensor for tensor in program.outputs if tensor.kind == "output")
     return token, logits
 

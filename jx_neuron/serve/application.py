@@ -40,7 +40,7 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Keys:
-    """Refuses requests without one of the keys, but for the paths in OPEN."""
+    """Refuses requests without one of the keys, except for the paths in OPEN."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]):
         self._app, self._keys = app, [key.encode() for key in keys]

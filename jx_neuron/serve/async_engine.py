@@ -102,7 +102,7 @@ class AsyncEngine:
         self._thread.start()
 
     async def ready(self) -> None:
-        """Waits until the programs are ready. Raises EngineFailed where they cannot be had."""
+        """Waits until the programs are ready. Raises EngineFailed where they cannot be made."""
         while not self._ready and self._failure is None:
             await asyncio.sleep(READY_SECONDS)
         if self._failure is not None:

@@ -11,7 +11,7 @@ from jx_neuron.engine.grammar import Grammar
 
 @dataclass
 class Constraints:
-    """Limits of one answer's tokens, beside a grammar.
+    """Limits of one answer's tokens, besides a grammar.
 
     grammar:    None for none.
     allowed:    the only tokens that may be drawn; None for all.

@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """As uvicorn's. Raises InputError where the port cannot be had."""
+        """As uvicorn's. Raises InputError where the port is in use or not allowed."""
         try:
             await super().startup(sockets)
         except SystemExit:

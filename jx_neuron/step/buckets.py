@@ -24,7 +24,7 @@ class Buckets:
 
     The last of `tokens` is the capacity.
 
-    A prompt longer than the largest context bucket goes through in chunks of that size.
+    A prompt longer than the largest context bucket is computed in chunks of that size.
     """
 
     context: tuple[int, ...]

@@ -63,7 +63,7 @@ class ProgramKey:
         return self.rows, {"verify": self.tokens, "draft": self.guesses}.get(self.kind, 1)
 
     def inputs(self, *, adapters: bool = False) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape and dtype of each input beside parameters and state, in the program's order.
+        """Shape and dtype of each input besides parameters and state, in the program's order.
 
         adapters: whether the model has adapters, and each row the number of one.
         """

@@ -33,7 +33,7 @@ def step(decoder: Decoder, key: ProgramKey) -> Callable[..., tuple[Any, ...]]:
 
     It takes (params, state, tokens_bt, [slot_b,] start_b, length_b[, adapter_b][, temperature_b, top_k_b, top_p_b,
     uniform_b]). The tokens of row b have positions start_b, start_b + 1, … in slot slot_b (in slot b to decode and to
-    verify). length_b counts the tokens of the sequence from start_b on; it may exceed t where a prompt goes through in
+    verify). length_b counts the tokens of the sequence from start_b on; it may exceed t where a prompt is computed in
     chunks. Tokens from length_b on are padding, and a row of length 0 leaves its slot unchanged. adapter_b, of models
     that have adapters, is the number of each row's, 0 for none.
 

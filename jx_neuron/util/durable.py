@@ -99,7 +99,7 @@ def _put_in_place(fresh: Path, folder: Path, lock: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Cleans up beside `folder` after processes that died while `replacing`; those still running are not touched."""
+    """Cleans up next to `folder` after processes that died while `replacing`; those still running are not touched."""
     for path in _beside(folder, ".lock"):
         lock = FileLock(path)
         try:
@@ -114,7 +114,7 @@ def recover(folder: Path) -> None:
 
 
 def _clear(folder: Path, lock: Path) -> None:
-    """Removes what the process of `lock` has put beside `folder`, and restores the old folder where there is none."""
+    """Removes what the process of `lock` has put next to `folder`, and restores the old folder where there is none."""
     _discard(lock.with_suffix(".tmp"), lock)
     former = lock.with_suffix(".old")
     deadline = time.monotonic() + PATIENCE

@@ -59,7 +59,7 @@ ENDS_OF_TURN = "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <turn|> <EOT> [EOT] 
 
 @dataclass(frozen=True)
 class Model:
-    """The model of a GGUF file, whose tokenizer is read anew when it is asked for.
+    """The model of a GGUF file, whose tokenizer is read again each time it is used.
 
     Raises CheckpointError for an architecture that HF's decoders here do not have, for a key that is missing or does
     not fit the tensors, and for one whose value HF's model cannot express.

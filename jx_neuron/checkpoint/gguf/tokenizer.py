@@ -99,7 +99,7 @@ class _Keys(BaseModel):
 
 
 class _Templates(BaseModel):
-    """The keys of chat templates; named ones are beside the default."""
+    """The keys of chat templates; named ones are besides the default."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     default: str | None = Field(None, alias="tokenizer.chat_template")

@@ -169,7 +169,7 @@ class _Schemes:
             )
         kind = group.format or self.config.format
         if kind == "mixed-precision":
-            raise refusal("format", kind, "a format in each of config_groups beside it", METHOD)
+            raise refusal("format", kind, "a format in each of config_groups besides it", METHOD)
         return Scheme(group.weights, kind, bool(group.input_activations or group.output_activations))
 
     def _matches(self, module: str, target: str) -> bool:

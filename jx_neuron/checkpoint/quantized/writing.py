@@ -31,7 +31,7 @@ class Stored:
     activations: bool = False
 
     def config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """The quantization_config of a model whose linear layers are stored so, but for the modules of `ignore`."""
+        """The quantization_config of a model whose linear layers are stored so, except for the modules of `ignore`."""
         numbers = {"num_bits": BITS[self.kind], "type": "float" if self.kind == "fp8" else "int", "symmetric": True}
         strategy = "group" if self.group else "channel"
         group = {

@@ -15,7 +15,7 @@ CONTEXT = (32, 128)
 
 @dataclass(frozen=True)
 class PluginOptions:
-    """What `from_pretrained` takes beside vLLM's own options.
+    """What `from_pretrained` takes besides vLLM's own options.
 
     backend, context_length_estimate, adapter: those of `NeuronAutoModelForCausalLM.from_pretrained`.
     quant:                                     int8, fp8 or int4: how weights are stored.

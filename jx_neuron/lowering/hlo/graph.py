@@ -131,7 +131,7 @@ def parse(hlo_module: bytes) -> Module:
         return _link(message)
     except KeyError as error:
         raise LoweringError(
-            f"the HLO module {message.name!r} refers to the id {error}, which it does not hold; write it anew"
+            f"the HLO module {message.name!r} refers to the id {error}, which it does not hold; write it again"
         ) from error
 
 

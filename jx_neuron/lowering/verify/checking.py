@@ -3,7 +3,7 @@
     for violation in verify(hlo_module, "trn1"):
         print(violation)
 
-`RULES` holds every rule with its codes, its documentation and the way out.
+`RULES` holds every rule with its codes, its documentation and the remedy.
 """
 
 from __future__ import annotations

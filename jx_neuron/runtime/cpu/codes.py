@@ -1,7 +1,7 @@
 """Quantized matrices as one CPU reads them fastest, outputs first, and their products.
 
-A few rows go through in passes, in which codes are widened in registers, and nothing else is rounded. For more rows of
-int8, activations become two codes of 8 bits each, x ≈ s (a + b / 254) with a scale s a row, and two exact products of
+A few rows are multiplied in passes that widen codes in registers, and nothing else is rounded. For more rows of int8,
+activations become two codes of 8 bits each, x ≈ s (a + b / 254) with a scale s a row, and two exact products of
 integers are summed: an error of 2^-16 of a row's largest magnitude. Shape suffixes are those of .kernel, and g groups.
 """
 

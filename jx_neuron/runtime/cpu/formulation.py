@@ -69,7 +69,7 @@ class _Kept(BaseModel):
 def choose(dtype: Any) -> Chosen:
     """The formulation for matrices of `dtype` on this CPU.
 
-    It is measured once for a kind of CPU and a jaxlib, in at most a second, and kept beside the compiled programs. The
+    It is measured once for a kind of CPU and a jaxlib, in at most a second, and kept with the compiled programs. The
     environment variable JX_NEURON_CPU_FORMULATION pins it, or has it follow from the instruction sets alone.
 
     Raises ConfigError where the variable is none of what it may be.

@@ -1,7 +1,7 @@
 """Weight matrices as one CPU reads them fastest, and their products.
 
 Matrices of one input are one array [n, k], outputs first. The fastest way to read it depends on the number of rows: a
-few go through in one reduction, many in one dot (docs/notes/cpu-decode.md and cpu-prefill.md have the figures). Shape
+few are multiplied in one reduction, many in one dot (figures: docs/notes/cpu-decode.md and cpu-prefill.md). Shape
 suffixes: m rows, k contracted, n columns.
 """
 
@@ -22,7 +22,7 @@ from jx_neuron.nn.ops import barrier
 from jx_neuron.util.pages import allocate
 
 FEW = 8
-"""Up to as many rows go through in one pass over the matrix: their sums are held in registers."""
+"""Up to as many rows are multiplied in one pass over the matrix: their sums are held in registers."""
 
 CLASSES = (1, FEW // 2, FEW)
 """Classes of the rows of a pass, each by its most: a row, what memory limits, and what arithmetic limits too."""
@@ -37,7 +37,7 @@ class Formulation:
 
     wide:   the CLASSES of rows of a pass whose programs have vectors of 512 bits; LLVM prefers 256, also where the CPU
             has 512.
-    passes: most rows that go through in passes over a matrix, of up to 8 each.
+    passes: most rows that are multiplied in passes over a matrix, of up to 8 each.
     dot:    how more rows are multiplied: "ynnpack" takes matrices of 16 bits as they are, and multiplies codes of int8
             with activations of two codes (jx_neuron.runtime.cpu.codes); "eigen" widens matrices first.
     """

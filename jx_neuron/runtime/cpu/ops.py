@@ -18,10 +18,10 @@ from jx_neuron.runtime.cpu.codes import matmul_codes
 from jx_neuron.runtime.cpu.kernel import FEW, Formulation, matmul_packed, sums, to_bits, widen
 
 BLOCK = 128
-"""Queries that go through attention at a time, where later positions can be left out."""
+"""Queries that attention computes at a time, where later positions can be left out."""
 
 MOST_ROWS = 128
-"""Rows that go through an expert at a time."""
+"""Rows that an expert computes at a time."""
 
 LANES = 32
 """A mean is of as many sums side by side, as torch's: a number that outweighs the rest then rounds few of them off."""
