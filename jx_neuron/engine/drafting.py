@@ -45,8 +45,8 @@ class FeatureDrafter(Drafter, Protocol):
         ...
 
     def take(self, row: "Speculation", start: int, features_tid: np.ndarray) -> None:
-        """What entered the layers `taps`, [t, i, d], at the row's positions from `start` on; again where the model has
-        computed these anew."""
+        """What entered the layers `taps`, [t, i, d], at the row's positions from `start` on. Positions that the
+        model computes a second time are taken again."""
         ...
 
     def reserve(self, rows: int, positions: int) -> None:

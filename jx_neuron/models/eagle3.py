@@ -3,8 +3,8 @@
 https://github.com/SafeAILab/EAGLE/blob/main/eagle/model/cnets.py
 https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/llama_eagle3.py
 
-A head is one decoder layer. It computes, at each position, the target's features there and the token that follows. Its
-sizes beside those of Llama: c both inputs of attention, e a feature, u the target's vocabulary; v is the head's own.
+A head is one decoder layer. Its inputs at a position are the target's features there and the token that follows. Its
+sizes besides those of Llama: c both inputs of attention, e a feature, u the target's vocabulary; v is the head's own.
 """
 
 from collections.abc import Mapping
