@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-D, LAYERS, DRAFT_VOCAB = 48, 7, 40
+D, LAYERS, DRAFT_VOCAB = 48, 5, 40
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": D, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": tiny.VOCAB,
@@ -21,7 +21,7 @@ Head = dict[str, torch.Tensor]
 
 
 def target(model_type: str = "llama") -> torch.nn.Module:
-    """A random model of seven layers, far enough from ties for greedy tokens to be the same in any order of sums."""
+    """A random model of five layers, far enough from ties for greedy tokens to be the same in any order of sums."""
     sizes = dict(hidden_size=D, intermediate_size=90, num_hidden_layers=LAYERS, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, vocab_size=tiny.VOCAB, max_position_embeddings=tiny.POSITIONS)
     if model_type == "qwen3":
@@ -57,6 +57,9 @@ def random_head(seed: int = 0, **fields: Any) -> tuple[Head, dict[str, Any]]:
     }
     head = {name: 0.2 * torch.randn(shape, generator=draw) + (len(shape) == 1) for name, shape in shapes.items()}
     tokens = torch.randperm(tiny.VOCAB, generator=draw)[:v].sort().values
+    if config.get("attention_bias"):
+        for name, size in (("q", n * h), ("k", k * h), ("v", k * h), ("o", D)):
+            head[f"midlayer.self_attn.{name}_proj.bias"] = 0.2 * torch.randn(size, generator=draw)
     head["d2t"] = tokens - torch.arange(v)
     head["t2d"] = torch.zeros(tiny.VOCAB, dtype=torch.bool).index_fill(0, tokens, True)
     return head, config
