@@ -1,6 +1,7 @@
 """EAGLE-3 heads as they are published, of random weights or made to agree with their target; and one in torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-D, LAYERS, DRAFT_VOCAB = 48, 5, 40
+D, DRAFT_VOCAB = 48, 40
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": D, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": tiny.VOCAB,
@@ -20,9 +21,9 @@ CONFIG = {
 Head = dict[str, torch.Tensor]
 
 
-def target(model_type: str = "llama") -> torch.nn.Module:
-    """A random model of five layers, far enough from ties for greedy tokens to be the same in any order of sums."""
-    sizes = dict(hidden_size=D, intermediate_size=90, num_hidden_layers=LAYERS, num_attention_heads=4)
+def target(model_type: str = "llama", layers: int = 4) -> torch.nn.Module:
+    """A random model, far enough from ties for greedy tokens to be the same in any order of sums."""
+    sizes = dict(hidden_size=D, intermediate_size=90, num_hidden_layers=layers, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, vocab_size=tiny.VOCAB, max_position_embeddings=tiny.POSITIONS)
     if model_type == "qwen3":
         sizes |= dict(head_dim=12)
@@ -94,7 +95,7 @@ def saved(head: Head, config: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def features(hf: torch.nn.Module, tokens: list[int], taps: tuple[int, ...] = (2, LAYERS // 2, LAYERS - 3)) -> Any:
+def features(hf: torch.nn.Module, tokens: list[int], taps: Sequence[int]) -> Any:
     """What enters the layers `taps` of a target, end to end, [t, 3 d]."""
     with torch.no_grad():
         states = hf.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states

@@ -82,22 +82,25 @@ def seen(model: NeuronAutoModelForCausalLM, folder: Path) -> Seen:
     return drafter
 
 
-def check_against_torch(hf: torch.nn.Module, head: eagle_heads.Head, config: Any, drafter: Seen) -> None:
+def check_against_torch(
+    hf: torch.nn.Module, head: eagle_heads.Head, config: Any, taps: list[int], drafter: Seen
+) -> None:
     embedding = hf.get_input_embeddings().weight.detach()
     for tokens, draft, logits in drafter.proposals:
-        known = eagle_heads.features(hf, tokens[:-1])
+        known = eagle_heads.features(hf, tokens[:-1], taps)
         expected, of_torch = eagle_heads.draft(head, config, embedding, tokens, known, len(draft))
         assert draft == expected
         np.testing.assert_allclose(logits[:, : len(head["d2t"])], of_torch, atol=2e-4)
 
 
 def test_drafts_are_those_of_torch_and_tokens_those_without(one: NeuronAutoModelForCausalLM, tmp_path: Path) -> None:
-    head, config = eagle_heads.random_head()
+    taps = [3, 1, 2]
+    head, config = eagle_heads.random_head(eagle_aux_hidden_state_layer_ids=taps)
     drafter, rows = seen(one, eagle_heads.saved(head, config, tmp_path / "head")), prompts(2)
     plain, drafted = one.generate(rows, GREEDY), one.generate(rows, GREEDY, draft=drafter)
     assert [g.ids for g in drafted] == [g.ids for g in plain]
     assert len(drafter.proposals) == sum(g.answers[0].drafts.steps for g in drafted) >= 6
-    check_against_torch(eagle_heads.target(), head, config, drafter)
+    check_against_torch(eagle_heads.target(), head, config, taps, drafter)
 
 
 @pytest.mark.slow
@@ -110,7 +113,7 @@ def test_drafts_are_those_of_torch_and_tokens_those_without(one: NeuronAutoModel
     ],
 )
 def test_drafts_are_those_of_torch(fields: Any, model_type: str, tp_degree: int, tmp_path: Path) -> None:
-    hf = eagle_heads.target(model_type)
+    hf = eagle_heads.target(model_type, layers=7)
     hf.save_pretrained(tmp_path / "target")
     head, config = eagle_heads.random_head(**fields)
     model = made(tmp_path / "target", 2, tp_degree=tp_degree)
@@ -118,7 +121,7 @@ def test_drafts_are_those_of_torch(fields: Any, model_type: str, tp_degree: int,
     drafter.pause = 0
     model.generate(prompts(4), GREEDY, draft=drafter)
     assert {len(draft) for _, draft, _ in drafter.proposals} >= {1, 3}
-    check_against_torch(hf, head, config, drafter)
+    check_against_torch(hf, head, config, [2, 3, 4], drafter)
 
 
 @pytest.mark.slow
@@ -236,7 +239,7 @@ def beyond(head: eagle_heads.Head, config: Any) -> None:
         (changed("vocab_size", 99), ConfigError, "vocab_size=99"),
         (changed("num_hidden_layers", 2), ConfigError, "num_hidden_layers=2"),
         (changed("eagle_config", {"use_aux_hidden_state": False}), ConfigError, "use_aux_hidden_state"),
-        (changed("eagle_aux_hidden_state_layer_ids", [1, 2, 5]), ConfigError, "0 to 4"),
+        (changed("eagle_aux_hidden_state_layer_ids", [1, 2, 4]), ConfigError, "0 to 3"),
         (changed("eagle_aux_hidden_state_layer_ids", [1, 2]), ConfigError, "3 of these"),
         (changed("norm_before_fc", True), ConfigError, "norm_before_fc"),
         (changed("architectures", ["LlamaForCausalLM"]), InputError, "LlamaForCausalLMEagle3"),
