@@ -70,14 +70,16 @@ def agreeing(hf: torch.nn.Module) -> tuple[Head, dict[str, Any]]:
     """Makes a target in which a token depends on the one before it alone, and a head that draws what it draws.
 
     The head attends to its own position alone, by a large constant as queries and keys, and passes the embedding on.
+    Its residual is zero.
     """
-    fields = dict(num_key_value_heads=4, draft_vocab_size=tiny.VOCAB, attention_bias=True)
-    head, config = random_head(**fields)
+    fields = dict(draft_vocab_size=tiny.VOCAB, attention_bias=True, norm_before_residual=True)
+    head, config = random_head(num_key_value_heads=4, **fields)
     with torch.no_grad():
         for layer in hf.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    for name in ("fc", "midlayer.self_attn.q_proj", "midlayer.self_attn.k_proj", "midlayer.mlp.down_proj"):
+    zeros = ("midlayer.hidden_norm", "midlayer.self_attn.q_proj", "midlayer.self_attn.k_proj", "midlayer.mlp.down_proj")
+    for name in zeros:
         head[f"{name}.weight"].zero_()
     for name in "qkvo":
         head[f"midlayer.self_attn.{name}_proj.bias"] = torch.full((D,), 10.0 if name in "qk" else 0.0)
