@@ -96,7 +96,7 @@ def check_against_torch(
 def test_drafts_are_those_of_torch_and_tokens_those_without(one: NeuronAutoModelForCausalLM, tmp_path: Path) -> None:
     taps = [3, 1, 2]
     head, config = eagle_heads.random_head(eagle_aux_hidden_state_layer_ids=taps)
-    drafter, rows = seen(one, eagle_heads.saved(head, config, tmp_path / "head")), prompts(2)
+    drafter, rows = seen(one, eagle_heads.saved(head, config, tmp_path / "head")), [[3, 1, 4, 1, 5], [9, 2, 6]]
     plain, drafted = one.generate(rows, GREEDY), one.generate(rows, GREEDY, draft=drafter)
     assert [g.ids for g in drafted] == [g.ids for g in plain]
     assert len(drafter.proposals) == sum(g.answers[0].drafts.steps for g in drafted) >= 6
