@@ -1,6 +1,7 @@
 """EAGLE-3 heads as they are published, of random weights or made to agree with their target; and one in torch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-D, LAYERS, DRAFT_VOCAB = 48, 7, 40
+D, DRAFT_VOCAB = 48, 40
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": D, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": tiny.VOCAB,
@@ -20,9 +21,9 @@ CONFIG = {
 Head = dict[str, torch.Tensor]
 
 
-def target(model_type: str = "llama") -> torch.nn.Module:
-    """A random model of seven layers, far enough from ties for greedy tokens to be the same in any order of sums."""
-    sizes = dict(hidden_size=D, intermediate_size=90, num_hidden_layers=LAYERS, num_attention_heads=4)
+def target(model_type: str = "llama", layers: int = 4) -> torch.nn.Module:
+    """A random model, far enough from ties for greedy tokens to be the same in any order of sums."""
+    sizes = dict(hidden_size=D, intermediate_size=90, num_hidden_layers=layers, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, vocab_size=tiny.VOCAB, max_position_embeddings=tiny.POSITIONS)
     if model_type == "qwen3":
         sizes |= dict(head_dim=12)
@@ -57,6 +58,9 @@ def random_head(seed: int = 0, **fields: Any) -> tuple[Head, dict[str, Any]]:
     }
     head = {name: 0.2 * torch.randn(shape, generator=draw) + (len(shape) == 1) for name, shape in shapes.items()}
     tokens = torch.randperm(tiny.VOCAB, generator=draw)[:v].sort().values
+    if config.get("attention_bias"):
+        for name, size in (("q", n * h), ("k", k * h), ("v", k * h), ("o", D)):
+            head[f"midlayer.self_attn.{name}_proj.bias"] = 0.2 * torch.randn(size, generator=draw)
     head["d2t"] = tokens - torch.arange(v)
     head["t2d"] = torch.zeros(tiny.VOCAB, dtype=torch.bool).index_fill(0, tokens, True)
     return head, config
@@ -66,14 +70,16 @@ def agreeing(hf: torch.nn.Module) -> tuple[Head, dict[str, Any]]:
     """Makes a target in which a token depends on the one before it alone, and a head that draws what it draws.
 
     The head attends to its own position alone, by a large constant as queries and keys, and passes the embedding on.
+    Its residual is zero.
     """
-    fields = dict(num_key_value_heads=4, draft_vocab_size=tiny.VOCAB, attention_bias=True)
-    head, config = random_head(**fields)
+    fields = dict(draft_vocab_size=tiny.VOCAB, attention_bias=True, norm_before_residual=True)
+    head, config = random_head(num_key_value_heads=4, **fields)
     with torch.no_grad():
         for layer in hf.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    for name in ("fc", "midlayer.self_attn.q_proj", "midlayer.self_attn.k_proj", "midlayer.mlp.down_proj"):
+    zeros = ("midlayer.hidden_norm", "midlayer.self_attn.q_proj", "midlayer.self_attn.k_proj", "midlayer.mlp.down_proj")
+    for name in zeros:
         head[f"{name}.weight"].zero_()
     for name in "qkvo":
         head[f"midlayer.self_attn.{name}_proj.bias"] = torch.full((D,), 10.0 if name in "qk" else 0.0)
@@ -91,7 +97,7 @@ def saved(head: Head, config: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def features(hf: torch.nn.Module, tokens: list[int], taps: tuple[int, ...] = (2, LAYERS // 2, LAYERS - 3)) -> Any:
+def features(hf: torch.nn.Module, tokens: list[int], taps: Sequence[int]) -> Any:
     """What enters the layers `taps` of a target, end to end, [t, 3 d]."""
     with torch.no_grad():
         states = hf.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
