@@ -206,7 +206,8 @@ def test_slow_readers_delay_themselves_alone(server: serving.Process) -> None:
         assert client.post("/v1/completions", json=LONG).is_success
         slowly = b""
         while not slowly.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-            assert (part := slow.recv(512))
+            part = slow.recv(512)
+            assert part, "the server closed the connection"
             slowly += part
             time.sleep(0.002)
         slow.close()
