@@ -1,5 +1,6 @@
 """The server's answers, through its sockets, beside those of the model's own `generate`."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import serving
 
 from jx_neuron import SamplingParams
 from jx_neuron.artifact.folder import MANIFEST
+from jx_neuron.serve import AsyncEngine, ServerSettings, app
 from jx_neuron.serve.sizes import sizes
 
 
@@ -32,6 +34,16 @@ def test_programs_are_for_many_callers_and_short_turns(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{}")  # a saved model, which has its own
     assert sizes(tmp_path, None, None, None) == {}
     assert sizes(tmp_path, 4, None, [64]) == dict(batch_size=4, context_length_estimate=[64])
+
+
+def test_the_tokenizer_is_loaded_before_the_first_request(model: object) -> None:
+    application = app(model, AsyncEngine(model), ServerSettings(names=("tiny",)))
+
+    async def loaded() -> bool:
+        async with application.router.lifespan_context(application):
+            return "tokenizer" in vars(application.state.served)
+
+    assert asyncio.run(loaded())
 
 
 def post(client: httpx.Client, path: str, status: int = 200, **fields: object) -> dict:

@@ -249,7 +249,7 @@ TASKS = [
     ),
     TASK
     | dict(
-        task="answers", output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{choices[answer]}}",
+        task="answers", output_type="generate_until", doc_to_text="{{question}}", doc_to_target=" {{choices[answer]}}",
         generation_kwargs=dict(until=["\n", "."], max_gen_toks=16), metric_list=[dict(metric="exact_match")],
     ),
 ]  # fmt: skip
@@ -299,7 +299,7 @@ def test_lm_eval_gives_the_scores_of_hf_and_of_our_adapter(server: serving.Proce
             numbers = {key: value for key, value in expected[task].items() if isinstance(value, float)}
             assert numbers
             assert {key: scores[task][key] for key in numbers} == numbers
-        assert len(samples["answers"]) == 8
+        assert 0 < scores["answers"]["exact_match,none"] < 1
         assert samples["answers"] == answers["answers"]
         for ours, theirs in zip(samples["choices"], answers["choices"], strict=True):
             for ((logprob, greedy),), ((of_other, greedy_of_other),) in zip(ours, theirs, strict=True):

@@ -206,7 +206,9 @@ def test_slow_readers_delay_themselves_alone(server: serving.Process) -> None:
         assert client.post("/v1/completions", json=LONG).is_success
         slowly = b""
         while not slowly.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-            slowly += slow.recv(512)
+            part = slow.recv(512)
+            assert part, "the server closed the connection"
+            slowly += part
             time.sleep(0.002)
         slow.close()
         time.sleep(65)
@@ -254,6 +256,6 @@ def test_prompts_of_10_mb(most: int | None, folder: Path) -> None:
             longest = max(longest, time.monotonic() - began)
         expected = [413] * 5 if most is None else [400] * 5
         assert [one.result().status_code for one in sent] == expected
-        print("longest", longest, [one.result().json()["error"]["message"][:100] for one in sent])
+        print(f"another request took at most {longest:.2f} s")
         assert longest < 5
         assert server.end()[0] == 0

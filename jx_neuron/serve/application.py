@@ -1,5 +1,6 @@
 """The ASGI application: routes, and who may use them."""
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -67,6 +68,7 @@ def app(model: "NeuronAutoModelForCausalLM", engine: AsyncEngine, settings: Serv
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine.start()
+        await asyncio.to_thread(served.load_tokenizer)
         yield
         served.draining = True
         await engine.shutdown(0)

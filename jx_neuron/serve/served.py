@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,11 @@ class Served:
             return self.model.tokenizer
         except JxNeuronError as error:
             raise invalid(f"this model has no tokenizer; give prompts as token ids ({error})") from error
+
+    def load_tokenizer(self) -> None:
+        """Loads the tokenizer where the model has one. It imports transformers, which takes seconds."""
+        with suppress(APIError):
+            _ = self.tokenizer
 
     @cached_property
     def grammars(self) -> Grammars:
