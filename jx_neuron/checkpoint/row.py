@@ -179,7 +179,7 @@ class W:
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)
 
     def sizes(self, config: HFConfig) -> dict[str, int]:
-        """What its letters stand for: the sizes of its layer, or of the model."""
+        """The sizes of its letters, in its layer or in the model."""
         return config.sizes if self.layer is None else config.sizes_of(self.layer)
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -201,7 +201,7 @@ class W:
         )
 
     def compute(self, config: HFConfig) -> np.ndarray:
-        """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
+        """The result of the function for `config`. Raises ConfigError that names this row if its shape differs."""
         array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
         if array.shape != (expected := self.source_shape(self.sizes(config))):
             raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")

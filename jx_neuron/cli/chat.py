@@ -28,7 +28,7 @@ Ctrl-C stops an answer, or discards what is typed; twice where nothing is typed,
 
 @dataclass
 class _Interrupt:
-    """What Ctrl-C does: it stops an answer, or ends the typing of a message.
+    """The effect of Ctrl-C: it stops an answer, or ends the typing of a message.
 
     idle: how often in a row it came where nothing was typed.
     """
