@@ -160,8 +160,8 @@ def command(
 ) -> None:
     """Talk with a model in the terminal.
 
-    /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is no terminal, each line
-    is a message. Each answer continues from the one before it: only what is new is computed.
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. If standard input is not a terminal, each line is a
+    message. Only the new tokens of each message are computed.
 
         jx-neuron chat --demo
 

@@ -39,7 +39,7 @@ def command(
         typer.Argument(
             metavar="[MODEL] [PROMPT]...",
             help="A checkpoint folder, .gguf file or hub id, then prompts. Without prompts, each line of "
-            "standard input is one, answered as it is typed in a terminal. With --demo, prompts alone.",
+            "standard input is a prompt. With --demo, prompts only.",
             show_default=False,
             autocompletion=options.models,
         ),
@@ -60,7 +60,7 @@ def command(
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="Put each prompt through the tokenizer's chat template.", rich_help_panel=options.PROMPTS
+            "--chat", help="Apply the tokenizer's chat template to each prompt.", rich_help_panel=options.PROMPTS
         ),
     ] = False,
     system: Annotated[
@@ -99,13 +99,13 @@ def command(
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     adapters: options.Adapters = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt, one per line.")] = False,
 ) -> None:
     """Answer prompts with a model.
 
-    The likeliest token is taken each time unless --temperature, --top-k or --top-p is given ("Defaults" in
-    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error. With --adapters,
-    each prompt is answered by each of them.
+    Decoding is greedy unless --temperature, --top-k or --top-p is given ("Defaults" in docs/getting-started.md). Text
+    goes to standard output while it is generated, timings to standard error. With --adapters, each adapter answers each
+    prompt.
 
         jx-neuron sample --demo "The capital of France is"
 
