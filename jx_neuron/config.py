@@ -187,7 +187,7 @@ class QuantizationConfig:
 
     @classmethod
     def named(cls, name: str) -> "QuantizationConfig":
-        """What `--quant` gives for int8, fp8 or int4: all matrices, the head too.
+        """The config of `--quant` int8, fp8 or int4: all matrices, the head too.
 
         >>> QuantizationConfig.named("int8").quant_dtype
         's8'
@@ -231,7 +231,7 @@ class QuantizationConfig:
 
     @property
     def kind(self) -> Literal["int8", "fp8", "int4"]:
-        """What `--quant` calls it."""
+        """The name that `--quant` has for it."""
         return _KINDS[self.quant_dtype]
 
     @property

@@ -136,6 +136,9 @@ def test_every_block_is_run_or_says_why_not(path: Path) -> None:
             assert block.marker in ("", "slow", "server") or re.fullmatch(r"notest: .{10,}", block.marker), (
                 f"line {block.line}"
             )
+            assert block.marker or not re.search(r"pip install|jx-neuron serve", block.text), (
+                f"line {block.line} would install into this environment, or serve without end: slow, server or notest"
+            )
     for kind, content, line in parts(path):
         if kind == "code_block":
             assert not re.search(r"^\s*(\$|>>>|jx-neuron|pip|pytest|python|import|from)\b", content, re.MULTILINE), line
@@ -190,6 +193,7 @@ def subprocess_of(block: Block, path: Path) -> None:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
+        timeout=1200,
     )
     said = (done.stdout + done.stderr)[-6000:]
     assert done.returncode == 0, f"{path.name}, line {block.line}:\n{block.text}{said}"

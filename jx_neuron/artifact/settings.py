@@ -136,7 +136,7 @@ class Settings:
         return list(dict.fromkeys(keys))
 
     def differences(self, asked: "Settings") -> list[str]:
-        """What programs of these settings lack for those `asked`, a field a text; token ids and target do not count."""
+        """The differences from the settings `asked`, a text for each field; token ids and target do not count."""
         same_cache = self.cache_dtype == asked.cache_dtype
         others = ["generation", "target", *([] if same_cache else ["state", "state_dtypes"])]  # which follow from it
         names = [field.name for field in dataclasses.fields(self) if field.name not in others]

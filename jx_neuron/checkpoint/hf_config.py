@@ -70,14 +70,14 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class HFConfig:
-    """Base of a family's frozen `Config` dataclass, whose fields are named and defaulted as HF's.
+    """Base of a family's frozen `Config` dataclass. Its fields have HF's names and defaults.
 
     `MODEL_TYPE` is the HF model_type. `INERT` names further fields that HF does not read in inference. `ONLY` gives the
     legal values of fields that are supported in part. `ALIASES` is HF's attribute_map: other names of fields. `sizes`
-    gives the size of each axis letter that the family's weight table uses, among them d, n, k, h and v.
+    gives the size of each axis letter of the family's weight table, among them d, n, k, h and v.
 
     `LAYERS_ALIKE` says that layers of one type and window have the same shapes of parameters and state, and the same
-    collectives, so that a plan needs only one of them where all have one type and window.
+    collectives. If all layers have one type and window, a plan then builds only one of them.
 
     Values must have the types of their fields. Integers are positive and below 2³¹, floats are positive numbers of
     float32. Both may be 0 where that is the default, and are at least the "least" of a field's metadata.
@@ -111,8 +111,8 @@ class HFConfig:
     def layers(self) -> int:
         """The number of decoder layers.
 
-        By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError where
-        there is none.
+        By default HF's field, `num_hidden_layers`, `n_layer`, `n_layers` or `num_layers`. Raises ConfigError if the
+        config has none of them.
         """
         for value in self._values(_LAYERS):
             return int(value)
@@ -123,16 +123,16 @@ class HFConfig:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence, prompt and answer, that the model has positions for; None where there is no limit.
+        """The longest sequence, prompt and answer together, for which the model has positions; None without a limit.
 
-        By default HF's field, `max_position_embeddings` or `n_positions`, or None where there is none. A family whose
+        By default HF's field, `max_position_embeddings` or `n_positions`, or None without such a field. A family whose
         positions are computed (RoPE, ALiBi) returns None.
         """
         return next(self._values(_POSITIONS), None)
 
     @property
     def chosen(self) -> int | None:
-        """How many of the experts, of which `sizes` gives the number as e, a token has; None without experts."""
+        """The number of experts that a token is computed by, of the e in `sizes`; None without experts."""
         return None
 
     @property
@@ -142,15 +142,15 @@ class HFConfig:
 
     @property
     def own_state(self) -> Sequence[bool]:
-        """Whether each layer has a state of its own. One that has none reads that of the last layer before it that has
+        """Whether each layer has its own state. A layer without one reads the state of the last layer before it with
         the same type, sizes and window; its block gives `attend` no keys and values."""
         return [True] * self.layers
 
     @property
     def windows(self) -> Sequence[int | None]:
-        """How many of the last positions each layer attends to, the token's own among them; None for all.
+        """The number of last positions that each layer attends to, including the token's own; None for all.
 
-        A layer keeps no more than these, so a block of the layer calls `attend` with the same window.
+        A layer keeps only these positions, so its block must call `attend` with the same window.
         """
         return [None] * self.layers
 

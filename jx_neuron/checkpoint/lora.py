@@ -67,7 +67,7 @@ class LoraConfig(BaseModel):
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """What B·A is multiplied by."""
+        """The factor of B·A."""
         rank = self.rank(module)
         return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 

@@ -20,7 +20,7 @@ LAYOUT = "legal are letters from HF's axes to ours, such as '(n h) d -> d n h'"
 
 
 class Tensors(Protocol):
-    """What a checkpoint offers: named tensors, read one at a time."""
+    """The tensors of a checkpoint by name, read one at a time."""
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -48,16 +48,18 @@ def part(tensors: Tensors, name: str, axis: int, index_n: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class W:
-    """One weight: where HF keeps it, where we do, how it is laid out, and how it is split among cores.
+    """A row of a weight table: HF's tensor, our parameter, the layout, and the axis that is split over the cores.
 
-    `source` is the name of HF's tensor, or a function of the config that computes the parameter. `source` and `target`
-    may hold {i}, the layer. {e} in `source` stacks the tensors of all experts along an axis e, before those of the
-    tensor, and {n} or {k} those of all heads. `layout` is an einops pattern from HF's axes to ours, in the letters of
-    the family's `Config.sizes`: "(n h) d -> d n h". In a sum, brackets take a part of a fused axis:
-    "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow is the heads of each of k groups:
-    "(k n/k h) d -> d n h".
-    `partition` names the axis of ours that is split, "tp". `exact`: the parameter is float32 in a model of 16 bits too,
-    which would round it too much. The letters have the sizes of `layer`, which `at` gives; None is the model.
+    source:    the name of HF's tensor, or a function of the config that computes the parameter. {i} is the layer. {e}
+               stacks the tensors of all experts along an axis e, before those of the tensor, and {n} or {k} those of
+               all heads.
+    target:    the path of the parameter, also with {i}.
+    layout:    an einops pattern from HF's axes to ours, in the letters of `Config.sizes`: "(n h) d -> d n h". In a sum,
+               brackets take a part of a fused axis: "(n h + [k h] + k h) d -> d k h". A quotient n/k before the arrow
+               is the heads of each of k groups: "(k n/k h) d -> d n h".
+    partition: names the axis of the parameter that is split, "tp".
+    exact:     the parameter is float32 in a model of 16 bits too, which would round it too much.
+    layer:     the layer that gives the letters their sizes, set by `at`; None is the model.
     """
 
     source: str | Callable[[Any], np.ndarray]
@@ -177,7 +179,7 @@ class W:
         return replace(self, source=source, target=self.target.replace("{i}", str(layer)), layer=layer)
 
     def sizes(self, config: HFConfig) -> dict[str, int]:
-        """What its letters stand for: the sizes of its layer, or of the model."""
+        """The sizes of its letters, in its layer or in the model."""
         return config.sizes if self.layer is None else config.sizes_of(self.layer)
 
     def names(self, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -199,7 +201,7 @@ class W:
         )
 
     def compute(self, config: HFConfig) -> np.ndarray:
-        """What the function gives for `config`. Raises ConfigError that names this row where its shape is another."""
+        """The result of the function for `config`. Raises ConfigError that names this row if its shape differs."""
         array = np.asarray(cast(Callable[[HFConfig], np.ndarray], self.source)(config))
         if array.shape != (expected := self.source_shape(self.sizes(config))):
             raise self._refusal(f"the function gives shape {list(array.shape)}, and the layout says {list(expected)}")

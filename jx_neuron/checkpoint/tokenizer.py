@@ -27,7 +27,7 @@ AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes
 
 @dataclass(frozen=True)
 class PlainTokenizer:
-    """What prompts and answers take of HF's tokenizer: of transformers, only the `tokenizers` library that it calls.
+    """The part of HF's tokenizer that prompts and answers need: the `tokenizers` library, without transformers.
 
     HF's own takes half a second to import, and 39 MiB (docs/notes/start.md).
     """

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to a model's parameters: one row a weight, strict both ways."""
+"""From the tensors of a checkpoint to the parameters of a model: each tensor has a row, and each row a tensor."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor that a checkpoint may have besides the tensor `of` to which it is tied. It must then equal that."""
+    """A tensor that a checkpoint may have besides the tensor `of` to which it is tied. The two must be equal."""
 
     name: str
     of: str

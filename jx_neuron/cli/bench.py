@@ -21,17 +21,17 @@ def command(
     demo: options.Demo = False,
     batch_size: options.BatchSize = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens made of each.")] = 128,
-    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs, of which the median is given.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of each answer.")] = 128,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of runs; the medians are printed.")] = 5,
     amp: options.Amp = "f32",
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     tp: options.Tp = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Measure a model's speed: prefill, decode, and how long it takes to be ready.
+    """Measure a model's speed: prefill, decode, and the time until it is ready.
 
-    Random prompts, greedy answers, no end token; the first run, which compiles, is counted apart.
+    Prompts are random, answers are greedy, and no token ends them. The first run, which compiles, is listed separately.
 
         jx-neuron bench --demo
 

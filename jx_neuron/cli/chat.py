@@ -28,7 +28,7 @@ Ctrl-C stops an answer, or discards what is typed; twice where nothing is typed,
 
 @dataclass
 class _Interrupt:
-    """What Ctrl-C does: it stops an answer, or ends the typing of a message.
+    """The effect of Ctrl-C: it stops an answer, or ends the typing of a message.
 
     idle: how often in a row it came where nothing was typed.
     """
@@ -160,8 +160,8 @@ def command(
 ) -> None:
     """Talk with a model in the terminal.
 
-    /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is no terminal, each line
-    is a message. Each answer continues from the one before it: only what is new is computed.
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves. If standard input is not a terminal, each line is a
+    message. Only the new tokens of each message are computed.
 
         jx-neuron chat --demo
 

@@ -32,9 +32,9 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Check programs against what neuronx-cc is documented to refuse.
+    """Check programs against the documented constraints of neuronx-cc.
 
-    Ends with status 0 where all pass (warnings do), 1 where one is refused, 2 where there is nothing to check.
+    The exit status is 0 if all pass, also with warnings, 1 if one breaks a constraint, and 2 if there is none to check.
 
         jx-neuron check opt-13b-tp2 --target trn1
     """

@@ -71,8 +71,10 @@ def command(
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     target: options.Target = None,
-    hlo_only: Annotated[bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, and do without.")] = False,
-    no_weights: Annotated[bool, typer.Option("--no-weights", help="Keep programs only; reads no weights.")] = False,
+    hlo_only: Annotated[
+        bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, which need not be installed.")
+    ] = False,
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="Write programs only; read no weights.")] = False,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Programs compiled at once.", show_default="a quarter of the cores"),
@@ -82,10 +84,10 @@ def command(
     adapters: options.Adapters = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Lower a model, check it, compile it with neuronx-cc, and keep what was made in a folder.
+    """Lower a model, check it, compile it with neuronx-cc, and write the programs and weights to a folder.
 
-    Where neuronx-cc would refuse a program, nothing is written. With its weights, the folder is all that is needed to
-    run: jx-neuron sample DIR.
+    If neuronx-cc would refuse a program, nothing is written. A folder with weights is all that is needed to run:
+    jx-neuron sample DIR.
 
         jx-neuron compile ./opt-13b --tp 2 --dtype f16 --target trn1 -o opt-13b-tp2
 

@@ -59,10 +59,10 @@ def command(
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="The fleets as one JSON list; times in seconds.")] = False,
 ) -> None:
-    """Say on how many cores a model serves a load in time: replicas of a tensor-parallel group. Reads no weights.
+    """Find the number of cores, in replicas of a tensor-parallel group, that serve a load in time. Reads no weights.
 
-    The server's own scheduler is simulated with estimated step times, for each degree and batch size that may have the
-    fewest cores: seconds to a minute for an instance type.
+    The server's scheduler is simulated with estimated step times, for each degree and batch size that may need the
+    fewest cores. This takes seconds to a minute for an instance type.
 
         jx-neuron fleet facebook/opt-13b --rate 20 --instance trn2.48xlarge --dtype f16
 

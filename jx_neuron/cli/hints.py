@@ -1,4 +1,4 @@
-"""What to type instead: names that other programs have for commands and options, and misspelt ones."""
+"""Hints of what to type: names that other programs have for commands and options, and misspelt ones."""
 
 import difflib
 import shlex
@@ -79,7 +79,7 @@ def spellings(command: Any) -> dict[str, str]:
 
 
 def for_option(command: Any, group: Any, typed: str) -> str:
-    """What to type instead of an option that `command` lacks, as a sentence; empty where nothing is like it."""
+    """A hint for an option that `command` lacks, as a sentence; empty if no option is similar."""
     known, name = spellings(command), typed.replace("_", "-")
     ours = known.get(name) or known.get(OPTIONS.get(name, ""))
     names = [ours] if ours else list(dict.fromkeys(known[near] for near in similar(name, list(known))))
@@ -97,7 +97,7 @@ def for_option(command: Any, group: Any, typed: str) -> str:
 
 
 def for_command(typed: Sequence[str]) -> str:
-    """What to type instead of a command that does not exist, as a sentence; empty where nothing is known.
+    """A hint for a command that does not exist, as a sentence; empty if none is known.
 
     >>> for_command(["run", "./my-llama"])
     'Type: jx-neuron chat ./my-llama'

@@ -18,7 +18,7 @@ def command(
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object; sizes in bytes.")] = False,
 ) -> None:
-    """Say what a model is, what it takes, and what runs it. Reads headers, no weights.
+    """Describe a model: its sizes, its memory, and the commands that run it. Reads headers, no weights.
 
     MODEL may also be a config.json, the name of a known checkpoint, a saved model, or a LoRA adapter of PEFT.
 

@@ -17,9 +17,9 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """List the families that run, and with TEXT the matching checkpoints that are known by name, with their sizes.
+    """List the supported families, and with TEXT the matching checkpoints that are known by name, with their sizes.
 
-    A checkpoint of a listed family runs whether its name is known or not. jx-neuron info says more of one.
+    A checkpoint of a listed family runs even if its name is not known. jx-neuron info describes one.
 
         jx-neuron models
 

@@ -55,7 +55,8 @@ def command(
     quant: options.Quant = None,
     kv_quant: options.KvQuant = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Pad no head: the three rules of transformers-neuronx's first release.")
+        bool,
+        typer.Option("--strict", help="Apply the three rules of transformers-neuronx's first release; no padding."),
     ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Take activations from the lowered program (seconds), not an estimate.")
@@ -67,9 +68,9 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object; bytes and seconds.")] = False,
 ) -> None:
-    """Say where a model fits, item by item, and how fast it will be. Reads no weights.
+    """Find the instance and degree that a model fits, its memory per core, and its speed. Reads no weights.
 
-    Times are estimates by a roofline fitted on published figures.
+    Times are estimates of a roofline model, fitted to published figures.
 
         jx-neuron plan facebook/opt-13b --dtype f16
 

@@ -69,7 +69,7 @@ def read_text(name: str) -> str:
 
 
 def texts_of(prompts: Sequence[str] | None, files: Sequence[str] | None) -> list[str]:
-    """What --prompt and --file give; a file's last line end is left out."""
+    """The texts of --prompt and --file; a file's last line end is left out."""
     return [*(prompts or []), *(read_text(name).removesuffix("\n").removesuffix("\r") for name in files or [])]
 
 

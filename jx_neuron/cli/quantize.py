@@ -37,9 +37,9 @@ def command(
     revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Write a checkpoint in 8 or 4 bits, in the compressed-tensors format, for Hugging Face transformers and vLLM too.
+    """Write a checkpoint in 8 or 4 bits, in the compressed-tensors format, also for Hugging Face transformers and vLLM.
 
-    Weights alone are quantized. Embeddings and the head stay as they are.
+    Only matrices are quantized. Embeddings and the head are not.
 
     jx-neuron quantize ./my-llama --quant int4 -o my-llama-int4
 

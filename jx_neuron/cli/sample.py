@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from jx_neuron.cli import options
 from jx_neuron.cli.prompts import Prompt, from_ids, from_text, lines, texts_of, typed
 from jx_neuron.cli.terminal import print_message
 from jx_neuron.errors import InputError, JxNeuronError
+
+NEW_TOKENS = 128  # as jx_neuron.generate has
 
 
 @dataclass
@@ -37,7 +39,7 @@ def command(
         typer.Argument(
             metavar="[MODEL] [PROMPT]...",
             help="A checkpoint folder, .gguf file or hub id, then prompts. Without prompts, each line of "
-            "standard input is one, answered as it is typed in a terminal. With --demo, prompts alone.",
+            "standard input is a prompt. With --demo, prompts only.",
             show_default=False,
             autocompletion=options.models,
         ),
@@ -58,7 +60,7 @@ def command(
     chat: Annotated[
         bool,
         typer.Option(
-            "--chat", help="Put each prompt through the tokenizer's chat template.", rich_help_panel=options.PROMPTS
+            "--chat", help="Apply the tokenizer's chat template to each prompt.", rich_help_panel=options.PROMPTS
         ),
     ] = False,
     system: Annotated[
@@ -71,16 +73,17 @@ def command(
         ),
     ] = "",
     max_new_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-tokens",
             "--max-new-tokens",
             min=1,
             metavar="N",
             help="Longest answer, in tokens.",
+            show_default=f"{NEW_TOKENS}, or as many as there is room",
             rich_help_panel=options.CHOICE,
         ),
-    ] = 128,
+    ] = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -96,13 +99,13 @@ def command(
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     adapters: options.Adapters = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, one a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt, one per line.")] = False,
 ) -> None:
     """Answer prompts with a model.
 
-    The likeliest token is taken each time unless --temperature, --top-k or --top-p is given ("Defaults" in
-    docs/getting-started.md). Text goes to standard output as it is made, timings to standard error. With --adapters,
-    each prompt is answered by each of them.
+    Decoding is greedy unless --temperature, --top-k or --top-p is given ("Defaults" in docs/getting-started.md). Text
+    goes to standard output while it is generated, timings to standard error. With --adapters, each adapter answers each
+    prompt.
 
         jx-neuron sample --demo "The capital of France is"
 
@@ -135,9 +138,9 @@ def command(
     sampling = options.sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
 
     def answered(prompts: Sequence[Prompt]) -> list[Answer]:
-        for each in prompts:
-            _check_length(each, max_new_tokens, model.buckets.capacity)
-        return _answers(model, prompts, sampling, as_json, drafter, names)
+        longest = [_longest(each, max_new_tokens, model.buckets.capacity) for each in prompts]
+        samplings = [replace(sampling, max_tokens=tokens) for tokens in longest]
+        return _answers(model, prompts, samplings, as_json, drafter, names)
 
     if texts or ids or not typed():
         prompts = [from_ids(model, row) for row in ids or []]
@@ -158,18 +161,21 @@ def command(
         _report(answers)
 
 
-def _check_length(prompt: Prompt, new: int, capacity: int) -> None:
+def _longest(prompt: Prompt, asked: int | None, capacity: int) -> int:
+    """Most tokens of the answer. Raises InputError where the positions have no room for them."""
+    new = min(NEW_TOKENS, max(1, capacity - len(prompt.ids))) if asked is None else asked
     if (length := len(prompt.ids) + new) > capacity:
         raise InputError(
-            f"a prompt of {len(prompt.ids)} tokens and --max-tokens {new} make {length}, "
+            f"a prompt of {len(prompt.ids)} tokens and an answer of {new} (--max-tokens) make {length}, "
             f"beyond the {capacity} positions; shorten either, or raise --n-positions"
         )
+    return new
 
 
 def _answers(
     model: Any,
     several: Sequence[Prompt],
-    sampling: Any,
+    samplings: Sequence[Any],
     as_json: bool,
     drafter: Any,
     adapters: Sequence[str | None],
@@ -177,16 +183,16 @@ def _answers(
     """The answers by each adapter, printed in the order of their prompts; a single one is printed token by token."""
     from jx_neuron.engine.stopping import StopFilter
 
-    by = [(prompt, name) for prompt in several for name in adapters]
-    prompts, names = [prompt for prompt, _ in by], [name for _, name in by]
-    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids), adapter=name) for prompt, name in by]
-    printed = [f"{name}: {prompt.printed}" if adapters[1:] else prompt.printed for prompt, name in by]
+    by = [(prompt, sampling, name) for prompt, sampling in zip(several, samplings, strict=True) for name in adapters]
+    prompts, samplings, names = map(list, zip(*by, strict=True))
+    answers = [Answer(prompt.text, prompt_tokens=len(prompt.ids), adapter=name) for prompt, _, name in by]
+    printed = [f"{name}: {prompt.printed}" if adapters[1:] else prompt.printed for prompt, _, name in by]
     live = len(prompts) == 1 and not as_json
     ids = [prompt.ids for prompt in prompts]
-    events = model.generate(ids, sampling, stream=True, draft=drafter, adapter=names)
+    events = model.generate(ids, samplings, stream=True, draft=drafter, adapter=names)
     if live:
         typer.echo(printed[0], nl=False)
-    filters = [StopFilter(sampling.stop or (), include=False) for _ in prompts]
+    filters = [StopFilter(sampling.stop or (), include=False) for sampling in samplings]
     ended, shown = [False] * len(prompts), 0
     for event in events:
         answer, text = answers[event.prompt], f",{event.token}"

@@ -17,7 +17,7 @@ def command(
         typer.Argument(
             metavar="[MODEL] FILE",
             help="A checkpoint folder, .gguf file or hub id, and a text file in UTF-8, or - for standard "
-            "input. With --demo, the file alone.",
+            "input. With --demo, the file only.",
             show_default=False,
             autocompletion=options.models,
         ),
@@ -32,7 +32,7 @@ def command(
         typer.Option(
             min=1,
             metavar="N",
-            help="How far apart the windows begin in which a longer text is scored.",
+            help="Tokens between the beginnings of windows, for a text longer than --n-positions.",
             show_default="half of --n-positions",
         ),
     ] = None,

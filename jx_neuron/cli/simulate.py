@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Simulate `serve` under a load, with the step times of this machine, which are measured first.
 
-    The server's own scheduler runs on a clock that its steps advance: hours of load take seconds. Nothing else should
-    run meanwhile. docs/planning.md says how near it comes.
+    The server's scheduler runs on a simulated clock: hours of load take seconds. Run nothing else at the same time.
+    docs/planning.md compares the result with a server.
 
         jx-neuron simulate --demo --rate 2 --prompt-tokens 20-200 --answer-tokens 64
 

@@ -1,4 +1,4 @@
-"""What neuronx-cc is asked for: its options, and the flags that come of them and of the user's environment."""
+"""The options of neuronx-cc, and the flags that follow from them and from the user's environment."""
 
 import os
 import re

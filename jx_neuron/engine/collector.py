@@ -1,4 +1,4 @@
-"""What follows given tokens: logits, for callers that choose tokens themselves or score them, or one token drawn."""
+"""Results after given tokens: logits, for callers that choose or score tokens themselves, or one sampled token."""
 
 from typing import TYPE_CHECKING
 

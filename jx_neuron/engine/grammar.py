@@ -22,7 +22,7 @@ _OPTIONS = {"whitespace_pattern": r"[ \n]{1,32}", "lenient": False}
 
 
 class Grammar:
-    """What may follow in one answer.
+    """The tokens that may follow in one answer.
 
     vocab_size: the number of logits; tokens that the tokenizer lacks are never permitted.
     """

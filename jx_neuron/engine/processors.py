@@ -10,7 +10,7 @@ from jx_neuron.util.arguments import FLOAT32
 
 
 class Constraint(Protocol):
-    """What may follow in one answer, such as a `jx_neuron.engine.grammar.Grammar`."""
+    """The tokens that may follow in one answer, such as those of a `jx_neuron.engine.grammar.Grammar`."""
 
     def mask_logits(self, logits_v: np.ndarray) -> np.ndarray:
         """Logits float32 [v], -inf for tokens that may not follow."""

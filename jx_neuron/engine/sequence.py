@@ -111,7 +111,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs next: copies (source slot, target slot) in order, then steps in order."""
+    """The next work: copies (source slot, target slot) in order, then steps in order."""
 
     copies: tuple[tuple[int, int], ...]
     turns: tuple[Turn, ...]

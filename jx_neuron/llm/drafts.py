@@ -1,4 +1,4 @@
-"""What a call's `draft` names, as a drafter."""
+"""The drafter that a call's `draft` names."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a model is made for: the options of its constructors, and the settings that follow from them."""
+"""The options of a model's constructors, and the settings that follow from them."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LoweringOptions(TypedDict, total=False):
-    """What programs are made for; `NeuronAutoModelForCausalLM.from_pretrained` describes each option here and below."""
+    """Options of lowering. `NeuronAutoModelForCausalLM.from_pretrained` describes each option here and below."""
 
     batch_size: Lengths
     prompt_batch_size: int | None

@@ -1,4 +1,4 @@
-"""What a model was made from: a checkpoint, a module, a config alone, or a saved model."""
+"""The origin of a model: a checkpoint, a module, a config without weights, or a saved model."""
 
 import math
 import os
@@ -31,21 +31,21 @@ if TYPE_CHECKING:  # running a saved model needs no model code
 
 
 class Origin(Protocol):
-    """What a model was made from. `jx_neuron.runtime.saved.SavedModel` is one, and so are the others here."""
+    """The origin of a model. `jx_neuron.runtime.saved.SavedModel` is one, and so are the other classes here."""
 
     @property
     def settings(self) -> Settings:
-        """What the model was made for."""
+        """The model's settings."""
         ...
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What its config.json says."""
+        """The contents of config.json."""
         ...
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
-        """What its generation_config.json says, or else its end and padding tokens; None without either."""
+        """The contents of generation_config.json, or else the end and padding tokens; None without either."""
         ...
 
     @property
@@ -68,7 +68,7 @@ class Origin(Protocol):
         ...
 
     def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
-        """What runs it, with its weights on the devices; `deployment` gives the programs, to the backends that need it.
+        """The runtime, with the weights on the devices; `deployment` gives the programs, to the backends that need it.
 
         jobs: how many programs the compiler works on at once.
         """
@@ -158,7 +158,7 @@ class DecoderOrigin(ABC):
         return type(self.decoder.config).from_hf(config) == self.decoder.config
 
     def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
-        """What runs it. Raises InputError where this machine cannot hold the weights and the smallest cache."""
+        """The runtime. Raises InputError if the weights and the smallest cache do not fit this machine."""
         settings = self.settings
         if backend == "xla":
             from jx_neuron.runtime import xla
@@ -242,7 +242,7 @@ class CheckpointOrigin(DecoderOrigin):
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
-        """What its generation_config.json says; None without one."""
+        """The contents of generation_config.json; None without one."""
         return self.checkpoint.generation_config
 
     @property

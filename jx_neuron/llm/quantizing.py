@@ -38,7 +38,7 @@ LEGAL = (
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the folder, how many matrices are quantized and how many tensors are not, and bytes of all."""
+    """The written folder, the number of quantized matrices and of other tensors, and the bytes of all."""
 
     folder: Path
     quantized: int

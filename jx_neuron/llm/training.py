@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Trainable:
-    """What training takes; `NeuronAutoModelForCausalLM` inherits it."""
+    """The functions for training. `NeuronAutoModelForCausalLM` inherits them."""
 
     settings: "Settings"
     _origin: "Origin"

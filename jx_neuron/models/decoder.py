@@ -34,7 +34,7 @@ from jx_neuron.util.pages import gc_paused
 
 
 class DecoderModule(Protocol):
-    """What a family's `Model` does: hidden states of each token, then logits of the requested ones."""
+    """The methods of a family's `Model`: hidden states of each token, then logits of the requested ones."""
 
     def __call__(self, tokens_bt: Array, state: State, at: Positions) -> tuple[Array, State]:
         """Hidden states [b, t, d] of tokens at the positions `at`, and the state with them written."""
@@ -292,7 +292,7 @@ class Decoder:
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
-        """What each layer keeps of a sequence, padded."""
+        """The state of a sequence in each layer, padded."""
         config = self.config
 
         def layer(number: int, kind: str, window: int | None, own: bool) -> Kept:

@@ -1,4 +1,4 @@
-"""What families with Gated DeltaNet next to gated attention share (Qwen3-Next and Qwen3.5).
+"""Parts of families with Gated DeltaNet next to gated attention (Qwen3-Next and Qwen3.5).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_next/modeling_qwen3_next.py
 """

@@ -1,4 +1,4 @@
-"""What decoders share whose blocks have experts next to a dense MLP (Gemma 4).
+"""Parts of decoders whose blocks have experts next to a dense MLP (Gemma 4).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma4/modeling_gemma4.py
 """

@@ -43,7 +43,7 @@ class Config(GPTLikeConfig):
         return super().sizes | {"c": 3}
 
     def scale(self, layer: int) -> float:
-        """What attention scores are multiplied by."""
+        """The factor of attention scores."""
         scale = 1 / math.sqrt(self.sizes["h"]) if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 

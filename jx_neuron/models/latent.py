@@ -1,4 +1,4 @@
-"""What decoders with latent attention share: the fields that give its sizes, and the rows of its weights."""
+"""Parts of decoders with latent attention: the fields that give its sizes, and the rows of its weights."""
 
 import math
 from collections.abc import Mapping

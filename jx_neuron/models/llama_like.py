@@ -1,4 +1,4 @@
-"""What Llama and the decoders that descend from it share, and the config of all that have RoPE."""
+"""Parts of Llama and of the decoders after it, and the config of all families with RoPE."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -237,7 +237,7 @@ class LayerTypesConfig(SlidingWindowConfig):
 
     @property
     def usual_types(self) -> list[str]:
-        """What HF makes of null."""
+        """HF's value for null."""
         return [FULL] * self.layers
 
     @property

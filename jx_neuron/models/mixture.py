@@ -1,4 +1,4 @@
-"""What decoders with experts share: the fields that give their sizes, and the rows of their weights."""
+"""Parts of decoders with experts: the fields that give their sizes, and the rows of their weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar

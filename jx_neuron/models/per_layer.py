@@ -1,4 +1,4 @@
-"""What decoders share whose layers have heads, keys and values, and inputs of their own.
+"""Parts of decoders whose layers have their own heads, keys and values, and inputs.
 
 https://github.com/huggingface/transformers/tree/main/src/transformers/integrations/heterogeneity
 """
@@ -91,7 +91,7 @@ def _are_sizes(entry: Any) -> bool:
 
 
 class LayerInputs(nnx.Module):
-    """What enters each layer besides the hidden states: of the token, and of its embedding."""
+    """The inputs of each layer besides the hidden states, from the token and from its embedding."""
 
     def __init__(self, sizes: Mapping[str, int], eps: float, rngs: nnx.Rngs):
         d, u, p, q = (sizes[c] for c in "dupq")

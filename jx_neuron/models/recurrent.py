@@ -1,4 +1,4 @@
-"""What families with recurrent layers share: the types of their layers, a block, and rows of weights and of STATE.
+"""Parts of families with recurrent layers: the types of their layers, a block, and rows of weights and of STATE.
 
 Letters are those of jx_neuron.nn.recurrent: p heads in g groups, i and j the sizes of a head's state, w taps of a
 convolution, and r = w - 1 inputs that it keeps; o groups, where an axis of them is whole; and c channels of a
@@ -60,7 +60,7 @@ class HybridConfig(RopeConfig):
 
     @property
     def usual_types(self) -> list[str]:
-        """What HF makes of null."""
+        """HF's value for null."""
         return [self.RECURRENT] * self.layers
 
     @property
@@ -188,7 +188,7 @@ def _groups(config: Any) -> np.ndarray:
 
 
 def mamba2_state(of: str | None = None) -> tuple[S, ...]:
-    """What a jx_neuron.nn.mamba2.Mamba2 keeps."""
+    """The state of a jx_neuron.nn.mamba2.Mamba2."""
     return (
         S("x", "r p i", P(None, AXIS), of),
         S("B", "r g j", P(None, AXIS), of),

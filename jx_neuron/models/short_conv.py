@@ -1,4 +1,4 @@
-"""What families with short gated convolutions next to attention share (LFM2, arXiv:2511.23404).
+"""Parts of families with short gated convolutions next to attention (LFM2, arXiv:2511.23404).
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/models/lfm2/modeling_lfm2.py
 """

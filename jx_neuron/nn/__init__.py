@@ -1,4 +1,4 @@
-"""What decoders are written with: layers, attention, rotary embeddings, state, sampling; and how arrays are split."""
+"""The parts of decoders: layers, attention, rotary embeddings, state, sampling; and how arrays are split."""
 
 from jx_neuron.util.lazy import exports
 

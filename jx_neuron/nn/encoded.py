@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 StateDtype = Literal["float32", "int8", "float8_e4m3", "float16", "bfloat16"]
-"""What entries may be stored in; float8_e4m3 is the one that every Neuron device has, of numbers within ±240."""
+"""The dtypes of stored entries. Every Neuron device has float8_e4m3, with numbers within ±240."""
 
 STEP = 1 / 127
 """Of int8 codes, in units of the greatest number; a factor, since XLA may or may not divide by its inverse."""

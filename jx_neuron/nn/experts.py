@@ -102,12 +102,12 @@ class ExpertLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((experts, outputs))) if bias else None
 
     def dense(self, x_btd: Array) -> Array:
-        """What the layer of every expert gives: [b, t, e, outputs]."""
+        """The outputs of every expert's layer: [b, t, e, outputs]."""
         y_btem = jnp.einsum("btd,edm->btem", x_btd, self.matrices(x_btd.dtype))
         return y_btem if self.bias is None else y_btem + self.bias[...]
 
     def chosen(self, x_btd: Array, index_btc: Array) -> Array:
-        """What the layer of each token's experts gives: [b, t, c, outputs]."""
+        """The outputs of the layers of each token's experts: [b, t, c, outputs]."""
         y_btcm = jnp.einsum("btd,btcdm->btcm", x_btd, self.matrices(x_btd.dtype, index_btc))
         return y_btcm if self.bias is None else y_btcm + take(self.bias[...], index_btc)
 
@@ -121,7 +121,7 @@ class ExpertLinear(nnx.Module):
         return self.kernel.widened(dtype, part) if isinstance(self.kernel, Quantized) else part(self.kernel[...])
 
     def one(self, x_rd: Array, expert: Array) -> Array:
-        """What the layer of one expert gives: [r, outputs]."""
+        """The outputs of one expert's layer: [r, outputs]."""
         kernel: Any = self.kernel.get_value()
         is_plain = isinstance(kernel, Array | Quantized)
         y_rm = x_rd @ self.matrices(x_rd.dtype, expert) if is_plain else kernel.matmul_one(x_rd, expert)
@@ -212,7 +212,7 @@ class Experts(nnx.Module):
         return self._biased(y_btd, self._weights(weight_btc, index_btc))
 
     def one(self, x_rd: Array, weight_r: Array, expert: Array) -> Array:
-        """What one expert gives for rows of tokens, times their weights: [r, d]."""
+        """The outputs of one expert for rows of tokens, times their weights: [r, d]."""
         gate_rm, up_rm = self.gate_proj.one(x_rd, expert), self.up_proj.one(x_rd, expert)
         if not self.weigh_input:
             return self.down_proj.one(self.gated(gate_rm, up_rm), expert) * weight_r[:, None]
@@ -232,7 +232,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """What a token's experts give, and a shared expert of all tokens as well."""
+    """The sum of the outputs of a token's experts, and of an expert that all tokens share."""
 
     def __init__(self, gate: nnx.Module, experts: Experts, shared_expert: nnx.Module | None = None):
         self.gate: Any = gate

@@ -33,7 +33,7 @@ class GatedDeltaNet(nnx.Module):
         self.out_proj = Linear((p, i), (d,), bias=False, rngs=rngs)
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
-        """What is added to the residual, [b, t, d], and the state written to."""
+        """Returns the output [b, t, d], which is added to the residual, and the state."""
         q_btgj, k_btgj, v_btpi, z_btpi, b_btp, a_btp = self.in_proj(x_btd)
         q_btgj, state = self.conv_q(q_btgj, "q", state, at)
         k_btgj, state = self.conv_k(k_btgj, "k", state, at)

@@ -22,7 +22,7 @@ from jx_neuron.nn.rope import Rotation
 from jx_neuron.nn.state import LayerState, Positions
 
 LATENT = (S("latent", "s r"), S("rope", "s u"))
-"""What a layer keeps: of all heads, and so whole on every core."""
+"""The state of a layer, shared by all heads, and so whole on every core."""
 
 EPS = 1e-6
 """That of the norms of latents, whatever the model's."""
@@ -75,7 +75,7 @@ class LatentAttention(nnx.Module):
         self.scale, self.rope = scale, rope
 
     def __call__(self, x_btd: Array, state: LayerState, at: Positions, by: Rotation) -> tuple[Array, LayerState]:
-        """What is added to the residual, [b, t, d], and the state written to; `by` is the Rotation of u entries."""
+        """Returns the output [b, t, d], added to the residual, and the state; `by` is the Rotation of u entries."""
         latent_btr, k_btu, *low = self.down(x_btd)
         q_btnh = self.q_b_proj(self.q_a_layernorm(*low)) if low else self.q_proj(x_btd)
         q_btnh = q_btnh * jnp.asarray(self.scale, q_btnh.dtype)

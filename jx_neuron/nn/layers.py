@@ -184,7 +184,7 @@ class Linears(nnx.Module):
         return [getattr(self, name) for name in self.names]
 
     def __call__(self, x: Array) -> list[Array]:
-        """What each gives, in the order of their names."""
+        """The output of each layer, in the order of their names."""
         if self.fused is None:
             products = [matmul(x, layer.kernel.get_value(), layer.axes) for layer in self.layers]
         else:

@@ -102,7 +102,7 @@ KV = (S("k", "k s h", P("tp")), S("v", "k s h", P("tp")))
 
 @dataclass(frozen=True)
 class Kept:
-    """What a layer keeps of a sequence. Layers that keep the same are alike.
+    """The state of a sequence in a layer. Layers with the same state are alike.
 
     rows:   of STATE.
     sizes:  of the axes of each row, padded; 0 for positions.
@@ -143,7 +143,7 @@ class Layout:
     """Whether layers' arrays are stacked, so that a loop may go through the layers."""
 
     def groups(self, layers: Sequence[Kept]) -> list[Kept]:
-        """What the layers of each group keep."""
+        """The state of the layers of each group."""
         return [layer if layer.own else Kept((), ()) for layer in layers]
 
     def place(self, layers: Sequence[Kept], layer: int) -> tuple[int, int]:

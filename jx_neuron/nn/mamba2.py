@@ -74,7 +74,7 @@ class Mamba2(nnx.Module):
         self.gate_first, self.scales = gate_first, tuple(scales or [1.0] * 5)
 
     def __call__(self, u_btd: Array, state: LayerState, at: Positions) -> tuple[Array, LayerState]:
-        """What is added to the residual, [b, t, d], and the state written to."""
+        """Returns the output [b, t, d], which is added to the residual, and the state."""
         z_btpi, x_btpi, b_btgj, c_btgj, dt_btp = (
             y if scale == 1 else y * scale for y, scale in zip(self.in_proj(u_btd), self.scales, strict=True)
         )

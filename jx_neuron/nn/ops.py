@@ -76,7 +76,7 @@ class Ops:
         return jnp.einsum("bksh,bkgts->btkgh", codes(v_bksh).astype(v_bksh.dtype), p_bkgts)
 
     def experts(self, layer: Any, x_btd: Array, weight_btc: Array, index_btc: Array) -> Array:
-        """What the experts [b, t, c] of each token give, times their weights: [b, t, d]; `layer` is an `Experts`.
+        """The outputs of the experts [b, t, c] of each token, times their weights: [b, t, d]; `layer` is an `Experts`.
 
         The parameters of those chosen are gathered where they are fewer than all. Many tokens are computed in
         blocks that share an expert, where that is faster, and others by every expert.
@@ -102,7 +102,7 @@ ops = _ops.get
 
 @contextmanager
 def using(table: Ops) -> Iterator[None]:
-    """What is traced in this context computes by `table`."""
+    """Functions that are traced in this context compute with `table`."""
     token = _ops.set(table)
     try:
         yield

@@ -17,13 +17,13 @@ from jax import Array
 class Positions:
     """The positions of the tokens [b, t] of one step.
 
-    position_bt: absolute position of each token, int32; those of a row follow each other.
-    extent_b:    length of each row's sequence as far as it is known, int32; beyond the tokens of this step where a
-                 prompt is computed in chunks.
-    length_b:    how many of the t tokens are real, int32; those after are padding. 0 leaves the row's slot as it is.
-    slot_b:      each row's slot, int32, all different; None where row i is slot i.
-    positions:   how many positions of a slot attention sees, s. A step with s = t begins at position 0.
-    again_b:     whether each row begins where the slot's last step that verified a draft began; None where none does.
+    position_bt: absolute position of each token, int32; the positions of a row are consecutive.
+    extent_b:    known length of each row's sequence, int32; more than the tokens of this step if a prompt is computed
+                 in chunks.
+    length_b:    number of real tokens of the t, int32; the others are padding. 0 leaves the row's slot unchanged.
+    slot_b:      each row's slot, int32, all different; None if row i is slot i.
+    positions:   number of positions of a slot that attention sees, s. A step with s = t begins at position 0.
+    again_b:     whether each row begins where the slot's last step that verified a draft began; None if none does.
     """
 
     position_bt: Array

@@ -33,7 +33,7 @@ DIVISORS = (-8.0, -7.4, -8.8, 7.0, 7.6, 6.4)
 """Codes, with an offset of -8 scales, that the number of the largest magnitude in such a group is tried as."""
 
 STORED = {"int8": (1.0,), "fp8": (1.0, 2.0)}
-"""What a checkpoint's scales are multiplied by to be tried: e4m3fn, which fp8 checkpoints have, reaches 448."""
+"""Factors to try on a checkpoint's scales: e4m3fn, which fp8 checkpoints have, reaches 448."""
 
 SLICE = 2**20
 """Bytes of a matrix that are encoded at a time."""

@@ -17,7 +17,7 @@ EXEMPT = frozenset(("logits", "gate", "dt", "a", "b"))
 """Layers with an output an expert or a head: those of routers, of gates, and of a recurrence's steps and decays."""
 
 HEADS = ("lm_head", "embed_tokens")
-"""What the table of the head is called, the first that there is; the second is the table of embeddings too."""
+"""Names of the table of the head; the first that exists is used. The second is the table of embeddings too."""
 
 Path = tuple[Any, ...]
 
@@ -71,7 +71,7 @@ def forms(module: Any, config: QuantizationConfig, on_core: Callable[[str], tupl
 
 
 def notes(forms: Mapping[str, Form], config: QuantizationConfig | None) -> Iterator[str]:
-    """What `forms` stores otherwise than `config` says, and why."""
+    """The parameters that `forms` stores in another form than `config` says, and the reasons."""
     if config is None:
         return
     wider = [path for path, form in forms.items() if not form.rows and form.kind != config.kind]

@@ -1,4 +1,4 @@
-"""What recurrent layers share: a causal convolution, and linear recurrences computed in chunks.
+"""Parts of recurrent layers: a causal convolution, and linear recurrences computed in chunks.
 
 A state S [i, j] of each head is multiplied by a decay at every token, and changed by an outer product. Within a chunk
 of tokens that becomes matrix products; from chunk to chunk the state goes on. One token is a chunk of one.

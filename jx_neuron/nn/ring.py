@@ -25,7 +25,7 @@ def ring_positions(end_b: Array, size: int) -> Array:
 def onto_ring(
     new: Array, at: Positions, axis: int, size: int, read: Callable[[Positions], Array]
 ) -> tuple[Array, Positions]:
-    """What to write, and where, for `new` [b, …, t, …], with t at `axis`, to be on a ring that `read` reads."""
+    """The entries to write, and their places, that put `new` [b, …, t, …], with t at `axis`, on a ring for `read`."""
     if (t := at.position_bt.shape[1]) == 1:
         position_bt = lax.rem(at.position_bt, jnp.int32(size))
         return new, Positions(position_bt, at.extent_b, at.length_b, at.slot_b, size)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., arXiv:2104.09864) and the ways of stretching them that HF has.
+"""Rotary position embeddings (Su et al., arXiv:2104.09864), and HF's methods of scaling them.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py
 """
@@ -102,18 +102,17 @@ _ANY = set("rope_type type rope_theta original_max_position_embeddings partial_r
 
 
 class RopeScaling:
-    """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a span.
+    """`rope_parameters` of an HF config, or `rope_scaling` of an older one: gives the rotation of a step's positions.
 
     `h` is the size of a head, of which the first `r` entries are rotated. `rope_theta`, `partial_rotary_factor` and
-    `original_max_position_embeddings` are the config's own: the first two are used where `parameters` has none, the
-    third goes before that of `parameters`, as in HF. A decoder that rotates whole heads alone, as Llama does, gives no
-    `partial_rotary_factor`.
+    `original_max_position_embeddings` are fields of the config. The first two are used if `parameters` has none. The
+    third takes precedence over that of `parameters`, as in HF. A decoder that always rotates whole heads, such as
+    Llama, gives no `partial_rotary_factor`.
 
     `also` names keys of `parameters` that the decoder itself reads, all numbers. `unread` names keys that HF does not
     read for their `rope_type`.
 
-    Raises ConfigError for a `rope_type` that HF does not have, for keys missing from it, and for values that it cannot
-    have.
+    Raises ConfigError for a `rope_type` that HF does not have, for missing keys, and for values that are not legal.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ GROUPS = {"n": "k", "p": "g"}
 """Axes of heads, and of the groups that they are in: query heads of a key/value head, and heads of recurrent layers."""
 
 NAMES = {"n": ("query ", "key/value heads"), "p": ("recurrent ", "groups of recurrent heads")}
-"""What heads and groups are called, by the letter of heads."""
+"""The names of heads and groups, by the letter of heads."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a decoder keeps of the sequences that went through it: the state table that its STATE rows describe.
+"""The state of sequences between steps: the state table that the STATE rows of a decoder describe.
 
 A model file declares STATE, a row for each array that a layer keeps. A state table has z slots, each for one sequence;
 each of its arrays is [z, *axes], where the axis s counts positions, and a row without s has one entry a slot, as
@@ -213,7 +213,7 @@ class LayerState:
 
     @property
     def rows(self) -> tuple[S, ...]:
-        """What the layer has of STATE."""
+        """The layer's rows of STATE."""
         return self._kept.rows
 
     def read(self, name: str, at: Positions) -> Array:

@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_btd: Array, state: LayerState, at: Positions, by: Any = None, *, bias_ns: Array | None = None
     ) -> tuple[Array, LayerState]:
-        """What is added to the residual, [b, t, d], and the state written to.
+        """Returns the output [b, t, d], which is added to the residual, and the state.
 
         by: the Rotation of queries and keys, or None without RoPE. bias_ns: ALiBi's, as `attend` takes it.
         """
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
     def attended(
         self, x_btd: Array, state: LayerState, at: Positions, by: Any, bias_ns: Array | None = None
     ) -> tuple[Array, LayerState]:
-        """What o_proj takes, [b, t, n, h], and the state written to."""
+        """Returns the input of o_proj, [b, t, n, h], and the state."""
         q_btnh, k_btkh, v_btkh = self.heads(x_btd, by)
         sinks_n = None if self.sinks is None else self.sinks[...]
         options: dict[str, Any] = dict(window=self.window, chunk=self.chunk, soft_cap=self.soft_cap)
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
 
 
 class GatedAttention(Attention):
-    """What each head attends to is multiplied by sigmoid(gate_proj(x)) (Qiu et al., arXiv:2505.06708)."""
+    """The output of each head is multiplied by sigmoid(gate_proj(x)) (Qiu et al., arXiv:2505.06708)."""
 
     def __init__(self, sizes: Mapping[str, int], *, bias: bool, rngs: nnx.Rngs, **options: Any):
         super().__init__(sizes, bias=bias, rngs=rngs, **options)
@@ -153,7 +153,7 @@ class GatedMLP(nnx.Module):
         return self.down_proj(self.hidden(x_btd))
 
     def hidden(self, x_btd: Array) -> Array:
-        """What enters down_proj, [b, t, f]."""
+        """The input of down_proj, [b, t, f]."""
         gate_btf, up_btf = self.gate_up(x_btd)
         return self.act_fn(gate_btf) * up_btf
 

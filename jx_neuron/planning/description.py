@@ -1,4 +1,4 @@
-"""What a model is, what it takes and what runs it, by its config and the headers of its files. No weights are read."""
+"""The sizes of a model, its memory and its backends, from its config and the headers of its files, without weights."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -210,8 +210,8 @@ class Outline:
         return blocks.count(rows * chosen, sizes["e"]) if pay else 0
 
     def block_bytes(self, tp_degree: int, rows: int, itemsize: int) -> int:
-        """What a core reads and writes for blocks besides each parameter once: an expert's for each further block, and
-        what enters a block and comes out, which is read again."""
+        """The bytes that a core reads and writes for blocks, besides each parameter once: the parameters of an expert
+        for each further block, and the inputs and outputs of blocks, which are read again."""
         if not (count := self.blocks(tp_degree, rows)):
             return 0
         more = max(count - self.config.sizes["e"], 0) * self.expert_elements(tp_degree)

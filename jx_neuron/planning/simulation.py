@@ -43,7 +43,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Service:
-    """What a load came to.
+    """The result of a load.
 
     requests:            those answered.
     refused:             requests that came while the queue was full.

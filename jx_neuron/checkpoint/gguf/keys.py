@@ -66,7 +66,7 @@ class Windows(BaseModel):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its model: the keys of its architecture, and the shapes of its tensors.
+    """The description of a model in a file: the keys of its architecture, and the shapes of its tensors.
 
     several: keys that may have a number for each layer; `keys` has the first of them.
     """

@@ -245,7 +245,7 @@ def _plain_shape(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int]:
 
 
 def _packed_shape(tensors: Mapping[str, Tensor], module: str) -> tuple[int, int]:
-    """What weight_shape says, which is read at once: the number of columns is not to be seen otherwise."""
+    """The contents of weight_shape, which is read at once: nothing else has the number of columns."""
     name = f"{module}.weight_shape"
     tensor = tensors.get(name)
     if tensor is None or tensor.shape != (2,) or tensor.dtype not in (I32, I64):

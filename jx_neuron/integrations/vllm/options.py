@@ -15,7 +15,7 @@ CONTEXT = (32, 128)
 
 @dataclass(frozen=True)
 class PluginOptions:
-    """What `from_pretrained` takes besides vLLM's own options.
+    """Options of `from_pretrained` besides vLLM's own.
 
     backend, context_length_estimate, adapter: those of `NeuronAutoModelForCausalLM.from_pretrained`.
     quant:                                     int8, fp8 or int4: how weights are stored.
@@ -55,7 +55,7 @@ class PluginOptions:
         return replace(self, tp_degree=tp_degree)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `of` reads."""
+        """The options that `of` reads."""
         return asdict(self)
 
     @property

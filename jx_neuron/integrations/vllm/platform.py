@@ -33,7 +33,7 @@ class JxNeuronPlatform(Platform):  # type: ignore[misc]
 
     @property
     def supported_dtypes(self) -> list[Any]:
-        """What `--dtype auto` picks from; the first where a checkpoint's is none of them."""
+        """The choices of `--dtype auto`; the first if a checkpoint has another dtype."""
         return [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod

@@ -65,7 +65,7 @@ class _Part:
 
 
 class _Drawn(NamedTuple):
-    """What a step gives for a request: a row of its outputs, and the logits [v] where the host chooses."""
+    """The result of a step for a request: a row of its outputs, and the logits [v] where the host chooses."""
 
     output: StepOutput
     row: int

@@ -18,7 +18,7 @@ _ELEMENTWISE = """
 
 
 def shape_fault(i: Instruction) -> str | None:
-    """What is wrong with an instruction's shape, or None. Opcodes without a rule here pass."""
+    """The fault of an instruction's shape, or None. Opcodes without a rule here pass."""
     check = _RULES.get(i.opcode)
     if check is None:
         return None

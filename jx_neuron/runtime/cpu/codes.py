@@ -89,7 +89,7 @@ def pack_expert_part(parts: Sequence[np.ndarray], form: Form, part: str) -> np.n
 
 
 def shapes(shape: Sequence[int], form: Form) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `pack_part` gives, for outputs and inputs of [n, k]."""
+    """The result of `pack_part`, for outputs and inputs of [n, k]."""
     n, k = shape
     if form.kind == "int4":
         groups = jax.ShapeDtypeStruct((n, k // form.group), jnp.uint16)

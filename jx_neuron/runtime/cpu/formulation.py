@@ -110,7 +110,7 @@ def _choose(dtype: str, setting: str) -> Chosen:
 
 
 def by_instruction_sets(dtype: str, names: frozenset[str]) -> Formulation:
-    """What was fastest on CPUs that have these instruction sets, by the names of /proc/cpuinfo."""
+    """The fastest forms on CPUs with these instruction sets, by the names of /proc/cpuinfo."""
     wide: tuple[int, ...] = () if "avx512f" not in names else (1, 8) if "amx_tile" in names else (8,)
     if dtype == "float32":
         return Formulation(wide, FEW, "eigen")
@@ -185,7 +185,7 @@ def _path() -> Path | None:
 
 
 def _read(path: Path) -> _Kept:
-    """What the file says; nothing where there is none, or it is damaged."""
+    """The contents of the file; empty if it does not exist or is damaged."""
     with suppress(ConfigError):
         return typed(_Kept, read_json_file(path, ConfigError), str(path), ConfigError)
     return _Kept()
