@@ -111,6 +111,7 @@ def test_beam_search(folders, hf) -> None:
     assert torch.equal(beams, expected(hf["gpt2"], input_ids, num_beams=num_beams))
 
 
+@pytest.mark.slow
 def test_serialization(folders, hf, tmp_path) -> None:
     options = dict(batch_size=1, tp_degree=2, n_positions=64, context_length_estimate=32, amp="f32", backend="host")
     neuron_model = LlamaForSampling.from_pretrained(folders["llama"], **options)
@@ -138,6 +139,7 @@ def test_grouped_query_attention(folders, hf) -> None:
     assert torch.equal(tokens, expected(hf["llama"], input_ids))
 
 
+@pytest.mark.slow
 def test_bucketing(folders, hf) -> None:
     neuron_model = NeuronAutoModelForCausalLM.from_pretrained(
         folders["llama"], batch_size=[1, 2], n_positions=[32, 64], context_length_estimate=[8, 16]

@@ -382,7 +382,8 @@ def test_one_prompt_many_answers(name, backend, tmp_path) -> None:
         cls.from_pretrained(tmp_path, batch_size=6, prompt_batch_size=4)
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xla", "host"])
 def test_a_kept_prefix_is_computed_once_and_changes_nothing(folder, backend) -> None:
     model = GPT2ForSampling.from_pretrained(
         folder, batch_size=2, n_positions=[48, 64], context_length_estimate=[4, 8], backend=backend

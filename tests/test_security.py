@@ -122,6 +122,7 @@ def test_code_in_a_saved_model_is_refused(checkpoint: Path, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_code_laid_into_a_saved_model_is_not_looked_at(checkpoint: Path, tmp_path: Path) -> None:
     folder = LlamaForSampling.from_pretrained(checkpoint, **SHAPE).save(tmp_path / "saved", sharded_weights=True)
     lay_evil(folder, tmp_path / "ran")

@@ -191,6 +191,7 @@ def test_what_cannot_draft_is_refused(folder: Path) -> None:
         NeuronConfig(speculation_length=1)
 
 
+@pytest.mark.slow
 def test_verify_programs_pass_on_every_target_and_are_saved(folder: Path, tmp_path: Path) -> None:
     model = made(folder, "host", 2, tp_degree=2)
     assert [key.name for key in model.settings.programs][-1] == "verify4-b2-s64-k64"
