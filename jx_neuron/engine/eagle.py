@@ -13,7 +13,7 @@ from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput
 
 TOKENS = (4, 8, 64, 512)
-"""Tokens of a sequence that a step computes, at most: the accepted tokens of a draft, or a prompt's."""
+"""Most tokens of a sequence that a step computes: the ones that a verified draft has added, or a prompt's."""
 
 GUESSES = (1, 3, 7, MOST)
 """Tokens of a draft, where that many are wanted or fewer."""

@@ -80,12 +80,13 @@ def _opened(model: str | os.PathLike[str], target: "Calls") -> EagleDrafter:
     checkpoint = open_checkpoint(model)
     config = eagle3.Config.from_hf(checkpoint.config)
     _check_sizes(config, origin.decoder.config.sizes)
+    taps = config.taps(origin.decoder.config.layers)
     tensors = _Tensors.of(config, checkpoint, lambda: origin.whole().read("embed_tokens.embedding"))
     head = Decoder.made(config.MODEL_TYPE, cast("Family", eagle3), config, settings.tp_degree)
     source = head.source(tensors, settings.dtype)
     _check_tokens(tensors.read("d2t"), config.vocab_size)
     mesh = xla.mesh(settings.tp_degree)
-    return EagleDrafter(xla.XlaRuntime(head, source, mesh, settings.dtype), config.taps(origin.decoder.config.layers))
+    return EagleDrafter(xla.XlaRuntime(head, source, mesh, settings.dtype), taps)
 
 
 def _check_sizes(config: "Config", target: Mapping[str, int]) -> None:
