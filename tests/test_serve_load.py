@@ -9,7 +9,7 @@ import httpx
 import pytest
 import serving
 
-REQUESTS, AT_ONCE, KINDS = 10_000, 64, 300
+REQUESTS, AT_ONCE, KINDS = 10_000, 64, 1_000
 WARM, GROWTH = 1_000, 1.02  # requests after which memory is measured, and what it may grow by since
 
 

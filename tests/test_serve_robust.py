@@ -235,8 +235,8 @@ def test_half_sent_bodies_end_in_time(server: serving.Process) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most", [None, 2**24], ids=["too long", "read"])
-def test_prompts_of_10_mb(most: int | None, folder: Path) -> None:
+@pytest.mark.parametrize(("most", "seconds"), [(None, 5), (2**24, 30)], ids=["too long", "read"])
+def test_prompts_of_10_mb(most: int | None, seconds: float, folder: Path) -> None:
     options = [] if most is None else ["--most-bytes", str(most)]
     prompts = ["a b c " * 1_700_000, [5] * 5_000_000, ["a"] * 2_500_000, [5] * 5_000_000 + ["a"]]
     bodies = [json.dumps(dict(prompt=prompt)) for prompt in prompts]
@@ -257,5 +257,5 @@ def test_prompts_of_10_mb(most: int | None, folder: Path) -> None:
         expected = [413] * 5 if most is None else [400] * 5
         assert [one.result().status_code for one in sent] == expected
         print(f"another request took at most {longest:.2f} s")
-        assert longest < 5
+        assert longest < seconds
         assert server.end()[0] == 0
