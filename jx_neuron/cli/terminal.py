@@ -116,7 +116,7 @@ def reserve_stdout() -> None:
     own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     own.reconfigure(line_buffering=own.isatty())
     os.dup2(2, 1)
-    sys.stdout = Output(own)  # type: ignore[assignment]
+    sys.stdout = Output(own)
 
 
 class Output:
