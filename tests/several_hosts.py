@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams, distributed
+from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams, distributed, request_devices
 
 LENGTH = 24
 PROMPTS = [[5, 9, 2, 11], [7] * 9, [1, 2, 3], [40, 41, 42, 43, 44, 45]]
@@ -40,23 +42,19 @@ def main() -> None:
     folder, out, what = sys.argv[5], Path(sys.argv[6]), sys.argv[7]
     if count > 1:
         distributed.join(",".join([f"127.0.0.1:{port}"] + ["127.0.0.1"] * (count - 1)), rank)
-    if what == "memory":  # what the interpreter, its libraries and JAX's client take
-        import jax
-
-        from jx_neuron import models, request_devices
+    if what == "memory":  # what the interpreter, its libraries and a small program take
+        from jx_neuron import models
         from jx_neuron.runtime import xla
 
         request_devices(tp // count)
-        assert all((models, xla, jax.devices()))
+        assert all((models, xla, jax.jit(jnp.tanh)(np.ones(8, np.float32)).sum() > 1))
         (out / f"base-{rank}").write_text(str(memory("VmHWM")))
     model = NeuronAutoModelForCausalLM.from_pretrained(
         folder, tp_degree=tp, batch_size=4, n_positions=96, context_length_estimate=32
     )
-    if what == "memory":
-        model.to_neuron()
-        (out / f"loaded-{rank}").write_text(str(memory("VmHWM")))
     distributed.follow(model)
     (out / "answers.json").write_text(json.dumps(answers(model)))
+    (out / "arrays").write_text(str(sum(s.data.nbytes for a in jax.live_arrays() for s in a.addressable_shards)))
     if what != "answers":
         (out / "ready").touch()
         while True:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import torch
 import transformers
 import yaml
 from families import OPTIONS
+from safetensors.numpy import save_file
 
 from jx_neuron import SamplingParams
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
@@ -85,6 +87,42 @@ def checkpoint(name: str, folder: Path) -> Path:
 def test_the_tokens_of_one_process(name: str, count: int, tp: int, tmp_path: Path) -> None:
     folder = tiny.saved("llama", tmp_path / "model") if name == "llama" else checkpoint(name, tmp_path / "model")
     same(answers(folder, tmp_path / "one", 1, tp), answers(folder, tmp_path / "several", count, tp))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random Llama of 777 MB in float32."""
+    folder, numbers = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+    config = transformers.LlamaConfig(
+        **tiny.SPECIAL, hidden_size=1024, intermediate_size=2816, num_hidden_layers=10, num_attention_heads=16,
+        num_key_value_heads=8, vocab_size=32000, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
+    save_file({k: numbers.random(s, np.float32) / 10 - 0.05 for k, s in shapes.items()}, folder / "model.safetensors")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "tp"), [(2, 4), (4, 8)])
+def test_a_process_takes_its_share_of_memory(count: int, tp: int, large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with processes(spread(large, out, count, tp, "memory")) as started:
+        wait_for(out / "ready", started, 400)
+        peaks = [peak(process.pid) for process in started]
+    share = int((out / "arrays").read_text())
+    assert share > 700e6 / count
+    taken = [peak - int((out / f"base-{rank}").read_text()) for rank, peak in enumerate(peaks)]
+    print([f"{one / share:.3f}" for one in taken])
+    assert max(taken) <= 1.25 * share, [one / share for one in taken]
+
+
+def peak(pid: int) -> int:
+    """The most memory that a process has had, in bytes."""
+    (line,) = re.findall(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return 1024 * int(line)
 
 
 def wait_for(path: Path, started: list[subprocess.Popen[str]], seconds: float = 200) -> None:

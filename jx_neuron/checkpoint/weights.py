@@ -17,7 +17,7 @@ from jx_neuron.checkpoint.row import REPLICATED, Tensors, W, slices
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.util.ondemand import OnDemand
-from jx_neuron.util.pages import scratch
+from jx_neuron.util.pages import Pages, scratch
 from jx_neuron.util.progress import prefetch, track
 
 __all__ = [
@@ -234,15 +234,16 @@ class Source:
         """Places all parameters, of shapes and shardings `arrays`, on a mesh of several processes, of which each reads
         what its own devices take."""
         core_of = {device: core for core, device in enumerate(mesh.devices.flat)}
+        pages = Pages()  # a CPU's devices use them without a copy
 
         def read(path: str) -> list[np.ndarray]:
             split, own = self.split(path), [core_of[device] for device in mesh.local_devices]
             if AXIS not in tuple(split):
-                return [np.ascontiguousarray(self.read(path))] * len(own)
+                return [pages.put(self.read(path))] * len(own)
             if self.core is not None:
-                return [np.ascontiguousarray(self.core(path, core)) for core in own]
+                return [pages.put(self.core(path, core)) for core in own]
             parts = np.split(self.read(path), mesh.size, tuple(split).index(AXIS))
-            return [np.ascontiguousarray(parts[core]) for core in own]
+            return [pages.put(parts[core]) for core in own]
 
         placed: Params = {}
         paths = track(self.paths, "loading weights", len(self.paths))

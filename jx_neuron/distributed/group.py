@@ -84,7 +84,7 @@ class Group:
 
     def fail(self, error: Exception) -> NoReturn:
         """Ends all processes after an error of a step. Where that is because a process is gone, the message says so."""
-        time.sleep(END_SECONDS)  # `_listen` learns which process is gone
+        time.sleep(END_SECONDS)  # meanwhile `_listen` may end the process
         if self._closing.is_set():
             os._exit(0)
         reason = (str(error) or repr(error)).splitlines()[0]
