@@ -2,8 +2,7 @@
 
     python examples/fine_tune.py demo my-text.txt my-model --steps 50
 
-It needs the extra `train`. For SmolLM2-135M in float32, parameters, gradients and Adam's moments take 2.2 GB, and the
-peak is 8 GB.
+It needs the extra `train`, and 8 GB of memory for SmolLM2-135M in float32.
 """
 
 import argparse
