@@ -42,19 +42,24 @@ def main() -> None:
     folder, out, what = sys.argv[5], Path(sys.argv[6]), sys.argv[7]
     if count > 1:
         distributed.join(",".join([f"127.0.0.1:{port}"] + ["127.0.0.1"] * (count - 1)), rank)
-    if what == "memory":  # what the interpreter, its libraries and a small program take
+    if what == "weights":  # what the interpreter, its libraries and a small program take
         from jx_neuron import models
         from jx_neuron.runtime import xla
 
         request_devices(tp // count)
         assert all((models, xla, jax.jit(jnp.tanh)(np.ones(8, np.float32)).sum() > 1))
-        (out / f"base-{rank}").write_text(str(memory("VmHWM")))
+        base = memory("VmHWM")
     model = NeuronAutoModelForCausalLM.from_pretrained(
         folder, tp_degree=tp, batch_size=4, n_positions=96, context_length_estimate=32
     )
+    if what == "weights":
+        model.to_neuron()
+        arrays = sum(s.data.nbytes for a in jax.live_arrays() for s in a.addressable_shards)
+        (out / f"taken-{rank}.json").write_text(json.dumps([memory("VmHWM") - base, arrays]))
     distributed.follow(model)
+    if what == "weights":
+        return
     (out / "answers.json").write_text(json.dumps(answers(model)))
-    (out / "arrays").write_text(str(sum(s.data.nbytes for a in jax.live_arrays() for s in a.addressable_shards)))
     if what != "answers":
         (out / "ready").touch()
         while True:

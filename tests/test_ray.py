@@ -231,7 +231,7 @@ async def load(ray: Ray, folder: Path) -> dict[str, object]:
     for kind in range(KINDS):
         sampling = SamplingParams(max_tokens=90, top_k=1, eos_token_id=-1)
         expected.append(list(model.generate([[kind + 1, 5, 7]], sampling)[0].ids))
-    limits = httpx.Limits(max_connections=2 * CALLERS)
+    limits = httpx.Limits(max_connections=2 * CALLERS, keepalive_expiry=1)  # Ray's proxy closes after 5 s
     async with httpx.AsyncClient(base_url=ray.url, timeout=300, limits=limits) as client:
         numbers = iter(range(SHARED))
 

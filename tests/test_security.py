@@ -290,7 +290,7 @@ ALLOWED = {
     },
     "models/registry.py": {"importlib.import_module": OURS},
     "util/lazy.py": {"importlib.import_module": OURS, "importlib.util.spec_from_loader": OURS},
-    "util/pages.py": {"ctypes.CDLL": "malloc_trim of this process's own C library"},
+    "util/pages.py": {"ctypes.CDLL": "malloc_trim and mallopt of this process's own C library"},
     "runtime/cpu/formulation.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "runtime/xla_options.py": {"importlib.metadata.version": "reads the version of an installed package"},
     "runtime/neuron.py": {

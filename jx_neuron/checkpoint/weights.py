@@ -17,7 +17,7 @@ from jx_neuron.checkpoint.row import REPLICATED, Tensors, W, slices
 from jx_neuron.errors import CheckpointError, ConfigError
 from jx_neuron.nn.sharding import AXIS, Padding
 from jx_neuron.util.ondemand import OnDemand
-from jx_neuron.util.pages import Pages, scratch
+from jx_neuron.util.pages import Pages, release_large_arrays, scratch
 from jx_neuron.util.progress import prefetch, track
 
 __all__ = [
@@ -234,6 +234,7 @@ class Source:
         """Places all parameters, of shapes and shardings `arrays`, on a mesh of several processes, of which each reads
         what its own devices take."""
         core_of = {device: core for core, device in enumerate(mesh.devices.flat)}
+        release_large_arrays()
         pages = Pages()  # a CPU's devices use them without a copy
 
         def read(path: str) -> list[np.ndarray]:

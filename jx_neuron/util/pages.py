@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from jx_neuron.errors import InputError
 CHUNK = 64 * 2**20  # bytes asked of the system at once
 KEPT = 4 * 2**20  # bytes; malloc keeps up to twice that of what a thread frees: mallopt(3)
 MEMORY, CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+LARGE = 2**20  # bytes
+M_MMAP_THRESHOLD = -3  # of malloc.h
 ALIGNMENT = 64  # at which XLA takes an array's memory as it is
 
 
@@ -108,8 +111,22 @@ def _pages(size: int) -> np.ndarray:
 
 def release_memory() -> None:
     """Returns freed memory to the system. glibc would keep tens of megabytes of each program's compilation."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    _malloc("malloc_trim", 0)
+
+
+@cache
+def release_large_arrays() -> None:
+    """Has malloc return arrays of `LARGE` bytes or more to the system as soon as they are freed.
+
+    With the first of up to 32 MB, glibc would raise its threshold to that, and each thread keep twice as much.
+    """
+    _malloc("mallopt", M_MMAP_THRESHOLD, LARGE)
+
+
+def _malloc(function: str, *arguments: int) -> None:
+    """Calls a function of glibc's malloc, where this is it."""
+    if sys.platform == "linux" and (call := getattr(ctypes.CDLL(None), function, None)) is not None:
+        call(*arguments)
 
 
 def memory_limit() -> int | None:
