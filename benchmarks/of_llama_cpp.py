@@ -1,6 +1,9 @@
-"""llama.cpp in this process, by llama-cpp-python's bindings, and the GGUF files that it reads."""
+"""llama.cpp by llama-cpp-python's bindings, and the GGUF files that it reads."""
 
-import weakref
+import atexit
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +13,60 @@ from task import THREADS, Engine, Task, UnsupportedError
 
 
 def llama_cpp(task: Task, stored: str = "F32") -> Engine:
-    """llama.cpp, whose matrices are `stored` as that type, with a cache in float32."""
-    import llama_cpp as lib
+    """llama.cpp in a process of its own, since its OpenMP and torch's do not go together. Matrices are `stored` as that
+    type, and the cache is float32."""
+    import llama_cpp  # noqa: F401
 
     converted = task.folder / f"llama_cpp_{stored}.gguf"
     write_gguf(task.model, converted, stored)
+    command = [sys.executable, __file__, converted, task.batch, task.length, task.model.config.vocab_size]
+    with converted.with_suffix(".log").open("w") as log:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        child = subprocess.Popen(list(map(str, command)), **pipes)
+    atexit.register(child.terminate)
+
+    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+        print(json.dumps([ids_bt.tolist(), new]), file=child.stdin, flush=True)
+        return np.array(json.loads(child.stdout.readline()))
+
+    return generate
+
+
+def serve(path: str, batch: int, length: int, vocabulary: int) -> None:
+    """Answers on standard output what `llama_cpp` asks on standard input, until that ends."""
+    import llama_cpp as lib
+
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(str(converted).encode(), lib.llama_model_default_params())
+    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
     options = lib.llama_context_default_params()
-    options.n_ctx, options.n_batch = task.batch * task.length, task.batch * task.length
-    options.n_seq_max, options.n_threads, options.n_threads_batch = task.batch, THREADS, THREADS
+    options.n_ctx, options.n_batch = batch * length, batch * length
+    options.n_seq_max, options.n_threads, options.n_threads_batch = batch, THREADS, THREADS
     options.type_k = options.type_v = lib.GGML_TYPE_F32
     context = lib.llama_init_from_model(model, options)
-    vocabulary = task.model.config.vocab_size
 
     def step(tokens_bt: np.ndarray, start: int) -> np.ndarray:
         """The likeliest token after each row's, which begin at position `start`: [b, 1]."""
         b, t = tokens_bt.shape
-        batch = lib.llama_batch_init(b * t, 0, 1)
-        batch.n_tokens = b * t
+        asked = lib.llama_batch_init(b * t, 0, 1)
+        asked.n_tokens = b * t
         for i, token in enumerate(tokens_bt.ravel().tolist()):
             row, position = divmod(i, t)
-            batch.token[i], batch.pos[i] = token, start + position
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
-            batch.logits[i] = position == t - 1
-        if lib.llama_decode(context, batch):
+            asked.token[i], asked.pos[i] = token, start + position
+            asked.n_seq_id[i], asked.seq_id[i][0] = 1, row
+            asked.logits[i] = position == t - 1
+        if lib.llama_decode(context, asked):
             raise RuntimeError("llama.cpp computed no step")
-        lib.llama_batch_free(batch)
+        lib.llama_batch_free(asked)
         last = (lib.llama_get_logits_ith(context, (row + 1) * t - 1) for row in range(b))
         return np.array([[np.ctypeslib.as_array(logits, (vocabulary,)).argmax()] for logits in last])
 
-    def generate(ids_bt: np.ndarray, new: int) -> np.ndarray:
+    for line in sys.stdin:
+        rows, new = json.loads(line)
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        made = [step(ids_bt, 0)]
+        made = [step(np.array(rows), 0)]
         for n in range(1, new):
-            made.append(step(made[-1], ids_bt.shape[1] + n - 1))
-        return np.concatenate(made, 1)
-
-    weakref.finalize(generate, lib.llama_model_free, model)
-    weakref.finalize(generate, lib.llama_free, context)  # the last is called first
-    return generate
+            made.append(step(made[-1], len(rows[0]) + n - 1))
+        print(json.dumps(np.concatenate(made, 1).tolist()), flush=True)
 
 
 def write_gguf(model: Any, path: Path, stored: str) -> None:
@@ -105,3 +122,8 @@ def write_gguf(model: Any, path: Path, stored: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+if __name__ == "__main__":
+    path, *sizes = sys.argv[1:]
+    serve(path, *map(int, sizes))
