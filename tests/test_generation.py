@@ -55,7 +55,7 @@ def greedy(hf: transformers.GPT2LMHeadModel, ids: np.ndarray, length: int) -> np
     return hf.generate(prompt, attention_mask=mask, max_length=length, do_sample=False, pad_token_id=0).numpy()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -133,6 +133,7 @@ def source(decoder, values, dtype):
     return from_params(values, decoder.rows, decoder.padding, jnp.dtype(dtype))
 
 
+@pytest.mark.slow
 def test_what_bfloat16_gives_is_near_float32() -> None:
     decoder, mesh = Decoder.from_config(GPT2), sharding.mesh(1)
     rng = np.random.default_rng(0)

@@ -247,6 +247,7 @@ def test_lowered_programs_pass_and_scales_move_between_no_cores(family: str, dty
         assert held == decoder.with_cache(dtype).state_bytes(3, 96, 2)
 
 
+@pytest.mark.slow
 def test_a_saved_model_keeps_its_form(llama: Path, answers: list[list[int]], tmp_path: Path) -> None:
     made = model(llama, INT8, backend="host", tp_degree=2)
     folder = made.save(tmp_path / "saved", sharded_weights=True)

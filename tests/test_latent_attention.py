@@ -35,7 +35,7 @@ SIZES = dict(d=24, n=4, h=14, c=8, u=6, o=10, q=12, r=16)
 SLOTS, S = 4, 16
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("start_b", "tokens"), [([9, 0, 15], 1), ([3, 0, 11], 5), ([0, 0, 0], S)])
 @pytest.mark.parametrize("layout", [PLAIN, CPU], ids=["plain", "cpu"])
 def test_both_ways_give_the_same(

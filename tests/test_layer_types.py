@@ -231,7 +231,7 @@ def expected(config: Config, tensors: Tensors, tokens: list[int]) -> np.ndarray:
     return x[-1] @ tensors["embed.weight"].T
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_a_decoder_of_several_kinds_of_layers(tp: int, hybrid: None) -> None:
     decoder = Decoder.from_config({"model_type": "hybrid"}, tp)

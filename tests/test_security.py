@@ -113,6 +113,7 @@ def test_code_beside_a_gguf_file_is_not_looked_at(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_code_in_a_saved_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "model")
     amend(source / "tokenizer_config.json", auto_map=MAPS["both"], tokenizer_class=None)
