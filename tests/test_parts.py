@@ -46,7 +46,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(*case, id=id, marks=() if id in quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "options"), cases())
+@pytest.mark.parametrize(("name", "options"), list(cases()))
 def test_of_every_family(name: str, options: dict[str, Any]) -> None:
     config = AutoConfig.for_model(name, **options).to_diff_dict() | {"model_type": name}
     for tp in (2, 3, 8):

@@ -151,7 +151,7 @@ def test_each_line_is_answered_as_it_is_typed(program: Path, tmp_path: Path) -> 
         answer = run("sample", folder, text, "--max-new-tokens", 4).stdout
         assert until("> ") == f"{text}\n{answer}> "  # what was typed comes first
     os.write(ours, b"x" * 93 + b"\n")
-    assert "jx-neuron: a prompt of 93 tokens and --max-tokens 4 make 97" in " ".join(until("> ").split())
+    assert "jx-neuron: a prompt of 93 tokens and an answer of 4 (--max-tokens) make 97" in " ".join(until("> ").split())
     os.write(ours, b"\x04")
     assert "8 tokens, " in until("first token after")
     assert process.wait(30) == 0
