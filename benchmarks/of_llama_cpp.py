@@ -47,16 +47,16 @@ def serve(path: str, batch: int, length: int, vocabulary: int) -> None:
     def step(tokens_bt: np.ndarray, start: int) -> np.ndarray:
         """The likeliest token after each row's, which begin at position `start`: [b, 1]."""
         b, t = tokens_bt.shape
-        asked = lib.llama_batch_init(b * t, 0, 1)
-        asked.n_tokens = b * t
+        inputs = lib.llama_batch_init(b * t, 0, 1)
+        inputs.n_tokens = b * t
         for i, token in enumerate(tokens_bt.ravel().tolist()):
             row, position = divmod(i, t)
-            asked.token[i], asked.pos[i] = token, start + position
-            asked.n_seq_id[i], asked.seq_id[i][0] = 1, row
-            asked.logits[i] = position == t - 1
-        if lib.llama_decode(context, asked):
+            inputs.token[i], inputs.pos[i] = token, start + position
+            inputs.n_seq_id[i], inputs.seq_id[i][0] = 1, row
+            inputs.logits[i] = position == t - 1
+        if lib.llama_decode(context, inputs):
             raise RuntimeError("llama.cpp computed no step")
-        lib.llama_batch_free(asked)
+        lib.llama_batch_free(inputs)
         last = (lib.llama_get_logits_ith(context, (row + 1) * t - 1) for row in range(b))
         return np.array([[np.ctypeslib.as_array(logits, (vocabulary,)).argmax()] for logits in last])
 
