@@ -31,6 +31,16 @@ TENSORS = {
 }
 
 
+class Tensors(dict):
+    """A checkpoint in memory."""
+
+    names = dict.keys
+    read = dict.__getitem__
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self[name].shape
+
+
 def write(folder, tensors=TENSORS, config=CONFIG):
     """A folder as save_pretrained leaves it, of one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)

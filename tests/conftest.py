@@ -33,3 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, item in enumerate(of_test):
             if number not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def kept_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoders that a test registers are forgotten after it."""
+    from jx_neuron.models import registry
+
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))

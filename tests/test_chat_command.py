@@ -27,11 +27,7 @@ TEMPLATE = (  # the tiny tokenizer has no newline
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer(TEMPLATE))
 
 
 def test_each_answer_is_what_the_whole_conversation_gives(folder: Path, tmp_path: Path) -> None:
@@ -111,8 +107,7 @@ def test_what_cannot_be_done_is_said(typed: str, words: str, folder: Path) -> No
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    folder = tiny.saved("llama", tmp_path)
-    tiny.tokenizer().save_pretrained(folder)
+    folder = tiny.saved("llama", tmp_path, tiny.tokenizer())
     done = run("chat", folder, stdin="a\n")
     assert done.returncode == 2
     assert "this tokenizer has no chat template; use jx-neuron sample" in done.stderr

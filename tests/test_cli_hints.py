@@ -16,11 +16,7 @@ FEW = ("--max-tokens", 6)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer(TEMPLATE))
 
 
 def test_other_spellings_are_read_alike() -> None:

@@ -17,9 +17,7 @@ FEW = ("--max-new-tokens", 4)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer())
 
 
 def refused(done: Done, *words: str) -> None:

@@ -162,8 +162,7 @@ def test_a_tokenizer_without_an_end_token_answers(folder: Path, tmp_path: Path) 
 
     from jx_neuron.integrations.lm_eval import JxNeuronLM
 
-    tiny.saved("llama", tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.saved("llama", tmp_path, tiny.tokenizer())
     every = NeuronConfig(output_all_logits=True)
     model = NeuronAutoModelForCausalLM.from_pretrained(tmp_path, n_positions=CAPACITY, neuron_config=every)
     ours = JxNeuronLM(model, max_gen_toks=8)

@@ -25,8 +25,7 @@ COUNTS = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytes
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tiny.saved("opt", tmp_path_factory.mktemp("opt"))
-    tiny.tokenizer().save_pretrained(source)
+    source = tiny.saved("opt", tmp_path_factory.mktemp("opt"), tiny.tokenizer())
     model = NeuronAutoModelForCausalLM.from_pretrained(source, tp_degree=2, n_positions=24, context_length_estimate=24)
     return model.save(tmp_path_factory.mktemp("saved") / "opt", sharded_weights=True)
 

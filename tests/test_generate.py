@@ -12,8 +12,7 @@ DRAWN = SamplingParams(max_tokens=6, temperature=1.5, top_k=20, seed=3)
 
 @pytest.fixture(scope="module", params=["xla", pytest.param("host", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NeuronAutoModelForCausalLM:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tiny.tokenizer().save_pretrained(folder)
+    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer())
     return NeuronAutoModelForCausalLM.from_pretrained(
         folder, batch_size=[1, 2], n_positions=[24, 48], context_length_estimate=[4, 16], backend=request.param
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from compiling import alive, compilers, eventually
 from doubles import neuronx_cc
-from test_neuronx_cc import alive, compilers, eventually
 
 from jx_neuron.artifact import folder as artifact
 from jx_neuron.checkpoint import open_checkpoint
@@ -65,9 +65,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer())
 
 
 def interrupt(checkpoint: Path, here: Path, command: str, times: int) -> None:

@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from checkpoints import Tensors
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from steps import filled, step_input
-from test_state import DECODE, LAYOUTS, PLACES, POSITIONS, SEQUENCES, SLOTS, Layer, Tensors, at, check, every, prefilled
+from test_state import DECODE, LAYOUTS, PLACES, POSITIONS, SEQUENCES, SLOTS, Layer, at, check, every, prefilled
 
 from jx_neuron import NeuronAutoModelForCausalLM, models
 from jx_neuron.checkpoint.hf_config import FULL, HFConfig
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.errors import ArtifactError, ConfigError, InputError
 from jx_neuron.lowering.model import lower_model
-from jx_neuron.models import Decoder, registry
+from jx_neuron.models import Decoder
 from jx_neuron.models.rows import embedding
 from jx_neuron.nn import sharding
 from jx_neuron.nn.attention import attend
@@ -192,8 +193,7 @@ class Hybrid:
 
 
 @pytest.fixture
-def hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+def hybrid(kept_registry: None) -> None:
     models.register("hybrid", Hybrid)
 
 

@@ -1,114 +1,26 @@
-"""The compiler's driver and its cache, against a strict stand-in for neuronx-cc."""
+"""The compiler's driver against a strict stand-in for neuronx-cc."""
 
 import os
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+import compiling
 import pytest
+from compiling import TRN1, alive, cached, compiled, compilers, eventually, message, module, process
 from doubles import neuronx_cc as double
 from jax._src.lib import xla_client
 
-from jx_neuron.compiler import cache as compile_cache
 from jx_neuron.compiler import neuronx_cc
 from jx_neuron.compiler.errors import explain
 from jx_neuron.compiler.options import CompilerOptions, flags
 from jx_neuron.errors import CompilerError, JxNeuronError
 
-TRN1 = CompilerOptions(target="trn1")
 DEFAULTS = ["--framework=XLA", "--target=trn1", "--model-type=transformer", "--auto-cast=none"]
-
-
-def varint(value: int) -> bytes:
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
-
-
-def message(*fields: tuple[int, int | bytes]) -> bytes:
-    """Protobuf's wire format of a message."""
-    return b"".join(
-        varint(n << 3) + varint(v) if isinstance(v, int) else varint(n << 3 | 2) + varint(len(v)) + v for n, v in fields
-    )
-
-
-def module(name: str = "step", opcode: str = "tanh", root: int = 2, *extra: tuple[int, int | bytes]) -> bytes:
-    """A serialized HloModuleProto: `opcode` of a parameter f32[4]."""
-    shape = message((2, 11), (3, 4), (5, message((1, 0))))
-    signature = message((1, shape), (2, shape), (3, b"x"))
-    x = message((1, b"x"), (2, b"parameter"), (3, shape), (35, 1))
-    y = message((1, b"y"), (2, opcode.encode()), (3, shape), (35, root), (36, 1), *extra)
-    main = message((1, b"main"), (2, x), (2, y), (4, signature), (5, 1), (6, root))
-    return message((1, name.encode()), (2, b"main"), (3, main), (4, signature), (5, 1), (6, 1))
-
-
-@pytest.fixture(autouse=True)
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with the stand-in, a cache, and the folder where the stand-in says what it was told."""
-    for name in list(os.environ):
-        if name.startswith("NEURON"):
-            monkeypatch.delenv(name)
-    double.install(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path / "cache"))
-    log = tmp_path / "log"
-    log.mkdir()
-    monkeypatch.setenv("NEURONX_CC_DOUBLE_LOG", str(log))
-    return log
-
-
-def compiled(*names: str) -> dict[str, bytes]:
-    return neuronx_cc.compile_programs({name: module(name) for name in names}, TRN1, jobs=4)
-
-
-def cached(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").rglob("*.neff"))
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def compilers(log: Path) -> list[int]:
-    """The processes of compilations and their children, as far as they said so."""
-    children = [int(text) for path in log.glob("hanging-*") if (text := path.read_text())]
-    return [entry["pid"] for entry in double.invocations(log)] + children
-
-
-SCRIPT = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins by ignoring it
-import sys, pathlib
-from jx_neuron.compiler import cache as compile_cache, neuronx_cc
-held = compile_cache.lock
-def lock(*arguments):
-    pathlib.Path(sys.argv[2]).touch()
-    return held(*arguments)
-compile_cache.lock = lock
-print(len(neuronx_cc.compile_programs({"step": pathlib.Path(sys.argv[1]).read_bytes()})["step"]))
-"""
-
-
-def process(tmp_path: Path, mark: str) -> "subprocess.Popen[str]":
-    """Another process that compiles the program, and touches `mark` when it is about to lock it."""
-    (tmp_path / "step.pb").write_bytes(module())
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "step.pb"), str(tmp_path / mark)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+log, told = compiling.log, compiling.told
+pytestmark = pytest.mark.usefixtures("told")
 
 
 def test_the_programs_used_here_are_real() -> None:
@@ -376,129 +288,3 @@ def test_being_killed_half_way_leaves_nothing_that_loads(
     monkeypatch.delenv("NEURONX_CC_DOUBLE_HANG")
     assert double.read_neff(compiled("step")["step"])[1] == module("step")
     assert len(double.invocations(told)) == 2
-
-
-# --- the cache
-
-
-def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
-    monkeypatch.setenv("NEURON_CC_FLAGS", "-O1 --enable-saturate-infinity")
-    first = compiled("step")
-    assert compiled("step") == first
-    monkeypatch.setenv("NEURON_CC_FLAGS", "--optlevel 1 --verbose=debug --enable-saturate-infinity")
-    assert compiled("step") == first
-    assert len(double.invocations(told)) == 1
-
-
-def test_program_flags_target_and_compiler_each_make_a_new_compilation(
-    monkeypatch: pytest.MonkeyPatch, told: Path
-) -> None:
-    compiled("step")
-    neuronx_cc.compile_programs({"step": module(opcode="negate")}, TRN1)
-    neuronx_cc.compile_programs({"step": module("step")}, CompilerOptions(target="trn1n"))
-    neuronx_cc.compile_programs({"step": module("step")}, CompilerOptions(optlevel=1))
-    monkeypatch.setenv("NEURONX_CC_DOUBLE_VERSION", "2.22.0.0")
-    compiled("step")
-    assert len(double.invocations(told)) == 5
-
-
-def test_equal_programs_are_compiled_once(told: Path) -> None:
-    neffs = neuronx_cc.compile_programs({"a": module(), "b": module()}, TRN1, jobs=2)
-    assert neffs["a"] == neffs["b"]
-    assert len(double.invocations(told)) == 1
-
-
-@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
-def test_a_corrupted_entry_is_compiled_again(harm: str, tmp_path: Path, told: Path) -> None:
-    neff = compiled("step")
-    (entry,) = cached(tmp_path)
-    data = entry.read_bytes()
-    entry.write_bytes({"flip": data[:-1] + bytes([data[-1] ^ 1]), "cut": data[: len(data) // 2], "empty": b""}[harm])
-    half = entry.with_name(f".{entry.stem}-0123.tmp")
-    half.write_bytes(data[:5])
-    assert compiled("step") == neff
-    assert len(double.invocations(told)) == 2
-    assert cached(tmp_path) == [entry]
-    assert entry.read_bytes() == data
-    assert not half.exists()
-
-
-def test_two_processes_compile_a_program_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
-    monkeypatch.setenv("NEURONX_CC_DOUBLE_WAIT", str(tmp_path / "gate"))
-    first = process(tmp_path, "first")
-    eventually(lambda: double.invocations(told))
-    second = process(tmp_path, "second")
-    eventually((tmp_path / "second").exists)
-    time.sleep(0.5)
-    assert len(double.invocations(told)) == 1
-    (tmp_path / "gate").touch()
-    assert [p.communicate(timeout=60)[0].strip() for p in (first, second)] == [
-        str(len(cached(tmp_path)[0].read_bytes()))
-    ] * 2
-    assert len(double.invocations(told)) == 1
-
-
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compile_cache.default_folder() == tmp_path / "cache" / "jx-neuron"
-    monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", "file:///var/tmp/neuron%20cache")
-    assert compile_cache.default_folder() == Path("/var/tmp/neuron cache/jx-neuron")
-    monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", "s3://bucket/cache")
-    with pytest.raises(CompilerError, match="local folders only"):
-        compiled("step")
-    monkeypatch.delenv("NEURON_COMPILE_CACHE_URL")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    if sys.platform == "linux":
-        assert compile_cache.default_folder() == tmp_path / "xdg" / "jx-neuron" / "neff"
-    neuronx_cc.compile_programs({"step": module()}, TRN1, cache_dir=tmp_path / "mine")
-    assert len(list((tmp_path / "mine").glob("*.neff"))) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CompilerError, match=r"cannot be written.*NEURON_COMPILE_CACHE_URL"):
-        neuronx_cc.compile_programs({"step": module()}, TRN1, cache_dir=tmp_path / "file" / "cache")
-
-
-# --- NEURONX_DUMP_TO
-
-
-def test_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Path) -> None:
-    for run in ("compiled", "from the cache"):
-        monkeypatch.setenv("NEURONX_DUMP_TO", str(tmp_path / run))
-        neff = neuronx_cc.compile_programs({"decode/b1": module()}, TRN1)["decode/b1"]
-        (folder,) = (tmp_path / run).iterdir()
-        assert folder.name.startswith("decode_b1-")
-        assert (folder / "model.hlo.pb").read_bytes() == module()
-        assert (folder / "model.neff").read_bytes() == neff
-        line = shlex.split((folder / "command.txt").read_text())
-        assert line[1:3] == ["compile", str(folder / "model.hlo.pb")]
-    assert len(double.invocations(told)) == 1
-    (folder,) = (tmp_path / "compiled").iterdir()
-    assert (folder / "output.txt").read_text() == "Compiler status PASS\n"
-    assert "Compiling step" in (folder / "log-neuron-cc.txt").read_text()
-
-
-def test_the_dump_of_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEURONX_DUMP_TO", str(tmp_path / "dump"))
-    monkeypatch.setenv("NEURONX_CC_DOUBLE_FAIL", "EVRF064")
-    with pytest.raises(CompilerError) as error:
-        compiled("step")
-    (folder,) = (tmp_path / "dump").iterdir()
-    assert str(folder / "output.txt") in str(error.value)
-    assert {path.name for path in folder.iterdir()} == {
-        "model.hlo.pb", "command.txt", "output.txt", "log-neuron-cc.txt",
-    }  # fmt: skip
-    assert "NCC_EVRF064" in (folder / "output.txt").read_text()
-
-
-def test_a_cache_that_cannot_keep_or_give_a_program_loses_no_compilation(tmp_path):
-    folder = tmp_path / "kept"
-    folder.mkdir()
-    compile_cache.store(folder, "key", b"neff")
-    assert compile_cache.load(folder, "key") == b"neff"
-    (entry,) = folder.iterdir()
-    entry.unlink()
-    entry.mkdir()  # which can neither be read nor replaced
-    assert compile_cache.load(folder, "key") is None
-    with pytest.warns(UserWarning, match=r"cannot be kept in the compile cache .*kept"):
-        compile_cache.store(folder, "key", b"neff")

@@ -31,8 +31,7 @@ TENSORS = [
 
 
 def saved(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
-    tiny.saved("llama", folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.saved("llama", folder, tiny.tokenizer())
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -26,11 +26,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer(TEMPLATE))
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +111,7 @@ def test_refused(prompts: Any, keywords: Any, error: type[Exception], said: str,
 
 
 def test_messages_take_a_template(folder: Path, tmp_path: Path) -> None:
-    tiny.saved("llama", tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.saved("llama", tmp_path, tiny.tokenizer())
     with pytest.raises(InputError, match=r"no chat template; give the prompt as text"):
         AutoModelForCausalLM.from_pretrained(tmp_path, n_positions=32).generate(MESSAGES)
 

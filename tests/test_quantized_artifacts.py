@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_artifact import reseal
+from artifacts import reseal
 
 from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConfig
 from jx_neuron.cli.app import run

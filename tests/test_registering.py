@@ -22,6 +22,7 @@ from jx_neuron.integrations.parity import parity
 from jx_neuron.models import Decoder, gpt2, llama, opt
 from jx_neuron.nn.layers import Layers, Linear
 
+pytestmark = pytest.mark.usefixtures("kept_registry")
 NAME = "my_gpt2"
 SIZES = dict(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)
 
@@ -45,13 +46,6 @@ def table(parameter: str, **changes: object) -> tuple[W, ...]:
     """GPT-2's, but for the row of `parameter`."""
     assert any(row.target == parameter for row in gpt2.WEIGHTS)
     return tuple(replace(row, **changes) if row.target == parameter else row for row in gpt2.WEIGHTS)
-
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jx_neuron.models import registry
-
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
 
 
 def refused(of: object, *said: str) -> None:

@@ -1,15 +1,16 @@
 """From a checkpoint to tokens through NEFFs, with strict stand-ins for neuronx-cc and for torch-neuronx."""
 
 import copy
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import compiling
 import numpy as np
 import pytest
 import tiny
 import torch
+from compiling import opened
 from doubles import neuronx_cc, torch_neuronx
 from doubles.torch_neuronx import DeviceTensor, Neuron, NeuronError, ParallelExecutor, ParallelModel, ParallelTensorSet
 
@@ -21,24 +22,7 @@ from jx_neuron.step.step_input import StepInput
 
 IDS = tiny.prompts(2, 13)
 DECODE, PREFILL = ProgramKey("decode", 2, 1, 32, 64), ProgramKey("prefill", 2, 32, 32, 64)
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return neuronx_cc.install(tmp_path_factory.mktemp("neuronx-cc")).parent
-
-
-@pytest.fixture
-def log(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with neuronx-cc, whose invocations are logged, and an empty compile cache."""
-    folder = tmp_path / "log"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{compiler}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("NEURONX_CC_DOUBLE_LOG", str(folder))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    monkeypatch.setattr(runtime, "PRODUCT", tmp_path / "no product")
-    return folder
+log = compiling.log
 
 
 @pytest.fixture
@@ -49,11 +33,6 @@ def neuron(log: Path, monkeypatch: pytest.MonkeyPatch) -> Neuron:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved("gpt2", tmp_path_factory.mktemp("gpt2"))
-
-
-def opened(folder: Path, backend: str = "neuron", **options: object) -> NeuronAutoModelForCausalLM:
-    shape = dict(batch_size=2, tp_degree=2, n_positions=32, context_length_estimate=32) | options
-    return NeuronAutoModelForCausalLM.from_pretrained(folder, backend=backend, **shape)
 
 
 @pytest.mark.parametrize(

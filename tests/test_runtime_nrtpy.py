@@ -6,13 +6,15 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import compiling
 import numpy as np
 import pytest
 import tiny
-from doubles import neuronx_cc, nrtpy, torch_neuronx
+from compiling import opened
+from doubles import nrtpy, torch_neuronx
 from doubles.nrtpy import Device, NrtError
 
-from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron import NeuronConfig
 from jx_neuron.config import KVCacheQuantizationConfig
 from jx_neuron.errors import CompilerError, ConfigError
 from jx_neuron.lowering.hlo import proto
@@ -23,30 +25,17 @@ from jx_neuron.step.step_input import StepInput
 
 IDS = tiny.prompts(2, 13)
 DECODE = ProgramKey("decode", 2, 1, 32, 64)
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return neuronx_cc.install(tmp_path_factory.mktemp("neuronx-cc")).parent
+log = compiling.log
 
 
 @pytest.fixture
-def device(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setenv("PATH", f"{compiler}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    monkeypatch.setattr(neuron, "PRODUCT", tmp_path / "no product")
+def device(log: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     return nrtpy.install(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-
-
-def opened(folder: Path, backend: str = "neuron", **options: object) -> NeuronAutoModelForCausalLM:
-    shape = dict(batch_size=2, tp_degree=2, n_positions=32, context_length_estimate=32) | options
-    return NeuronAutoModelForCausalLM.from_pretrained(folder, backend=backend, **shape)
 
 
 def test_a_checkpoint_compiled_gives_the_tokens_of_hf(checkpoint: Path, device: Device) -> None:

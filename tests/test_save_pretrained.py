@@ -120,8 +120,7 @@ def test_several_files_and_an_index(size: int | str, tmp_path: Path) -> None:
 
 
 def test_configs_and_the_tokenizer_come_along(tmp_path: Path) -> None:
-    before = tiny.saved("llama", tmp_path / "before")
-    tiny.tokenizer().save_pretrained(before)
+    before = tiny.saved("llama", tmp_path / "before", tiny.tokenizer())
     (before / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true, "eos_token_id": [3, 5]}')
     after = load(before).save_pretrained(tmp_path / "after")
     for name in ("tokenizer.json", "tokenizer_config.json"):

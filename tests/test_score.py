@@ -22,11 +22,8 @@ def hf() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def folder(hf: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    hf.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    return path
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer())
 
 
 def hf_windows(hf: torch.nn.Module, ids: list[int], longest: int, stride: int) -> list[float]:

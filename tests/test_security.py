@@ -44,9 +44,7 @@ def amend(path: Path, **fields: object) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.saved("llama", tmp_path_factory.mktemp("llama"))
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny.saved("llama", tmp_path_factory.mktemp("llama"), tiny.tokenizer())
 
 
 def answer(folder: Path, shaped: bool = True) -> str:

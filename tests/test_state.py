@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from checkpoints import Tensors
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from steps import step_input, table
@@ -17,7 +18,7 @@ from jx_neuron import models
 from jx_neuron.checkpoint.hf_config import HFConfig
 from jx_neuron.checkpoint.weights import W
 from jx_neuron.integrations.parity import ModelTensors
-from jx_neuron.models import Decoder, registry
+from jx_neuron.models import Decoder
 from jx_neuron.nn import sharding
 from jx_neuron.nn.layers import Embedding, Layers
 from jx_neuron.nn.state import PLAIN, S, positions_of
@@ -229,20 +230,9 @@ class Recurrent:
     )
 
 
-class Tensors(dict):
-    """A checkpoint in memory."""
-
-    names = dict.keys
-    read = dict.__getitem__
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self[name].shape
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_recurrent_decoder_keeps_one_entry_a_slot(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+def test_a_recurrent_decoder_keeps_one_entry_a_slot(tp: int, kept_registry: None) -> None:
     models.register("recurrent", Recurrent)
     decoder, rng = Decoder.from_config({"model_type": "recurrent"}, tp), np.random.default_rng(0)
     tensors = Tensors({"embed": rng.normal(size=(tiny.VOCAB, 8)), "scale.0": rng.normal(size=8), "scale.1": np.ones(8)})

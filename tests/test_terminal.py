@@ -132,8 +132,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_line_is_answered_as_it_is_typed(program: Path, tmp_path: Path) -> None:
-    folder = tiny.saved("gpt2", tmp_path / "gpt2")
-    tiny.tokenizer().save_pretrained(folder)
+    folder = tiny.saved("gpt2", tmp_path / "gpt2", tiny.tokenizer())
     ours, theirs = pty.openpty()
     command = [str(program), "sample", str(folder), "--max-new-tokens", "4"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**PLAIN))

@@ -20,8 +20,7 @@ LENGTH = 28
 
 @pytest.fixture(scope="module", params=["xla", pytest.param("host", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GPT2ForSampling:
-    folder = tiny.saved("gpt2", tmp_path_factory.mktemp("gpt2"))
-    tiny.tokenizer().save_pretrained(folder)
+    folder = tiny.saved("gpt2", tmp_path_factory.mktemp("gpt2"), tiny.tokenizer())
     return GPT2ForSampling.from_pretrained(
         folder,
         batch_size=[1, 2],

@@ -34,10 +34,10 @@ def model(name: str) -> torch.nn.Module:
     return found
 
 
-def greedy(hf: torch.nn.Module, ids: np.ndarray, length: int) -> np.ndarray:
+def greedy(hf: torch.nn.Module, ids: np.ndarray, length: int, **options: object) -> np.ndarray:
     prompt = torch.tensor(ids)
-    mask = torch.ones_like(prompt)
-    return hf.generate(prompt, attention_mask=mask, max_length=length, do_sample=False, pad_token_id=0).numpy()
+    options = dict(do_sample=False, max_length=length, pad_token_id=0) | options
+    return hf.generate(prompt, attention_mask=torch.ones_like(prompt), **options).numpy()
 
 
 def logits(hf: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
@@ -49,15 +49,18 @@ def prompts(rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (rows, length))
 
 
-def saved(name: str, folder: Path) -> Path:
+def saved(name: str, folder: Path, tokenizer: transformers.PreTrainedTokenizerFast | None = None) -> Path:
+    """A checkpoint of the model, and of the tokenizer where there is one."""
     model(name).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return folder
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
+def tokenizer(chat_template: str | None = None) -> transformers.PreTrainedTokenizerFast:
     """A token for each printable ASCII character, and six special ones."""
     characters = {chr(32 + i): i for i in range(95)}
     found = Tokenizer(models.BPE(vocab=characters | {f"<{i}>": 95 + i for i in range(6)}, merges=[]))
     found.add_special_tokens([f"<{i}>" for i in range(6)])
     found.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=found)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, chat_template=chat_template)

@@ -24,10 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.neuronx_cc import read_neff
-from doubles.torch_neuronx import described, executable
-
-from jx_neuron.lowering.hlo import proto
+from doubles.torch_neuronx import Neff, executable
 
 PATIENCE = 20.0
 DTYPES = {"float32", "float16", "bfloat16", "int32", "int8", "float8_e4m3"}
@@ -78,7 +75,7 @@ class Tensor:
 
 
 @dataclass(eq=False)
-class Group:
+class Group(Neff):
     """The ranks of one NEFF, and the call that they are to meet in."""
 
     neff: bytes
@@ -88,16 +85,8 @@ class Group:
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self.flags, self.hlo = read_neff(self.neff)
-        module = proto.parse(self.hlo)
-        main = proto.entry(module)
-        self.inputs = [described(i.shape) for i in proto.parameters(main)]
-        self.outputs = [described(shape) for shape in proto.leaves(proto.root(main).shape)]
-        self.aliases = {e.output_shape_index[0]: e.parameter_number for e in module.input_output_alias.entries}
-        for i in proto.instructions(module):
-            for group in i.replica_groups:
-                ranks = set(range(self.world_size))
-                require(set(group.replica_ids) <= ranks, f"{i.name} is for more than {self.world_size} ranks")
+        super().__init__(self.neff)
+        require(self.ranks <= set(range(self.world_size)), f"the NEFF is for more than {self.world_size} ranks")
         self.executable = executable(self.hlo, self.world_size)
         self.barrier = threading.Barrier(self.world_size, action=self.execute)
 

@@ -134,22 +134,30 @@ class Neuron:
         return [torch.cat(ranks) for ranks in shards] if self.joined else shards
 
 
-class ParallelModel:
-    def __init__(self, neuron, neff, tp_degree, start_device, device_count):
-        require(type(neff) is bytes, "the NEFF is no bytes")
-        require(neuron.initialised, "_init_neuron() was not called")
-        require(start_device >= 0 and start_device + device_count <= neuron.cores, f"there are {neuron.cores} cores")
-        require(0 < tp_degree <= device_count, f"{tp_degree} ranks on {device_count} cores")
-        self.neuron, self.tp_degree, self.loaded = neuron, tp_degree, False
+class Neff:
+    """A NEFF read: the HLO, its inputs and outputs as (shape, dtype), its aliases, and the ranks that it names."""
+
+    def __init__(self, neff):
         self.flags, self.hlo = read_neff(neff)
         module = proto.parse(self.hlo)
         main = proto.entry(module)
         self.inputs = [described(i.shape) for i in proto.parameters(main)]
         self.outputs = [described(shape) for shape in proto.leaves(proto.root(main).shape)]
         self.aliases = {e.output_shape_index[0]: e.parameter_number for e in module.input_output_alias.entries}
-        for i in proto.instructions(module):
-            for group in i.replica_groups:
-                require(set(group.replica_ids) <= set(range(tp_degree)), f"{i.name} is for more than {tp_degree} ranks")
+        self.ranks = {
+            rank for i in proto.instructions(module) for group in i.replica_groups for rank in group.replica_ids
+        }
+
+
+class ParallelModel(Neff):
+    def __init__(self, neuron, neff, tp_degree, start_device, device_count):
+        require(type(neff) is bytes, "the NEFF is no bytes")
+        require(neuron.initialised, "_init_neuron() was not called")
+        require(start_device >= 0 and start_device + device_count <= neuron.cores, f"there are {neuron.cores} cores")
+        require(0 < tp_degree <= device_count, f"{tp_degree} ranks on {device_count} cores")
+        self.neuron, self.tp_degree, self.loaded = neuron, tp_degree, False
+        super().__init__(neff)
+        require(self.ranks <= set(range(tp_degree)), f"the NEFF is for more than {tp_degree} ranks")
 
     def load(self):
         require(not self.loaded, "the model is loaded already")
