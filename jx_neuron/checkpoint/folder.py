@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates besides the default one
 READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
 INDEX = ".index.json"
@@ -367,7 +368,7 @@ def _copy_tokenizer(folder: Path, into: Path) -> list[Path]:
 def _files_to_download(repo: str, files: Collection[str]) -> list[str]:
     """The files of a Hub repository to download."""
     chosen = _chosen_on_the_hub(repo, files)
-    small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES]
+    small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES]
     if chosen is None and "adapter_config.json" not in files:
         raise CheckpointError(
             f"{repo} on the Hub holds no weights that can be read: {LEGAL}. Choose another repository."
