@@ -62,7 +62,8 @@ class Checkpoint:
 
     `path` is a folder or a GGUF file. `config` and `generation_config` have HF's fields. `tensors` have HF's names.
     `tokenizer_files` are the tokenizer's files (none for GGUF, for which see save_tokenizer). `load_tokenizer`
-    gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can.
+    gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can. `integer_bits` are those of weights
+    whose codes config.json says are integers.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     tokenizer_files: tuple[Path, ...]
     load_tokenizer: Callable[[bool], Any]
+    integer_bits: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -196,6 +198,7 @@ def open_checkpoint(
             tensors=quantized.widened(tensors, read_json_file(folder / CONFIG), str(weights)),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
             load_tokenizer=lambda plain: _auto_tokenizer(folder, plain),
+            integer_bits=quantized.integer_bits(read_json_file(folder / CONFIG)),
         )
 
 
