@@ -1,6 +1,7 @@
 """Quantized checkpoints: each weight bit for bit what its format's library makes of it, and the logits of a model."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from quantized import INT4, LAYOUTS, VECTORS, Meaning, checkpoint_of, compressed
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig
+from jx_neuron import NeuronAutoModelForCausalLM, NeuronConfig, QuantizationConfig
 from jx_neuron.checkpoint import load_config, open_checkpoint, tensor_files
 from jx_neuron.checkpoint.folder import Checkpoint
 from jx_neuron.checkpoint.quantized import bitsandbytes, codes
@@ -133,6 +134,30 @@ def test_logits_are_those_of_hf_with_compressed_tensors(name: str, tmp_path: Pat
     with torch.no_grad():
         expected = model(torch.tensor(IDS)).logits.numpy()
     np.testing.assert_allclose(logits(folder), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "form"), [("awq", "int4"), ("gptq-8", "int8"), ("packed-4-group", "int4"), ("fp8-tensor", None)]
+)
+def test_a_checkpoint_of_integers_that_is_widened_says_how_it_is_not(
+    name: str, form: str | None, tmp_path: Path
+) -> None:
+    folder, _ = llama(LAYOUTS[name], tmp_path)
+
+    def said(quant: str | None) -> list[str]:
+        config = NeuronConfig(quant=quant and QuantizationConfig.named(quant))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            NeuronAutoModelForCausalLM.from_pretrained(folder, n_positions=16, neuron_config=config)
+        return [str(each.message) for each in caught if "widened" in str(each.message)]
+
+    if form is None:
+        assert said(None) == []
+    else:
+        (message,) = said(None)
+        assert f"weights of {form[-1]} bits, which are widened to f32. --quant {form}" in message
+        assert said(form) == []
 
 
 # How tensors are read

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 NAMED_TEMPLATES = "additional_chat_templates"  # a folder, of chat templates besides the default one
 READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": safetensors_file, ".bin": torch_file}
 INDEX = ".index.json"
@@ -61,7 +62,8 @@ class Checkpoint:
 
     `path` is a folder or a GGUF file. `config` and `generation_config` have HF's fields. `tensors` have HF's names.
     `tokenizer_files` are the tokenizer's files (none for GGUF, for which see save_tokenizer). `load_tokenizer`
-    gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can.
+    gives HF's tokenizer or, where its argument is true, a PlainTokenizer if it can. `integer_bits` are those of weights
+    whose codes config.json says are integers.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     tokenizer_files: tuple[Path, ...]
     load_tokenizer: Callable[[bool], Any]
+    integer_bits: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -195,6 +198,7 @@ def open_checkpoint(
             tensors=quantized.widened(tensors, read_json_file(folder / CONFIG), str(weights)),
             tokenizer_files=tuple(file for name in TOKENIZER_FILES if (file := folder / name).is_file()),
             load_tokenizer=lambda plain: _auto_tokenizer(folder, plain),
+            integer_bits=quantized.integer_bits(read_json_file(folder / CONFIG)),
         )
 
 
@@ -367,7 +371,7 @@ def _copy_tokenizer(folder: Path, into: Path) -> list[Path]:
 def _files_to_download(repo: str, files: Collection[str]) -> list[str]:
     """The files of a Hub repository to download."""
     chosen = _chosen_on_the_hub(repo, files)
-    small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES]
+    small = [CONFIG, GENERATION_CONFIG, "adapter_config.json", *TOKENIZER_FILES, *PROCESSOR_FILES]
     if chosen is None and "adapter_config.json" not in files:
         raise CheckpointError(
             f"{repo} on the Hub holds no weights that can be read: {LEGAL}. Choose another repository."

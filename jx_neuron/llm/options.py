@@ -198,6 +198,17 @@ def settings_of(
     return settings
 
 
+def warn_if_widened(settings: Settings, bits: int | None) -> None:
+    """Warns of a checkpoint of integers of `bits` bits that is loaded in more than `quant` would keep."""
+    if settings.quant is None and bits and (bits <= 4 or bits == 8):
+        warnings.warn(
+            f"the checkpoint has weights of {bits} bits, which are widened to {settings.amp}. "
+            f"--quant {'int4' if bits <= 4 else 'int8'}, or NeuronConfig(quant=…), keeps them in {max(bits, 4)} bits",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def _candidates(generation_config: GenerationConfig, vocab_size: int) -> int:
     return min(generation_config.global_top_k, vocab_size // 8 * 8 or 1)
 

@@ -15,7 +15,14 @@ from jx_neuron.artifact.settings import Settings
 from jx_neuron.checkpoint.folder import Checkpoint, open_checkpoint, token_ids
 from jx_neuron.config import dtype_of
 from jx_neuron.errors import CheckpointError, InputError
-from jx_neuron.llm.options import CheckpointOptions, LoweringOptions, ModelOptions, as_stored, settings_of
+from jx_neuron.llm.options import (
+    CheckpointOptions,
+    LoweringOptions,
+    ModelOptions,
+    as_stored,
+    settings_of,
+    warn_if_widened,
+)
 from jx_neuron.runtime import deployment as deploy
 from jx_neuron.runtime.base import Runtime
 from jx_neuron.runtime.deployment import Deployment
@@ -236,6 +243,7 @@ class CheckpointOrigin(DecoderOrigin):
         ids = _end_and_padding(config, checkpoint.generation_config or {})
         decoder, with_adapters = beside(decoder, tensors, options)
         settings = settings_of(decoder, options, backend, ids)
+        warn_if_widened(settings, checkpoint.integer_bits)
         tensors = adapted(decoder, tensors, options)
         source = with_adapters(decoder.source(tensors, dtype), dtype)
         return cls(decoder, settings, config, source, checkpoint, tensors)

@@ -1,10 +1,11 @@
 """A checkpoint in 8 or 4 bits, in the compressed-tensors format, for Hugging Face transformers and vLLM too."""
 
 import os
+import re
+import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,29 @@ import numpy as np
 from jx_neuron.artifact import check_replaceable
 from jx_neuron.artifact.folder import resolved
 from jx_neuron.artifact.writing import writing
-from jx_neuron.checkpoint.folder import CONFIG, GENERATION_CONFIG, Checkpoint, open_checkpoint
+from jx_neuron.checkpoint.folder import CONFIG, GENERATION_CONFIG, PROCESSOR_FILES, Checkpoint, open_checkpoint
 from jx_neuron.checkpoint.quantized import FIELD
 from jx_neuron.checkpoint.quantized.codes import FLOATS
 from jx_neuron.checkpoint.quantized.writing import Stored
-from jx_neuron.checkpoint.row import W
+from jx_neuron.checkpoint.row import W, tensors_of
 from jx_neuron.checkpoint.safetensors_writing import write_safetensors
+from jx_neuron.checkpoint.tensor_files import Array
 from jx_neuron.checkpoint.writing import dtype_field, shard_name, with_architecture, write_index, write_json
 from jx_neuron.config import QuantizationConfig
 from jx_neuron.errors import CheckpointError, ConfigError
-from jx_neuron.models import Decoder
-from jx_neuron.nn.quantized import Form
+from jx_neuron.models import Decoder, text_model
+from jx_neuron.models.wrapper import TextTensors
 from jx_neuron.nn.quantizing import HEADS
 from jx_neuron.util.durable import replacing, sync
 from jx_neuron.util.progress import prefetch, track
 
 SHARD = 2**30  # bytes of a file of weights, and of the tensors that wait for it
 LEGAL = (
-    "Legal are models whose layers and experts are matrices [outputs, inputs], one a tensor, as Hugging Face's Linear "
-    "has them"
+    "Legal are models whose layers are Linear, of matrices [outputs, inputs], and whose experts transformers reads "
+    "from such matrices"
 )
+INSTEAD = "`--quant` of other commands quantizes the model as it is read"
+IN_MEMORY = "model.language_model."  # a text model within HF's multimodal ones
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,22 @@ def quantize(
         raise ConfigError(f"w8a8, 8 bits for weights and activations, goes with quant='int8' or 'fp8', not {quant!r}")
     check_replaceable(folder, overwrite=False)
     checkpoint = open_checkpoint(model, revision=revision)
-    chosen, ignore = _choice(checkpoint)
-    _check_groups(chosen, checkpoint, stored.group)
-    key, dtype = _dtype(checkpoint, chosen)
+    matrices, ignore = _choice(checkpoint)
+    _check_groups(matrices, stored.group)
+    key, dtype = _dtype(checkpoint, matrices)
 
-    def parts(name: str) -> dict[str, np.ndarray]:
+    def parts(name: str) -> dict[str, Array]:
         array = checkpoint.read(name)
-        if name not in chosen:
+        if name not in matrices:
             return {name: np.asarray(array, order="C")}
         if not np.isfinite(array).all():
             raise CheckpointError(f"{checkpoint.path}: tensor {name} holds a NaN or an infinity, which has no code")
-        module = name.removesuffix("weight")
+        affine = checkpoint.affine(name, stored.kind == "int4")
+        split, *numbers = (matrices[name].split(each) for each in (array, *(affine or ())))
         return {
-            module + part: found
-            for part, found in stored.parts(array, dtype, checkpoint.affine(name, stored.kind == "int4")).items()
+            matrix.removesuffix("weight") + part: found
+            for matrix in split
+            for part, found in stored.parts(split[matrix], dtype, tuple(each[matrix] for each in numbers)).items()
         }
 
     with writing(folder), replacing(folder) as fresh:
@@ -98,70 +104,109 @@ def quantize(
         write_json(fresh / CONFIG, fields)
         if checkpoint.generation_config is not None:
             write_json(fresh / GENERATION_CONFIG, checkpoint.generation_config)
-        for file in checkpoint.save_tokenizer(fresh):
+        for file in (*checkpoint.save_tokenizer(fresh), *_copy_processor(checkpoint.folder, fresh)):
             sync(file)
-    return Written(folder, len(chosen), len(names) - len(chosen), nbytes)
+    return Written(folder, sum(each.count for each in matrices.values()), len(names) - len(matrices), nbytes)
 
 
-def _choice(checkpoint: Checkpoint) -> tuple[frozenset[str], list[str]]:
-    """The tensors to quantize, and the modules that are not, by the names of HF's classes for causal models.
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices [outputs, inputs] that a tensor is written as: itself, or one an expert.
 
-    A tensor that several parameters are parts of is quantized where all of them would be.
+    split: returns them by name, of the tensor or of as many scales or offsets.
+    """
+
+    count: int
+    inputs: int
+    split: Callable[[Array], Mapping[str, Array]]
+
+
+def _choice(checkpoint: Checkpoint) -> tuple[Mapping[str, Matrices], list[str]]:
+    """The tensors to quantize, and the modules that are not, by the names of HF's classes.
+
+    A tensor that several parameters are parts of is quantized where all of them would be. Of a multimodal model the
+    text model is quantized.
 
     Raises CheckpointError for a model whose layers have other tensors than compressed-tensors has for Linear.
     """
-    raw = checkpoint.config
-    if "text_config" in raw:
-        raise CheckpointError(f"{checkpoint.path} is multimodal (config.json has a text_config). {LEGAL}")
-    decoder = replace(Decoder.from_config(raw, 1, checkpoint), quant=QuantizationConfig())
+    config, tensors = text_model(checkpoint.config, checkpoint, alone=False)
+    decoder = replace(Decoder.from_config(config, 1, tensors), quant=QuantizationConfig())
+    theirs = tensors.theirs if isinstance(tensors, TextTensors) else {name: name for name in tensors.names()}
     of_tensor, names = defaultdict[str, list[W]](list), defaultdict[str, set[str]](set)
-    for row in decoder.match(checkpoint):
-        if row.target in decoder.forms:
-            _check_linear(row, decoder.forms[row.target], decoder)
+    for row in decoder.match(tensors):
         for name in row.names(row.sizes(decoder.config)):
             of_tensor[name].append(row)
-    chosen = {name for name, parts in of_tensor.items() if all(row.target in decoder.forms for row in parts)}
+    chosen = {name: rows for name, rows in of_tensor.items() if all(row.target in decoder.forms for row in rows)}
     if not chosen:
         raise CheckpointError(f"{checkpoint.path} has no matrix to quantize. {LEGAL}")
     for row in decoder.rows:  # a checkpoint of the base model lacks a prefix, and routers have two names
         names[row.target] |= set(row.names(row.sizes(decoder.config)))
     kept = {
-        row.target
-        for name, parts in of_tensor.items()
-        if name not in chosen
-        for row in parts
-        if _is_matrix(row, decoder)
+        row.target for name, rows in of_tensor.items() if name not in chosen for row in rows if _is_matrix(row, decoder)
     }
     heads = {row.name for row in decoder.table if row.target == f"{HEADS[0]}.embedding"}
-    return frozenset(chosen), sorted(
-        name.removesuffix(".weight") for name in heads.union(*(names[path] for path in kept))
-    )
+    ignore = {name.removesuffix(".weight") for name in heads.union(*(names[path] for path in kept))}
+    if isinstance(tensors, TextTensors):
+        ignore |= {IN_MEMORY + name.removeprefix("model.") for name in ignore if name.startswith("model.")}
+        ignore |= {rf"re:(.+\.)?{re.escape(module)}\." for module in tensors.others}
+    return {theirs[name]: _matrices(theirs[name], rows, decoder) for name, rows in chosen.items()}, sorted(ignore)
 
 
 def _is_matrix(row: W, decoder: Decoder) -> bool:
     return row.name.endswith(".weight") and len(row.source_shape(row.sizes(decoder.config))) == 2
 
 
-def _check_linear(row: W, form: Form, decoder: Decoder) -> None:
+def _is_linear(row: W, decoder: Decoder) -> bool:
+    form = decoder.forms[row.target]
     inputs = row.letters[form.lead : form.lead + form.inputs]
-    if row.stacked not in ("", "e") or not _is_matrix(row, decoder) or row.last != inputs:
+    return row.stacked in ("", "e") and _is_matrix(row, decoder) and row.last == inputs
+
+
+def _matrices(name: str, rows: Sequence[W], decoder: Decoder) -> Matrices:
+    """The matrices of tensor `name`, from which `rows` take parameters."""
+    if all(_is_linear(row, decoder) for row in rows):
+        (_, inputs) = rows[0].source_shape(rows[0].sizes(decoder.config))
+        return Matrices(1, inputs, lambda array: {name: array})
+    sizes = rows[0].sizes(decoder.config)
+    pairs = [(row, _of_each_expert(name, row, decoder)) for row in rows]
+
+    def split(array: Array) -> dict[str, Array]:
+        return {
+            matrix: part
+            for row, own in pairs
+            for matrix, part in tensors_of([own], [row.laid_out([array], sizes)], decoder.config).items()
+        }
+
+    return Matrices(len(pairs) * sizes["e"], pairs[0][1].source_shape(sizes)[1], split)
+
+
+def _of_each_expert(name: str, row: W, decoder: Decoder) -> W:
+    """The row by which a parameter is read from a matrix for each expert, in place of `row`, whose tensor `name` has
+    all experts. Raises CheckpointError where there is none."""
+    rows = [each for each in decoder.rows if each.target == row.target]
+    own = next((each for each in rows if each.stacked and _is_linear(each, decoder)), None)
+    if own is None:
+        is_conv = row.has_inputs_first and len(row.source_shape(row.sizes(decoder.config))) == 2
         raise CheckpointError(
-            f"{row.name} of {decoder.model_type} is laid out {row.layout!r}, and compressed-tensors has "
-            f"[outputs, inputs] alone. {LEGAL}. `--quant` of other commands quantizes it as it is read"
+            f"{name} of {decoder.model_type} is {'a Conv1D' if is_conv else 'not a matrix of Linear'}, laid out "
+            f"{row.layout!r}, and transformers reads compressed-tensors into Linear alone. {LEGAL}. {INSTEAD}"
         )
+    of_layer = f".{row.layer}."
+    suffixes = (each.name.partition(of_layer)[2] for each in (row, own))
+    return replace(own, source=name.removesuffix(next(suffixes)) + next(suffixes))
 
 
-def _check_groups(chosen: Iterable[str], checkpoint: Checkpoint, group: int | None) -> None:
+def _check_groups(matrices: Mapping[str, Matrices], group: int | None) -> None:
     """Raises ConfigError for a group size that does not divide the inputs of each matrix."""
-    columns = {name: checkpoint.shape(name)[1] for name in sorted(chosen)}
-    if cut := next((name for name, size in columns.items() if group and size % group), None):
+    inputs = {name: each.inputs for name, each in sorted(matrices.items())}
+    if cut := next((name for name, size in inputs.items() if group and size % group), None):
         raise ConfigError(
-            f"group_size={group} does not divide the {columns[cut]} inputs of {cut}; legal are even divisors of "
-            f"{reduce(gcd, columns.values())}"
+            f"group_size={group} does not divide the {inputs[cut]} inputs of {cut}; legal are even divisors of "
+            f"{gcd(*inputs.values())}"
         )
 
 
-def _dtype(checkpoint: Checkpoint, chosen: frozenset[str]) -> tuple[str, np.dtype[Any]]:
+def _dtype(checkpoint: Checkpoint, chosen: Iterable[str]) -> tuple[str, np.dtype[Any]]:
     """The dtype of the model, which is that of scales, and the field of config.json that says it."""
     legal = {dtype.name: dtype for dtype in FLOATS}
     key = dtype_field(checkpoint.config)
@@ -169,9 +214,15 @@ def _dtype(checkpoint: Checkpoint, chosen: frozenset[str]) -> tuple[str, np.dtyp
     return key, legal.get(said) or legal.get(checkpoint.dtype(min(chosen)), FLOATS[0])
 
 
-def _write_weights(folder: Path, tensors: Iterable[Mapping[str, np.ndarray]]) -> int:
+def _copy_processor(folder: Path, into: Path) -> list[Path]:
+    """Copies the files of a multimodal model's processor besides those of its tokenizer, and returns the copies."""
+    files = [folder / name for name in PROCESSOR_FILES]
+    return [Path(shutil.copy(file, into / file.name)) for file in files if file.is_file()]
+
+
+def _write_weights(folder: Path, tensors: Iterable[Mapping[str, Array]]) -> int:
     """Writes files of weights, with an index where there are several, and returns the bytes of all tensors."""
-    shards, waiting = list[list[str]](), dict[str, np.ndarray]()
+    shards, waiting = list[list[str]](), dict[str, Array]()
     size = total = 0
 
     def flush() -> None:

@@ -58,15 +58,17 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def text_model(raw: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors]:
-    """A parsed config.json and a checkpoint's tensors, or of a multimodal model those of its text model, with a warning
-    of what is left out.
+def text_model(raw: Mapping[str, Any], tensors: Tensors, *, alone: bool = True) -> tuple[Mapping[str, Any], Tensors]:
+    """A parsed config.json and a checkpoint's tensors, or of a multimodal model those of its text model.
+
+    alone: whether the rest is left out, of which a warning tells.
     """
     if (legal := TEXT_MODELS.get(str(raw.get("model_type")))) is None:
         return raw, tensors
     text = wrapper.TextTensors.of(tensors)
     config = wrapper.text_config(raw, legal, text.names())
-    wrapper.warn(raw, config, text.others)
+    if alone:
+        wrapper.warn(raw, config, text.others)
     return config, text
 
 

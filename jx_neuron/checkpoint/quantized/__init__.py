@@ -17,7 +17,7 @@ from jx_neuron.checkpoint.tensor_files import Tensor
 from jx_neuron.errors import CheckpointError
 from jx_neuron.util.arguments import shown
 
-__all__ = ["FIELD", "METHODS", "check", "widened"]
+__all__ = ["FIELD", "METHODS", "check", "integer_bits", "widened"]
 
 METHODS: Mapping[str, tuple[type[Options], Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]]] = {
     "awq": (awq.Config, awq.widened),
@@ -48,6 +48,12 @@ def check(config: Mapping[str, Any]) -> tuple[str, Options] | None:
             f"{FIELD}: quant_method={shown(method)} is not supported; legal are {', '.join(METHODS)}. {INSTEAD}"
         )
     return method, parsed(METHODS[method][0], fields, method)
+
+
+def integer_bits(config: Mapping[str, Any]) -> int | None:
+    """Bits of a quantized weight, by a config.json's quantization_config; None where no codes are integers."""
+    quantization = check(config)
+    return quantization and quantization[1].integer_bits
 
 
 def widened(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:

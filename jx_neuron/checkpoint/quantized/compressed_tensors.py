@@ -108,6 +108,11 @@ class Config(Options):
     transform_config: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     moe_sparsity_config: None = None
 
+    @property
+    def integer_bits(self) -> int | None:
+        weights = [group.weights for group in self.config_groups.values() if group.weights]
+        return max((each.num_bits for each in weights if each.type == "int"), default=None)
+
 
 @dataclass(frozen=True)
 class Scheme:

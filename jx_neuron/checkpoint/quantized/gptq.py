@@ -46,6 +46,10 @@ class Config(Options):
     activation: None = None
     rotation: None = None
 
+    @property
+    def integer_bits(self) -> int:
+        return self.bits
+
 
 def widened(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The tensors, each qweight with its zeros and scales as the weight, float32."""

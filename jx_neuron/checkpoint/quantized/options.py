@@ -39,6 +39,11 @@ class Options(BaseModel):
     INERT: ClassVar[str] = ""
     quant_method: str | None = None
 
+    @property
+    def integer_bits(self) -> int | None:
+        """Bits of a weight, the most where they differ; None where codes are no integers."""
+        return None
+
     @model_validator(mode="before")
     @classmethod
     def _without_inert(cls, fields: Any) -> Any:

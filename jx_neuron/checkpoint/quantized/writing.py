@@ -54,12 +54,12 @@ class Stored:
             return "float-quantized"
         return "int-quantized" if self.activations else "pack-quantized"
 
-    def parts(self, matrix: Array, dtype: Any, affine: tuple[Array, Array] | None = None) -> Mapping[str, Array]:
+    def parts(self, matrix: Array, dtype: Any, affine: Sequence[Array] = ()) -> Mapping[str, Array]:
         """The tensors of a matrix [outputs, inputs], by the ends of their names; scales are of `dtype`.
 
-        affine: the scale and the offset that each number is stored with, as Form.encode takes them.
+        affine: the scale and the offset that each number is stored with, as Form.encode takes them, or none.
         """
-        arrays, step = (matrix, *(affine or ())), max(1, AT_ONCE // matrix.shape[1])
+        arrays, step = (matrix, *affine), max(1, AT_ONCE // matrix.shape[1])
         encoded = [self._encoded(dtype, *(a[at : at + step] for a in arrays)) for at in range(0, len(matrix), step)]
         codes, scales = map(np.concatenate, zip(*encoded, strict=True))
         if self._format != "pack-quantized":
