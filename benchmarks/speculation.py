@@ -86,7 +86,7 @@ PROMPTS = {
     "grammar": f"Fix the grammar of this text:\n\n{NEWS}",
     "quotes": f"Repeat the important sentences of this text word for word:\n\n{NEWS}",
     "summary": f"Summarize this text:\n\n{NEWS}",
-    "story": "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "question": "How does a sailing boat sail against the wind?",
 }
 
 
