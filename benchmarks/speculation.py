@@ -2,10 +2,10 @@
 
     python benchmarks/speculation.py --draft ngram --rounds 3
 
-The demo model answers, greedily unless --temperature is given, prompts whose answers repeat them (code, an edit, a
-summary), and one that does not. Calls with and without drafts take turns, and each has its fastest; `same` is the
-length of what their answers have in common, of `tokens`. --draft random has a model of the same size and random weights
-draft.
+The demo model answers, greedily unless --temperature is given, prompts whose answers repeat them (code, edits,
+summaries), and one that does not; each answer to its end. Calls with and without drafts take turns, and each has its
+fastest; `same` is the length of what their answers have in common, of `tokens`. --draft random has a model of the same
+size and random weights draft.
 """
 
 import argparse
@@ -37,15 +37,56 @@ def variance(numbers):
 def deviation(numbers):
     return variance(numbers) ** 0.5
 """
+CART = '''class Cart:
+    """A customer's shopping cart."""
+
+    def __init__(self, owner):
+        self.owner = owner
+        self.items = []
+
+    def add(self, name, price, count=1):
+        """Adds an item to the cart."""
+        self.items.append((name, price, count))
+
+    def remove(self, name):
+        """Removes an item from the cart."""
+        self.items = [item for item in self.items if item[0] != name]
+
+    def total(self):
+        """Returns the total price of the items."""
+        result = 0
+        for name, price, count in self.items:
+            result += price * count
+        return result
+
+    def count(self):
+        """Returns the number of items."""
+        result = 0
+        for name, price, count in self.items:
+            result += count
+        return result
+
+    def most_expensive(self):
+        """Returns the item with the highest price."""
+        return max(self.items, key=lambda item: item[1])
+
+    def cheapest(self):
+        """Returns the item with the lowest price."""
+        return min(self.items, key=lambda item: item[1])
+'''
 NEWS = """The city council voted on Tuesday to close the old harbour bridge to cars from the first of May. The bridge, \
 which was built in 1934, will stay open to pedestrians and cyclists. Engineers who inspected it last autumn found rust \
 in eleven of its forty supports. A new bridge, which is to cost ninety million, will open in four years at the \
 earliest. Until then, buses will take the northern tunnel, and the council will pay for a ferry at rush hour."""
+CODE_FIRST = "Here is some code:\n\n```python\n{}```\n\n"
 PROMPTS = {
-    "code": f"Here is some code:\n\n```python\n{CODE}```\n\nCopy this code exactly, with comments added.",
-    "edit": f"Correct the spelling of this text. Change nothing else.\n\n{NEWS}",
-    "summary": f"Repeat the important sentences of this text word for word:\n\n{NEWS}",
-    "story": "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "copy": CODE_FIRST.format(CODE) + "Copy this code exactly, with comments added.",
+    "rename": CODE_FIRST.format(CART) + "Rename the class `Cart` to `Basket`. Write the whole code with this change.",
+    "spelling": f"Correct the spelling of this text. Change nothing else.\n\n{NEWS}",
+    "grammar": f"Fix the grammar of this text:\n\n{NEWS}",
+    "quotes": f"Repeat the important sentences of this text word for word:\n\n{NEWS}",
+    "summary": f"Summarize this text:\n\n{NEWS}",
+    "question": "How does a sailing boat sail against the wind?",
 }
 
 
@@ -54,20 +95,21 @@ def main() -> None:
     parser.add_argument("--draft", choices=["ngram", "random"], default="ngram")
     parser.add_argument("--amp", default="f32")
     parser.add_argument("--batch", type=int, default=1, help="answers at a time, to the same prompt")
-    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--tokens", type=int, default=300, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", default=",".join(PROMPTS))
     options = parser.parse_args()
 
     made = dict(amp=options.amp, batch_size=options.batch, n_positions=1024)
     model = NeuronAutoModelForCausalLM.from_pretrained(demo_model(), **made)
     draft = "ngram" if options.draft == "ngram" else random_model(made)
-    for name, text in PROMPTS.items():
-        message = [{"role": "user", "content": text}]
+    for name in options.prompts.split(","):
+        message = [{"role": "user", "content": PROMPTS[name]}]
         prompt = model.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         ids = [model.tokenizer(prompt)["input_ids"]] * options.batch
         sampling = [
-            SamplingParams(max_tokens=options.tokens, temperature=options.temperature, seed=seed, eos_token_id=-1)
+            SamplingParams(max_tokens=options.tokens, temperature=options.temperature, seed=seed)
             for seed in range(options.batch)
         ]
         ways, answers = {"plain": None, "drafts": draft}, {}

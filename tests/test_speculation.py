@@ -141,8 +141,24 @@ def test_prompt_lookup_copies_what_followed_at_the_latest_place() -> None:
     assert drafter.propose([row]) == [[6, 7, 1, 2]]
     row.tokens += [9]
     assert drafter.propose([row]) == [()]
-    row.tokens += [9, 9, 9]
+    row.tokens += [9]
+    assert drafter.propose([row]) == [[9]]
+    row.tokens += [9, 9]
     assert drafter.propose([row]) == [[9, 9, 9, 9]]
+
+
+def test_prompt_lookup_goes_on_behind_what_it_copied() -> None:
+    drafter, text = NgramDrafter(), [1, 2, 3, 4, 1, 2, 5, 6, 1, 2, 7, 8, 1, 2, 9, 0]
+    row = Speculation(drafter, [*text, 2, 3], wanted=2)
+    assert drafter.propose([row]) == [[4, 1]]
+    row.tokens += [4, 8]
+    assert drafter.propose([row]) == [[1]]  # a single token's place is not where the copy goes on
+    row.tokens += [11, 1, 2]
+    assert drafter.propose([row]) == [[7, 8]]
+    row.tokens += [7, 12, 1, 2]
+    assert drafter.propose([row]) == [[9, 0]]
+    row.tokens += [9, 13, 5, 6]
+    assert drafter.propose([row]) == [[1, 2]]
 
 
 def test_poor_drafts_pause() -> None:

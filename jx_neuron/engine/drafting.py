@@ -1,5 +1,6 @@
 """Drafts: tokens that may follow a sequence, which one step of the model verifies."""
 
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ sequences go on without drafts for a while, which doubles MOST_PAUSES times at m
 class Drafter(Protocol):
     """Guesses what follows. A guess changes how fast tokens come, and never which.
 
-    pause: turns of a sequence without drafts, after poor ones.
+    pause: turns of a sequence without drafts, after poor ones; 0 for none.
 
     One that drafts from the model's hidden states is a `FeatureDrafter`.
     """
@@ -120,39 +121,52 @@ class Speculation:
 @dataclass(eq=False)
 class NgramDrafter:
     """Prompt lookup (https://github.com/apoorvumang/prompt-lookup-decoding): what followed the last tokens where they
-    were before, in prompt or answer. The longest n-gram of `least` to `most` tokens counts, at its latest place."""
+    were before, in prompt or answer.
 
-    least: int = 2
+    The longest n-gram of up to `most` tokens counts. Of its places, the first at or behind the one where the last draft
+    would go on counts, since copies go forwards; otherwise the latest. A single token gives a draft of one token.
+    """
+
     most: int = 5
-    pause: int = 1
-    _places: "WeakKeyDictionary[Speculation, _Places]" = field(default_factory=WeakKeyDictionary)
+    pause: int = 0
+    _copies: "WeakKeyDictionary[Speculation, _Copy]" = field(default_factory=WeakKeyDictionary)
 
     def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:
         return [self._after(row) for row in rows]
 
     def close(self, row: Speculation) -> None:
-        self._places.pop(row, None)
+        self._copies.pop(row, None)
 
     def _after(self, row: Speculation) -> SequenceOf[int]:
-        sizes = range(self.most, self.least - 1, -1)
-        places = self._places.setdefault(row, _Places())
-        places.extend(row.tokens, sizes)
-        for size in sizes:
-            if (end := places.end_of.get(tuple(row.tokens[-size:]))) is not None:
-                period = len(row.tokens) - end  # what would follow the last token is the draft itself
-                return [row.tokens[end + number % period] for number in range(row.wanted)]
-        return ()
+        copy, length = self._copies.setdefault(row, _Copy()), len(row.tokens)
+        copy.tokens.extend(row.tokens[len(copy.tokens) :])
+        size, end_n = _places(np.frombuffer(copy.tokens, np.int32), self.most)
+        if not size:
+            return ()
+        next_n = end_n[end_n >= length - copy.distance]
+        distance = length - int(next_n[0] if len(next_n) else end_n[-1])
+        if size == 1:
+            return [row.tokens[length - distance]]
+        copy.distance = distance
+        # what would follow the last token is the draft itself
+        return [row.tokens[length - distance + number % distance] for number in range(row.wanted)]
 
 
 @dataclass(eq=False)
-class _Places:
-    """Where each n-gram last ended before another token, among the first `known` tokens."""
+class _Copy:
+    """The tokens of a row, and how far before the end is what it copies."""
 
-    end_of: dict[tuple[int, ...], int] = field(default_factory=dict)
-    known: int = 0
+    tokens: "array[int]" = field(default_factory=lambda: array("i"))
+    distance: int = 0
 
-    def extend(self, tokens: list[int], sizes: Iterable[int]) -> None:
-        for size in sizes:
-            for end in range(max(self.known, size), len(tokens)):
-                self.end_of[tuple(tokens[end - size : end])] = end
-        self.known = len(tokens)
+
+def _places(token_t: np.ndarray, most: int) -> tuple[int, np.ndarray]:
+    """The size, up to `most`, of the longest n-gram at the end that was there before, and where it ended, ascending."""
+    end_n = 1 + np.flatnonzero(token_t[:-1] == token_t[-1])
+    size = min(len(end_n), 1)
+    while 0 < size < most:
+        longer_n = end_n[(end_n > size) & (token_t[end_n - size - 1] == token_t[-size - 1])]
+        if not len(longer_n):
+            break
+        size, end_n = size + 1, longer_n
+    return size, end_n
