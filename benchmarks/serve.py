@@ -1,7 +1,7 @@
 """Throughput and time to first token over HTTP, as JSON: compared with vLLM with and without our plugin, and llama.cpp.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
-    VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
+    VLLM_PYTHON=…/bin/python LLAMA_SERVER=…/llama-server python benchmarks/serve.py --peers vllm llama_cpp
 
 The model is SmolLM2 in float32. Each round times every server once, and the engine of this package without HTTP.
 Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
