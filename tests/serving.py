@@ -8,15 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import httpx
 import tiny
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jx_neuron import LlamaForSampling
+from jx_neuron.checkpoint.demo import demo_model
+from jx_neuron.checkpoint.folder import open_checkpoint
 from jx_neuron.serve import AsyncEngine, Server, ServerSettings, app
 
 TEMPLATE = (
@@ -43,14 +46,29 @@ def checkpoint(folder: Path, template: str | None = TEMPLATE) -> Path:
     return folder
 
 
+def demo_checkpoint(folder: Path) -> transformers.LlamaForCausalLM:
+    """Saves the demo model's weights in float32, and its tokenizer, as HF does."""
+    checkpoint = open_checkpoint(demo_model())
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config))
+    hf.load_state_dict({name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.names()}, strict=False)
+    hf.save_pretrained(folder)
+    checkpoint.tokenizer().save_pretrained(folder)
+    return hf
+
+
 def model(folder: Path, **options: object) -> LlamaForSampling:
     return LlamaForSampling.from_pretrained(folder, **{"batch_size": 4, "n_positions": 96, **options})
 
 
-def wait_until_ready(url: str, seconds: float = 120) -> None:
+def wait_until_ready(url: str, seconds: float = 120, process: subprocess.Popen | None = None) -> None:
+    """Waits for /health; with a process that may not listen yet, and may end, for its port too."""
     end = time.monotonic() + seconds
-    while httpx.get(f"{url}/health").status_code != 200:
+    while True:
+        with suppress(httpx.ConnectError) if process is not None else nullcontext():
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
         assert time.monotonic() < end
+        assert process is None or process.poll() is None
         time.sleep(0.05)
 
 

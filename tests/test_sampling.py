@@ -131,6 +131,8 @@ def test_a_cpu_draws_the_same_tokens(count: int, ties: bool) -> None:
         assert (np.abs(x[row, expected[row]] - x[row, got[row]]) < 0.01).all()
         reversed_rows = Sampling(*(field[::-1] for field in by))
         np.testing.assert_array_equal(np.asarray(fast(x[::-1], reversed_rows, count))[::-1], got)
+        greedy_rows = by._replace(top_k_b=np.ones(64, np.int32))
+        np.testing.assert_array_equal(np.asarray(fast(x, greedy_rows, count)), x.argmax(-1))
     assert differing <= 2
     x[3, 7], x[5, 9] = np.nan, np.inf
     assert np.flatnonzero(np.asarray(fast(x, by, count)) == NOT_FINITE).tolist() == [3, 5]

@@ -16,12 +16,9 @@ import openai
 import pydantic
 import pytest
 import serving
-import torch
-import transformers
 
 from jx_neuron import LlamaForSampling, NeuronConfig, SamplingParams
 from jx_neuron.checkpoint.demo import demo_model
-from jx_neuron.checkpoint.folder import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -265,11 +262,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in TASKS:
         data_files = dict(data_files=str(folder / "questions.json"))
         (folder / f"{task['task']}.yaml").write_text(json.dumps(task | dict(dataset_kwargs=data_files)))
-    checkpoint = open_checkpoint(demo_model())
-    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config))
-    hf.load_state_dict({name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.names()}, strict=False)
-    hf.save_pretrained(folder / "hf")
-    checkpoint.tokenizer().save_pretrained(folder / "hf")
+    serving.demo_checkpoint(folder / "hf")
     return folder
 
 

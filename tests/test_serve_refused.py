@@ -1,6 +1,7 @@
 """Requests that the server refuses: the status, the field at fault, and that it goes on."""
 
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ import httpx
 import pydantic
 import pytest
 import serving
+import tokenizers
+import transformers
 
 from jx_neuron.serve.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest
 from jx_neuron.serve.responses import ResponsesRequest
+from jx_neuron.serve.token_sizes import token_sizes
 
 HELLO = [{"role": "user", "content": "hello"}]
 MANY = 2_000
@@ -105,6 +109,46 @@ def test_too_long_for_the_model(client: httpx.Client) -> None:
     assert client.post(
         "/v1/completions", json=dict(prompt="a" * 200, truncate_prompt_tokens=-1, max_tokens=1)
     ).is_success
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("completions", dict(prompt=[5] * 97 + ["a"])),
+        ("completions", dict(prompt="a" * 5000)),
+        ("chat/completions", dict(messages=[dict(role="user", content=1)] * 97)),
+        ("chat/completions", dict(messages=[dict(role="user", content="a" * 5000)])),
+        ("responses", dict(input=[1] * 97)),
+    ],
+)
+def test_what_is_too_long_is_refused_before_it_is_read_whole(path: str, fields: dict, client: httpx.Client) -> None:
+    answer = client.post(f"/v1/{path}", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_long_text_that_is_truncated_is_not_refused(client: httpx.Client) -> None:
+    fields = dict(prompt="a" * 5000 + "b", max_tokens=1, truncate_prompt_tokens=1)
+    assert client.post("/v1/completions", json=fields).json()["usage"]["prompt_tokens"] == 1
+
+
+@pytest.mark.parametrize("composes", [False, True])
+def test_no_text_has_fewer_tokens_than_is_counted(composes: bool) -> None:
+    backend, rng = tokenizers.Tokenizer(tokenizers.models.BPE()), random.Random(0)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if composes:
+        backend.normalizer = tokenizers.normalizers.NFC()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<end of all>"], show_progress=False)
+    backend.train_from_iterator(["aaaa aaaa abab \u1f82\u1f82 e\u0301"] * 9, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    sizes = token_sizes(tokenizer)
+    pieces = ["aaaa", "ab", " ", "    ", "z", "<end of all>", "\u03b1\u0313\u0300\u0345", "\u1f82", "e\u0301"]
+    for _ in range(300):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 20)))
+        assert sizes.fewest(text.encode()) <= len(tokenizer(text)["input_ids"])
+    assert sizes.fewest(b"aaaa" * 1000) >= (100 if composes else 300)
+    backend.normalizer = tokenizers.normalizers.Strip()
+    assert token_sizes(transformers.PreTrainedTokenizerFast(tokenizer_object=backend)) is None
 
 
 def test_ignored_fields_are_listed(client: httpx.Client) -> None:

@@ -18,7 +18,7 @@ class Readiness:
     """The programs of turns, `loaded` or not.
 
     first: the largest of each kind, which can run in place of any other; no turn waits once these are loaded.
-    rest:  those of fewer rows, tokens or positions, in the order of what they save.
+    rest:  those of fewer rows, tokens or positions: short sequences first, and scores of prompts last.
     """
 
     first: SequenceOf[ProgramKey]
@@ -47,7 +47,7 @@ class Readiness:
         drafts = [(rows, t, s) for rows in batch_sizes for t in verify_sizes for s in buckets.tokens if s > t]
         keys += [ProgramKey("verify", *sizes, candidates) for sizes in drafts]
         keys += [ProgramKey("prefill", *sizes, candidates) for sizes in (*one, *several)]
-        keys += [ProgramKey("score", *sizes, candidates) for sizes in one]
+        keys += [ProgramKey("score", *sizes, candidates) for sizes in one if sizes[1] == max(whole)]
         keys = [replace(key, taps=taps) for key in keys]
         first: list[ProgramKey] = []
         for kind in KINDS:
@@ -57,7 +57,17 @@ class Readiness:
             largest = [max(some, key=lambda key: (key.tokens, key.positions)) for some in (alike, behind) if some]
             first += dict.fromkeys(largest)
         rest = [key for key in keys if key not in first]
-        rest.sort(key=lambda key: (KINDS.index(key.kind), key.positions, key.rows * key.tokens))
+        shortest = buckets.tokens[0]
+
+        def order(key: ProgramKey) -> tuple[bool, int, int, int]:
+            return (
+                key.kind == "score",
+                max(key.positions, shortest),
+                KINDS.index(key.kind),
+                key.rows * key.tokens,
+            )
+
+        rest.sort(key=order)
         return cls(first, rest[: MOST - len(first)], loaded)
 
     def fitting(self, wanted: ProgramKey, *, behind: bool) -> ProgramKey | None:

@@ -19,6 +19,7 @@ from jx_neuron.serve.tools import Call, Parser, forced_schema, parser_of
 
 async def chat_completions(served: Served, fields: dict[str, Any]) -> dict[str, Any] | Chunks:
     """Answers a conversation."""
+    served.require_length(fields.get("messages"), "messages")
     request = ChatRequest.model_validate(fields)
     answers = await chat_answers(served, request)
     chat = _Chat(served, request, answers)
@@ -46,6 +47,7 @@ async def chat_answers(served: Served, request: ChatRequest) -> Answers:
         continue_final_message=request.continue_final_message,
         add_special_tokens=request.add_special_tokens,
         template_kwargs=template,
+        any_length=request.truncate_prompt_tokens is not None,
     )
     prompt = served.truncated(prompt, request.truncate_prompt_tokens)
     if not prompt:

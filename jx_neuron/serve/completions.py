@@ -19,6 +19,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 async def completions(served: Served, fields: dict[str, Any]) -> dict[str, Any] | Chunks:
     """Continues prompts."""
+    _require_length(served, fields)
     request = CompletionRequest.model_validate(fields)
     served.require_name(request.model)
     texts, prompts = await _prompts(served, request)
@@ -47,6 +48,15 @@ async def completions(served: Served, fields: dict[str, Any]) -> dict[str, Any] 
     return Chunks(completion.chunks(), completion.answers.close) if request.stream else await completion.whole()
 
 
+def _require_length(served: Served, fields: dict[str, Any]) -> None:
+    """Raises APIError where a request has too many prompts, or a prompt too many tokens, whatever these are."""
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        served.require_count(len(prompt), None)
+    elif fields.get("truncate_prompt_tokens") is None:
+        served.require_length(prompt, "prompt")
+
+
 async def _prompts(served: Served, request: CompletionRequest) -> tuple[list[str | None], list[list[int]]]:
     """The texts of the prompts, None for token ids, and their tokens."""
     prompt = request.prompt
@@ -57,8 +67,12 @@ async def _prompts(served: Served, request: CompletionRequest) -> tuple[list[str
         raise invalid("prompt has nothing in it", "prompt")
     served.require_count(len(several), request.n)
     special = request.add_special_tokens is not False
-    tokens = [await served.encode(one, special) if isinstance(one, str) else list(one) for one in several]
-    prompts = [served.truncated(ids, request.truncate_prompt_tokens) for ids in tokens]
+    most = request.truncate_prompt_tokens
+    tokens = [
+        await served.encode(one, special, any_length=most is not None) if isinstance(one, str) else list(one)
+        for one in several
+    ]
+    prompts = [served.truncated(ids, most) for ids in tokens]
     if not all(prompts):
         raise invalid("a prompt has no tokens; give it some text", "prompt")
     return [one if isinstance(one, str) else None for one in several], prompts

@@ -26,8 +26,9 @@ async def tokens_of(
     continue_final_message: bool | None = None,
     add_special_tokens: bool | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    any_length: bool = False,
 ) -> list[int]:
-    """The tokens of a conversation. Raises APIError where the template takes it not."""
+    """The tokens of a conversation, as `Served.encode` makes them. Raises APIError where the template refuses it."""
     if continue_final_message and add_generation_prompt:
         raise invalid("continue_final_message takes add_generation_prompt=false", "continue_final_message")
     if reserved := RESERVED & (template_kwargs or {}).keys():
@@ -59,7 +60,7 @@ async def tokens_of(
         raise
     except Exception as error:  # a template is a program, and raises what it likes
         raise invalid(f"the chat template fails: {str(error) or type(error).__name__}", "messages") from error
-    return await served.encode(text, bool(add_special_tokens))
+    return await served.encode(text, bool(add_special_tokens), any_length=any_length)
 
 
 def takes_tools(tokenizer: Any) -> bool:

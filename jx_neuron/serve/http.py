@@ -16,6 +16,7 @@ from jx_neuron.serve.errors import APIError, api_error, invalid
 from jx_neuron.serve.fields import known
 from jx_neuron.serve.served import Served
 from jx_neuron.serve.settings import ServerSettings
+from jx_neuron.util.pages import gc_paused
 
 IGNORED_HEADER = "X-Ignored-Fields"
 READ_ON = 4  # times the limit that is read of a body, so that its sender reads the error
@@ -67,7 +68,8 @@ async def body_of(request: Request, settings: ServerSettings) -> dict[str, Any]:
     """The JSON object of a request. Raises APIError, as `bytes_of` does, and where it is no JSON object."""
     body = await bytes_of(request, settings)
     try:
-        fields = from_json(body, allow_inf_nan=False)
+        with gc_paused():  # which takes as long as reading a long body
+            fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):

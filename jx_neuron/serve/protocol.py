@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 T = TypeVar("T")
 Several = Annotated[list[T], Field(fail_fast=True)]
 """A list of which only the first wrong item is an error: a million errors take minutes."""
+MOST_PARTS = 4096
+"""Parts of a message's content."""
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -137,7 +139,7 @@ class Message(Body):
     """A message of a conversation. Clients send some fields empty that an answer had."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Several[TextPart] | None = None
+    content: str | Annotated[Several[TextPart], Field(max_length=MOST_PARTS)] | None = None
     name: str | None = None
     tool_calls: Several[ToolCall] | None = None
     tool_call_id: str | None = None

@@ -84,6 +84,7 @@ class ResponsesRequest(Body):
 
 async def responses(served: Served, fields: dict[str, Any]) -> dict[str, Any] | Chunks:
     """Answers a conversation in the form of the Responses API."""
+    served.require_length(fields.get("input"), "input")
     request = ResponsesRequest.model_validate(fields)
     chat = _chat_request(request)
     if request.truncation == "auto":

@@ -18,6 +18,7 @@ from jx_neuron.serve.errors import APIError, invalid
 from jx_neuron.serve.metrics import Metrics
 from jx_neuron.serve.protocol import Sampling
 from jx_neuron.serve.settings import ServerSettings
+from jx_neuron.serve.token_sizes import TokenSizes, token_sizes
 
 if TYPE_CHECKING:
     from jx_neuron.llm.model import NeuronAutoModelForCausalLM
@@ -88,14 +89,30 @@ class Served:
         """What makes grammars."""
         return Grammars(self.tokenizer, self.vocab_size, self.model.eos_token_ids)
 
-    async def encode(self, text: str, special: bool = True) -> list[int]:
-        """The tokens of a text; with special tokens of the tokenizer's own where `special`."""
+    @cached_property
+    def _sizes(self) -> TokenSizes | None:
+        return token_sizes(self.tokenizer)
+
+    async def encode(self, text: str, special: bool = True, *, any_length: bool = False) -> list[int]:
+        """The tokens of a text; with special tokens of the tokenizer's own where `special`.
+
+        any_length: otherwise APIError is raised for a text that is too long for the model whatever its tokens are,
+                    without making them: 10 MB take half a minute.
+        """
 
         def run() -> list[int]:
             try:
-                text.encode()
+                encoded = text.encode()
             except UnicodeEncodeError as error:
                 raise invalid(f"a text is not Unicode: {error.reason}") from None
+            if len(text) > INLINE and not any_length and self._sizes is not None:
+                least = self._sizes.fewest(encoded)
+                if least > self.capacity:
+                    raise invalid(
+                        f"this model's maximum context length is {self.capacity} tokens; a text has at least {least}. "
+                        "Shorten it",
+                        code=CONTEXT,
+                    )
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
         return run() if len(text) <= INLINE else await asyncio.to_thread(run)
@@ -125,6 +142,17 @@ class Served:
                 code=CONTEXT,
             )
         return room if wanted is None else max(wanted, 1)
+
+    def require_length(self, items: Any, name: str) -> None:
+        """Raises APIError for a list of more items than a sequence has tokens. It takes no time, where checking each
+        item of a long list takes seconds."""
+        if isinstance(items, list) and len(items) > self.capacity:
+            raise invalid(
+                f"{name} has {len(items)} items, and this model's maximum context length is {self.capacity} tokens. "
+                "Shorten it",
+                name,
+                CONTEXT,
+            )
 
     def truncated(self, prompt: list[int], most: int | None) -> list[int]:
         """The last `most` tokens of a prompt; -1 for as many as the model takes."""

@@ -10,6 +10,7 @@ from jx_neuron.serve.served import Served
 
 async def tokenize(served: Served, fields: dict[str, Any]) -> dict[str, Any]:
     """The tokens of a text, or of a conversation by the chat template."""
+    served.require_length(fields.get("messages"), "messages")
     request = TokenizeRequest.model_validate(fields)
     served.require_name(request.model)
     if (request.prompt is None) == (request.messages is None):
@@ -23,9 +24,10 @@ async def tokenize(served: Served, fields: dict[str, Any]) -> dict[str, Any]:
             continue_final_message=request.continue_final_message,
             add_special_tokens=request.add_special_tokens,
             template_kwargs=request.chat_template_kwargs,
+            any_length=True,
         )
     else:
-        tokens = await served.encode(request.prompt or "", request.add_special_tokens is not False)
+        tokens = await served.encode(request.prompt or "", request.add_special_tokens is not False, any_length=True)
     texts = [served.token_text(id) for id in tokens] if request.return_token_strs else None
     return dict(count=len(tokens), max_model_len=served.capacity, tokens=tokens, token_strs=texts)
 

@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jx_neuron.nn.sampling import NOT_FINITE, Sampling, are_finite
+from jx_neuron.nn.sampling import NOT_FINITE, Sampling, are_finite, argmax
 
 SMALL = 4096
 """Of a vocabulary up to this, pairs are sorted in less time than it takes to compile more."""
@@ -21,9 +21,16 @@ FEW = 512
 def sample(logits_bv: Array, by: Sampling, count: int) -> Array:
     """As `jx_neuron.nn.sampling.sample`. A row's token depends on no other row.
 
-    The whole vocabulary is sorted only where a row draws from every token, and none of the FEW most likely.
+    Nothing is sorted where every row takes its most likely token. The whole vocabulary is sorted only where a row draws
+    from every token, and none of the FEW most likely.
     """
     logits_bv = logits_bv.astype(jnp.float32)
+    greedy = (by.top_k_b == 1).all()
+    token_b = lax.cond(greedy, lambda: argmax(logits_bv), lambda: _sorted_sample(logits_bv, by, count))
+    return jnp.where(are_finite(logits_bv), token_b, NOT_FINITE)
+
+
+def _sorted_sample(logits_bv: Array, by: Sampling, count: int) -> Array:
     v = logits_bv.shape[-1]
     if count < v:
         value_b, rank_b, _ = _draw(_largest(logits_bv, count), by)
@@ -36,7 +43,7 @@ def sample(logits_bv: Array, by: Sampling, count: int) -> Array:
             return [jnp.where(among_b, x_b, y_b) for x_b, y_b in zip(few, drawn, strict=True)]
 
         value_b, rank_b = lax.cond(among_b.all(), lambda: few, of_all)
-    return jnp.where(are_finite(logits_bv), _token(logits_bv, value_b, rank_b), NOT_FINITE)
+    return _token(logits_bv, value_b, rank_b)
 
 
 def _draw(value_bk: Array, by: Sampling, total_b: Array | None = None) -> tuple[Array, Array, Array]:
