@@ -180,11 +180,21 @@ def _widened(codes_nk: Array, factors: Sequence[Array], form: Form) -> Array:
 
 def _exact_dots(x_mk: Array, codes_nk: Array) -> Array:
     """x · codesᵀ, with x as two codes a number."""
-    step_m1 = jnp.maximum(jnp.max(jnp.abs(x_mk), axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    x_mk = barrier(x_mk)  # what makes it would be computed again, a number at a time
+    step_m1 = barrier(jnp.maximum(jnp.max(jnp.abs(x_mk), axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127)
     steps_mk = x_mk / step_m1
     first_mk = jnp.round(steps_mk)
     second_mk = jnp.round((steps_mk - first_mk) * BITS)
-    both = barrier(jnp.concatenate([first_mk, second_mk]).astype(jnp.int8))
-    y = barrier(jax.lax.dot_general(both, codes_nk, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32))
-    first_mn, second_mn = jnp.split(y.astype(jnp.float32), 2)
-    return (first_mn + second_mn / BITS) * step_m1
+    both = barrier(jnp.concatenate(barrier((first_mk.astype(jnp.int8), second_mk.astype(jnp.int8)))))
+    if len(x_mk) > FEW:
+        first_mn, second_mn = jnp.split(_int_dot(both, codes_nk), 2)
+        return (first_mn + second_mn / BITS) * step_m1
+    # YNNPACK packs the second operand at each call: the smaller one
+    first_nm, second_nm = jnp.split(_int_dot(codes_nk, both), 2, axis=1)
+    return ((first_nm + second_nm / BITS) * step_m1[:, 0]).T
+
+
+def _int_dot(x_mk: Array, y_nk: Array) -> Array:
+    """x · yᵀ of int8, summed as integers, in float32."""
+    dot = jax.lax.dot_general(x_mk, y_nk, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return barrier(dot).astype(jnp.float32)
