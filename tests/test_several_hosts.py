@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -25,10 +27,12 @@ import yaml
 from families import OPTIONS
 from safetensors.numpy import save_file
 
-from jx_neuron import SamplingParams
+from jx_neuron import SamplingParams, distributed
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
 from jx_neuron.distributed.hosts import PORT, Hosts
+from jx_neuron.distributed.shared import key_of
 from jx_neuron.errors import InputError
+from jx_neuron.step.program_key import ProgramKey
 
 SCRIPT = Path(__file__).with_name("several_hosts.py")
 
@@ -228,6 +232,30 @@ def test_hosts_of_a_list_and_of_launchers() -> None:
 def test_hosts_that_cannot_be(hosts: str, rank: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Hosts.of(hosts, rank, environment={})
+
+
+def test_program_keys_are_the_same_after_a_message() -> None:
+    key = ProgramKey("verify", 2, 4, 64, candidates=8, taps=(1, 3), guesses=2)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(Message("load", {"keys": [asdict(key)]}).encoded())
+        message = receive(theirs)
+    assert message is not None
+    assert {key_of(fields) for fields in message.fields["keys"]} == {key}
+
+
+def test_ranks_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.ranks("neuron", 8) is None  # no group
+    group = SimpleNamespace(hosts=Hosts("a", PORT, 2, 1))
+    monkeypatch.setattr(distributed, "_group", group)
+    monkeypatch.setattr(distributed, "_backend", "neuron")
+    assert distributed.ranks("neuron", 8) == range(4, 8)
+    with pytest.raises(InputError, match="2 processes cannot share tp_degree=3"):
+        distributed.ranks("neuron", 3)
+    with pytest.raises(InputError, match="joined for backend 'neuron', and the model is of 'host'"):
+        distributed.ranks("host", 8)
+    monkeypatch.setattr(distributed, "_backend", "xla")
+    assert distributed.ranks("xla", 8) is None
 
 
 def test_the_pods_of_the_example_serve_one_model() -> None:
