@@ -39,9 +39,9 @@ def answer_for_ever(model: Any, out: Path) -> None:
         time.sleep(0.01)
 
 
-def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def memory(name: str, process: int | str = "self") -> int:
+    """A line of /proc/self/status, or of another process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 

@@ -26,6 +26,7 @@ import transformers
 import yaml
 from families import OPTIONS
 from safetensors.numpy import save_file
+from several_hosts import memory
 
 from jx_neuron import SamplingParams, distributed
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
@@ -130,6 +131,26 @@ def wait_for(path: Path, started: list[subprocess.Popen[str]], seconds: float = 
         assert time.monotonic() < end
         assert all(process.poll() is None for process in started), [p.communicate() for p in started]
         time.sleep(0.05)
+
+
+def peaks(folder: Path, out: Path, count: int, tp: int) -> list[int]:
+    """The most memory of each process, in bytes, after all of `several_hosts.answers`."""
+    with processes(spread(folder, out, count, tp, "wait")) as started:
+        wait_for(out / "ready", started)
+        return [memory("VmHWM", process.pid) for process in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "tp"), [(2, 4), (4, 8)])
+def test_a_process_takes_its_share_of_memory_and_a_quarter(count: int, tp: int, large: Path, tmp_path: Path) -> None:
+    """Beside what it takes for a model of no size, with as many programs."""
+    small = peaks(tiny.saved("llama", tmp_path / "small"), tmp_path / "out-small", count, tp)
+    config = json.loads((large / "config.json").read_text())
+    state = 2 * 4 * 96 * config["num_hidden_layers"] * config["num_key_value_heads"] * 64 * 4
+    share = ((large / "model.safetensors").stat().st_size + state) / count
+    for rank, most in enumerate(peaks(large, tmp_path / "out", count, tp)):
+        print(f"{most / 1e6:.0f} MB, {small[rank] / 1e6:.0f} MB: {(most - small[rank]) / share:.3f}")
+        assert share < most - small[rank] <= 1.25 * share
 
 
 @pytest.mark.slow
