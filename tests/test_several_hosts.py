@@ -94,19 +94,25 @@ def test_the_tokens_of_one_process(name: str, count: int, tp: int, tmp_path: Pat
     same(answers(folder, tmp_path / "one", 1, tp), answers(folder, tmp_path / "several", count, tp))
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A random Llama of 734 MB in float32."""
-    folder, numbers = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+def random_llama(folder: Path, **sizes: int) -> Path:
+    """A Llama of ten layers in float32."""
+    numbers = np.random.default_rng(0)
     config = transformers.LlamaConfig(
-        **tiny.SPECIAL, hidden_size=1024, intermediate_size=2816, num_hidden_layers=10, num_attention_heads=16,
-        num_key_value_heads=8, vocab_size=32000, architectures=["LlamaForCausalLM"],
+        **tiny.SPECIAL, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"], **sizes,
     )  # fmt: skip
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
     save_file({k: numbers.random(s, np.float32) / 10 - 0.05 for k, s in shapes.items()}, folder / "model.safetensors")
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """734 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    yield random_llama(folder, hidden_size=1024, intermediate_size=2816, vocab_size=32000)
     shutil.rmtree(folder)
 
 
@@ -143,8 +149,9 @@ def peaks(folder: Path, out: Path, count: int, tp: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "tp"), [(2, 4), (4, 8)])
 def test_a_process_takes_its_share_of_memory_and_a_quarter(count: int, tp: int, large: Path, tmp_path: Path) -> None:
-    """Beside what it takes for a model of no size, with as many programs."""
-    small = peaks(tiny.saved("llama", tmp_path / "small"), tmp_path / "out-small", count, tp)
+    """Beside what it takes for the same programs of a model of 2 MB."""
+    narrow = random_llama(tmp_path / "narrow", hidden_size=64, intermediate_size=176, vocab_size=320)
+    small = peaks(narrow, tmp_path / "out-small", count, tp)
     config = json.loads((large / "config.json").read_text())
     state = 2 * 4 * 96 * config["num_hidden_layers"] * config["num_key_value_heads"] * 64 * 4
     share = ((large / "model.safetensors").stat().st_size + state) / count

@@ -6,6 +6,7 @@ The host of rank 0 listens there. It runs each program for the ranks of all host
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class Link:
         self.others: dict[int, socket.socket] = {}
         self.joined: dict[int, list[int]] = {}
         if host:
-            self.leader = socket.create_connection((address, int(port)), timeout=seconds)
+            self.leader = connected((address, int(port)), seconds)
             self._send(self.leader, "hello", host=host, world=world, ranks=[*self.ranks], root=self.root)
             return
         with socket.create_server((address, int(port))) as server:
@@ -68,8 +69,8 @@ class Link:
             self._send(self.others[host], "result", results[ranks[0] : ranks[-1] + 1])
         return results[: len(own)]
 
-    def _send(self, connection: socket.socket, kind: str, ranks: Sequence[Any] = (), **fields: Any) -> None:
-        arrays = {f"{r}.{n}": np.asarray(array) for r, rank in enumerate(ranks) for n, array in enumerate(rank)}
+    def _send(self, connection: socket.socket, kind: str, own: Sequence[Any] = (), **fields: Any) -> None:
+        arrays = {f"{r}.{n}": np.asarray(array) for r, rank in enumerate(own) for n, array in enumerate(rank)}
         connection.sendall(Message(kind, fields, arrays).encoded())
 
     def _receive(self, connection: socket.socket, kind: str) -> Message:
@@ -83,3 +84,15 @@ class Link:
         for name, array in message.arrays.items():
             parts[int(name.partition(".")[0])].append(array)
         return parts
+
+
+def connected(address: tuple[str, int], seconds: float) -> socket.socket:
+    """A connection to a host that may begin to listen later."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(address, timeout=seconds)
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
