@@ -31,9 +31,17 @@ def answers(model: Any) -> dict[str, list[Any]]:
     )
 
 
-def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def answer_for_ever(model: Any, out: Path) -> None:
+    """Says in `out` that it has begun."""
+    (out / "ready").touch()
+    while True:
+        model.sample(np.array([[1, 2, 3]]), LENGTH, top_k=1)
+        time.sleep(0.01)
+
+
+def memory(name: str, process: int | str = "self") -> int:
+    """A line of /proc/self/status, or of another process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
@@ -61,10 +69,7 @@ def main() -> None:
         return
     (out / "answers.json").write_text(json.dumps(answers(model)))
     if what != "answers":
-        (out / "ready").touch()
-        while True:
-            model.sample(np.array([[1, 2, 3]]), LENGTH, top_k=1)
-            time.sleep(0.01)
+        answer_for_ever(model, out)
 
 
 if __name__ == "__main__":

@@ -285,3 +285,42 @@ def test_a_replica_that_is_killed_loses_no_whole_answer(tmp_path: Path, capsys: 
         result = asyncio.run(load(ray, folder))
     with capsys.disabled():
         print(result)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("RAY_LLM_PYTHON" not in os.environ, reason="RAY_LLM_PYTHON names no Python with Ray, vLLM and this")
+def test_the_example_with_ray_serve_llm(tmp_path: Path) -> None:
+    folder = serving.checkpoint(tmp_path / "tiny")
+    expected = serving.model(folder).generate([[1, 5, 7]], SamplingParams(max_tokens=20, top_k=1, eos_token_id=-1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    log = tmp_path / "log"
+    command = [os.environ["RAY_LLM_PYTHON"], ROOT / "examples" / "ray_serve_llm.py", folder]
+    command += ["--n-positions", 96, "--batch-size", 4, "--port", port]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary, log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=output, env=environment | {"RAY_TMPDIR": temporary}
+        )
+        try:
+            answer = asked(f"http://127.0.0.1:{port}", process, log)
+            assert answer["choices"][0]["token_ids"] == list(expected[0].ids)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def asked(url: str, process: subprocess.Popen, log: Path, seconds: float = 400) -> dict:
+    """The first answer of a server, once it gives one."""
+    body = dict(model="model", prompt=[1, 5, 7], max_tokens=20, temperature=0, ignore_eos=True, return_token_ids=True)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            if response.status_code == 200:
+                return response.json()
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
+    raise AssertionError(log.read_text()[-4000:])

@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -24,11 +26,14 @@ import transformers
 import yaml
 from families import OPTIONS
 from safetensors.numpy import save_file
+from several_hosts import memory
 
-from jx_neuron import SamplingParams
+from jx_neuron import SamplingParams, distributed
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
 from jx_neuron.distributed.hosts import PORT, Hosts
+from jx_neuron.distributed.shared import key_of
 from jx_neuron.errors import InputError
+from jx_neuron.step.program_key import ProgramKey
 
 SCRIPT = Path(__file__).with_name("several_hosts.py")
 
@@ -89,19 +94,25 @@ def test_the_tokens_of_one_process(name: str, count: int, tp: int, tmp_path: Pat
     same(answers(folder, tmp_path / "one", 1, tp), answers(folder, tmp_path / "several", count, tp))
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A random Llama of 734 MB in float32."""
-    folder, numbers = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+def random_llama(folder: Path, **sizes: int) -> Path:
+    """A Llama of ten layers in float32."""
+    numbers = np.random.default_rng(0)
     config = transformers.LlamaConfig(
-        **tiny.SPECIAL, hidden_size=1024, intermediate_size=2816, num_hidden_layers=10, num_attention_heads=16,
-        num_key_value_heads=8, vocab_size=32000, architectures=["LlamaForCausalLM"],
+        **tiny.SPECIAL, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"], **sizes,
     )  # fmt: skip
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
     save_file({k: numbers.random(s, np.float32) / 10 - 0.05 for k, s in shapes.items()}, folder / "model.safetensors")
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """734 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    yield random_llama(folder, hidden_size=1024, intermediate_size=2816, vocab_size=32000)
     shutil.rmtree(folder)
 
 
@@ -126,6 +137,27 @@ def wait_for(path: Path, started: list[subprocess.Popen[str]], seconds: float = 
         assert time.monotonic() < end
         assert all(process.poll() is None for process in started), [p.communicate() for p in started]
         time.sleep(0.05)
+
+
+def peaks(folder: Path, out: Path, count: int, tp: int) -> list[int]:
+    """The most memory of each process, in bytes, after all of `several_hosts.answers`."""
+    with processes(spread(folder, out, count, tp, "wait")) as started:
+        wait_for(out / "ready", started)
+        return [memory("VmHWM", process.pid) for process in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "tp"), [(2, 4), (4, 8)])
+def test_a_process_takes_its_share_of_memory_and_a_quarter(count: int, tp: int, large: Path, tmp_path: Path) -> None:
+    """Beside what it takes for the same programs of a model of 2 MB."""
+    narrow = random_llama(tmp_path / "narrow", hidden_size=64, intermediate_size=176, vocab_size=320)
+    small = peaks(narrow, tmp_path / "out-small", count, tp)
+    config = json.loads((large / "config.json").read_text())
+    state = 2 * 4 * 96 * config["num_hidden_layers"] * config["num_key_value_heads"] * 64 * 4
+    share = ((large / "model.safetensors").stat().st_size + state) / count
+    for rank, most in enumerate(peaks(large, tmp_path / "out", count, tp)):
+        print(f"{most / 1e6:.0f} MB, {small[rank] / 1e6:.0f} MB: {(most - small[rank]) / share:.3f}")
+        assert share < most - small[rank] <= 1.25 * share
 
 
 @pytest.mark.slow
@@ -228,6 +260,30 @@ def test_hosts_of_a_list_and_of_launchers() -> None:
 def test_hosts_that_cannot_be(hosts: str, rank: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Hosts.of(hosts, rank, environment={})
+
+
+def test_program_keys_are_the_same_after_a_message() -> None:
+    key = ProgramKey("verify", 2, 4, 64, candidates=8, taps=(1, 3), guesses=2)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(Message("load", {"keys": [asdict(key)]}).encoded())
+        message = receive(theirs)
+    assert message is not None
+    assert {key_of(fields) for fields in message.fields["keys"]} == {key}
+
+
+def test_ranks_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.ranks("neuron", 8) is None  # no group
+    group = SimpleNamespace(hosts=Hosts("a", PORT, 2, 1))
+    monkeypatch.setattr(distributed, "_group", group)
+    monkeypatch.setattr(distributed, "_backend", "neuron")
+    assert distributed.ranks("neuron", 8) == range(4, 8)
+    with pytest.raises(InputError, match="2 processes cannot share tp_degree=3"):
+        distributed.ranks("neuron", 3)
+    with pytest.raises(InputError, match="joined for backend 'neuron', and the model is of 'host'"):
+        distributed.ranks("host", 8)
+    monkeypatch.setattr(distributed, "_backend", "xla")
+    assert distributed.ranks("xla", 8) is None
 
 
 def test_the_pods_of_the_example_serve_one_model() -> None:

@@ -98,12 +98,15 @@ class Artifact:
                 check_layout(spec, dtype, tuple(part.get_shape()), str(path))
         return OnDemand(sorted(names), lambda key: np.asarray(tensors.get_tensor(key)).view(parameters[key].dtype))
 
-    def parameters(self) -> Mapping[str, list[np.ndarray]]:
-        """Each rank's part of each parameter, read at access. The first access checks the files (`weights`)."""
+    def parameters(self, own: range | None = None) -> Mapping[str, list[np.ndarray]]:
+        """The parts of each parameter that the ranks `own` have, or all, read at access.
+
+        The first access checks the files of these ranks (`weights`).
+        """
 
         @cache
         def ranks() -> list[Mapping[str, np.ndarray]]:
-            return [self.weights(rank) for rank in range(max(1, len(self.manifest.weights)))]
+            return [self.weights(rank) for rank in own or range(max(1, len(self.manifest.weights)))]
 
         return OnDemand(sorted(self.manifest.parameters), lambda name: [weights[name] for weights in ranks()])
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from jx_neuron.artifact.settings import Settings
 from jx_neuron.errors import ArtifactError
-from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, ProgramSpec, Several, TensorSpec
+from jx_neuron.lowering.signature import MOST_ENTRIES, RECORD, Count, Degree, ProgramSpec, Several, TensorSpec
 from jx_neuron.util.pages import gc_paused
 from jx_neuron.util.parsing import boundary, parse_json
 
@@ -84,6 +84,7 @@ class Manifest(BaseModel):
     programs: the HLO of a program is the file `hlo_file(name)`, its NEFF `neff_file(name)` where that is listed.
     weights:  one file a rank, or none.
     files:    path → record of every file but the manifest.
+    ranks_per_host: the ranks that each host runs, host after host; None where any number may that divides the degree.
     """
 
     model_config = ConfigDict(**RECORD, frozen=True)
@@ -96,6 +97,7 @@ class Manifest(BaseModel):
     weights: Several[RelativePath]
     tools: dict[str, str]
     files: dict[RelativePath, FileRecord]
+    ranks_per_host: Degree | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,6 +110,8 @@ class Manifest(BaseModel):
                 f"its settings are for {settings.model_type} on {settings.tp_degree} cores, its config is of "
                 f"{self.config.get('model_type')} and its programs are for the mesh {self.mesh}"
             )
+        if self.ranks_per_host is not None and degree % self.ranks_per_host:
+            raise ValueError(f"hosts of {self.ranks_per_host} ranks cannot share {degree}; choose a divisor")
         if self.weights and len(self.weights) != degree:
             raise ValueError(f"weights of {len(self.weights)} ranks are listed, and there are {degree}")
         named = [*(hlo_file(program.name) for program in self.programs), *self.weights]

@@ -48,6 +48,7 @@ def write(
     neffs: Mapping[str, bytes] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     tools: Mapping[str, str] | None = None,
+    ranks_per_host: int | None = None,
     overwrite: bool = True,
 ) -> Path:
     """Writes an artifact, replacing an existing one, and returns its folder.
@@ -60,6 +61,7 @@ def write(
       neffs: by program name; programs may lack one.
       extra_files: content by path inside the artifact.
       tools: versions to record besides those of jx-neuron and JAX, such as {"neuronx-cc": "2.21"}.
+      ranks_per_host: the ranks that each host is to run; None for any number.
 
     Raises ArtifactError where the parts do not fit together, the folder holds anything but an artifact, or the disk
     refuses it. The former content of the folder is then intact.
@@ -90,6 +92,7 @@ def write(
                 else stage.weights(parameters, parameters_of(programs), settings.tp_degree),
                 tools={name: _version(name) for name in TOOLS} | dict(tools or {}),
                 files=stage.files,
+                ranks_per_host=ranks_per_host,
             )
         except ValidationError as error:
             raise ArtifactError(f"no artifact can be made of this: {reason_of(error)}") from error

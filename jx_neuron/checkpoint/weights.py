@@ -254,15 +254,19 @@ class Source:
             placed[path] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
         return dict(sorted(placed.items()))
 
-    def parts(self, tp_degree: int) -> Mapping[str, list[np.ndarray]]:
-        """Each core's part of each parameter, by path. A parameter is read at access, once for all cores."""
+    def parts(self, tp_degree: int, own: range | None = None) -> Mapping[str, list[np.ndarray]]:
+        """The parts of each parameter that the cores `own` have, or all, by path.
+
+        A parameter is read at access, once for all cores.
+        """
+        cores = range(tp_degree) if own is None else own
 
         def read(path: str) -> list[np.ndarray]:
             whole = self.read(path)
             axis = next((axis for axis, name in enumerate(self.split(path)) if name), None)
             if axis is None:
-                return [np.asarray(whole, order="C")] * tp_degree
-            return [np.asarray(part, order="C") for part in np.split(whole, tp_degree, axis)]
+                return [np.asarray(whole, order="C")] * len(cores)
+            return [np.asarray(part, order="C") for part in np.split(whole, tp_degree, axis)[cores.start : cores.stop]]
 
         return OnDemand(sorted(self.paths), read)
 

@@ -75,6 +75,12 @@ def command(
         bool, typer.Option("--hlo-only", help="Stop before neuronx-cc, which need not be installed.")
     ] = False,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Write programs only; read no weights.")] = False,
+    ranks_per_host: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Cores of each host, where several share the model.", show_default="any number"
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Programs compiled at once.", show_default="a quarter of the cores"),
@@ -100,6 +106,8 @@ def command(
 
     if no_weights and (adapter is not None or adapters):
         raise InputError("--adapter and --adapters change weights, and --no-weights keeps none; leave out either")
+    if ranks_per_host is not None and tp % ranks_per_host:
+        raise InputError(f"--ranks-per-host {ranks_per_host} is not legal at --tp {tp}; it takes a divisor of that")
     interrupts.at_end += [durable.abandon, neuronx_cc.abandon]
     began = time.perf_counter()
     artifact.check_replaceable(output)
@@ -125,7 +133,7 @@ def command(
         deployment.check(target)
     else:
         deployment.compile(target, jobs)
-    folder = lowered.save(output, sharded_weights=not no_weights)
+    folder = lowered.save(output, sharded_weights=not no_weights, ranks_per_host=ranks_per_host)
     rows = [_row(program, deployment) for program in deployment.programs.values()]
     seconds = time.perf_counter() - began
     if as_json:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 import jax
+import numpy as np
 
 from jx_neuron import __version__
 from jx_neuron.distributed.frames import Message, ProtocolError, receive
@@ -34,7 +35,7 @@ VERSIONS = f"jx_neuron {__version__}, jax {jax.__version__}, jaxlib {version('ja
 class Group:
     """The processes of a model, joined: process 0, the leader, sends and the others receive in order.
 
-    coordinator: the address of the service of `jax.distributed`, in the leader's process.
+    coordinator: where processes meet for collectives, in the leader: of `jax.distributed`, or the Neuron runtime.
     """
 
     def __init__(self, hosts: Hosts):
@@ -43,7 +44,7 @@ class Group:
         self._closing, self._sending = threading.Event(), threading.Lock()
         self._numbers = itertools.count()
         self._connections: dict[int, socket.socket] = {}
-        self._meetings: dict[int, queue.Queue[str]] = {}
+        self._meetings: dict[int, queue.Queue[tuple[int, Message]]] = {}
         self.coordinator = self._lead() if self.is_leader else self._follow()
         for rank, connection in self._connections.items():
             connection.settimeout(SILENCE_SECONDS)
@@ -71,16 +72,17 @@ class Group:
         self._meetings[number] = queue.Queue()
         return number
 
-    def come(self, number: int, error: str = "") -> None:
-        """Tells the leader that this process is at a meeting; with an error where it cannot be."""
-        self.send(Message("come", {"number": number, "error": error}))
+    def come(self, number: int, error: str = "", part: np.ndarray | None = None) -> None:
+        """Tells the leader that this process is at a meeting, with its part of an array; or with an error."""
+        arrays = {} if part is None else {"part": part}
+        self.send(Message("come", {"number": number, "error": error}, arrays))
 
-    def meet(self, number: int) -> str:
-        """Waits until all processes are at a meeting, for the leader. Returns the error of one of them, or ""."""
+    def meet(self, number: int) -> list[Message]:
+        """Waits until all processes are at a meeting, for the leader. Returns what the others sent, by rank."""
         come = self._meetings[number]
-        errors = [come.get() for _ in range(self.hosts.count - 1)]
+        messages = dict(come.get() for _ in range(self.hosts.count - 1))
         del self._meetings[number]
-        return max(errors)
+        return [messages[rank] for rank in sorted(messages)]
 
     def fail(self, error: Exception) -> NoReturn:
         """Ends all processes after an error of a step. Where that is because a process is gone, the message says so."""
@@ -188,7 +190,7 @@ class Group:
                     threading.Timer(END_SECONDS, os._exit, (0,)).start()
                     self.received.put(message)
                 elif message.kind == "come":
-                    self._meetings[message.fields["number"]].put(message.fields["error"])
+                    self._meetings[message.fields["number"]].put((rank, message))
                 elif message.kind == "stop":
                     os.kill(os.getpid(), signal.SIGTERM)
                 else:

@@ -1,7 +1,7 @@
 """A runtime of several processes: the leader sends each call to the others, which make the same calls in order."""
 
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,6 +17,7 @@ from jx_neuron.distributed.frames import Message
 from jx_neuron.distributed.group import SILENCE_SECONDS, Group
 from jx_neuron.errors import InputError, JxNeuronError
 from jx_neuron.runtime.base import Runtime
+from jx_neuron.runtime.neuron import Logits as NeuronLogits
 from jx_neuron.step.program_key import ProgramKey
 from jx_neuron.step.step_input import StepInput, StepOutput
 
@@ -51,8 +52,8 @@ class Shared:
         try:
             self._runtime.load(keys)
         finally:
-            error = self._group.meet(number)
-        if error:
+            come = self._group.meet(number)
+        if error := max(message.fields["error"] for message in come):
             raise InputError(error)
         self._loaded.update(keys)
 
@@ -91,11 +92,15 @@ class Shared:
         with self._order:
             if step != self._steps:
                 raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
-            self._call("gather")
+            number = self._group.meeting()
+            self._call("gather", number=number)
             try:
-                return gathered(logits)
+                own = part(logits)
+                come = self._group.meet(number)
             except Exception as error:
                 self._group.fail(error)
+            others = [message.arrays["part"] for message in come if message.arrays]
+            return np.concatenate([own, *others], logits.axis) if others else own
 
     def _call(self, kind: str, arrays: Any = None, **fields: Any) -> None:
         with self._order:
@@ -125,9 +130,11 @@ class Logits:
         return np.asarray(self._runtime.gather(self._logits, self._step), dtype)
 
 
-def gathered(logits: jax.Array) -> np.ndarray:
-    """An array of all processes' devices, whole; every process has to call it."""
-    return np.asarray(_whole(NamedSharding(logits.sharding.mesh, PartitionSpec()))(logits))
+def part(logits: jax.Array | NeuronLogits) -> np.ndarray:
+    """What this process adds to logits: all of JAX's, which a collective of every process joins; of others its own."""
+    if isinstance(logits, jax.Array):
+        logits = _whole(NamedSharding(logits.sharding.mesh, PartitionSpec()))(logits)
+    return np.asarray(logits)
 
 
 @cache
@@ -176,13 +183,15 @@ class Follower:
                         f"({model}); start the same command, with the same files, on every host"
                     )
             case "load":
-                keys = [ProgramKey(**key) for key in fields["keys"]]
+                keys = [key_of(key) for key in fields["keys"]]
                 self._loader.submit(self._load, runtime, keys, fields["number"])
             case "run":
-                key = ProgramKey(**fields["key"])
-                self._logits[number] = runtime.run(StepInput(key, arrays)).logits
+                self._logits[number] = runtime.run(StepInput(key_of(fields["key"]), arrays)).logits
             case "gather":
-                gathered(self._logits[number])
+                logits = self._logits[number]
+                own = part(logits)
+                is_whole = isinstance(logits, jax.Array) or logits.axis is None
+                self._group.come(fields["number"], part=None if is_whole else own)
             case "copy":
                 runtime.copy(arrays["source_n"], arrays["target_n"])
             case "clear":
@@ -199,3 +208,8 @@ class Follower:
             self._group.come(number, f"process {self._group.hosts.rank} cannot load a program: {error}")
         else:
             self._group.come(number)
+
+
+def key_of(fields: Mapping[str, Any]) -> ProgramKey:
+    """The key of which `asdict` gave the fields; JSON has lists in place of tuples."""
+    return ProgramKey(**{**fields, "taps": tuple(fields["taps"])})

@@ -69,7 +69,8 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
 
     def _start(self) -> Engine:
         jobs = self.neuron_config.compilation_worker_count
-        runtime = self._origin.runtime(self.backend, self._deployment, jobs)
+        own = distributed.ranks(self.backend, self.settings.tp_degree)
+        runtime = self._origin.runtime(self.backend, self._deployment, jobs, own)
         runtime = distributed.shared(runtime, self.settings, self.config)
         return Engine.of_model(runtime, self.settings, self._origin.first_not_finite)
 
@@ -196,15 +197,22 @@ class NeuronAutoModelForCausalLM(Calls, Trainable):
         self.lowered().compile(target, self.neuron_config.compilation_worker_count)
         return self
 
-    def save(self, directory: str | os.PathLike[str], *, sharded_weights: bool = False) -> Path:
+    def save(
+        self, directory: str | os.PathLike[str], *, sharded_weights: bool = False, ranks_per_host: int | None = None
+    ) -> Path:
         """Writes lowered or compiled programs, the tokenizer, and with `sharded_weights` each core's weights.
+
+        ranks_per_host: how many of the cores each host has, where several hosts share the model; then it runs on
+                        NeuronCores on that number of hosts and no other. None for any number (docs/several-hosts.md).
 
         The folder is written completely or not at all. With weights, `from_pretrained(directory)` runs it. Without
         weights, a model made from the checkpoint calls `load(directory)`, and compiles nothing.
         """
         parameters = self._origin.parameters() if sharded_weights else None
         save_tokenizer = self._origin.save_tokenizer
-        return deploy.save(os.fspath(directory), self.lowered(), self.config, parameters, save_tokenizer)
+        return deploy.save(
+            os.fspath(directory), self.lowered(), self.config, parameters, save_tokenizer, ranks_per_host
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
         """Writes a checkpoint of the loaded model, for transformers and `from_pretrained`, and returns its folder.

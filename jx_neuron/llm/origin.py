@@ -74,10 +74,13 @@ class Origin(Protocol):
         """Whether a config.json describes the model, whatever else it says."""
         ...
 
-    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
+    def runtime(
+        self, backend: str, deployment: Callable[[], Deployment], jobs: int | None, own: range | None = None
+    ) -> Runtime:
         """The runtime, with the weights on the devices; `deployment` gives the programs, to the backends that need it.
 
         jobs: how many programs the compiler works on at once.
+        own:  the ranks of this process, on backend "neuron"; None for all.
         """
         ...
 
@@ -164,7 +167,9 @@ class DecoderOrigin(ABC):
         """Whether a config.json describes the decoder."""
         return type(self.decoder.config).from_hf(config) == self.decoder.config
 
-    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
+    def runtime(
+        self, backend: str, deployment: Callable[[], Deployment], jobs: int | None, own: range | None = None
+    ) -> Runtime:
         """The runtime. Raises InputError if the weights and the smallest cache do not fit this machine."""
         settings = self.settings
         if backend == "xla":
@@ -176,8 +181,8 @@ class DecoderOrigin(ABC):
             return xla.XlaRuntime(self.decoder, self.weights(), mesh, settings.dtype)
         if backend == "host":
             self._check_host(settings.buckets.capacity)
-        parameters = self.parameters()
-        return deployment().run_on(backend, parameters, jobs)
+        parameters = self.weights().parts(settings.tp_degree, own)
+        return deployment().run_on(backend, parameters, jobs, own)
 
     def _check_host(self, positions: int) -> None:
         from jx_neuron.lowering import _jaxlib

@@ -18,18 +18,25 @@ class Bundle:
     programs:   the signature of each program, by key.
     hlo:        returns a program's serialized HloModuleProto by name.
     neff:       returns a program's NEFF by name, or None.
-    parameters: each rank's part of each parameter, by name, possibly read at access.
+    parameters: of each parameter the parts of `ranks`, by name, possibly read at access.
+    own:        the ranks of this process; None where it has all.
     """
 
     programs: Mapping[ProgramKey, ProgramSpec]
     hlo: Callable[[str], bytes] = field(repr=False)
     neff: Callable[[str], bytes | None] = field(repr=False)
     parameters: Mapping[str, Sequence[np.ndarray]] = field(repr=False)
+    own: range | None = None
 
     @property
     def tp_degree(self) -> int:
         """The number of cores that run its programs."""
         return next(iter(self.programs.values())).tp_degree
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that this process runs: some of `tp_degree`, one after another."""
+        return range(self.tp_degree) if self.own is None else self.own
 
     @property
     def candidates(self) -> int:

@@ -91,20 +91,26 @@ class Deployment:
         neffs = neuronx_cc.compile_programs({name: self.hlo(name) for name in missing}, options, jobs=jobs)
         self.neffs = {**self.neffs, **{name: partial(neffs.__getitem__, name) for name in neffs}}
 
-    def bundle(self, parameters: Mapping[str, Sequence[np.ndarray]]) -> Bundle:
-        """The programs with their parameters: a part a rank of each."""
+    def bundle(self, parameters: Mapping[str, Sequence[np.ndarray]], own: range | None = None) -> Bundle:
+        """The programs with their parameters: a part of each for each rank, or each of `own`, those of this process."""
 
         def neff(name: str) -> bytes | None:
             return self.neffs[name]() if name in self.neffs else None
 
-        return Bundle(self.programs, self.hlo, neff, parameters)
+        return Bundle(self.programs, self.hlo, neff, parameters, own)
 
-    def run_on(self, backend: str, parameters: Mapping[str, Sequence[np.ndarray]], jobs: int | None = None) -> Runtime:
-        """A runtime, "host" or "neuron", with the parameters on its devices."""
+    def run_on(
+        self,
+        backend: str,
+        parameters: Mapping[str, Sequence[np.ndarray]],
+        jobs: int | None = None,
+        own: range | None = None,
+    ) -> Runtime:
+        """A runtime, "host" or "neuron", with the parameters on its devices; one of `own` ranks is "neuron"."""
         if backend == "neuron":
             self.compile(jobs=jobs)
             self._check_machine()
-            runtime = _on_device(self.bundle(parameters))
+            runtime = _on_device(self.bundle(parameters, own))
             runtime.load(self.programs)
             return runtime
         from jx_neuron.runtime.host import HostRuntime
@@ -125,6 +131,10 @@ def _on_device(bundle: Bundle) -> Runtime:
         from jx_neuron.runtime.nrtpy import NrtpyRuntime
 
         return NrtpyRuntime(bundle)
+    if bundle.own is not None:
+        raise ConfigError(
+            f"several hosts share a model through nrtpy alone; install it, and set {neuron.LIBRARY}=nrtpy"
+        )
     return neuron.NeuronRuntime(bundle)
 
 
@@ -145,10 +155,12 @@ def save(
     config: Mapping[str, Any],
     parameters: Mapping[str, Sequence[np.ndarray]] | None,
     save_tokenizer: Callable[[Path], Sequence[Path]],
+    ranks_per_host: int | None = None,
 ) -> Path:
     """Writes an artifact: programs, NEFFs where there are any, the tokenizer and, where given, parameters.
 
     save_tokenizer: writes the tokenizer's files into a folder and returns their paths.
+    ranks_per_host: the ranks that each host is to run; None for any number.
     """
     with temporary_folder() as folder:
         extra = {path.relative_to(folder).as_posix(): path.read_bytes() for path in save_tokenizer(folder)}
@@ -162,6 +174,7 @@ def save(
         parameters=parameters,
         neffs={name: neff() for name, neff in deployment.neffs.items()},
         extra_files=extra,
+        ranks_per_host=ranks_per_host,
     )
 
 

@@ -191,19 +191,20 @@ class NeuronRuntime:
 
 
 class Logits:
-    """Logits on the NeuronCores, joined from all of them when read. The next run overwrites them.
+    """Logits on the NeuronCores of this process, joined from all of them when read. The next run overwrites them.
 
     ranks: reads each core's part; the whole where `axis` is None.
     runs:  how many runs there were.
     """
 
     def __init__(self, ranks: Callable[[], list[np.ndarray]], axis: int | None, runs: Callable[[], int]):
-        self._ranks, self._axis, self._runs, self._made_by = ranks, axis, runs, runs()
+        self.axis = axis
+        self._ranks, self._runs, self._made_by = ranks, runs, runs()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self._runs() != self._made_by:
             raise RuntimeError("these logits were overwritten by a later run; read them before the next one")
-        return np.asarray(Joined(self._ranks(), self._axis), dtype)
+        return np.asarray(Joined(self._ranks(), self.axis), dtype)
 
 
 def outputs_beside_state(program: ProgramSpec) -> tuple[TensorSpec, TensorSpec]:

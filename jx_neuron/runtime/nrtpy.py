@@ -2,7 +2,8 @@
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/nrtpy/index.html
 
 A process has one runtime of all its cores. A rank is a core, with tensors, a loaded NEFF and a thread of its own: ranks
-meet in collectives, so that all have to be under way at once.
+meet in collectives, so that all have to be under way at once. Those of several hosts find each other at
+NEURON_RT_ROOT_COMM_ID, which is the same on all hosts.
 """
 
 import os
@@ -39,16 +40,18 @@ def rendezvous(ranks: int) -> dict[str, str]:
 class NrtpyRuntime:
     """Holds parameters and state on NeuronCores, shared by all programs. A program is loaded at its first use.
 
+    Core i of the process is the i-th rank of the bundle. Tokens are the same on all ranks; logits are those of its own.
+
     Raises CompilerError where nrtpy is not installed.
     """
 
     def __init__(self, bundle: Bundle):
         self._nrtpy, self._bundle, self._runs = _nrtpy(), bundle, 0
-        self._ranks = range(bundle.tp_degree)
-        os.environ.update(rendezvous(len(self._ranks)))
+        self._cores = range(len(bundle.ranks))
+        os.environ.update(rendezvous(bundle.tp_degree))
         if VISIBLE_CORES not in os.environ:
-            self._nrtpy.configure(visible_cores=self._ranks)
-        self._threads = ThreadPoolExecutor(len(self._ranks), "neuron-rank")
+            self._nrtpy.configure(visible_cores=self._cores)
+        self._threads = ThreadPoolExecutor(len(self._cores), "neuron-rank")
         self._models: dict[str, list[Any]] = {}
         self._buffers: dict[tuple[str, tuple[int, ...], str], list[Any]] = {}
         params = bundle.of_kind("param")
@@ -56,7 +59,7 @@ class NrtpyRuntime:
             tensor.name: self._put(tensor.name, bundle.parameters[tensor.name])
             for tensor in track(params, "placing weights", len(params))
         }
-        self._rank = self._put("rank", [np.array([rank], np.int32) for rank in self._ranks])
+        self._rank = self._put("rank", [np.array([rank], np.int32) for rank in bundle.ranks])
 
     @property
     def programs(self) -> frozenset[ProgramKey]:
@@ -81,12 +84,12 @@ class NrtpyRuntime:
             if tensor.kind == "input"
         }
 
-        def run_rank(rank: int) -> None:
+        def run_core(core: int) -> None:
             for name, array in given.items():
-                inputs[rank][name].write_from_numpy(array)
-            models[rank](inputs[rank], outputs[rank])
+                inputs[core][name].write_from_numpy(array)
+            models[core](inputs[core], outputs[core])
 
-        self._on_each(run_rank)
+        self._on_each(run_core)
         self._runs += 1
 
         def ranks() -> list[np.ndarray]:
@@ -114,36 +117,36 @@ class NrtpyRuntime:
     def _rewrite(self, change: Callable[[np.ndarray], None]) -> None:
         state = [self._device_tensor(tensor) for tensor in self._bundle.of_kind("state")]
 
-        def rewrite_rank(rank: int) -> None:
+        def rewrite_core(core: int) -> None:
             for tensors in state:
-                array = np.array(tensors[rank].numpy())
+                array = np.array(tensors[core].numpy())
                 change(array)
-                tensors[rank].write_from_numpy(array)
+                tensors[core].write_from_numpy(array)
 
-        self._on_each(rewrite_rank)
+        self._on_each(rewrite_core)
 
     def _on_each(self, run: Callable[[int], Any]) -> list[Any]:
-        """Runs a function of the rank in each rank's thread. All end before the first error is raised."""
-        futures = [self._threads.submit(run, rank) for rank in self._ranks]
+        """Runs a function of the core in each core's thread. All end before the first error is raised."""
+        futures = [self._threads.submit(run, core) for core in self._cores]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
 
     def _model(self, program: ProgramSpec) -> list[Any]:
-        """The program on each rank's core."""
+        """The program on each core."""
         if program.name not in self._models:
             with temporary_folder() as folder, one_set_of_weights():
                 path = folder / f"{program.name}.neff"
                 path.write_bytes(self._bundle.require_neff(program.name))
-                count = len(self._ranks)
+                ranks, count = self._bundle.ranks, self._bundle.tp_degree
 
-                def load_rank(rank: int) -> Any:
+                def load_core(core: int) -> Any:
                     return self._nrtpy.NrtpyModel.load_from_neff(
-                        path, core_id=rank, cc_enabled=count > 1, rank_id=rank, world_size=count
+                        path, core_id=core, cc_enabled=count > 1, rank_id=ranks[core], world_size=count
                     )
 
-                models = self._on_each(load_rank)
+                models = self._on_each(load_core)
             for prefix, tensors, infos in (
                 ("input", program.inputs, models[0].input_tensors_info),
                 ("output", program.outputs, models[0].output_tensors_info),
@@ -153,25 +156,25 @@ class NrtpyRuntime:
         return self._models[program.name]
 
     def _tensors(self, prefix: str, tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-        """Each rank's tensors by their names in the NEFF."""
+        """Each core's tensors by their names in the NEFF."""
         placed = [self._device_tensor(tensor) for tensor in tensors]
-        return [{f"{prefix}{number}": ranks[rank] for number, ranks in enumerate(placed)} for rank in self._ranks]
+        return [{f"{prefix}{number}": cores[core] for number, cores in enumerate(placed)} for core in self._cores]
 
     def _device_tensor(self, tensor: TensorSpec) -> list[Any]:
-        """An input or output on each rank's core. All programs share it, and outputs alias the state's memory."""
+        """An input or output on each core. All programs share it, and outputs alias the state's memory."""
         if tensor.kind == "rank":
             return self._rank
         if tensor.name in self._held:
             return self._held[tensor.name]
         key = (tensor.name, tensor.shape, tensor.dtype)
         if key not in self._buffers:
-            self._buffers[key] = self._put(tensor.name, [np.zeros(tensor.shape, tensor.dtype)] * len(self._ranks))
+            self._buffers[key] = self._put(tensor.name, [np.zeros(tensor.shape, tensor.dtype)] * len(self._cores))
         return self._buffers[key]
 
-    def _put(self, name: str, ranks: Sequence[np.ndarray]) -> list[Any]:
+    def _put(self, name: str, parts: Sequence[np.ndarray]) -> list[Any]:
         return [
-            self._nrtpy.NrtpyTensor.from_numpy(np.ascontiguousarray(array), name=name, core_id=rank)
-            for rank, array in enumerate(ranks)
+            self._nrtpy.NrtpyTensor.from_numpy(np.ascontiguousarray(array), name=name, core_id=core)
+            for core, array in enumerate(parts)
         ]
 
 

@@ -113,13 +113,28 @@ class SavedModel:
         """Whether `config` is the config.json of the model's checkpoint."""
         return config == self.config
 
-    def runtime(self, backend: str, deployment: Callable[[], Deployment], jobs: int | None) -> Runtime:
-        """A runtime, "host" or "neuron", of the programs of `deployment` with these weights."""
-        return deployment().run_on(backend, self.parameters(), jobs)
+    def runtime(
+        self, backend: str, deployment: Callable[[], Deployment], jobs: int | None, own: range | None = None
+    ) -> Runtime:
+        """A runtime, "host" or "neuron", of the programs of `deployment` with these weights.
 
-    def parameters(self) -> Mapping[str, Sequence[np.ndarray]]:
-        """Each rank's part of each parameter, read at access. Raises ArtifactError where they were not saved."""
-        return self.artifact.parameters()
+        Raises ArtifactError where the artifact is for hosts of another number of ranks than `own`.
+        """
+        each, degree = self.artifact.manifest.ranks_per_host, self.settings.tp_degree
+        here = degree if own is None else len(own)
+        if backend == "neuron" and each not in (None, here):
+            raise ArtifactError(
+                f"artifact {self.path} is for {degree // each} hosts of {each} ranks, and this process has {here} of "
+                f"{degree}; start it on {degree // each} hosts, with --hosts, or save it for others"
+            )
+        return deployment().run_on(backend, self.parameters(own), jobs, own)
+
+    def parameters(self, own: range | None = None) -> Mapping[str, Sequence[np.ndarray]]:
+        """The parts of each parameter that the ranks `own` have, or all, read at access.
+
+        Raises ArtifactError where they were not saved.
+        """
+        return self.artifact.parameters(own)
 
     def hf_tensors(self) -> NoReturn:
         """Raises ArtifactError: a saved model has each core's part of each parameter, and no weight table."""

@@ -1,9 +1,10 @@
 """A strict stand-in for nrtpy: what its documentation says is taken, and anything else is refused.
 
 A NEFF is one that the stand-in for neuronx-cc wrote. Its ranks meet: a program runs, by the host runtime's executable,
-once every rank of its group has called it, and a rank that comes alone fails after `PATIENCE` seconds.
+once every rank of its group has called it, and a rank that comes alone fails after `PATIENCE` seconds. Of several hosts
+each has a process with a stand-in, and the same number of ranks (`doubles.neuron_link`).
 
-    device = install(monkeypatch, cores=32)
+    device = install(monkeypatch, cores=32, host=0, hosts=1)
 
     device.tensors    every tensor that was made on the device
     device.models     every model that was loaded
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doubles.neuron_link import Arrays, Link
 from doubles.torch_neuronx import Neff, executable
 
 PATIENCE = 20.0
@@ -80,35 +82,40 @@ class Group(Neff):
 
     neff: bytes
     world_size: int
+    link: Link | None = None
     joined: set[int] = field(default_factory=set)
     calls: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.neff)
-        require(self.ranks <= set(range(self.world_size)), f"the NEFF is for more than {self.world_size} ranks")
-        self.executable = executable(self.hlo, self.world_size)
-        self.barrier = threading.Barrier(self.world_size, action=self.execute)
+        require(self.named <= set(range(self.world_size)), f"the NEFF is for more than {self.world_size} ranks")
+        self.ranks = range(self.world_size) if self.link is None else self.link.ranks
+        if 0 in self.ranks:
+            self.executable = executable(self.hlo, self.world_size)
+        self.barrier = threading.Barrier(len(self.ranks), action=self.meet)
 
-    def execute(self) -> None:
+    def meet(self) -> None:
         """Runs the program on all ranks' tensors."""
         self.error = None
-        calls = [self.calls.pop(rank) for rank in range(self.world_size)]
+        calls = [self.calls.pop(rank) for rank in self.ranks]
         try:
-            placed = []
-            for number in range(len(self.inputs)):
-                tensors = [inputs[f"input{number}"] for inputs, _ in calls]
-                require(all(t.array is not None for t in tensors), f"input{number} was consumed by a program")
-                placed.append(self.executable.put([t.array for t in tensors]))
+            taken = [[tensor.array for tensor in inputs.values()] for inputs, _ in calls]
+            require(all(array is not None for rank in taken for array in rank), "an input was consumed by a program")
             for _, outputs in calls:
                 for tensor in outputs.values():
                     tensor.array = None
-            results = self.executable.execute(placed)
-            for number, arrays in enumerate(results):
-                for (_, outputs), array in zip(calls, arrays, strict=True):
-                    outputs[f"output{number}"].array = np.asarray(array)
+            given = self.execute(taken) if self.link is None else self.link.run(self.neff, taken, self.execute)
+            for (_, outputs), arrays in zip(calls, given, strict=True):
+                for tensor, array in zip(outputs.values(), arrays, strict=True):
+                    tensor.array = array
         except BaseException as error:
             self.error = error
+
+    def execute(self, taken: Arrays) -> Arrays:
+        """The outputs of all ranks for their inputs."""
+        results = self.executable.execute([self.executable.put(ranks) for ranks in zip(*taken, strict=True)])
+        return [[np.asarray(array) for array in rank] for rank in zip(*results, strict=True)]
 
 
 class Model:
@@ -147,7 +154,8 @@ class Model:
 class Device:
     """The cores of an instance, and the one runtime of this process."""
 
-    def __init__(self, cores: int):
+    def __init__(self, cores: int, host: int = 0, hosts: int = 1):
+        self.host, self.hosts, self._link = host, hosts, None
         self.cores = self.visible = cores
         self.active = False
         self.tensors: list[Tensor] = []
@@ -186,9 +194,12 @@ class Device:
         require(world_size == 1 or re.fullmatch(r"[\w.]+:\d+", found), f"NEURON_RT_ROOT_COMM_ID is {found!r}")
         neff = Path(neff_path).read_bytes()
         with self._lock:
+            if self.hosts > 1 and self._link is None:
+                self._link = Link(self.host, self.hosts, world_size, PATIENCE)
             if (neff, world_size) not in self._groups:
-                self._groups[neff, world_size] = Group(neff, world_size)
+                self._groups[neff, world_size] = Group(neff, world_size, self._link)
             group = self._groups[neff, world_size]
+            require(group.ranks[core_id] == rank_id, f"rank {rank_id} on core {core_id} of host {self.host}")
             require(rank_id not in group.joined, f"rank {rank_id} is loaded already")
             group.joined.add(rank_id)
             self.models.append(Model(group, rank_id, core_id))
@@ -200,9 +211,9 @@ def metadata(described: tuple[tuple[int, ...], str]) -> TensorMetadata:
     return TensorMetadata(tuple(shape), int(np.prod(shape)) * np.zeros(0, dtype).itemsize)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, cores: int = 32) -> Device:
+def install(monkeypatch: pytest.MonkeyPatch, cores: int = 32, host: int = 0, hosts: int = 1) -> Device:
     """Puts the stand-in where `import nrtpy` finds it."""
-    device, module = Device(cores), ModuleType("nrtpy")
+    device, module = Device(cores, host, hosts), ModuleType("nrtpy")
     for name in ("NEURON_RT_ROOT_COMM_ID", "NEURON_RT_VISIBLE_CORES", "NEURON_RT_IO_RING_CACHE_SIZE"):
         monkeypatch.setenv(name, "")  # so that what is set is taken back
         monkeypatch.delenv(name)

@@ -144,7 +144,7 @@ class Neff:
         self.inputs = [described(i.shape) for i in proto.parameters(main)]
         self.outputs = [described(shape) for shape in proto.leaves(proto.root(main).shape)]
         self.aliases = {e.output_shape_index[0]: e.parameter_number for e in module.input_output_alias.entries}
-        self.ranks = {
+        self.named = {
             rank for i in proto.instructions(module) for group in i.replica_groups for rank in group.replica_ids
         }
 
@@ -157,7 +157,7 @@ class ParallelModel(Neff):
         require(0 < tp_degree <= device_count, f"{tp_degree} ranks on {device_count} cores")
         self.neuron, self.tp_degree, self.loaded = neuron, tp_degree, False
         super().__init__(neff)
-        require(self.ranks <= set(range(tp_degree)), f"the NEFF is for more than {tp_degree} ranks")
+        require(self.named <= set(range(tp_degree)), f"the NEFF is for more than {tp_degree} ranks")
 
     def load(self):
         require(not self.loaded, "the model is loaded already")
