@@ -36,12 +36,12 @@ html_css_files = ["site.css"]
 html_title = f"jx_neuron {release}"
 html_theme_options = {"sidebar_hide_name": False}
 
-MARK = re.compile(r"<!-- generated: (\w+) -->")
+MARK = re.compile(r"<!-- generated: (command_line|notebook) -->")  # longer than a page, or with blocks of its own
 ENTRY = re.compile(r"(?P<names>\w+(?:, \w+)*): +(?P<text>\S.*)")
 
 
 def fill(_app: Any, _name: str, source: list[str]) -> None:
-    """Puts what is made from the code where a document has `<!-- generated: PART -->`."""
+    """Puts a part where a document has its mark alone."""
     source[0] = MARK.sub(lambda mark: generated.PARTS[mark[1]](), source[0])
 
 

@@ -1,6 +1,7 @@
-"""The parts of the documents that are made from the code, so that they cannot differ from it.
+"""The parts of the documents that are made from the code.
 
-`python docs/generated.py PART` prints one of them; benchmarks.md has a copy of `peers`.
+A document has a part between `<!-- generated: PART -->` and `<!-- /generated -->`. `python docs/generated.py` writes them
+all, and a test compares them. A mark without an end is replaced when the site is built.
 """
 
 import ast
@@ -8,6 +9,7 @@ import html
 import inspect
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +33,7 @@ from jx_neuron.serve.responses import ResponsesRequest
 ROOT = Path(__file__).parent.parent
 
 Engines = Mapping[str, Mapping[str, float]]
+COPY = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- /generated -->", re.DOTALL)
 
 
 def models() -> str:
@@ -294,5 +297,13 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
+def up_to_date(document: str) -> str:
+    """The text of a document, with its generated parts as they are now."""
+    return COPY.sub(
+        lambda mark: f"<!-- generated: {mark[1]} -->\n\n{PARTS[mark[1]]().strip()}\n\n<!-- /generated -->", document
+    )
+
+
 if __name__ == "__main__":
-    print(PARTS[sys.argv[1]]())
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        path.write_text(up_to_date(path.read_text()))

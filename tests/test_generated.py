@@ -16,12 +16,20 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generated  # noqa: E402
 
 
-def test_the_table_of_peers_is_up_to_date() -> None:
-    listed = re.search(
-        r"^<!-- peers: .* -->\n(.*)<!-- /peers -->$", (ROOT / "docs/benchmarks.md").read_text(), re.M | re.S
-    )
-    assert listed is not None
-    assert listed[1] == generated.peers() + "\n", "python docs/generated.py peers prints what belongs there"
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
+def test_generated_parts_are_up_to_date(path: Path) -> None:
+    text = path.read_text()
+    assert text == generated.up_to_date(text), "run python docs/generated.py"
+
+
+def test_every_part_is_in_a_document() -> None:
+    marks = {
+        mark
+        for path in (ROOT / "docs").rglob("*.md")
+        for mark in re.findall(r"<!-- generated: (\w+) -->", path.read_text())
+    }
+    assert marks == {*generated.PARTS}
+    assert generated.up_to_date("<!-- generated: targets -->\nother\n<!-- /generated -->").count("|") > 10
 
 
 FUNCTIONS: dict[str, list[ast.AST]] = {}
