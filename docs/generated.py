@@ -1,7 +1,7 @@
 """The parts of the documents that are made from the code.
 
-A document has a part between `<!-- generated: PART -->` and `<!-- /generated -->`. `python docs/generated.py` writes them
-all, and a test compares them. A mark without an end is replaced when the site is built.
+A document has a part between `<!-- generated: PART -->` and `<!-- /generated -->`. `python docs/generated.py` writes
+all parts, and a test compares them. A mark without an end is replaced when the site is built.
 """
 
 import ast

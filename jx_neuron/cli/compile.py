@@ -112,8 +112,6 @@ def command(
     began = time.perf_counter()
     artifact.check_replaceable(output)
     target = deploy.target_for(target)
-    if not hlo_only:
-        neuronx_cc.find_compiler()
     model_options: dict[str, Any] = dict(
         batch_size=batch_size,
         n_positions=_lengths(n_positions),
@@ -128,6 +126,8 @@ def command(
         lowered = _from_checkpoint(
             model, revision, model_options | dict(adapter=adapter, adapters=options.adapters(adapters))
         )
+    if not hlo_only:
+        neuronx_cc.find_compiler()
     deployment = lowered.lowered()
     if hlo_only:
         deployment.check(target)

@@ -11,7 +11,6 @@ LIKE = 0.7  # difflib ratio from which a name is suggested for a misspelt one
 COMMANDS: Mapping[str, str] = {
     "benchmark": "bench",
     "complete": "sample",
-    "convert": "compile",
     "estimate": "plan",
     "eval": "score",
     "export": "compile",
@@ -22,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "perplexity": "score",
     "server": "serve",
     "show": "info",
+    "start": "serve",
     "validate": "check",
 }
 """Commands of ollama, vLLM, mlx-lm and transformers, and ours."""
@@ -60,9 +60,21 @@ OPTIONS: Mapping[str, str] = {
 }
 """Options of vLLM, ollama, llama.cpp, mlx-lm and transformers, and ours."""
 
+NO_COMMAND: Mapping[str, str] = {
+    "convert": "A checkpoint needs no conversion; for 8 or 4 bits, type: jx-neuron quantize",
+    "download": "A model is downloaded when it is first used; hf download does only that",
+    "finetune": "Fine-tuning is in Python: examples/fine_tune.py, and docs/fine-tuning.md",
+}
+NO_COMMAND |= {"fine-tune": NO_COMMAND["finetune"], "lora": NO_COMMAND["finetune"], "train": NO_COMMAND["finetune"]}
+NO_COMMAND |= {"pull": NO_COMMAND["download"]}
+"""Commands that ours need not have, and what to do."""
+
 INSTEAD: Mapping[str, str] = {
     "--device": "JAX_PLATFORMS chooses devices, such as JAX_PLATFORMS=cpu",
     "--do-sample": "--temperature, --top-k or --top-p makes it sample",
+    "--gpu-memory-utilization": "--batch-size and --n-positions decide how much memory it takes; leave it out",
+    "--max-length": "--max-tokens counts the tokens of the answer alone",
+    "-m": "Name the model right after the command, without -m",
     "--model": "Name the model right after the command, without --model",
     "--stream": "Text is always printed as it is made; leave it out",
     "--trust-remote-code": "No code of a checkpoint is run; leave it out",
@@ -108,8 +120,8 @@ def for_command(typed: Sequence[str]) -> str:
     if name == "run":
         how = ["sample", "--chat"] if len(rest) > 1 else ["chat"]
         return "Type: " + shlex.join(["jx-neuron", *how, *rest])
-    if name in ("pull", "download"):
-        return "A model is downloaded when it is first used; hf download does only that."
+    if name in NO_COMMAND:
+        return f"{NO_COMMAND[name]}."
     if name in ("help", "version"):
         return f"Type: jx-neuron --{name}"
     if name in COMMANDS:

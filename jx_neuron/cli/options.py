@@ -8,7 +8,7 @@ import typer
 
 from jx_neuron.cli import interrupts
 from jx_neuron.cli.terminal import reserve_stdout, shortened
-from jx_neuron.errors import InputError
+from jx_neuron.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from jx_neuron.config import KVCacheQuantizationConfig
@@ -42,6 +42,8 @@ def model(value: Any) -> Any:
     where = Path(path(value) or "").expanduser()
     if value == "" or (where.exists() and not (where.is_dir() or where.is_file())):
         raise InputError(f"{value!r} is no model; name a checkpoint folder, .gguf file or hub id")
+    if value == "demo" and not where.exists():
+        raise InputError("there is no folder 'demo' here; for the demo model, type --demo without a name")
     return value
 
 
@@ -83,12 +85,16 @@ def neuron_config(quant: str | None, kv_quant: str | None = None, **options: Any
 
 def drafter(draft: str | None, target: Any) -> Any:
     """What --draft names for the model `target`: "ngram", an EAGLE-3 head, or a model made as it is, with weights as
-    they are stored."""
+    they are stored. Raises a JxNeuronError that names --draft for a checkpoint that is not there."""
     from jx_neuron.llm import NeuronAutoModelForCausalLM, eagle
 
     if draft in (None, "ngram"):
         return draft
-    if eagle.is_head(model(draft)):
+    try:
+        is_head = eagle.is_head(model(draft))
+    except CheckpointError as error:
+        raise CheckpointError(f"--draft {draft} is neither ngram nor a model that can be read: {error}") from error
+    if is_head:
         return target.drafter(model(draft))
     settings = target.settings
     return NeuronAutoModelForCausalLM.from_pretrained(
