@@ -27,7 +27,7 @@ def answers(model: Any) -> dict[str, list[Any]]:
         seeded=[answer.answers[0].ids for answer in model.generate(PROMPTS, seeded)],
         penalized=[a.answers[0].ids for a in model.generate(PROMPTS, SamplingParams(12, repetition_penalty=1.3))],
         sampled=model.sample(ids, LENGTH, top_k=1).tolist(),
-        logits=np.asarray(model(ids)).tolist(),
+        logits=np.asarray(model(ids))[:, :256].tolist(),
     )
 
 
