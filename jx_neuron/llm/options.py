@@ -205,7 +205,7 @@ def warn_if_widened(settings: Settings, bits: int | None) -> None:
             f"the checkpoint has weights of {bits} bits, which are widened to {settings.amp}. "
             f"--quant {'int4' if bits <= 4 else 'int8'}, or NeuronConfig(quant=…), keeps them in {max(bits, 4)} bits",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
