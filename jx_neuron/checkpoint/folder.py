@@ -181,9 +181,9 @@ def open_checkpoint(
     with boundary(path):
         weights = _weights_file(path)
         if weights is None:
-            present = sorted(file.name for file in path.iterdir())
+            present = sorted(file.name for file in path.iterdir() if file.suffix != ".json")
             raise CheckpointError(
-                f"{path} holds no weights that can be read: {LEGAL}; there is {_listed(present) or 'no file'}. "
+                f"{path} holds no weights that can be read: {LEGAL}; there is {_listed(present) or 'none of them'}. "
                 "Download the checkpoint again, or save it with `save_pretrained`."
             )
         if weights.suffix == ".gguf":

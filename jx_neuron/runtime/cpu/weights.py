@@ -35,8 +35,8 @@ class OneCPU(Sharded):
 
     A program that reads weights in passes takes the stacks, and loops over the layers. In others XLA would copy a
     matrix out of a stack for its product: they take each layer's part, which is the same memory. Codes are small to
-    copy, and a program without a loop would take as much memory as they do: with any, all programs loop but those that
-    decode by dots of codes, which would take a third longer.
+    copy, and a program without a loop would take as much memory as they do. So a model with any loops in all programs,
+    except in decode by dots of codes, which would take a third longer.
     """
 
     def __init__(self, decoder: Decoder, source: Source, mesh: Mesh, dtype: np.dtype[Any]):
