@@ -128,7 +128,7 @@ class NgramDrafter:
     """
 
     most: int = 5
-    pause: int = 0
+    pause: int = 1
     _copies: "WeakKeyDictionary[Speculation, _Copy]" = field(default_factory=WeakKeyDictionary)
 
     def propose(self, rows: SequenceOf[Speculation]) -> SequenceOf[SequenceOf[int]]:
