@@ -60,14 +60,14 @@ OPTIONS: Mapping[str, str] = {
 }
 """Options of vLLM, ollama, llama.cpp, mlx-lm and transformers, and ours."""
 
+DOWNLOAD = "A model is downloaded when it is first used; hf download does only that"
+FINE_TUNE = "Fine-tuning is in Python: examples/fine_tune.py, and docs/fine-tuning.md"
 NO_COMMAND: Mapping[str, str] = {
     "convert": "A checkpoint needs no conversion; for 8 or 4 bits, type: jx-neuron quantize",
-    "download": "A model is downloaded when it is first used; hf download does only that",
-    "finetune": "Fine-tuning is in Python: examples/fine_tune.py, and docs/fine-tuning.md",
+    **dict.fromkeys(("download", "pull"), DOWNLOAD),
+    **dict.fromkeys(("fine-tune", "finetune", "lora", "train"), FINE_TUNE),
 }
-NO_COMMAND |= {"fine-tune": NO_COMMAND["finetune"], "lora": NO_COMMAND["finetune"], "train": NO_COMMAND["finetune"]}
-NO_COMMAND |= {"pull": NO_COMMAND["download"]}
-"""Commands that ours need not have, and what to do."""
+"""Commands of other programs that ours lacks, and what to do."""
 
 INSTEAD: Mapping[str, str] = {
     "--device": "JAX_PLATFORMS chooses devices, such as JAX_PLATFORMS=cpu",
