@@ -80,73 +80,8 @@ def test_a_name_without_an_underscore_is_listed(module: str) -> None:
 INTERNAL = {
     "jx_neuron.config": {"READ"},
     "jx_neuron.checkpoint.hf_config": {"in_range", "shown"},
-    "jx_neuron.distributed": {
-        "AUTO",
-        "Follower",
-        "Group",
-        "Hosts",
-        "ROOT_COMM_ID",
-        "Shared",
-        "choose_backend",
-        "end",
-        "ranks",
-        "shared",
-    },  # fmt: skip
-    "jx_neuron.lowering.verify.checking": "RULES Rule Violation verify",
-    "jx_neuron.models": "Decoder DecoderModule Family family model_types register text_config text_model",
-    "jx_neuron.models.known": "KNOWN config_of",
-    "jx_neuron.planning": """
-        Arrival Estimated Fleet INSTANCES Instance Load Measured Memory Plan Service Simulated Spread StepTimes Target
-        ULTRASERVERS check find padding_note plan plan_fleet simulate
-    """,
-    "jx_neuron.nn.rope": """
-        RopeScaling Rotation by_layer_type inverse_frequencies query_scale rope_half rope_interleaved rotation
-    """,
-    "jx_neuron.serve": """
-        AsyncEngine DeadlineExceeded EngineFailed QueueFull Server ServerSettings ShuttingDown Stats Stream Timings app
-        raise_file_limit
-    """,
-    "jx_neuron.integrations.parity": "ModelTensors Parity parity",
-}
-WITH_TORCH = {"HuggingFaceGenerationModelAdapter"}  # of jx_neuron, and not among what `import *` brings
-EVERYWHERE = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
-
-
-@pytest.mark.parametrize("module", PUBLIC)
-def test_all_is_what_is_listed_here(module: str) -> None:
-    """In whatever order; ruff holds that of the written lists, by RUF022."""
-    names = importlib.import_module(module).__all__
-    assert sorted(names) == sorted(PUBLIC[module].split())
-
-
-@pytest.mark.parametrize("module", PUBLIC)
-def test_a_name_without_an_underscore_is_listed(module: str) -> None:
-    """Whatever a module defines, and whatever a package takes from within, is public or starts with an underscore."""
-    of = importlib.import_module(module)
-    defined = {name for name in defined_in(of) if not name.startswith("_")}
-    if module == "jx_neuron":
-        assert defined == set()  # all names are read on first use
-        assert set(dir(jx_neuron)) == {*jx_neuron.__all__, *WITH_TORCH}
-    else:
-        assert defined <= set(of.__all__) | INTERNAL.get(module, set()), f"neither listed nor underscored in {module}"
-        assert {name for name in of.__all__ if not hasattr(of, name)} == set()
-
-
-INTERNAL = {
-    "jx_neuron.config": {"READ"},
-    "jx_neuron.checkpoint.hf_config": {"in_range", "shown"},
-    "jx_neuron.distributed": {
-        "AUTO",
-        "Follower",
-        "Group",
-        "Hosts",
-        "ROOT_COMM_ID",
-        "Shared",
-        "choose_backend",
-        "end",
-        "ranks",
-        "shared",
-    },
+    "jx_neuron.distributed": {"AUTO", "Follower", "Group", "Hosts", "Shared", "end", "ranks", "shared"}
+    | {"ROOT_COMM_ID", "choose_backend"},
     "jx_neuron.lowering.verify.checking": {"RULE_MODULES"},
 }  # of this package's own use
 
