@@ -51,7 +51,7 @@ FORMULATIONS = {
 }
 
 
-@pytest.mark.few(54)
+@pytest.mark.few(27)
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (16, 1), (3, 11)], ids=str)
 @pytest.mark.parametrize("inputs", [(768,), (3, 256), (67,), (1,)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

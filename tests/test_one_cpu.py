@@ -177,7 +177,7 @@ class ByItself(llama.Model):
         return self.norm(x_btd), tuple(written)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_loops_over_its_blocks_itself_is_warned_of_the_cost(dtype) -> None:
     config = llama.Config.from_hf(LLAMA)

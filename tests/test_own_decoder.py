@@ -108,7 +108,7 @@ def test_all_reduces_of_a_decoder_of_one_s_own_are_those_of_the_lowered_program(
     assert opcodes.count("all-reduce") == 3 * 2 + 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [(), gpt2.WEIGHTS], ids=["without table", "with table"])
 def test_a_module_in_hand_is_sampled_lowered_and_saved(tmp_path: Path, table) -> None:
     config = gpt2.Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)

@@ -57,7 +57,7 @@ def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> LlamaForSampli
     return LlamaForSampling.from_pretrained(folder, batch_size=2, n_positions=48, context_length_estimate=4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "total", "reusing"), [LENGTHS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LENGTHS[1:])]
 )

@@ -181,7 +181,7 @@ MIXTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f == "int4" else pytest.mark.slow) for f in FORMS])
 @pytest.mark.parametrize(
     "name", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]
@@ -225,7 +225,7 @@ def test_experts_of_one_tensor_are_written_as_matrices_of_their_own(name: str, f
     np.testing.assert_allclose(ours(tmp_path / f"stacked-{form}"), expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* is loaded as its text model")
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -129,6 +129,7 @@ def test_batches_smaller_than_compiled_and_batch_buckets(folder, hf, backend) ->
     np.testing.assert_allclose(model(next_ids, cache_ids=[WIDTH]), after, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

@@ -79,6 +79,7 @@ def test_code_beside_a_checkpoint_is_refused_and_named(kind: str, checkpoint: Pa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_transformers_own_is_loaded_beside_code(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     lay_evil(folder, tmp_path / "ran")

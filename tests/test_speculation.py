@@ -238,6 +238,7 @@ def test_the_names_of_transformers_neuronx(folder: Path) -> None:
         SpeculativeGenerator(draft, model, acceptor=max)
 
 
+@pytest.mark.slow
 def test_a_server_drafts(folder: Path) -> None:
     model, prompt = made(folder, "xla", 2), [5, 6, 7] * 4
     (plain,) = model.generate([prompt], KINDS["greedy"])

@@ -80,7 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(CONFIGS[request.param](), tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("tp_degree", [1, 2, 3, 4, 8])
 def test_a_degree_changes_no_answer(case: Case, tp_degree: int) -> None:
     found = case.one() if tp_degree == 1 else answers(case.folder, tp_degree, case.vocab)

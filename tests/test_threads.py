@@ -80,6 +80,7 @@ def test_threads_get_their_own_answers(model: GPT2ForSampling) -> None:
         )
 
 
+@pytest.mark.slow
 def test_tasks_get_their_own_answers(model: GPT2ForSampling) -> None:
     async def steps(caller: int) -> np.ndarray:
         tokens = []
